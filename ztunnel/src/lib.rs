@@ -1,0 +1,6 @@
+//! The node proxy of an ambient mesh.
+
+pub mod enrol;
+pub mod mesh;
+pub mod model;
+pub mod shutdown;

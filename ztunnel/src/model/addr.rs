@@ -1,0 +1,49 @@
+//! Addresses that say what they are.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// Where a captured connection was going when the application opened it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct OriginalDst(pub SocketAddr);
+
+/// The address a connection came from, as the kernel reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ClientAddr(pub SocketAddr);
+
+/// The socket address of a peer that terminates HBONE tunnels (port 15008 as a rule).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct HbonePeer(pub SocketAddr);
+
+/// The unique name of one incarnation of a pod (its Kubernetes UID, or the name it was given
+/// in a mesh file).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PodUid(pub Arc<str>);
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<&str> for PodUid {
+    fn from(uid: &str) -> Self {
+        Self(Arc::from(uid))
+    }
+}
+
+/// The port HBONE peers listen on.
+pub const HBONE_PORT: u16 = 15008;
+
+/// An address as the rest of the daemon compares it: an IPv4-mapped IPv6 address is the IPv4
+/// address it maps, as a dual-stack socket reports the former for the latter.
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(canonical_ip(addr.ip()), addr.port())
+}
+
+/// [`canonical`] for an address without a port.
+pub fn canonical_ip(ip: IpAddr) -> IpAddr {
+    ip.to_canonical()
+}

@@ -286,7 +286,7 @@ impl World {
             self.plain.v6,
             String::from_utf8_lossy(SECRET)
         );
-        self.enrolled.ns.sh(&format!("python3 - <<'END'\n{script}\nEND"))
+        self.enrolled.ns.sh(&format!("timeout 8 python3 - <<'END'\n{script}\nEND"))
     }
 }
 
@@ -448,7 +448,7 @@ fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
     let in_pod = |script: &str| {
         let procs = nested.join("cgroup.procs");
         let script = format!("import socket\n{script}");
-        world.net.node.sh(&format!("echo $$ > {} && exec python3 - <<'END'\n{script}\nEND", procs.display()))
+        world.net.node.sh(&format!("echo $$ > {} && exec timeout 8 python3 - <<'END'\n{script}\nEND", procs.display()))
     };
     let dial = format!("s=socket.create_connection(('{}',8080),2); print(s.recv(99))", world.enrolled.v4);
     let said = in_pod(&dial);

@@ -436,7 +436,7 @@ fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
     let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
     let mapped = address(&format!("[::ffff:{}]:8080", world.enrolled.v4));
     for (to, source) in [(at(world.enrolled.v4, 8080), v4), (at(world.enrolled.v6, 8080), v6), (mapped, v4)] {
-        let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).expect("probes");
+        let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).unwrap_or_else(|error| panic!("{to}: {error}"));
         assert_eq!(greeting(&probe), "app");
         let (from, _) = seen.recv_timeout(PATIENCE).expect("the application sees the probe");
         assert_eq!(from.ip(), source.parse::<IpAddr>().expect("ip"));
@@ -526,7 +526,7 @@ const WAYS: &[Way] = &[
     Way {
         name: "multipath TCP after bind",
         script: "s=socket.socket(2,1,262); s.bind(('0.0.0.0',0)); s.settimeout(2); s.connect((PLAIN4,7777)); talk(s)",
-        expect: Expect::Refused,
+        expect: Expect::Captured,
     },
     Way {
         name: "v4-mapped IPv6",
@@ -864,7 +864,7 @@ fn what_others_break_stays_closed_and_is_repaired() {
         sniffer.nothing_seen();
     }
     // A device that appears.
-    world.enrolled.ns.ip("link add dev2 type dummy");
+    world.enrolled.ns.ip("link add dev2 type veth peer name dev3");
     let repairs = world.node.reconcile();
     assert!(repairs.iter().any(|r| r.what.contains("had no guard")), "{repairs:?}");
     world.enrolled.ns.ip("link del dev2");
@@ -981,6 +981,79 @@ fn a_pod_that_vanishes_is_reported_and_can_be_withdrawn() {
     assert_eq!(world.node.reconcile(), vec![]);
     let error = world.node.bind(&spec(&third)).expect_err("gone");
     assert!(error.to_string().contains("is the pod gone?"), "{error}");
+}
+
+/// A server that listens with multipath TCP, as Go's do: probes, captured connections and itself all work.
+#[test]
+fn a_multipath_listener_gets_its_connections() {
+    let mut world = World::new();
+    let script = "import socket\ns=socket.socket(2,1,262); s.bind(('0.0.0.0',8080)); s.listen(9)\n\
+                  while True:\n c,a=s.accept(); c.sendall(b'app\\n'); c.recv(9)";
+    let server = world.enrolled.ns.command(&format!("exec python3 -c \"{script}\""));
+    world.net.start(server);
+    let to = at(world.enrolled.v4, 8080);
+    let deadline = Instant::now() + PATIENCE;
+    let own = loop {
+        match connect(&world.enrolled, to) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(world.count(Counter::MultipathMarked) >= 1);
+    let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).expect("probes");
+    let delivered = world.enrolled.ns.enter(|| transparent_dial(world.plain.v4, to));
+    // One at a time: the server waits for each to end.
+    for stream in [own, probe, delivered] {
+        assert_eq!(greeting(&stream), "app");
+    }
+}
+
+#[test]
+fn enrolment_is_cheap() {
+    const PODS: usize = 200;
+    let mut net = Net::new();
+    let mut pods: Vec<Pod> = (0..PODS).map(|n| net.pod(n as u8 + 2)).collect();
+    let mut node = Node::open(config(&net)).expect("opens");
+    let before = (descriptors(), resident());
+    let begin = Instant::now();
+    let mut all = Vec::new();
+    for pod in &mut pods {
+        let captured = node.bind(&spec(pod)).expect("binds");
+        node.capture(&spec(pod), &captured).expect("captures");
+        all.push(captured);
+    }
+    let each = begin.elapsed() / PODS as u32;
+    let after = (descriptors(), resident());
+    let begin = Instant::now();
+    assert_eq!(node.reconcile(), vec![]);
+    let reconcile = begin.elapsed();
+    let begin = Instant::now();
+    let mut successor = Node::open(config(&net)).expect("opens");
+    let mut taken = Vec::new();
+    for pod in &pods {
+        let captured = successor.bind(&spec(pod)).expect("binds");
+        successor.capture(&spec(pod), &captured).expect("captures");
+        taken.push(captured);
+    }
+    let take_over = begin.elapsed() / PODS as u32;
+    let fds = (after.0 - before.0) / PODS;
+    let memory = (after.1.saturating_sub(before.1)) / PODS;
+    println!("{each:?} per enrolment, {take_over:?} per take-over, {fds} descriptors and {memory} bytes per pod, {reconcile:?} to reconcile {PODS}");
+    let removed = uninstall(&config(&net)).expect("uninstalls");
+    assert_eq!(removed.pods.len(), PODS);
+    assert!(fds <= 8, "{fds} descriptors per pod");
+    assert!(memory < 60_000, "{memory} bytes per pod");
+    assert!(each < Duration::from_millis(20), "{each:?} per enrolment");
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("proc").count()
+}
+
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("proc");
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).expect("pages") * 4096
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The node proxy of an ambient mesh.
 
 pub mod enrol;
+pub mod identity;
 pub mod mesh;
 pub mod model;
 pub mod shutdown;

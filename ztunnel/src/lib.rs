@@ -5,4 +5,5 @@ pub mod identity;
 pub mod mesh;
 pub mod model;
 pub mod shutdown;
+pub mod standalone;
 pub mod tls;

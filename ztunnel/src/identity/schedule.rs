@@ -189,7 +189,9 @@ impl Schedule {
             }
             // The delay outlives those who waited, or the next of them would cause a request of its own.
             let keep = entry.usable(now.wall) || (matches!(entry.phase, Phase::BackingOff { .. }) && !is_due);
-            if !keep {
+            if keep && is_due {
+                entry.phase = Phase::Held;
+            } else if !keep {
                 forgotten.push(id.clone());
             }
             keep

@@ -217,6 +217,10 @@ impl fmt::Display for Cause<'_> {
             Self::Untrusted(CertificateError::UnknownIssuer) => {
                 f.write_str("the peer's certificate chain does not lead to a root of this mesh")
             }
+            Self::Untrusted(CertificateError::BadSignature) => f.write_str(
+                "a signature in the peer's certificate chain is wrong: it is of another root of the same name, or \
+                 was changed on the way",
+            ),
             Self::Untrusted(bad) => write!(f, "the peer's certificate chain is not trusted: {bad}"),
             Self::Identity(bad @ NotAccepted::NotSpiffe(why)) => write!(f, "{bad}: {why}"),
             Self::Identity(bad) => write!(f, "{bad}"),

@@ -89,7 +89,7 @@ pub enum AuthorityError {
     },
     /// The root was made for another trust domain.
     #[error(
-        "the root in {} is of trust domain {found:?}, the mesh is of {wanted:?}: use another state directory, or \
+        "the root in {} is of trust domain {found}, the mesh is of {wanted}: use another state directory, or \
          name the root's trust domain in the mesh", path.display()
     )]
     TrustDomain {

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use nix::unistd::geteuid;
 use rcgen::string::Ia5String;
 use rcgen::{Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType};
@@ -172,7 +173,12 @@ fn self_signed(
     trust_domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<rcgen::Certificate, rcgen::Error> {
-    let mut params = authority(&format!("root of {trust_domain}"), 1, now - SKEW, now + LIFE);
+    // With a part of the key's digest, so that two roots of one trust domain are told apart by name: a peer then
+    // reads "unknown issuer", not "bad signature".
+    let digest = digest(&SHA256, key.public_key_raw());
+    let fingerprint: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let name = format!("root {fingerprint} of {trust_domain}");
+    let mut params = authority(&name, 1, now - SKEW, now + LIFE);
     // SPIFFE X509-SVID, section 2: what signs should name its trust domain.
     params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(format!("spiffe://{trust_domain}"))?)];
     params.self_signed(key)

@@ -37,8 +37,9 @@ fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
     let (mut client_result, mut server_result) = (Ok(()), Ok(()));
     // A side that has failed still sends its alert; then nothing moves any more.
     for _ in 0..10 {
-        client_result = client_result.and(flow(&mut server, &mut client));
-        server_result = server_result.and(flow(&mut client, &mut server));
+        let (to_client, to_server) = (flow(&mut server, &mut client), flow(&mut client, &mut server));
+        client_result = client_result.and(to_client);
+        server_result = server_result.and(to_server);
     }
     Outcome { client: client_result.map(|()| client), server: server_result.map(|()| server) }
 }
@@ -306,27 +307,43 @@ fn a_client_that_expects_nobody_accepts_nobody() {
 #[test]
 fn alternative_names_other_than_one_identity_are_refused() {
     let pki = Pki::new();
-    let dns = || SanType::DnsName("server.shop".try_into().unwrap());
-    let cases: Vec<(Box<dyn Fn(&str) -> Vec<SanType>>, &str)> = vec![
-        (Box::new(|who| vec![uri(who), uri("spiffe://td.example/ns/a/sa/b")]), "has 2 URIs"),
-        (Box::new(|who| vec![uri(who), uri(who)]), "has 2 URIs"),
-        (Box::new(|who| vec![uri("https://td.example/"), uri(who)]), "has 2 URIs"),
-        (Box::new(move |_| vec![dns()]), "has 0 URIs"),
-        (Box::new(|_| vec![]), "has 0 URIs"),
-        (Box::new(|who| vec![uri(&format!("{who}\0.evil"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&who.replace("shop", "sh\0op"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&format!("{who}/x"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&format!("{who}?x"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&who.replace("shop", "sh%6fp"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&who.replace("spiffe", "SPIFFE"))]), "does not name a workload"),
-        (Box::new(|who| vec![uri(&who.replace("td.example", "TD.example"))]), "is not a trust domain"),
-        (Box::new(|who| vec![uri(&who.replace("td.example", "td.example:1"))]), "is not a trust domain"),
-        (Box::new(|who| vec![uri(&format!("{who}{}", "x".repeat(3000)))]), "cannot be read"),
-        (Box::new(|_| vec![uri("")]), "does not name a workload"),
+    // NAME stands for the service account that would be accepted.
+    let good = "spiffe://td.example/ns/shop/sa/NAME";
+    let long = good.replace("NAME", &"x".repeat(3000));
+    let cases: [(&[&str], &str); 14] = [
+        (&[], "has 0 URIs"),
+        (&[good, "spiffe://td.example/ns/a/sa/b"], "has 2 URIs"),
+        (&[good, good], "has 2 URIs"),
+        (&["https://td.example/", good], "has 2 URIs"),
+        (&[""], "does not name a workload"),
+        (&["spiffe://td.example/ns/shop/sa/NAME\0.evil"], "does not name a workload"),
+        (&["spiffe://td.example/ns/sh\0op/sa/NAME"], "does not name a workload"),
+        (&["spiffe://td.example/ns/shop/sa/NAME/x"], "does not name a workload"),
+        (&["spiffe://td.example/ns/shop/sa/NAME?x"], "does not name a workload"),
+        (&["spiffe://td.example/ns/sh%6fp/sa/NAME"], "does not name a workload"),
+        (&["SPIFFE://td.example/ns/shop/sa/NAME"], "does not name a workload"),
+        (&["spiffe://TD.example/ns/shop/sa/NAME"], "is not a trust domain"),
+        (&["spiffe://td.example:1/ns/shop/sa/NAME"], "is not a trust domain"),
+        (&[&long], "cannot be read"),
     ];
-    for (names, expected) in cases {
+    for (uris, expected) in cases {
+        let names = |who: &str| {
+            let account = who.rsplit('/').next().unwrap();
+            uris.iter().map(|text| uri(&text.replace("NAME", account))).collect()
+        };
         both_refuse(&pki, |who| pki.certify(Leaf { names: names(who), ..Leaf::of(who) }), expected);
     }
+    let dns = || vec![SanType::DnsName("server.shop".try_into().unwrap())];
+    both_refuse(&pki, |who| pki.certify(Leaf { names: dns(), ..Leaf::of(who) }), "has 0 URIs");
+}
+
+#[test]
+fn names_that_are_no_uris_do_not_matter() {
+    let pki = Pki::new();
+    let names = vec![SanType::DnsName("server.shop".try_into().unwrap()), uri(SERVER)];
+    let client = credentials(&pki, CLIENT).client_config(&[id(SERVER)]);
+    let server = server_showing(&pki, pki.certify(Leaf { names, ..Leaf::of(SERVER) }));
+    assert_eq!(verified_peer(&handshake(client, server).client.unwrap()).unwrap().id(), &id(SERVER));
 }
 
 /// A subject alternative name extension with one URI of these bytes.

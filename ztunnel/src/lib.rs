@@ -60,6 +60,9 @@
 pub mod app;
 pub mod config;
 pub mod enrol;
+pub mod identity;
 pub mod mesh;
 pub mod model;
 pub mod shutdown;
+pub mod standalone;
+pub mod tls;

@@ -4,3 +4,4 @@ pub mod enrol;
 pub mod mesh;
 pub mod model;
 pub mod shutdown;
+pub mod standalone;

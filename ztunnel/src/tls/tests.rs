@@ -7,6 +7,7 @@ use rcgen::{CustomExtension, ExtendedKeyUsagePurpose, KeyUsagePurpose, SanType};
 use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::ServerSessionMemoryCache;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{
@@ -417,9 +418,23 @@ fn a_session_is_never_resumed_and_no_server_name_is_sent() {
     let (client, server) = (Arc::new(client), credentials(&pki, SERVER).server_config());
     for _ in 0..2 {
         let outcome = handshake(Arc::clone(&client), Arc::clone(&server));
-        assert_eq!(outcome.client.unwrap().handshake_kind(), Some(rustls::HandshakeKind::Full));
+        let client = outcome.client.unwrap();
+        assert_eq!(client.handshake_kind(), Some(rustls::HandshakeKind::Full));
+        assert_eq!(client.tls13_tickets_received(), 0);
         assert_eq!(outcome.server.unwrap().server_name(), None);
     }
+    assert_eq!(server.send_tls13_tickets, 0);
+
+    // Nor does our client take up what another server offers.
+    let mut server = ServerConfig::clone(&server);
+    server.send_tls13_tickets = 2;
+    server.session_storage = ServerSessionMemoryCache::new(8);
+    let (client, server) = (credentials(&pki, CLIENT).client_config(&[id(SERVER)]), Arc::new(server));
+    for _ in 0..2 {
+        let client = handshake(Arc::clone(&client), Arc::clone(&server)).client.unwrap();
+        assert_eq!(client.handshake_kind(), Some(rustls::HandshakeKind::Full));
+    }
+
     let name = ServerName::try_from("server.shop.example").unwrap();
     let client = credentials(&pki, CLIENT).client_config(&[id(SERVER)]);
     let mut client = ClientConnection::new(client, name).unwrap();
@@ -463,4 +478,13 @@ fn credentials_tell_their_validity_and_not_their_key() {
     let text = format!("{credentials:?}");
     assert!(text.contains(CLIENT) && text.contains(credentials.serial()), "{text}");
     assert!(!text.to_lowercase().contains("key"), "{text}");
+}
+
+#[test]
+fn credentials_end_with_the_first_certificate_of_their_chain() {
+    let soon = SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000);
+    let pki = Pki::with("root", soon);
+    let credentials =
+        pki.credentials(&id(CLIENT), soon - Duration::from_secs(9), soon + Duration::from_secs(9));
+    assert_eq!(credentials.not_after(), soon);
 }

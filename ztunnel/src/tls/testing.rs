@@ -63,10 +63,17 @@ impl Pki {
 
     /// [`Pki::new`] with a root of this name.
     pub(crate) fn named(name: &str) -> Self {
+        // rcgen's own end, far off.
+        Self::with(name, CertificateParams::default().not_after.into())
+    }
+
+    /// [`Pki::named`] with an intermediate that ends then.
+    pub(crate) fn with(name: &str, intermediate_ends: SystemTime) -> Self {
         let key = || KeyPair::generate().expect("a key can be made");
         let root = CertifiedIssuer::self_signed(signing(name, 1), key()).expect("a root can be made");
-        let intermediate =
-            CertifiedIssuer::signed_by(signing("node", 0), key(), &root).expect("the root may sign");
+        let mut node = signing("node", 0);
+        node.not_after = intermediate_ends.into();
+        let intermediate = CertifiedIssuer::signed_by(node, key(), &root).expect("the root may sign");
         Self { root, intermediate }
     }
 
@@ -106,7 +113,6 @@ impl Pki {
 }
 
 fn signing(name: &str, path_length: u8) -> CertificateParams {
-    // rcgen's own validity is from 1975 to 4096.
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, name);

@@ -1,22 +1,28 @@
 //! Handshakes in memory: who gets through, and what is said to who does not.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{CustomExtension, ExtendedKeyUsagePurpose, KeyUsagePurpose, SanType};
 use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ServerSessionMemoryCache;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{
     CipherSuite, ClientConfig, ClientConnection, Connection, NamedGroup, ProtocolVersion, ServerConfig,
     ServerConnection,
 };
+use tokio::io::AsyncReadExt;
 
 use crate::tls::configs::{Credentials, InvalidCredentials};
 use crate::tls::testing::{Leaf, Pki, id, uri};
-use crate::tls::verify::{Cause, Expected, NoIdentity, NotAccepted, cause, verified_peer};
+use crate::tls::verify::{
+    Cause, Expected, NoIdentity, NotAccepted, cause, identity_of, tls_error, verified_peer,
+};
 
 const CLIENT: &str = "spiffe://td.example/ns/shop/sa/client";
 const SERVER: &str = "spiffe://td.example/ns/shop/sa/server";
@@ -31,7 +37,7 @@ struct Outcome {
 }
 
 fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
-    let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
+    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
     let mut client = ClientConnection::new(client, name).unwrap();
     let mut server = ServerConnection::new(server).unwrap();
     let (mut client_result, mut server_result) = (Ok(()), Ok(()));
@@ -417,9 +423,23 @@ fn a_session_is_never_resumed_and_no_server_name_is_sent() {
     let (client, server) = (Arc::new(client), credentials(&pki, SERVER).server_config());
     for _ in 0..2 {
         let outcome = handshake(Arc::clone(&client), Arc::clone(&server));
-        assert_eq!(outcome.client.unwrap().handshake_kind(), Some(rustls::HandshakeKind::Full));
+        let client = outcome.client.unwrap();
+        assert_eq!(client.handshake_kind(), Some(rustls::HandshakeKind::Full));
+        assert_eq!(client.tls13_tickets_received(), 0);
         assert_eq!(outcome.server.unwrap().server_name(), None);
     }
+    assert_eq!(server.send_tls13_tickets, 0);
+
+    // Nor does our client take up what another server offers.
+    let mut server = ServerConfig::clone(&server);
+    server.send_tls13_tickets = 2;
+    server.session_storage = ServerSessionMemoryCache::new(8);
+    let (client, server) = (credentials(&pki, CLIENT).client_config(&[id(SERVER)]), Arc::new(server));
+    for _ in 0..2 {
+        let client = handshake(Arc::clone(&client), Arc::clone(&server)).client.unwrap();
+        assert_eq!(client.handshake_kind(), Some(rustls::HandshakeKind::Full));
+    }
+
     let name = ServerName::try_from("server.shop.example").unwrap();
     let client = credentials(&pki, CLIENT).client_config(&[id(SERVER)]);
     let mut client = ClientConnection::new(client, name).unwrap();
@@ -463,4 +483,52 @@ fn credentials_tell_their_validity_and_not_their_key() {
     let text = format!("{credentials:?}");
     assert!(text.contains(CLIENT) && text.contains(credentials.serial()), "{text}");
     assert!(!text.to_lowercase().contains("key"), "{text}");
+}
+
+#[test]
+fn credentials_end_with_the_first_certificate_of_their_chain() {
+    let soon = SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000);
+    let pki = Pki::with("root", soon);
+    let credentials =
+        pki.credentials(&id(CLIENT), soon - Duration::from_secs(9), soon + Duration::from_secs(9));
+    assert_eq!(credentials.not_after(), soon);
+}
+
+#[test]
+fn a_certificate_with_any_bit_changed_is_refused() {
+    let pki = Pki::new();
+    let (chain, _) = pki.certify(Leaf::of(SERVER));
+    let verifier = Expected {
+        roots: pki.roots(),
+        algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+        expected: Arc::from([id(SERVER)]),
+    };
+    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    let accepted = |leaf: &CertificateDer<'_>| {
+        verifier.verify_server_cert(leaf, &chain[1..], &name, &[], UnixTime::now()).is_ok()
+    };
+    assert!(accepted(&chain[0]));
+    for bit in 0..chain[0].len() * 8 {
+        let mut leaf = chain[0].to_vec();
+        leaf[bit / 8] ^= 1 << (bit % 8);
+        // Reading it alone, before any chain is verified, must not panic either.
+        let _read = identity_of(&leaf.clone().into());
+        assert!(!accepted(&leaf.into()), "bit {bit} does not matter");
+    }
+}
+
+#[tokio::test]
+async fn the_reason_is_found_in_the_errors_of_a_socket() {
+    let pki = Pki::new();
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    let connector = tokio_rustls::TlsConnector::from(client_showing(&pki, None));
+    let acceptor = tokio_rustls::TlsAcceptor::from(credentials(&pki, SERVER).server_config());
+    let (client, server) = tokio::join!(connector.connect(name, near), acceptor.accept(far));
+    let error = server.err().unwrap();
+    assert!(matches!(cause(tls_error(&error).unwrap()), Cause::NoCertificate), "{error:?}");
+    // The client was content, and hears of it by its first read.
+    let error = client.unwrap().read_u8().await.unwrap_err();
+    assert!(matches!(cause(tls_error(&error).unwrap()), Cause::RefusedByPeer(_)), "{error:?}");
+    assert!(tls_error(&std::io::ErrorKind::ConnectionReset.into()).is_none());
 }

@@ -4,6 +4,7 @@
 //! [`rustls::Error`] like every other, so that the right alert is sent; [`cause`] tells what it means.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -147,6 +148,14 @@ pub(super) fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, NotAcce
         return Err(NotAccepted::Malformed);
     }
     uri.parse().map_err(NotAccepted::NotSpiffe)
+}
+
+/// The TLS failure in an I/O error, if that is what it is: TLS over a socket reports its own errors so.
+///
+/// A client's handshake can end well although the server refuses its certificate (RFC 8446, section 2: the
+/// client speaks last). It learns of that from the first read or write afterwards, by an error of this kind.
+pub fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
 }
 
 /// What a failed handshake means to whoever runs the mesh.

@@ -59,6 +59,24 @@ fn a_failure_of_what_has_left_is_the_end_of_it() {
     assert!(schedule.entries.is_empty());
 }
 
+#[test]
+fn a_certificate_that_a_clock_set_back_revives_does_not_keep_the_worker_awake() {
+    let now = start();
+    let mut schedule = Schedule::default();
+    schedule.want(&id(1), now);
+    schedule.next();
+    schedule.issued(&id(1), day(now), now, 0.0);
+    let ended = after(now, 86_400);
+    schedule.want(&id(1), ended);
+    schedule.next();
+    for _ in 0..3 {
+        schedule.failed(&id(1), ended, 0.0);
+    }
+    let set_back = Now { mono: ended.mono + Duration::from_secs(3600), ..now };
+    assert_eq!(schedule.tick(set_back), []);
+    assert!(schedule.wake_at(set_back) > set_back.mono);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Want(u8),

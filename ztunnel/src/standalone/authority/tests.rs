@@ -257,3 +257,18 @@ fn an_own_root_that_names_no_trust_domain_serves_any() {
     write(0);
     assert!(message(open(dir.path())).contains("is not the certificate of a root that has intermediates"));
 }
+
+#[test]
+fn further_certificates_beside_the_own_are_trusted() {
+    let (old, new) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (old_ca, new_ca) = (open(old.path()).unwrap(), open(new.path()).unwrap());
+    let [of_old, of_new] = [&old_ca, &new_ca].map(|ca| ca.issue_at(&id(), SystemTime::now()).unwrap());
+    assert!(!vouches(&old_ca, &of_new));
+    let [old_path, new_path] = [&old, &new].map(|dir| dir.path().join("root-cert.pem"));
+    let both = fs::read_to_string(&old_path).unwrap() + &fs::read_to_string(new_path).unwrap();
+    fs::write(&old_path, &both).unwrap();
+    let reopened = open(old.path()).unwrap();
+    assert_eq!(reopened.root.certificate(), old_ca.root.certificate());
+    assert!(vouches(&reopened, &of_old) && vouches(&reopened, &of_new));
+    assert_eq!(fs::read_to_string(old_path).unwrap(), both);
+}

@@ -115,6 +115,7 @@ pub(super) fn drafts<'a>(
             diagnostics
                 .push(Diagnostic::warning_at(&object.source, &["metadata", "namespace"], message).hint(hint));
         }
+        let before = diagnostics.len();
         let Some(mut draft) = draft(object, namespace, settings, diagnostics) else { continue };
         if !draft.workload.host_network {
             draft.workload.addresses.retain(|ip| {
@@ -137,7 +138,7 @@ pub(super) fn drafts<'a>(
                 mine
             });
         }
-        if draft.enrolled {
+        if draft.enrolled && !diagnostics[before..].iter().any(Diagnostic::is_error) {
             draft.local = local(&draft, options, diagnostics);
         }
         if let Some(local) = &draft.local {

@@ -227,9 +227,7 @@ impl<'a> RuleReader<'a> {
             true => key.starts_with(*known),
             false => key == *known,
         };
-        if key.starts_with("experimental.envoy.filters.")
-            || CONDITIONS_SEVEN.iter().any(|known| begins(&known))
-        {
+        if key.starts_with("experimental.envoy.filters.") || CONDITIONS_SEVEN.iter().any(begins) {
             self.seven.push((key.to_owned(), join(path, "key")));
             return Some(Seen::Anything);
         }

@@ -31,6 +31,9 @@ pub struct Loaded {
 /// How much all files together may hold. A pod as `kubectl` prints it takes some 5 KiB.
 const BYTES_MAX: u64 = 64 << 20;
 
+/// How many remarks are made on one load. A mistake is often made in every object.
+const DIAGNOSTICS_MAX: usize = 1000;
+
 /// How many files a directory may have.
 const FILES_MAX: usize = 10_000;
 
@@ -48,7 +51,15 @@ pub fn load(path: &Path, node: &str) -> Result<Loaded, Vec<Diagnostic>> {
     let translation = translate::translate(&objects, &options);
     diagnostics.extend(translation.diagnostics);
     diagnostics.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
-    if diagnostics.iter().any(Diagnostic::is_error) {
+    let failed = diagnostics.iter().any(Diagnostic::is_error);
+    if diagnostics.len() > DIAGNOSTICS_MAX {
+        // What keeps the file from being applied is never crowded out.
+        diagnostics.sort_by_key(|diagnostic| !diagnostic.is_error());
+        let message = format!("{} more remarks are left out", diagnostics.len() - DIAGNOSTICS_MAX);
+        diagnostics.truncate(DIAGNOSTICS_MAX);
+        diagnostics.push(Diagnostic::warning(&display(path), 0, message));
+    }
+    if failed {
         return Err(diagnostics);
     }
     Ok(Loaded { mesh: translation.mesh, pods: translation.pods, warnings: diagnostics })
@@ -232,6 +243,23 @@ mod tests {
             "b.yaml:3: error: Pod default/a is there twice (remove this one or the one at b.yaml:1)",
         ];
         assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn errors_are_not_crowded_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = "{apiVersion: v1, kind: Service, metadata: {name: a#}}\n---\n";
+        let mut text: String = (0..2000).map(|n| service.replace('#', &n.to_string())).collect();
+        text += "kind: [";
+        fs::write(dir.path().join("a.yaml"), &text).unwrap();
+        let said = load(dir.path(), "n1").unwrap_err();
+        assert!(said.len() == 1 && said[0].is_error(), "a text that is not YAML gives no objects: {said:?}");
+        text = text.replace("kind: [", "kind: Pod");
+        fs::write(dir.path().join("a.yaml"), &text).unwrap();
+        let said = load(dir.path(), "n1").unwrap_err();
+        assert_eq!(said.len(), DIAGNOSTICS_MAX + 1);
+        assert!(said[0].is_error());
+        assert_eq!(said[DIAGNOSTICS_MAX].message, "1001 more remarks are left out");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Reach;
@@ -261,6 +263,10 @@ fn what_is_wrong_with_pods_is_said() {
         &two.replace("10.0.0.1}]}\n---\napi", "10.0.0.2}]}\n---\napi").replace("netns: b", "netns: a"),
         &["23: error: pod shop/b has the network namespace of pod shop/a (m.yaml:7)"],
     );
+    check_said(
+        &two.replace("10.0.0.1}]}\n---\napi", "10.0.0.2}]}\n---\napi").replace("name: ", "uid: u\n  name: "),
+        &["22: error: pod shop/b has the uid of pod shop/a (m.yaml:8)"],
+    );
     let one = SHOP.to_owned() + &pod("a", "10.0.0.1");
     for (from, to, expected) in [
         (
@@ -293,6 +299,13 @@ fn what_is_wrong_with_pods_is_said() {
             ],
         ),
         (
+            "  annotations: {ztunnel.io/netns: a}\nspec: {nodeName: n1, ",
+            "spec: {",
+            &[
+                "13: warning: pod shop/a is enrolled, but on no node: nobody captures it (write spec.nodeName, or the annotation ztunnel.io/netns if it is on this node)",
+            ],
+        ),
+        (
             "mode: ambient",
             "mode: Ambient",
             &["5: warning: label istio.io/dataplane-mode has no value \"Ambient\" (write ambient instead)"],
@@ -314,3 +327,45 @@ fn what_is_wrong_with_pods_is_said() {
         check_said(&one.replace(from, to), expected);
     }
 }
+
+proptest! {
+    /// A good text with a piece of it replaced: it may be refused, but it is always the same, and never a panic.
+    #[test]
+    fn no_slip_of_the_pen_panics(at in any::<proptest::sample::Index>(), length in 0_usize..20, piece in "[-a-z0-9*/.:{}\\[\\]\n ]{0,8}") {
+        let mut text = SHOP.to_owned() + &pod("a", "10.0.0.1") + &pod("b", "10.0.0.2") + SLIPPERY;
+        let from = at.index(text.len());
+        text.replace_range(from..(from + length).min(text.len()), &piece);
+        let (first, second) = (translated(&text), translated(&text));
+        prop_assert_eq!(said(&first), said(&second));
+        prop_assert_eq!(first.pods, second.pods);
+    }
+}
+
+/// Everything else there is, in ASCII.
+const SLIPPERY: &str = "apiVersion: v1
+kind: Service
+metadata: {name: a, namespace: shop}
+spec: {clusterIPs: [10.96.0.1, 'fd00::9'], selector: {app: a}, ports: [{port: 80, targetPort: web}]}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: a, namespace: shop}
+spec: {selector: {matchLabels: {app: a}}, mtls: {mode: STRICT}, portLevelMtls: {80: {mode: PERMISSIVE}}}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: shop}
+spec:
+  action: DENY
+  rules:
+  - from: [{source: {principals: ['*'], ipBlocks: [10.0.0.0/8, '::ffff:10.0.0.0/104'], serviceAccounts: [a/b]}}]
+    to: [{operation: {ports: ['80'], methods: [GET]}}]
+    when: [{key: source.ip, values: [10.0.0.1], notValues: [10.0.0.2]}]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    trustDomain: td.example
+";

@@ -258,10 +258,11 @@ fn a_policy_that_is_not_understood_denies_everything() {
             "24: error: this names nothing (write what is meant, or remove the list)",
         ),
         ("rules:\n- from:\n  - {}", "24: error: this names no source (write source: with what is meant)"),
+        ("rules:\n- when: []", "23: error: this list is empty (remove it to match anything)"),
         ("rules:\n- from: []", "23: error: this list is empty (remove it to match anything)"),
         (
             "rules:\n- from:\n  - source: {principals: []}",
-            "24: error: principals is empty (remove it to match anything)",
+            "24: error: this list is empty (remove it to match anything)",
         ),
         (
             "rules:\n- from:\n  - source:\n      principals:\n      - spiffe://td/ns/a/sa/b",

@@ -57,11 +57,9 @@ impl Source {
 fn production(text: &str) -> String {
     let mut kept = String::new();
     for line in without_tests(text).lines() {
-        let code = match line.find("//") {
-            // Not within a text such as "spiffe://…".
-            Some(at) if line[..at].matches('"').count() % 2 == 0 => &line[..at],
-            _ => line,
-        };
+        // Not within a text such as "spiffe://…".
+        let comment = line.match_indices("//").find(|(at, _)| line[..*at].matches('"').count() % 2 == 0);
+        let code = comment.map_or(line, |(at, _)| &line[..at]);
         kept.push_str(code);
         kept.push('\n');
     }

@@ -1,0 +1,373 @@
+//! Pods → workloads, and which of them are enrolled here.
+
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::enrol::pod::LocalPod;
+use crate::model::addr::PodUid;
+use crate::model::addr::canonical_ip;
+use crate::model::identity::SpiffeId;
+use crate::model::workload::Reach;
+use crate::model::workload::Workload;
+use crate::model::workload::WorkloadKind;
+use crate::standalone::diagnostic::Diagnostic;
+use crate::standalone::diagnostic::nearest;
+use crate::standalone::objects::Object;
+use crate::standalone::objects::Objects;
+use crate::standalone::translate::CLUSTER;
+use crate::standalone::translate::Options;
+use crate::standalone::translate::Settings;
+
+/// Namespace or pod label: `ambient` puts in, `none` on a pod leaves out.
+const MODE: &str = "istio.io/dataplane-mode";
+/// Pod annotation: the network namespace, an absolute path or a name under [`NETNS_DIR`].
+const NETNS: &str = "ztunnel.io/netns";
+/// Pod annotation: addresses, separated by commas, for a pod without status.
+const IPS: &str = "ztunnel.io/ips";
+/// Every annotation of ours.
+const ANNOTATIONS: [&str; 2] = [NETNS, IPS];
+/// Where `ip netns` keeps network namespaces.
+const NETNS_DIR: &str = "/run/netns";
+/// Pod annotation of a pod that has a sidecar, which wins over ambient mode.
+const SIDECAR: &str = "sidecar.istio.io/status";
+/// Pod label of waypoints and gateways, which terminate HBONE themselves.
+const TUNNEL: &str = "networking.istio.io/tunnel";
+/// Namespaces whose pods are never enrolled: the default of Istio's node agent.
+const EXCLUDED: [&str; 1] = ["kube-system"];
+
+/// A pod whose policies are still being collected.
+#[derive(Debug)]
+pub(super) struct Draft<'a> {
+    pub(super) object: &'a Object<Pod>,
+    pub(super) workload: Workload,
+    /// Its traffic is ours (here or on another node), so that policies are enforced.
+    pub(super) enrolled: bool,
+    /// What to capture, if it is enrolled and on this node.
+    pub(super) local: Option<LocalPod>,
+}
+
+/// A pod whose workload is complete.
+#[derive(Debug)]
+pub(super) struct Built<'a> {
+    pub(super) object: &'a Object<Pod>,
+    pub(super) workload: Arc<Workload>,
+}
+
+impl<'a> Draft<'a> {
+    pub(super) fn build(self) -> Built<'a> {
+        Built { object: self.object, workload: Arc::new(self.workload) }
+    }
+}
+
+/// The indices of `pods` by namespace.
+pub(super) fn by_namespace<'n>(
+    namespaces: impl Iterator<Item = &'n Arc<str>>,
+) -> HashMap<Arc<str>, Vec<usize>> {
+    let mut index: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
+    for (pod, namespace) in namespaces.enumerate() {
+        index.entry(Arc::clone(namespace)).or_default().push(pod);
+    }
+    index
+}
+
+/// The pods that are part of the mesh, in the order of the objects.
+pub(super) fn drafts<'a>(
+    objects: &'a Objects,
+    options: &Options,
+    settings: &Settings,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Vec<Draft<'a>> {
+    let namespaces: HashMap<&str, &Object<Namespace>> =
+        objects.namespaces.iter().map(|namespace| (&*namespace.name, namespace)).collect();
+    for namespace in &objects.namespaces {
+        check_mode(namespace, diagnostics);
+        if namespace.label(MODE) == Some("ambient") && EXCLUDED.contains(&&*namespace.name) {
+            let message = format!("pods of {} are never enrolled", namespace.name);
+            let path = ["metadata", "labels", MODE];
+            diagnostics.push(Diagnostic::warning_at(&namespace.source, &path, message));
+        }
+    }
+    let mut unknown_namespaces = BTreeSet::new();
+    let mut drafts: Vec<Draft<'a>> = Vec::with_capacity(objects.pods.len());
+    let mut by_ip: HashMap<IpAddr, &Object<Pod>> = HashMap::new();
+    let mut by_netns: HashMap<PathBuf, &Object<Pod>> = HashMap::new();
+    for object in &objects.pods {
+        let phase = object.value.status.as_ref().and_then(|status| status.phase.as_deref());
+        if matches!(phase, Some("Succeeded" | "Failed")) {
+            continue;
+        }
+        check_mode(object, diagnostics);
+        check_annotations(object, diagnostics);
+        let namespace = namespaces.get(&*object.namespace).copied();
+        if namespace.is_none() && object.label(MODE).is_none() && unknown_namespaces.insert(&object.namespace)
+        {
+            let message = format!(
+                "namespace {} is not in the mesh file, so pods without a label {MODE} of their own are not enrolled",
+                object.namespace
+            );
+            let hint = format!("add a Namespace {} with its labels", object.namespace);
+            diagnostics
+                .push(Diagnostic::warning_at(&object.source, &["metadata", "namespace"], message).hint(hint));
+        }
+        let Some(mut draft) = draft(object, namespace, settings, diagnostics) else { continue };
+        if !draft.workload.host_network {
+            draft.workload.addresses.retain(|ip| {
+                let first = *by_ip.entry(*ip).or_insert(object);
+                let mine = std::ptr::eq(first, object);
+                if !mine {
+                    let message = format!(
+                        "pod {}/{} has the address {ip} of pod {}/{} ({}:{})",
+                        object.namespace,
+                        object.name,
+                        first.namespace,
+                        first.name,
+                        first.source.file,
+                        first.source.line
+                    );
+                    let hint = "give one of them another address, or remove the one that is gone";
+                    let path = ["status"];
+                    diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
+                }
+                mine
+            });
+        }
+        if draft.enrolled {
+            draft.local = local(&draft, options, diagnostics);
+        }
+        if let Some(local) = &draft.local {
+            let first = *by_netns.entry(local.netns.clone()).or_insert(object);
+            if !std::ptr::eq(first, object) {
+                let message = format!(
+                    "pod {}/{} has the network namespace of pod {}/{} ({}:{})",
+                    object.namespace,
+                    object.name,
+                    first.namespace,
+                    first.name,
+                    first.source.file,
+                    first.source.line
+                );
+                let path = ["metadata", "annotations", NETNS];
+                diagnostics.push(Diagnostic::error_at(&object.source, &path, message));
+                draft.local = None;
+            }
+        }
+        drafts.push(draft);
+    }
+    drafts
+}
+
+fn draft<'a>(
+    object: &'a Object<Pod>,
+    namespace: Option<&Object<Namespace>>,
+    settings: &Settings,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Draft<'a>> {
+    let spec = object.value.spec.as_ref();
+    let named =
+        spec.and_then(|spec| spec.service_account_name.as_deref().or(spec.service_account.as_deref()));
+    let service_account = named.filter(|name| !name.is_empty()).unwrap_or("default");
+    let identity = match SpiffeId::new(&settings.trust_domain, &object.namespace, service_account) {
+        Ok(identity) => identity,
+        Err(error) => {
+            let path = ["spec", "serviceAccountName"];
+            diagnostics.push(Diagnostic::error_at(&object.source, &path, error.to_string()));
+            return None;
+        }
+    };
+    let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
+    let enrolled = !host_network && is_enrolled(object, namespace, settings);
+    let native = !host_network && object.label(TUNNEL) == Some("http");
+    let (kind, workload_name) = owner(object);
+    let label = |keys: &[&str]| keys.iter().find_map(|key| object.label(key)).map(Arc::<str>::from);
+    let canonical_name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+        .unwrap_or_else(|| Arc::clone(&workload_name));
+    let canonical_revision =
+        label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
+            .unwrap_or_else(|| Arc::from("latest"));
+    let workload = Workload {
+        uid: Arc::from(format!("{CLUSTER}//Pod/{}/{}", object.namespace, object.name)),
+        name: Arc::clone(&object.name),
+        namespace: Arc::clone(&object.namespace),
+        identity,
+        node: Arc::from(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or_default()),
+        cluster: Arc::from(CLUSTER),
+        addresses: addresses(object, diagnostics),
+        workload_name,
+        kind,
+        canonical_name,
+        canonical_revision,
+        region: label(&["topology.kubernetes.io/region"]).unwrap_or_default(),
+        zone: label(&["topology.kubernetes.io/zone"]).unwrap_or_default(),
+        reach: if enrolled || native { Reach::Hbone } else { Reach::Plain },
+        healthy: is_healthy(object),
+        host_network,
+        policies: Vec::new(),
+    };
+    Some(Draft { object, workload, enrolled, local: None })
+}
+
+/// Istio's node agent's rule: a pod's own label decides; without one its namespace's does.
+fn is_enrolled(object: &Object<Pod>, namespace: Option<&Object<Namespace>>, settings: &Settings) -> bool {
+    let proxy = object.namespace == settings.root_namespace && object.label("app") == Some("ztunnel");
+    if proxy || EXCLUDED.contains(&&*object.namespace) || object.annotation(SIDECAR).is_some() {
+        return false;
+    }
+    match object.label(MODE) {
+        Some("ambient") => true,
+        Some("none") => false,
+        Some(_) | None => namespace.and_then(|namespace| namespace.label(MODE)) == Some("ambient"),
+    }
+}
+
+/// Ready as Kubernetes means it; a pod that does not say (written by hand) is.
+fn is_healthy(object: &Object<Pod>) -> bool {
+    let status = object.value.status.as_ref();
+    let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
+    object.metadata.deletion_timestamp.is_none() && ready.is_none_or(|ready| ready.status == "True")
+}
+
+/// The object that owns a pod, seen through the ReplicaSet of a Deployment and the Job of a CronJob.
+fn owner(object: &Object<Pod>) -> (WorkloadKind, Arc<str>) {
+    let owners = object.metadata.owner_references.as_deref().unwrap_or_default();
+    let Some(owner) = owners.iter().find(|owner| owner.controller == Some(true)) else {
+        return (WorkloadKind::Pod, Arc::clone(&object.name));
+    };
+    let name = owner.name.as_str();
+    match owner.kind.as_str() {
+        "ReplicaSet" => {
+            let hash = object.label("pod-template-hash");
+            let deployment = hash.and_then(|hash| name.strip_suffix(hash)?.strip_suffix('-'));
+            match deployment {
+                Some(deployment) => (WorkloadKind::Deployment, Arc::from(deployment)),
+                None => (WorkloadKind::Pod, Arc::from(name)),
+            }
+        }
+        "Deployment" => (WorkloadKind::Deployment, Arc::from(name)),
+        "CronJob" => (WorkloadKind::CronJob, Arc::from(name)),
+        "Job" => {
+            // A CronJob names its jobs <name>-<time in minutes>.
+            let cron = name.rsplit_once('-').filter(|(_, time)| {
+                (8..=10).contains(&time.len()) && time.chars().all(|c| c.is_ascii_digit())
+            });
+            match cron {
+                Some((cron, _)) => (WorkloadKind::CronJob, Arc::from(cron)),
+                None => (WorkloadKind::Job, Arc::from(name)),
+            }
+        }
+        _ => (WorkloadKind::Pod, Arc::from(name)),
+    }
+}
+
+/// The addresses of a pod: those of its status; if it has none there, those of the annotation.
+fn addresses(object: &Object<Pod>, diagnostics: &mut Vec<Diagnostic>) -> Vec<IpAddr> {
+    let status = object.value.status.as_ref();
+    let all = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
+    let mut texts: Vec<&str> = all.iter().map(|ip| ip.ip.as_str()).collect();
+    let mut path = vec!["status", "podIPs"];
+    if texts.is_empty() {
+        path = vec!["status", "podIP"];
+        texts.extend(status.and_then(|status| status.pod_ip.as_deref()).filter(|ip| !ip.is_empty()));
+    }
+    if texts.is_empty() {
+        path = vec!["metadata", "annotations", IPS];
+        let annotation = object.annotation(IPS).unwrap_or_default();
+        texts.extend(annotation.split(',').map(str::trim).filter(|ip| !ip.is_empty()));
+    }
+    let mut addresses = Vec::with_capacity(texts.len());
+    for text in texts {
+        let ip = text.parse().map(canonical_ip).ok();
+        match ip.filter(|ip| !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()) {
+            Some(ip) if addresses.contains(&ip) => {}
+            Some(ip) => addresses.push(ip),
+            None => {
+                let message = format!("{text:?} is not the address of a pod");
+                let hint = "write an IPv4 or IPv6 address without a prefix length";
+                diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
+            }
+        }
+    }
+    addresses
+}
+
+/// What to capture of an enrolled pod, if it is on this node.
+fn local(draft: &Draft<'_>, options: &Options, diagnostics: &mut Vec<Diagnostic>) -> Option<LocalPod> {
+    let (object, workload) = (draft.object, &draft.workload);
+    let annotation = object.annotation(NETNS);
+    let here = if workload.node.is_empty() { annotation.is_some() } else { *workload.node == options.node };
+    if !here {
+        return None;
+    }
+    let Some(annotation) = annotation else {
+        let message = format!(
+            "pod {}/{} is enrolled and on this node, but its network namespace is not known: it is not captured",
+            object.namespace, object.name
+        );
+        let hint = format!(
+            "add the annotation {NETNS}: <path, or name under {NETNS_DIR}>, or the label {MODE}: none"
+        );
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
+        return None;
+    };
+    let path = ["metadata", "annotations", NETNS];
+    let netns = match annotation.trim() {
+        absolute if absolute.starts_with('/') => PathBuf::from(absolute),
+        name if !matches!(name, "" | "." | "..") && !name.contains('/') => {
+            PathBuf::from(NETNS_DIR).join(name)
+        }
+        other => {
+            let message = format!("{other:?} does not name a network namespace");
+            let hint = format!("write an absolute path, or a name under {NETNS_DIR}");
+            diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
+            return None;
+        }
+    };
+    if workload.addresses.is_empty() {
+        let message =
+            format!("pod {}/{} has no address yet: it is not captured", object.namespace, object.name);
+        let hint = format!("write status.podIPs, or the annotation {IPS}: <addresses separated by commas>");
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
+        return None;
+    }
+    let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
+    let name = || format!("{}/{}", object.namespace, object.name);
+    Some(LocalPod {
+        uid: PodUid(uid.map_or_else(|| Arc::from(name()), Arc::from)),
+        workload: Arc::clone(&workload.uid),
+        namespace: Arc::clone(&workload.namespace),
+        name: Arc::clone(&workload.name),
+        netns,
+        addresses: workload.addresses.clone(),
+    })
+}
+
+fn check_mode<T>(object: &Object<T>, diagnostics: &mut Vec<Diagnostic>) {
+    if let Some(other) = object.label(MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
+        let message = format!("label {MODE} has no value {other:?}");
+        let hint = nearest(other, ["ambient", "none"]).unwrap_or("ambient or none");
+        let path = ["metadata", "labels", MODE];
+        diagnostics.push(
+            Diagnostic::warning_at(&object.source, &path, message).hint(format!("write {hint} instead")),
+        );
+    }
+}
+
+fn check_annotations(object: &Object<Pod>, diagnostics: &mut Vec<Diagnostic>) {
+    for key in object.metadata.annotations.iter().flat_map(|annotations| annotations.keys()) {
+        if key.starts_with("ztunnel.io/") && !ANNOTATIONS.contains(&key.as_str()) {
+            let message = format!("annotation {key} is not known");
+            let hint = nearest(key, ANNOTATIONS).map_or_else(
+                || format!("known are {}", ANNOTATIONS.join(" and ")),
+                |known| format!("write {known} instead"),
+            );
+            let path = ["metadata", "annotations", key];
+            diagnostics.push(Diagnostic::warning_at(&object.source, &path, message).hint(hint));
+        }
+    }
+}

@@ -1,12 +1,20 @@
 //! Finding the built programs.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
 /// Names the daemon to test, instead of the newest one in `target`.
 pub const DAEMON_VARIABLE: &str = "ZTUNNEL_BIN";
+
+static CHOSEN: OnceLock<PathBuf> = OnceLock::new();
+
+/// From here on this is the daemon to start. Only the first choice counts.
+pub fn use_daemon(path: PathBuf) {
+    let _already_chosen = CHOSEN.set(path);
+}
 
 /// The repository.
 pub fn repository() -> PathBuf {
@@ -21,6 +29,9 @@ pub fn target() -> PathBuf {
 
 /// The daemon's binary.
 pub fn daemon() -> Result<PathBuf> {
+    if let Some(path) = CHOSEN.get() {
+        return Ok(path.clone());
+    }
     if let Some(path) = std::env::var_os(DAEMON_VARIABLE) {
         return PathBuf::from(&path).canonicalize().with_context(|| format!("{DAEMON_VARIABLE}={path:?}"));
     }

@@ -133,7 +133,10 @@ fn processes() -> Vec<String> {
     let mut found = Vec::new();
     for entry in entries.flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if OURS.contains(&name.trim()) {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // An orphan that has ended waits for init, which takes its time.
+        let ended = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'));
+        if OURS.contains(&name.trim()) && !ended {
             found.push(format!("process {} {}", entry.file_name().to_string_lossy(), name.trim()));
         }
     }

@@ -14,8 +14,10 @@ use crate::world::{On, World, http};
 /// Within which the reconciler must have put it right.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(15);
 
+type Damage = fn(&Netns) -> Result<()>;
+
 /// What somebody may do in a pod.
-const DAMAGE: [(&str, fn(&Netns) -> Result<()>); 4] = [
+const DAMAGE: [(&str, Damage); 4] = [
     ("rules flushed", flush_rules),
     ("table 100 flushed", flush_table),
     ("tcp_fwmark_accept cleared", |netns| netns.set_sysctl("ipv4/tcp_fwmark_accept", "0")),

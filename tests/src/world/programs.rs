@@ -24,8 +24,8 @@ pub(super) fn nginx(pod: &Pod, directory: &Path) -> Result<Process> {
 fn config(name: &str, directory: &str) -> String {
     format!(
         "daemon off;
-user root;
-worker_processes 1;
+# One process, so that none is left when the run is killed.
+master_process off;
 pid {directory}/pid;
 error_log stderr warn;
 events {{ worker_connections 4096; }}

@@ -3,4 +3,6 @@
 pub mod enrol;
 pub mod mesh;
 pub mod model;
+pub mod policy;
+pub mod route;
 pub mod shutdown;

@@ -6,3 +6,4 @@ pub mod model;
 pub mod policy;
 pub mod route;
 pub mod shutdown;
+pub mod telemetry;

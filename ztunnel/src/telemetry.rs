@@ -43,6 +43,7 @@ pub mod access_log;
 mod cache;
 pub mod events;
 pub mod line;
+pub mod logging;
 pub mod metrics;
 pub mod process;
 pub mod series;

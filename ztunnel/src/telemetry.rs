@@ -51,6 +51,8 @@ pub mod writer;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 /// What telemetry is told at start.
 #[derive(Debug, Clone)]

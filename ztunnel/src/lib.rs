@@ -1,8 +1,10 @@
 //! The node proxy of an ambient mesh.
 
 pub mod enrol;
+pub mod hbone;
 pub mod mesh;
 pub mod model;
+pub mod net;
 pub mod policy;
 pub mod route;
 pub mod shutdown;

@@ -2,9 +2,12 @@
 
 pub mod enrol;
 pub mod hbone;
+pub mod identity;
 pub mod mesh;
 pub mod model;
 pub mod net;
 pub mod policy;
 pub mod route;
 pub mod shutdown;
+pub mod standalone;
+pub mod tls;

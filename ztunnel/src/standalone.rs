@@ -1,0 +1,3 @@
+//! The embedded control plane: a mesh directory and a certificate authority, no server needed.
+
+pub mod authority;

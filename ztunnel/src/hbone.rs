@@ -22,6 +22,9 @@ pub mod server;
 pub mod stream;
 pub mod transport;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 /// How tunnels behave. The two ends of a tunnel may differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {

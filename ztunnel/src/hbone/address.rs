@@ -364,7 +364,8 @@ mod tests {
             // A zone has no place in a header, and the flow label never travels.
             let client = SocketAddr::new(client.ip(), client.port());
             let forwarded = Forwarded { client, host: Some(&host) };
-            prop_assert_eq!(Forwarded::parse(&forwarded.to_string()), Some(forwarded.clone()));
+            let text = forwarded.to_string();
+            prop_assert_eq!(Forwarded::parse(&text), Some(forwarded.clone()));
             let address = Authority::Address(SocketAddr::new(client.ip(), port));
             prop_assert_eq!(Authority::parse(&address.to_string()), Ok(address));
             let baggage = Baggage {

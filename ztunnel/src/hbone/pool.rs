@@ -4,7 +4,6 @@
 //! per key: who comes meanwhile waits for it and shares its failure. A tunnel takes streams while it has room,
 //! and again when some have ended; when all are full another is dialled beside them.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -22,6 +21,7 @@ use crate::hbone::client::Tunnel;
 use crate::model::addr::HbonePeer;
 use crate::model::identity::SpiffeId;
 use crate::shutdown;
+use crate::tls::configs::Credentials;
 
 /// What streams must have in common to share a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -36,15 +36,18 @@ pub struct Key {
     pub expect: Vec<SpiffeId>,
 }
 
-/// What a tunnel was dialled with, compared by address. A tunnel made with other credentials than the present
-/// ones keeps its streams and gets no new ones.
-pub type Generation = Arc<dyn Any + Send + Sync>;
-
 /// What a dial comes to.
 pub type Dialled = Result<(Arc<Tunnel>, Driver), DialError>;
 
-/// Makes the dial for a key. It runs apart from who asked, as others wait for it as well.
-pub type Dial<'a> = &'a (dyn Fn() -> Pin<Box<dyn Future<Output = Dialled> + Send>> + Sync);
+/// Makes the dial for a key.
+pub trait Dialer: Sync {
+    /// The credentials to dial with as of now. A tunnel made with others keeps its streams and gets no new ones:
+    /// newer ones exist only when the older are due for renewal.
+    fn credentials(&self) -> Arc<Credentials>;
+
+    /// Dials with `credentials`. It runs apart from who asked, as others wait for it as well.
+    fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>>;
+}
 
 /// How often one request may find that others were quicker before it gives up.
 const ROUNDS_MAX: usize = 16;
@@ -58,7 +61,7 @@ pub struct Pool {
 
 #[derive(Debug, Default)]
 struct Peer {
-    tunnels: Vec<(Generation, Arc<Tunnel>)>,
+    tunnels: Vec<(Arc<Credentials>, Arc<Tunnel>)>,
     /// While a dial is under way: who waits for it.
     dialling: Option<Vec<oneshot::Sender<Result<(), Arc<DialError>>>>>,
 }
@@ -88,16 +91,11 @@ impl Pool {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Room for a stream under `key`, on a tunnel made with `generation`; dialled if there is none.
-    pub async fn lease(
-        &self,
-        key: &Key,
-        generation: &Generation,
-        dial: Dial<'_>,
-    ) -> Result<Leased, Arc<DialError>> {
+    /// Room for a stream under `key`; a tunnel is dialled if there is none.
+    pub async fn lease(&self, key: &Key, dialer: &dyn Dialer) -> Result<Leased, Arc<DialError>> {
         let mut reused = true;
         for _round in 0..ROUNDS_MAX {
-            match self.next(key, generation, dial) {
+            match self.next(key, dialer) {
                 Next::Leased(lease) => return Ok(Leased { lease, reused }),
                 Next::Busy(waiting) => return Err(Arc::new(DialError::Busy { peer: key.peer, waiting })),
                 Next::Wait(dialled) => {
@@ -112,14 +110,15 @@ impl Pool {
         Err(Arc::new(DialError::NoRoom { peer: key.peer }))
     }
 
-    fn next(&self, key: &Key, generation: &Generation, dial: Dial<'_>) -> Next {
+    fn next(&self, key: &Key, dialer: &dyn Dialer) -> Next {
+        let credentials = dialer.credentials();
         let mut peers = self.peers();
         if !peers.contains_key(key) {
             peers.insert(key.clone(), Peer::default());
         }
         let peer = peers.get_mut(key).expect("it was put there if it was not");
         peer.tunnels.retain(|(made_with, tunnel)| {
-            if !std::ptr::addr_eq(Arc::as_ptr(made_with), Arc::as_ptr(generation)) {
+            if !Arc::ptr_eq(made_with, &credentials) {
                 tunnel.retire();
             }
             tunnel.is_open()
@@ -134,22 +133,22 @@ impl Pool {
             Some(waiters) => waiters.push(sender),
             None => {
                 peer.dialling = Some(vec![sender]);
-                let (pool, key, generation, dial) =
-                    (self.clone(), key.clone(), Arc::clone(generation), dial());
-                shutdown::spawn(async move { pool.run(key, generation, dial).await });
+                let dial = dialer.dial(Arc::clone(&credentials));
+                let (pool, key) = (self.clone(), key.clone());
+                shutdown::spawn(async move { pool.run(key, credentials, dial).await });
             }
         }
         Next::Wait(receiver)
     }
 
     /// Dials, tells who waits, and stays with the tunnel until it is closed.
-    async fn run(&self, key: Key, generation: Generation, dial: impl Future<Output = Dialled>) {
+    async fn run(&self, key: Key, made_with: Arc<Credentials>, dial: impl Future<Output = Dialled>) {
         let mut dialled = dial.await;
         let waiters = {
             let mut peers = self.peers();
             let peer = peers.entry(key.clone()).or_default();
             if let Ok((tunnel, _)) = &mut dialled {
-                peer.tunnels.push((generation, Arc::clone(tunnel)));
+                peer.tunnels.push((made_with, Arc::clone(tunnel)));
             }
             peer.dialling.take().unwrap_or_default()
         };

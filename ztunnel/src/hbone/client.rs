@@ -23,7 +23,6 @@ use http::Request;
 use http::StatusCode;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpSocket;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio::time::timeout;
@@ -40,6 +39,7 @@ use crate::hbone::transport::Keepalive;
 use crate::hbone::transport::defer;
 use crate::model::addr::HbonePeer;
 use crate::net::buffer::ReadAhead;
+use crate::net::socket::Dial;
 
 /// Why there is no tunnel. Shared by all who waited for it.
 #[derive(Debug, thiserror::Error)]
@@ -103,9 +103,9 @@ pub enum DialError {
     },
 }
 
-/// Connects within `limit`, so that the answer is the kernel's or a timeout.
-pub async fn connect(socket: TcpSocket, peer: HbonePeer, limit: Duration) -> Result<TcpStream, DialError> {
-    match timeout(limit, socket.connect(peer.0)).await {
+/// Waits for `dial` no longer than `limit`.
+pub async fn connect(dial: Dial, peer: HbonePeer, limit: Duration) -> Result<TcpStream, DialError> {
+    match timeout(limit, dial).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(source)) if source.kind() == io::ErrorKind::TimedOut => {
             Err(DialError::Timeout { peer, after: limit })
@@ -310,6 +310,11 @@ pub struct Connect<'a> {
 }
 
 impl Lease {
+    /// The tunnel is not to be used for new streams: it did not take this one.
+    pub fn retire(&self) {
+        self.tunnel.retire();
+    }
+
     /// Sends the request. Data may follow at once; the answer comes when it comes.
     pub async fn open(&mut self, connect: &Connect<'_>) -> Result<Opening, StreamError> {
         // It can be gone only if `open` was called before.

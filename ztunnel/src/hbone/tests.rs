@@ -25,7 +25,6 @@ use rustls::pki_types::CertificateDer;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
-use tokio::net::TcpSocket;
 use tokio::net::TcpStream;
 
 use crate::hbone::Config;
@@ -183,7 +182,7 @@ impl Dialer for Mesh {
         let (peer, config) = (self.peer, self.config.clone());
         self.dials.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
-            let socket = connect(TcpSocket::new_v4().unwrap(), peer, Duration::from_secs(5)).await?;
+            let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await?;
             handshake(socket, peer, credentials.client_config(&[id("server")]), &config).await
         })
     }
@@ -524,7 +523,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
         ping_timeout: Duration::from_millis(50),
         ..Config::default()
     };
-    let socket = connect(TcpSocket::new_v4().unwrap(), peer, Duration::from_secs(5)).await.unwrap();
+    let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await.unwrap();
     let tls = ca.certify(&id("client")).client_config(&[id("server")]);
     let (tunnel, driver) = handshake(socket, peer, tls, &config).await.unwrap();
     let mut lease = tunnel.lease().unwrap();
@@ -540,7 +539,8 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
 #[tokio::test]
 async fn the_wrong_server_is_no_peer() {
     let mesh = Mesh::start(Config::default(), echo()).await;
-    let socket = connect(TcpSocket::new_v4().unwrap(), mesh.peer, Duration::from_secs(5)).await.unwrap();
+    let socket =
+        connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, Duration::from_secs(5)).await.unwrap();
     let tls = mesh.client.client_config(&[id("somebody-else")]);
     let result = handshake(socket, mesh.peer, tls, &mesh.config).await;
     assert!(matches!(result, Err(DialError::Tls { .. })));

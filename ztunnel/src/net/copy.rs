@@ -43,10 +43,27 @@ pub enum CopyError {
     Server(#[source] io::Error),
 }
 
+impl CopyError {
+    /// Whether one of the two sides reset the connection, as applications do.
+    pub fn is_reset(&self) -> bool {
+        let (Self::Client(error) | Self::Server(error)) = self;
+        is_reset(error)
+    }
+}
+
+/// Whether an error is what a socket says of a peer that reset the connection.
+pub fn is_reset(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
+}
+
 /// Relays until both directions have ended. When either side breaks, or this future is dropped before the
 /// end, both are reset.
-pub async fn relay(client: TcpStream, server: TcpStream, meter: &impl Meter) -> Result<(), CopyError> {
-    let (mut client, mut server) = (ResetUnlessDone::new(client), ResetUnlessDone::new(server));
+pub async fn relay(
+    mut client: ResetUnlessDone,
+    mut server: ResetUnlessDone,
+    meter: &impl Meter,
+) -> Result<(), CopyError> {
     let (mut up, mut down) = (Direction::default(), Direction::default());
     let mut watch = Watch::default();
     let done = poll_fn(|cx| {
@@ -195,12 +212,18 @@ impl Direction {
 }
 
 /// How many pieces one write gathers.
-pub const GATHER_MAX: usize = 64;
+const GATHER_MAX: usize = 64;
+
+/// Pieces smaller than this are joined when one write can take no more of them: small pieces that nobody takes
+/// would cost more than what is in them.
+const JOIN_MAX: usize = 4096;
 
 /// Pieces waiting to be written to a socket, many by one system call.
 #[derive(Debug, Default)]
 pub struct Outflow {
     pieces: VecDeque<Bytes>,
+    /// What comes after `pieces`, joined.
+    tail: BytesMut,
     bytes: usize,
 }
 
@@ -210,7 +233,7 @@ impl Outflow {
         self.bytes == 0
     }
 
-    /// Whether one write can take no more pieces.
+    /// Whether as much waits as one write takes.
     pub fn is_full(&self) -> bool {
         self.pieces.len() >= GATHER_MAX
     }
@@ -222,23 +245,29 @@ impl Outflow {
 
     /// Queues a piece.
     pub fn push(&mut self, piece: Bytes) {
-        if !piece.is_empty() {
-            self.bytes += piece.len();
-            self.pieces.push_back(piece);
+        if piece.is_empty() {
+            return;
         }
+        self.bytes += piece.len();
+        if self.is_full() && piece.len() < JOIN_MAX {
+            self.tail.extend_from_slice(&piece);
+            return;
+        }
+        self.push_tail();
+        self.pieces.push_back(piece);
     }
 
-    /// Joins the pieces into one, which costs a copy. For when they are many and small and nobody takes them.
-    pub fn join(&mut self) {
-        let mut joined = BytesMut::with_capacity(self.bytes);
-        for piece in self.pieces.drain(..) {
-            joined.extend_from_slice(&piece);
+    fn push_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.pieces.push_back(std::mem::take(&mut self.tail).freeze());
         }
-        self.pieces.push_back(joined.freeze());
     }
 
     /// Writes once, and says how many bytes that took.
     pub fn poll_write(&mut self, to: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if !self.is_full() {
+            self.push_tail();
+        }
         let to = Pin::new(to);
         let written = if self.pieces.len() == 1 {
             ready!(to.poll_write(cx, &self.pieces[0]))?
@@ -301,6 +330,11 @@ mod tests {
         }
     }
 
+    /// Relays between two plain sockets.
+    async fn relayed(client: TcpStream, server: TcpStream, count: &Count) -> Result<(), CopyError> {
+        relay(ResetUnlessDone::new(client), ResetUnlessDone::new(server), count).await
+    }
+
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -334,7 +368,7 @@ mod tests {
             let () = sent;
             assert_eq!(got, answer);
         };
-        let (done, ()) = tokio::join!(relay(front, back, &count), talk);
+        let (done, ()) = tokio::join!(relayed(front, back, &count), talk);
         done.unwrap();
         assert_eq!((count.up.get(), count.down.get()), (8, 3_000_000));
     }
@@ -345,7 +379,7 @@ mod tests {
         let (back, mut server) = pair().await;
         reset_on_close(&client);
         drop(client);
-        let error = relay(front, back, &Count::default()).await.unwrap_err();
+        let error = relayed(front, back, &Count::default()).await.unwrap_err();
         assert!(matches!(error, CopyError::Client(_)), "{error}");
         let error = server.read(&mut [0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -366,9 +400,22 @@ mod tests {
             reset_on_close(&client);
             drop(client);
         };
-        let (done, ()) = tokio::join!(relay(front, back, &count), fill);
+        let (done, ()) = tokio::join!(relayed(front, back, &count), fill);
         assert!(matches!(done.unwrap_err(), CopyError::Client(_)));
         drop(server);
+    }
+
+    #[test]
+    fn small_pieces_that_nobody_takes_are_joined() {
+        let mut outflow = Outflow::default();
+        for n in 0..100_000_u32 {
+            outflow.push(Bytes::copy_from_slice(&n.to_be_bytes()));
+        }
+        outflow.push(Bytes::from(vec![0; JOIN_MAX]));
+        assert_eq!(outflow.len(), 400_000 + JOIN_MAX);
+        assert_eq!(outflow.pieces.len(), GATHER_MAX + 2);
+        let all: Vec<u8> = outflow.pieces.iter().flatten().copied().collect();
+        assert!(all.chunks(4).zip(0..100_000_u32).all(|(piece, n)| piece == n.to_be_bytes()));
     }
 
     #[test]

@@ -12,6 +12,9 @@ use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::SockAddr;
@@ -21,9 +24,11 @@ use socket2::TcpKeepalive;
 use socket2::Type;
 use tokio::net::TcpSocket;
 
+use crate::model::addr::OriginalDst;
 use crate::model::addr::canonical;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
+use crate::net::origdst::original_dst;
 
 /// The bits of a packet mark that are ours.
 pub const MARK_MASK: u32 = 0xfff;
@@ -92,25 +97,31 @@ pub fn reset_on_close(socket: &impl AsFd) {
     let _set = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
-/// Makes the sockets with which the daemon dials on behalf of one pod.
-pub trait Sockets: Send + Sync {
-    /// For a connection that leaves the pod towards `to`: a tunnel, or an application's own connection that
-    /// goes on unchanged. It carries the pod's address.
-    fn leaving(&self, to: SocketAddr) -> io::Result<TcpSocket>;
+/// The network of one pod, as the data path uses it.
+pub trait PodNetwork: Send + Sync {
+    /// Where a connection that one of the pod's listeners accepted was going, in canonical form.
+    fn original_dst(&self, accepted: &TcpStream) -> io::Result<OriginalDst>;
 
-    /// For a connection to the pod's application at `to`, which is to see `client` as its peer.
-    fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<TcpSocket>;
+    /// Dials what leaves the pod: a tunnel, or an application's own connection that goes on unchanged. It
+    /// carries the pod's address.
+    fn leave(&self, to: SocketAddr) -> Dial;
+
+    /// Dials the pod's application, which sees `client` as its peer.
+    fn deliver(&self, client: IpAddr, to: SocketAddr) -> Dial;
 }
 
-/// Sockets inside a captured pod's network namespace.
-pub struct PodSockets {
+/// A dial under way. It takes as long as the kernel takes, unless it is dropped.
+pub type Dial = BoxFuture<'static, io::Result<tokio::net::TcpStream>>;
+
+/// A captured pod: its sockets live in its network namespace.
+pub struct CapturedPod {
     netns: Arc<Netns>,
     bypass: Arc<dyn Bypass>,
     keepalive: Keepalive,
 }
 
-impl PodSockets {
-    /// Sockets in `netns` that `bypass` lets out.
+impl CapturedPod {
+    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it.
     pub fn new(netns: Arc<Netns>, bypass: Arc<dyn Bypass>, keepalive: Keepalive) -> Self {
         Self { netns, bypass, keepalive }
     }
@@ -123,16 +134,14 @@ impl PodSockets {
         socket.set_mark(mark)?;
         Ok(socket)
     }
-}
 
-impl Sockets for PodSockets {
-    fn leaving(&self, to: SocketAddr) -> io::Result<TcpSocket> {
+    fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
         let socket = self.socket(to, BYPASS)?;
         self.bypass.vouch(socket.as_fd())?;
-        Ok(TcpSocket::from_std_stream(socket.into()))
+        Ok(socket)
     }
 
-    fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<TcpSocket> {
+    fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
         let socket = self.socket(to, REPLY)?;
         // Without the device, a dial to the pod's own address would look like one from the wire to the
         // programs that pick the listener, and come back to the daemon.
@@ -145,11 +154,29 @@ impl Sockets for PodSockets {
                 socket.set_ip_transparent_v6(true)?;
             }
             // The port is chosen at connect, per destination, so that clients do not run out of ports.
-            nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(client, 0).into())?;
         }
-        Ok(TcpSocket::from_std_stream(socket.into()))
+        Ok(socket)
     }
+}
+
+impl PodNetwork for CapturedPod {
+    fn original_dst(&self, accepted: &TcpStream) -> io::Result<OriginalDst> {
+        original_dst(accepted)
+    }
+
+    fn leave(&self, to: SocketAddr) -> Dial {
+        dial(self.leaving(to), to)
+    }
+
+    fn deliver(&self, client: IpAddr, to: SocketAddr) -> Dial {
+        dial(self.delivering(client, to), to)
+    }
+}
+
+fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
+    Box::pin(async move { TcpSocket::from_std_stream(socket?.into()).connect(to).await })
 }
 
 #[cfg(test)]

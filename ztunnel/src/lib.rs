@@ -10,4 +10,5 @@ pub mod policy;
 pub mod route;
 pub mod shutdown;
 pub mod standalone;
+pub mod telemetry;
 pub mod tls;

@@ -7,6 +7,7 @@ pub mod mesh;
 pub mod model;
 pub mod net;
 pub mod policy;
+pub mod proxy;
 pub mod route;
 pub mod shutdown;
 pub mod standalone;

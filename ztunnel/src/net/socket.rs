@@ -22,6 +22,8 @@ use socket2::SockRef;
 use socket2::Socket;
 use socket2::TcpKeepalive;
 use socket2::Type;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::TcpSocket;
 
 use crate::model::addr::OriginalDst;
@@ -89,6 +91,38 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     let stream = unsafe { TcpStream::from_raw_fd(fd) };
     let peer = peer.as_socket().ok_or_else(|| io::Error::other("a TCP peer without an IP address"))?;
     Ok((stream, canonical(peer)))
+}
+
+/// A listener whose connections are taken on the current runtime.
+#[derive(Debug)]
+pub struct Acceptor(AsyncFd<TcpListener>);
+
+impl Acceptor {
+    /// A prepared listener ([`prepare_listener`]), in the context of the runtime.
+    pub fn new(listener: TcpListener) -> io::Result<Self> {
+        // SAFETY: a `TcpListener` is the same open descriptor for as long as it lives, and it is not replaced.
+        unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }
+            .map(Self)
+            .map_err(io::Error::from)
+    }
+
+    /// Waits until `take` finds a connection, or fails for another reason. Fails only when the runtime ends.
+    ///
+    /// `take` is called with the listener, and answers `WouldBlock` once no connection is left.
+    pub async fn accepting(&self, mut take: impl FnMut(&TcpListener) -> io::Result<()>) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            match ready.try_io(|listener| take(listener.get_ref())) {
+                Ok(taken) => return taken,
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// The listener.
+    pub fn listener(&self) -> &TcpListener {
+        self.0.get_ref()
+    }
 }
 
 /// Makes the coming close of `socket` a reset: the other side must not take what it got for the whole.

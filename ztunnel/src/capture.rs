@@ -20,6 +20,7 @@ pub mod host;
 mod listeners;
 mod maps;
 mod netlink;
+pub mod ownership;
 pub mod node;
 mod pins;
 mod pod;

@@ -81,7 +81,7 @@ impl Node {
     }
 
     /// Takes the next generation.
-    fn own(&mut self, mounted: bool) -> Result<(), OpenError> {
+    pub(super) fn own(&mut self, mounted: bool) -> Result<(), OpenError> {
         let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
         let state = &mut self.maps.state;
         self.generation = state.get(&STATE_GENERATION, 0).map_err(failed)? + 1;

@@ -1,5 +1,6 @@
 //! The node proxy of an ambient mesh.
 
+pub mod admin;
 pub mod enrol;
 pub mod mesh;
 pub mod model;

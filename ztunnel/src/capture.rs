@@ -70,11 +70,11 @@ pub struct PodSpec {
 #[derive(Debug)]
 pub struct Listeners {
     /// Connections the pod opens.
-    pub outbound: TcpListener,
+    pub outbound: Arc<TcpListener>,
     /// Plaintext connections to the pod.
-    pub inbound: TcpListener,
+    pub inbound: Arc<TcpListener>,
     /// HBONE tunnels to the pod.
-    pub hbone: TcpListener,
+    pub hbone: Arc<TcpListener>,
 }
 
 /// A pod's listeners and namespace.

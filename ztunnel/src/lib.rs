@@ -57,6 +57,7 @@
 //!   certificate.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
+pub mod admin;
 pub mod app;
 pub mod capture;
 pub mod config;

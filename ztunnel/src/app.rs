@@ -60,7 +60,7 @@ use crate::telemetry::writer;
 
 pub mod commands;
 pub mod handover;
-mod kernel;
+pub mod kernel;
 
 /// How often the kernel is compared with what it should hold.
 const RECONCILE_EVERY: Duration = Duration::from_secs(2);

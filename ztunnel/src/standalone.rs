@@ -1,8 +1,8 @@
 //! The embedded control plane: a mesh file and a built-in certificate authority, no server needed.
 //!
-//! The mesh file is Kubernetes and Istio YAML. [`file`] reads it, [`decode`] makes typed [`objects`] of it,
+//! The mesh file is Kubernetes and Istio YAML. [`mod@file`] reads it, [`decode`] makes typed [`objects`] of it,
 //! [`translate`] turns those into the mesh model, and [`watch`] does so again whenever the files change.
-//! Only [`file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
+//! Only [`mod@file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
 //!
 //! # What a mesh file may hold
 //!

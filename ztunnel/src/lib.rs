@@ -60,9 +60,17 @@
 pub mod app;
 pub mod config;
 pub mod enrol;
+pub mod hbone;
 pub mod identity;
 pub mod mesh;
 pub mod model;
+pub mod net;
+pub mod policy;
+pub mod proxy;
+pub mod route;
 pub mod shutdown;
 pub mod standalone;
+pub mod tls;
+pub mod telemetry;
+pub mod telemetry;
 pub mod tls;

@@ -14,8 +14,6 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::sys;
-
 /// Paths below the pin directory, for one version of the maps.
 #[derive(Debug, Clone)]
 pub(super) struct Pins {
@@ -98,14 +96,8 @@ impl Pins {
             .collect()
     }
 
-    /// Detaches and removes everything of this version.
+    /// Removes everything of this version; links and programs go with their last pin.
     pub(super) fn remove_all(&self) -> io::Result<()> {
-        let pods = std::fs::read_dir(self.versioned.join("pods")).into_iter().flatten().flatten();
-        for dir in pods.map(|entry| entry.path()).chain([self.links()]) {
-            for link in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-                sys::detach(&link.path())?;
-            }
-        }
         gone(std::fs::remove_dir_all(&self.versioned))
     }
 
@@ -119,7 +111,7 @@ impl Pins {
             }
         }
         if let Some(point) = point
-            && is_empty(&point)?
+            && std::fs::read_dir(&point)?.next().is_none()
         {
             umount2(&point, MntFlags::empty())?;
             if point == self.root {
@@ -128,11 +120,6 @@ impl Pins {
         }
         Ok(())
     }
-}
-
-/// Whether a bpf file system holds no pins; what the kernel itself puts there has a dot in its name.
-fn is_empty(dir: &Path) -> io::Result<bool> {
-    Ok(!std::fs::read_dir(dir)?.flatten().any(|entry| !entry.file_name().as_encoded_bytes().contains(&b'.')))
 }
 
 /// A file or directory that is gone already is as good as removed.

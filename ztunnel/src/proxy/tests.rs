@@ -626,5 +626,5 @@ fn size<A, B, C, D, F>(_connection: impl Fn(A, B, C, D) -> F) -> usize {
 fn connections_stay_small() {
     // What an idle connection costs besides its sockets and its stream.
     let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
-    assert!(sizes.iter().all(|size| *size <= 2048), "{sizes:?}");
+    assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
 }

@@ -96,7 +96,11 @@ struct Net {
 impl Net {
     fn dial(&self, to: SocketAddr) -> Dial {
         let place = self.places.lock().unwrap().get(&to).copied();
-        Box::pin(async move { TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await })
+        Box::pin(async move {
+            let socket = TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await?;
+            socket.set_nodelay(true)?;
+            Ok(socket)
+        })
     }
 }
 

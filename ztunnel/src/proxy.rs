@@ -26,6 +26,8 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::Weak;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::runtime;
@@ -113,15 +115,27 @@ pub struct PodSpec {
     pub addresses: Vec<IpAddr>,
 }
 
-/// Where a pod's connections arrive: sockets in its network namespace, transparent.
+/// Where a pod's connections arrive: sockets in its network namespace, transparent. Shared, because who redirects
+/// traffic to them may have to do so again.
 #[derive(Debug)]
 pub struct Listeners {
     /// What the pod dials.
-    pub outbound: TcpListener,
+    pub outbound: Arc<TcpListener>,
     /// Plain connections to the pod.
-    pub inbound: TcpListener,
+    pub inbound: Arc<TcpListener>,
     /// Tunnels to the pod.
-    pub hbone: TcpListener,
+    pub hbone: Arc<TcpListener>,
+}
+
+/// A removed pod whose open connections go on.
+#[derive(Debug)]
+pub struct Leaving(Weak<Pod>);
+
+impl Leaving {
+    /// Whether the last of its connections has ended.
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
+    }
 }
 
 /// How much is going on.
@@ -140,6 +154,7 @@ pub struct DataPlane {
     config: Arc<Config>,
     bypass: Arc<dyn Bypass>,
     shards: Vec<Arc<Shard>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
     count: Arc<Count>,
     /// Ends the accepting of all pods, as a drain does, without one.
@@ -164,6 +179,7 @@ impl DataPlane {
             (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
         let mut shards = Vec::with_capacity(channels.len());
+        let mut threads = Vec::with_capacity(channels.len());
         for (index, (_, arrivals)) in channels.drain(..).enumerate() {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let shard = Arc::new(Shard::new(
@@ -178,12 +194,14 @@ impl DataPlane {
                 senders.iter().cycle().skip(index + 1).take(senders.len() - 1).cloned().collect(),
             ));
             shards.push(Arc::clone(&shard));
-            std::thread::Builder::new()
+            let thread = std::thread::Builder::new()
                 .name(format!("data-{index}"))
                 .spawn(move || runtime.block_on(shard.run(arrivals)))?;
+            threads.push(thread);
         }
         let (handover, handing_over) = shutdown::channel();
-        Ok(Self { config, bypass, shards, pods: Mutex::default(), count, handover, handing_over })
+        let threads = Mutex::new(threads);
+        Ok(Self { config, bypass, shards, threads, pods: Mutex::default(), count, handover, handing_over })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
@@ -228,10 +246,10 @@ impl DataPlane {
 
     /// Takes no new connections of the pod, and lets those that are open go on until their end. Peers are told
     /// to open no new streams on their tunnels to it.
-    pub fn remove_pod(&self, uid: &PodUid) {
-        if let Some((_, stop)) = self.pods().remove(uid) {
-            stop.drain();
-        }
+    pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
+        let (pod, stop) = self.pods().remove(uid)?;
+        stop.drain();
+        Some(Leaving(Arc::downgrade(&pod)))
     }
 
     /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
@@ -246,6 +264,16 @@ impl DataPlane {
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
         let count = Arc::clone(&self.count);
         async move { count.zero().await }
+    }
+
+    /// Waits for the threads to end, which they do when the signal closes, so that what they drop is reset before
+    /// the process ends and its sockets are closed in order.
+    pub fn join(&self) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ended = thread.join();
+        }
     }
 
     /// How much is going on now.

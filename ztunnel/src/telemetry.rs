@@ -43,6 +43,7 @@ pub mod access_log;
 mod cache;
 pub mod events;
 pub mod line;
+pub mod logging;
 pub mod metrics;
 pub mod process;
 pub mod series;
@@ -50,6 +51,8 @@ pub mod writer;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 /// What telemetry is told at start.
 #[derive(Debug, Clone)]

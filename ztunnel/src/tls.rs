@@ -5,3 +5,8 @@
 
 pub mod configs;
 pub mod verify;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

@@ -293,3 +293,6 @@ impl Schedule {
         self.sequence
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! The one task that owns the node's certificates, and the handle by which they are read.
 //!
-//! What is asked for when is decided in [`super::schedule`]; here it is carried out.
+//! What is asked for when is decided in `schedule`; here it is carried out.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -351,3 +351,6 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

@@ -82,7 +82,7 @@ pub struct Listener {
 
 impl Listener {
     /// In the context of the thread's runtime.
-    pub(super) fn new(kind: Kind, listener: TcpListener) -> io::Result<Self> {
+    pub(super) fn new(kind: Kind, listener: Arc<TcpListener>) -> io::Result<Self> {
         Ok(Self { kind, acceptor: Acceptor::new(listener)? })
     }
 

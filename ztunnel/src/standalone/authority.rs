@@ -4,6 +4,9 @@
 //! share, an *intermediate* per node that never leaves its memory, and the workloads' *leaves*, valid for a day.
 //! A root belongs to one trust domain, named by the URI in its certificate; a root from elsewhere that names none
 //! serves any. Does not decide who asks: see [`crate::identity`].
+//!
+//! A root is replaced without an outage in three rounds over all nodes, each with a restart: append the new
+//! certificate to `root-cert.pem`; put the new key in place and the new certificate first; remove the old one.
 
 mod root;
 
@@ -89,7 +92,7 @@ pub enum AuthorityError {
     },
     /// The root was made for another trust domain.
     #[error(
-        "the root in {} is of trust domain {found:?}, the mesh is of {wanted:?}: use another state directory, or \
+        "the root in {} is of trust domain {found}, the mesh is of {wanted}: use another state directory, or \
          name the root's trust domain in the mesh", path.display()
     )]
     TrustDomain {
@@ -136,10 +139,12 @@ impl Authority {
         let root = Root::open(state_dir, trust_domain, now)?;
         let intermediate = Intermediate::new(&root, node, now).map_err(AuthorityError::Signing)?;
         let mut roots = RootCertStore::empty();
-        roots.add(root.certificate().clone()).map_err(|error| AuthorityError::Unusable {
-            path: state_dir.join(root::CERTIFICATE),
-            problem: format!("is no root certificate ({error})"),
-        })?;
+        for certificate in root.trusted() {
+            roots.add(certificate.clone()).map_err(|error| AuthorityError::Unusable {
+                path: state_dir.join(root::CERTIFICATE),
+                problem: format!("holds a certificate that is no root's ({error})"),
+            })?;
+        }
         Ok(Self {
             root,
             roots: Arc::new(roots),

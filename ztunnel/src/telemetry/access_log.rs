@@ -109,3 +109,129 @@ fn known(line: &mut Line<'_>, key: &str, value: &str) {
         line.text(key, value);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::telemetry::events::Opened;
+    use crate::telemetry::events::RefusedEarly;
+    use crate::telemetry::events::ResponseFlag;
+    use crate::telemetry::testing::addresses;
+    use crate::telemetry::testing::parties;
+
+    /// 2026-01-01T00:00:00.000042Z
+    fn at() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_micros(1_767_225_600_000_042)
+    }
+
+    fn closed(parties: Parties, flag: ResponseFlag, error: Option<&str>) -> AccessRecord {
+        AccessRecord::Closed(Closed {
+            at: at(),
+            parties,
+            addresses: addresses(),
+            received: 84,
+            sent: 175,
+            duration: Duration::from_micros(2_900),
+            flag,
+            error: error.map(str::to_owned),
+        })
+    }
+
+    fn line(format: Format, record: &AccessRecord) -> String {
+        let mut out = String::new();
+        write(&mut out, format, record);
+        out
+    }
+
+    #[test]
+    fn an_outbound_connection_reads_as_istio_writes_it() {
+        let record = closed(parties(Reporter::Source), ResponseFlag::None, None);
+        assert_eq!(
+            line(Format::Plain, &record),
+            "2026-01-01T00:00:00.000042Z\tinfo\taccess\tconnection complete\t\
+             src.addr=10.0.0.1:4242 src.workload=\"a-1\" src.namespace=\"shop\" \
+             src.identity=\"spiffe://cluster.local/ns/shop/sa/a\" src.cluster=\"Kubernetes\" \
+             dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:8080 dst.service=\"b.shop.svc.cluster.local\" \
+             dst.workload=\"b-1\" dst.namespace=\"shop\" dst.identity=\"spiffe://cluster.local/ns/shop/sa/b\" \
+             dst.cluster=\"Kubernetes\" direction=\"outbound\" bytes_sent=84 bytes_recv=175 duration=\"2ms\"\n"
+        );
+    }
+
+    #[test]
+    fn the_server_sent_what_the_client_received() {
+        let record = closed(parties(Reporter::Destination), ResponseFlag::None, None);
+        let text = line(Format::Plain, &record);
+        assert!(
+            text.ends_with("direction=\"inbound\" bytes_sent=175 bytes_recv=84 duration=\"2ms\"\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn json_has_the_same_fields_in_the_same_order() {
+        let record = closed(parties(Reporter::Source), ResponseFlag::Connect, Some("no \"route\""));
+        let text = line(Format::Json, &record);
+        assert_eq!(
+            text,
+            "{\"level\":\"error\",\"time\":\"2026-01-01T00:00:00.000042Z\",\"scope\":\"access\",\
+             \"message\":\"connection complete\",\
+             \"src.addr\":\"10.0.0.1:4242\",\"src.workload\":\"a-1\",\"src.namespace\":\"shop\",\
+             \"src.identity\":\"spiffe://cluster.local/ns/shop/sa/a\",\"src.cluster\":\"Kubernetes\",\
+             \"dst.addr\":\"10.0.0.2:15008\",\"dst.hbone_addr\":\"10.0.0.2:8080\",\
+             \"dst.service\":\"b.shop.svc.cluster.local\",\"dst.workload\":\"b-1\",\"dst.namespace\":\"shop\",\
+             \"dst.identity\":\"spiffe://cluster.local/ns/shop/sa/b\",\"dst.cluster\":\"Kubernetes\",\
+             \"direction\":\"outbound\",\"bytes_sent\":84,\"bytes_recv\":175,\"duration\":\"2ms\",\
+             \"error\":\"no \\\"route\\\"\"}\n"
+        );
+        serde_json::from_str::<serde_json::Value>(&text).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_known_is_left_out() {
+        let record = AccessRecord::Closed(Closed {
+            at: at(),
+            parties: Parties::unknown(Reporter::Source),
+            addresses: Addresses { hbone: None, ..addresses() },
+            received: 0,
+            sent: 0,
+            duration: Duration::ZERO,
+            flag: ResponseFlag::Connect,
+            error: Some("connection\nrefused".to_owned()),
+        });
+        assert_eq!(
+            line(Format::Plain, &record),
+            "2026-01-01T00:00:00.000042Z\terror\taccess\tconnection complete\t\
+             src.addr=10.0.0.1:4242 dst.addr=10.0.0.2:15008 direction=\"outbound\" \
+             bytes_sent=0 bytes_recv=0 duration=\"0ms\" error=\"connection\\nrefused\"\n"
+        );
+    }
+
+    #[test]
+    fn an_early_refusal_has_four_fields() {
+        let record = AccessRecord::RefusedEarly(RefusedEarly {
+            at: at(),
+            reporter: Reporter::Destination,
+            addresses: addresses(),
+            error: "unknown source".to_owned(),
+        });
+        assert_eq!(
+            line(Format::Plain, &record),
+            "2026-01-01T00:00:00.000042Z\twarn\taccess\tconnection failed\t\
+             src.addr=10.0.0.1:4242 dst.addr=10.0.0.2:15008 direction=\"inbound\" error=\"unknown source\"\n"
+        );
+    }
+
+    #[test]
+    fn an_opened_connection_has_no_outcome_yet() {
+        let opened = Opened { at: at(), parties: parties(Reporter::Source), addresses: addresses() };
+        let text = line(Format::Plain, &AccessRecord::Opened(opened));
+        assert!(
+            text.starts_with("2026-01-01T00:00:00.000042Z\tdebug\taccess\tconnection opened\tsrc.addr="),
+            "{text}"
+        );
+        assert!(text.ends_with("direction=\"outbound\"\n"), "{text}");
+    }
+}

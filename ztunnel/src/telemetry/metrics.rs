@@ -13,6 +13,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::EncodeLabel;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::LabelSetEncoder;
+use prometheus_client::encoding::MetricEncoder;
 use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::MetricType;
@@ -57,9 +58,9 @@ impl Families<'_> {
     pub fn counter(&mut self, name: &str, help: &str, samples: &[Sample<'_, u64>]) -> fmt::Result {
         let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
         for sample in samples {
-            family
-                .encode_family(&Pairs(sample.labels))?
-                .encode_counter::<NoLabelSet, u64, f64>(&sample.value, None)?;
+            labelled(&mut family, sample.labels, |encoder| {
+                encoder.encode_counter::<NoLabelSet, u64, f64>(&sample.value, None)
+            })?;
         }
         Ok(())
     }
@@ -68,16 +69,23 @@ impl Families<'_> {
     pub fn gauge(&mut self, name: &str, help: &str, samples: &[Sample<'_, f64>]) -> fmt::Result {
         let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for sample in samples {
-            let labels = Pairs(sample.labels);
-            let mut encoder = family.encode_family(&labels)?;
             // Whole numbers read better without a fraction, and most gauges count things.
-            match whole(sample.value) {
-                Some(whole) => encoder.encode_gauge(&whole)?,
-                None => encoder.encode_gauge(&sample.value)?,
-            }
+            labelled(&mut family, sample.labels, |encoder| match whole(sample.value) {
+                Some(whole) => encoder.encode_gauge(&whole),
+                None => encoder.encode_gauge(&sample.value),
+            })?;
         }
         Ok(())
     }
+}
+
+/// Writes one sample with its labels, or with none: an empty set of labels would be written as `{}`.
+fn labelled(
+    family: &mut MetricEncoder<'_>,
+    labels: &[(&str, &str)],
+    sample: impl FnOnce(&mut MetricEncoder<'_>) -> fmt::Result,
+) -> fmt::Result {
+    if labels.is_empty() { sample(family) } else { sample(&mut family.encode_family(&Pairs(labels))?) }
 }
 
 fn whole(value: f64) -> Option<i64> {

@@ -135,3 +135,88 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
         tally.advance(lines);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::events::RefusedEarly;
+    use crate::telemetry::events::Reporter;
+    use crate::telemetry::testing::Written;
+    use crate::telemetry::testing::addresses;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// Output that a test lets through one write at a time.
+    struct Gated {
+        gate: mpsc::Receiver<()>,
+        out: Written,
+    }
+
+    impl Write for Gated {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.gate.recv().map_err(io::Error::other)?;
+            self.out.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn text(line: &str) -> Entry {
+        Entry::Text(format!("{line}\n"))
+    }
+
+    fn access() -> Entry {
+        let (at, error) = (std::time::SystemTime::UNIX_EPOCH, "no".to_owned());
+        let refused = RefusedEarly { at, reporter: Reporter::Source, addresses: addresses(), error };
+        Entry::Access(Box::new(AccessRecord::RefusedEarly(refused)))
+    }
+
+    #[test]
+    fn lines_are_written_in_order() {
+        let out = Written::default();
+        let log = start(Box::new(out.clone()), Format::Plain).unwrap();
+        log.push(text("one"));
+        log.push(access());
+        log.push(text("three"));
+        assert!(log.flush(LONG));
+        let lines = out.text();
+        let lines: Vec<_> = lines.lines().collect();
+        assert_eq!((lines[0], lines[2], lines.len()), ("one", "three", 3));
+        assert!(lines[1].contains("\taccess\t"), "{}", lines[1]);
+    }
+
+    #[test]
+    fn a_full_queue_drops_and_counts_and_never_blocks() {
+        let (open, gate) = mpsc::channel();
+        let out = Written::default();
+        let log = start_bounded(Box::new(Gated { gate, out: out.clone() }), Format::Plain, 2).unwrap();
+        // However many the writer has taken out, it is stuck at its first write, and the queue holds two more.
+        for _ in 0..5_000 {
+            log.push(access());
+            log.push(text("x"));
+        }
+        assert!(log.access_dropped() > 0 && log.text_dropped() > 0);
+        assert!(!log.flush(Duration::ZERO), "nothing can have been written");
+
+        for _ in 0..10_000 {
+            open.send(()).unwrap();
+        }
+        assert!(log.flush(LONG));
+        let written = out.text().lines().count() as u64;
+        assert_eq!(written + log.access_dropped() + log.text_dropped(), 10_000);
+    }
+
+    #[test]
+    fn a_failing_output_is_counted_and_logging_goes_on() {
+        let (open, gate) = mpsc::channel::<()>();
+        drop(open);
+        let log = start(Box::new(Gated { gate, out: Written::default() }), Format::Plain).unwrap();
+        for _ in 0..3 {
+            log.push(text("x"));
+            assert!(log.flush(LONG));
+        }
+        assert_eq!(log.write_errors(), 3);
+    }
+}

@@ -23,8 +23,8 @@ use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 
 /// The cryptography of the mesh: TLS 1.3 with AES-GCM, key exchange hybrid with ML-KEM where the peer can.
 ///
-/// AES-128 comes first. Both ends take the client's order, the shorter key costs less per byte, and who wants
-/// 256 bits can still have them by offering them first; peers that only know one of the two still meet.
+/// AES-128 comes first. Both ends take the client's order, the shorter key costs about a quarter less
+/// per byte, and who wants 256 bits can still have them by offering them first; peers that only know one of the two still meet.
 /// X25519MLKEM768 comes first so that traffic recorded today stays unreadable later; rustls sends the X25519
 /// share along with it, so an older peer costs no additional round trip.
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {

@@ -4,6 +4,7 @@
 //! [`rustls::Error`] like every other, so that the right alert is sent; [`cause`] tells what it means.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -149,6 +150,14 @@ pub(super) fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, NotAcce
     uri.parse().map_err(NotAccepted::NotSpiffe)
 }
 
+/// The TLS failure in an I/O error, if that is what it is: TLS over a socket reports its own errors so.
+///
+/// A client's handshake can end well although the server refuses its certificate (RFC 8446, section 2: the
+/// client speaks last). It learns of that from the first read or write afterwards, by an error of this kind.
+pub fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
 /// What a failed handshake means to whoever runs the mesh.
 #[derive(Debug)]
 pub enum Cause<'a> {
@@ -217,6 +226,10 @@ impl fmt::Display for Cause<'_> {
             Self::Untrusted(CertificateError::UnknownIssuer) => {
                 f.write_str("the peer's certificate chain does not lead to a root of this mesh")
             }
+            Self::Untrusted(CertificateError::BadSignature) => f.write_str(
+                "a signature in the peer's certificate chain is wrong: it is of another root of the same name, or \
+                 was changed on the way",
+            ),
             Self::Untrusted(bad) => write!(f, "the peer's certificate chain is not trusted: {bad}"),
             Self::Identity(bad @ NotAccepted::NotSpiffe(why)) => write!(f, "{bad}: {why}"),
             Self::Identity(bad) => write!(f, "{bad}"),

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use nix::unistd::geteuid;
 use rcgen::string::Ia5String;
 use rcgen::{Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType};
@@ -18,7 +19,7 @@ use crate::standalone::authority::{AuthorityError, SKEW, authority};
 
 /// The root's private key, PKCS#8.
 const KEY: &str = "root-key.pem";
-/// The root's certificate.
+/// The root's certificate; further ones after it are trusted too, as those of an old root or one to come.
 pub(super) const CERTIFICATE: &str = "root-cert.pem";
 /// Held while root files are looked for and made. Empty, and never removed: a removed lock locks nobody out.
 const LOCK: &str = "root.lock";
@@ -34,6 +35,7 @@ const FILE_MAX: u64 = 64 * 1024;
 pub(super) struct Root {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    others: Vec<CertificateDer<'static>>,
     not_after: SystemTime,
 }
 
@@ -55,13 +57,20 @@ impl Root {
         let lock = lock.map_err(|source| failed(&lock_path, "opened", source))?;
         // Released when the file is closed, also by a crash.
         lock.lock().map_err(|source| failed(&lock_path, "locked", source))?;
-        let (key, certificate) = Self::find_or_make(dir, trust_domain, now)?;
-        Self::check(dir, key, certificate, trust_domain, now)
+        let (key, mut certificates) = Self::find_or_make(dir, trust_domain, now)?;
+        let certificate = certificates.remove(0);
+        Self::check(dir, key, (certificate, certificates), trust_domain, now)
     }
 
     /// The certificate, to be trusted by all nodes.
+    #[cfg(test)]
     pub(super) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// What to trust: the own certificate, and the others in its file.
+    pub(super) fn trusted(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
+        std::iter::once(&self.certificate).chain(&self.others)
     }
 
     /// Signs intermediates.
@@ -81,7 +90,7 @@ impl Root {
         dir: &Path,
         trust_domain: &TrustDomain,
         now: SystemTime,
-    ) -> Result<(KeyPair, CertificateDer<'static>), AuthorityError> {
+    ) -> Result<(KeyPair, Vec<CertificateDer<'static>>), AuthorityError> {
         let (key_path, certificate_path) = (dir.join(KEY), dir.join(CERTIFICATE));
         let unusable = |path: &Path, problem: &str| AuthorityError::Unusable {
             path: path.to_owned(),
@@ -89,19 +98,22 @@ impl Root {
         };
         let key = match read(&key_path, Some((0o077, "chmod 600")))? {
             Some(pem) => Some(
-                KeyPair::from_pem(&pem).map_err(|_| unusable(&key_path, "holds no usable private key"))?,
+                KeyPair::from_pem(&pem)
+                    .map_err(|_| unusable(&key_path, "holds no usable private key (PKCS#8)"))?,
             ),
             None => None,
         };
-        let certificate = match read(&certificate_path, None)? {
-            Some(pem) => Some(
-                CertificateDer::from_pem_slice(pem.as_bytes())
-                    .map_err(|_| unusable(&certificate_path, "holds no certificate"))?,
-            ),
+        let certificates = match read(&certificate_path, None)? {
+            Some(pem) => {
+                match CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>() {
+                    Ok(certificates) if !certificates.is_empty() => Some(certificates),
+                    _ => return Err(unusable(&certificate_path, "holds no certificate")),
+                }
+            }
             None => None,
         };
-        match (key, certificate) {
-            (Some(key), Some(certificate)) => Ok((key, certificate)),
+        match (key, certificates) {
+            (Some(key), Some(certificates)) => Ok((key, certificates)),
             (None, Some(_)) => Err(unusable(&key_path, "is missing, while root-cert.pem is there")),
             (key, None) => {
                 let key = match key {
@@ -116,7 +128,7 @@ impl Root {
                 let certificate = self_signed(&key, trust_domain, now).map_err(AuthorityError::Signing)?;
                 write(&certificate_path, 0o644, &certificate.pem())?;
                 tracing::info!(path = %certificate_path.display(), %trust_domain, "root certificate made");
-                Ok((key, certificate.into()))
+                Ok((key, vec![certificate.into()]))
             }
         }
     }
@@ -124,7 +136,7 @@ impl Root {
     fn check(
         dir: &Path,
         key: KeyPair,
-        certificate: CertificateDer<'static>,
+        (certificate, others): (CertificateDer<'static>, Vec<CertificateDer<'static>>),
         trust_domain: &TrustDomain,
         now: SystemTime,
     ) -> Result<Self, AuthorityError> {
@@ -163,7 +175,7 @@ impl Root {
             tracing::warn!(path = %path.display(), "the root certificate ends in less than 90 days");
         }
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(AuthorityError::Signing)?;
-        Ok(Self { issuer, certificate, not_after })
+        Ok(Self { issuer, certificate, others, not_after })
     }
 }
 
@@ -172,7 +184,12 @@ fn self_signed(
     trust_domain: &TrustDomain,
     now: SystemTime,
 ) -> Result<rcgen::Certificate, rcgen::Error> {
-    let mut params = authority(&format!("root of {trust_domain}"), 1, now - SKEW, now + LIFE);
+    // With a part of the key's digest, so that two roots of one trust domain are told apart by name: a peer then
+    // reads "unknown issuer", not "bad signature".
+    let digest = digest(&SHA256, key.public_key_raw());
+    let fingerprint: String = digest.as_ref().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let name = format!("root {fingerprint} of {trust_domain}");
+    let mut params = authority(&name, 1, now - SKEW, now + LIFE);
     // SPIFFE X509-SVID, section 2: what signs should name its trust domain.
     params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(format!("spiffe://{trust_domain}"))?)];
     params.self_signed(key)

@@ -58,6 +58,8 @@ enum NoTunnel {
     UnknownWorkload(UnknownWorkload),
     #[error(transparent)]
     Identity(Unavailable),
+    #[error("the pod already has {0} tunnels, the most it may have")]
+    TooManyTunnels(usize),
     #[error("the pod already has {0} handshakes in progress, the most it may have")]
     TooManyHandshakes(usize),
     #[error(transparent)]
@@ -68,6 +70,7 @@ enum NoTunnel {
 
 /// A tunnel, as its streams see it.
 pub(super) struct Tunnel {
+    _admitted: Admitted,
     client: ClientAddr,
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
@@ -111,12 +114,18 @@ async fn accept(
     client: ClientAddr,
     local: SocketAddr,
 ) -> Result<(Tunnel, server::Accepted), NoTunnel> {
-    // Whatever fails here is a reset for the client, which then need not wait for more.
-    let limit = shard.config.pod_handshakes_max;
-    let Some(_handshake) = pod.admit_handshake(limit) else {
+    let turn_away = |socket, why: fn(usize) -> NoTunnel, limit| {
         shard.count.turn_away();
         drop(ResetUnlessDone::new(socket));
-        return Err(NoTunnel::TooManyHandshakes(limit));
+        Err(why(limit))
+    };
+    let limit = shard.config.pod_tunnels_max;
+    let Some(admitted) = pod.admit_tunnel(limit) else {
+        return turn_away(socket, NoTunnel::TooManyTunnels, limit);
+    };
+    let limit = shard.config.pod_handshakes_max;
+    let Some(_handshake) = pod.admit_handshake(limit) else {
+        return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
     let mesh = shard.mesh.snapshot();
     let workload = mesh
@@ -129,7 +138,7 @@ async fn accept(
         .await
         .map_err(NoTunnel::Serve)?;
     let peer = verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
-    Ok((Tunnel { client, local, peer }, accepted))
+    Ok((Tunnel { _admitted: admitted, client, local, peer }, accepted))
 }
 
 /// An error with its causes, and what they mean to whoever runs the mesh.

@@ -7,7 +7,6 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,14 +15,18 @@ use socket2::Domain;
 use socket2::Protocol;
 use socket2::Socket;
 use socket2::Type;
+use tokio::net::TcpListener;
 use tokio::signal::unix::Signal as UnixSignal;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 
-use crate::admin;
+use crate::admin::ready::Blocker;
+use crate::admin::ready::Readiness;
+use crate::admin::server;
 use crate::app::handover::Claim;
 use crate::app::handover::Found;
 use crate::app::handover::Outcome;
@@ -31,6 +34,7 @@ use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
 use crate::capture;
+use crate::capture::node::CounterReader;
 use crate::config::resolved::Run;
 use crate::enrol::pods::Action;
 use crate::enrol::pods::Event;
@@ -47,11 +51,16 @@ use crate::standalone::authority::AuthorityError;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file::Loaded;
 use crate::standalone::watch;
+use crate::telemetry;
 use crate::telemetry::Telemetry;
+use crate::telemetry::logging;
+use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
+use crate::telemetry::writer;
 
 pub mod commands;
 pub mod handover;
-mod kernel;
+pub mod kernel;
 
 /// How often the kernel is compared with what it should hold.
 const RECONCILE_EVERY: Duration = Duration::from_secs(2);
@@ -60,6 +69,8 @@ const WARM_UP: Duration = Duration::from_secs(2);
 /// Answers of the capture thread on their way: more than pods can be under way, because the capture thread and
 /// this one must not both wait for the other.
 const EVENTS: usize = 2048;
+/// How long the end of the process waits for its last log lines to be written.
+const LOG_PATIENCE: Duration = Duration::from_secs(2);
 /// The socket at which daemons of one node meet.
 const CONTROL_SOCKET: &str = "control.sock";
 
@@ -89,6 +100,9 @@ pub enum RunError {
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
+    /// The log.
+    #[error("cannot set up the log")]
+    Log(#[from] logging::AlreadyInstalled),
     /// Threads, signals, file descriptors.
     #[error("{0}")]
     System(&'static str, #[source] io::Error),
@@ -99,8 +113,21 @@ fn lines(diagnostics: &[Diagnostic]) -> String {
 }
 
 /// Serves the node until a signal, or until another daemon has taken over and every connection has ended.
-pub fn run(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+pub fn run(config: Run) -> Result<(), RunError> {
+    let log = writer::start(Box::new(io::stdout()), config.log_format)
+        .map_err(|source| RunError::System("cannot start the log writer", source))?;
+    logging::install(&config.log_filter, config.log_format, log.clone())?;
+    let access_log = config.log_filter.access_log();
+    let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
     raise_open_files();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %config.places.node, "starting");
+    let result = serve_on_a_runtime(config, telemetry.clone());
+    // Whoever reads the log sees the end of it.
+    telemetry.log().flush(LOG_PATIENCE);
+    result
+}
+
+fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -140,8 +167,8 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let authority = Authority::open(&config.state_dir, &config.places.node, loaded.mesh.trust_domain())?;
     let identities = identity::worker::start(Arc::new(authority), signal.clone());
     let (writer, reader) = mesh::mesh();
-    let ready = admin::ready::Readiness::default();
-    let pods_ready = ready.block("pods");
+    let ready = Readiness::new();
+    let pods_pending = ready.block("pods");
 
     // From here on the node's other daemon, if there is one, changes nothing any more.
     let socket = run_dir.join(CONTROL_SOCKET);
@@ -169,19 +196,30 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let data_plane = Arc::new(
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
+    let counters = node.counter_reader()?;
+    telemetry.register(move |families: &mut Families<'_>| capture_metrics(families, &counters));
+    register_proxies(&telemetry, &data_plane);
     let kernel = Kernel::start(node, Arc::clone(&data_plane))
         .map_err(|source| RunError::System("cannot start the capture thread", source))?;
 
     let (events, answers) = mpsc::channel(EVENTS);
-    let mut control =
-        Control { writer, identities, kernel: kernel.clone(), pods: Pods::default(), events, answers, wake: None };
+    let mut control = Control {
+        writer,
+        identities,
+        kernel: kernel.clone(),
+        pods: Pods::default(),
+        events,
+        answers,
+        wake: None,
+        blocker: None,
+    };
     let warm = local_identities(&loaded);
     control.apply(loaded).await;
     control.warm_up(warm).await;
     control.settle().await;
     kernel.sweep(control.pods.known().cloned().collect()).await;
 
-    let admin = Admin::listen(&config, &telemetry, &ready, signal.clone())?;
+    let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
     if let Some(predecessor) = predecessor {
         if let Err(error) = predecessor.done().await {
             tracing::warn!(%error, "the daemon before this one did not say goodbye");
@@ -192,12 +230,13 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         path: socket.clone(),
         source,
     })?;
-    drop(pods_ready);
+    control.blocker = Some(pods_pending);
+    control.lift_when_settled();
     tracing::info!(
         pods = control.pods.captured(),
         pending = control.pods.pending(),
         after = ?started.elapsed(),
-        "ready"
+        "serving"
     );
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
@@ -210,7 +249,10 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
                 None => break End::Signal,
             },
             Some(event) = control.answers.recv() => control.step(event).await,
-            () = control.due() => control.step(Event::Tick).await,
+            () = due(control.wake) => {
+                control.wake = None;
+                control.step(Event::Tick).await;
+            }
             _ = reconcile.tick() => match control.kernel.reconcile().await {
                 Reconciled::Repaired(repairs) => for repair in repairs {
                     tracing::warn!(%repair, "repaired what somebody else changed");
@@ -312,6 +354,8 @@ struct Control {
     events: mpsc::Sender<Event>,
     answers: mpsc::Receiver<Event>,
     wake: Option<Instant>,
+    /// Held until every pod was captured for the first time.
+    blocker: Option<Blocker>,
 }
 
 impl Control {
@@ -341,16 +385,15 @@ impl Control {
                 Action::WakeAt(at) => self.wake = Some(at),
             }
         }
+        self.lift_when_settled();
     }
 
-    /// Waits for the next retry.
-    async fn due(&mut self) {
-        match self.wake {
-            Some(at) => {
-                tokio::time::sleep_until(at).await;
-                self.wake = None;
-            }
-            None => std::future::pending().await,
+    fn lift_when_settled(&mut self) {
+        if self.pods.pending() == 0
+            && let Some(blocker) = self.blocker.take()
+        {
+            blocker.lift();
+            tracing::info!(pods = self.pods.captured(), "ready");
         }
     }
 
@@ -379,6 +422,14 @@ impl Control {
     }
 }
 
+/// Waits for the next retry.
+async fn due(wake: Option<Instant>) {
+    match wake {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// SIGTERM and SIGINT, which mean the same.
 struct Signals {
     terminate: UnixSignal,
@@ -387,7 +438,8 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self, RunError> {
-        let listen = |kind| signal(kind).map_err(|source| RunError::System("cannot listen to signals", source));
+        let listen =
+            |kind| signal(kind).map_err(|source| RunError::System("cannot listen to signals", source));
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 
@@ -396,6 +448,55 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+}
+
+/// What the programs in the kernel counted.
+fn capture_metrics(families: &mut Families<'_>, counters: &CounterReader) -> std::fmt::Result {
+    let counted = counters.read();
+    let labels: Vec<_> =
+        counted.iter().map(|(counter, value)| ([("event", counter.name())], value)).collect();
+    let samples: Vec<_> = labels.iter().map(|(labels, value)| Sample { labels, value: *value }).collect();
+    let help = "Connections and packets that the programs in the kernel captured, passed or refused.";
+    families.counter("ztunnel_capture_events", help, &samples)
+}
+
+/// What is known of the pods that are served.
+fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
+    let data_plane = Arc::downgrade(data_plane);
+    telemetry.register(move |families: &mut Families<'_>| {
+        let Some(data_plane) = data_plane.upgrade() else { return Ok(()) };
+        let live = data_plane.live();
+        let alone = |value| [Sample { labels: &[], value }];
+        let help = "Pods whose connections are taken.";
+        families.gauge("workload_manager_active_proxy_count", help, &alone(live.pods as f64))?;
+        let help = "Connections and streams that are open.";
+        families.gauge("ztunnel_connections_open", help, &alone(live.connections as f64))?;
+        let help = "Connections and streams turned away because their pod had too many.";
+        let turned_away = [Sample { labels: &[], value: live.turned_away as u64 }];
+        families.counter("ztunnel_connections_turned_away", help, &turned_away)
+    });
+}
+
+/// Metrics and readiness. Their ports are free again when this is dropped.
+struct Admin([JoinHandle<()>; 2]);
+
+impl Admin {
+    fn start(
+        config: &Run,
+        telemetry: &Telemetry,
+        ready: &Readiness,
+        signal: shutdown::Signal,
+    ) -> Result<Self, RunError> {
+        let metrics = server::serve_metrics(listen(config.metrics_addr)?, telemetry.clone(), signal.clone());
+        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal);
+        Ok(Self([shutdown::spawn(metrics), shutdown::spawn(readiness)]))
+    }
+}
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        self.0.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -408,7 +509,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
         socket.listen(128)?;
-        Ok(socket.into())
+        TcpListener::from_std(socket.into())
     };
     bind().map_err(|source| RunError::Listen(address, source))
 }

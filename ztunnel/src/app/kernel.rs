@@ -57,7 +57,8 @@ impl Kernel {
     /// Starts the thread with a node that this daemon owns.
     pub fn start(node: Node, data_plane: Arc<DataPlane>) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let worker = Worker { node, data_plane, pods: HashMap::new(), leaving: HashMap::new(), yielded: false };
+        let worker =
+            Worker { node, data_plane, pods: HashMap::new(), leaving: HashMap::new(), yielded: false };
         std::thread::Builder::new().name("capture".to_owned()).spawn(move || worker.run(receiver))?;
         Ok(Self(sender))
     }
@@ -223,8 +224,12 @@ impl Worker {
 
     /// Removes the rest of withdrawn pods whose last connection has ended.
     fn release_ended(&mut self) {
-        let ended: Vec<PodUid> =
-            self.leaving.iter().filter(|(_, leaving)| leaving.is_over()).map(|(uid, _)| uid.clone()).collect();
+        let ended: Vec<PodUid> = self
+            .leaving
+            .iter()
+            .filter(|(_, leaving)| leaving.is_over())
+            .map(|(uid, _)| uid.clone())
+            .collect();
         for uid in ended {
             match self.node.release(&uid) {
                 Ok(()) => {

@@ -45,6 +45,11 @@ impl Maps {
         })
     }
 
+    /// Opens the counters alone.
+    pub(super) fn open_counters(pins: &Pins) -> Result<PerCpuArray<MapData, u64>, OpenError> {
+        open(pins, "COUNTERS")
+    }
+
     /// Puts a pod's listeners into its slot: from here on new connections are theirs.
     pub(super) fn set_listeners(&mut self, slot: u32, listeners: &Listeners) -> Result<(), MapError> {
         use ztunnel_ebpf_abi::{HBONE, INBOUND, OUTBOUND};

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 
 use aya::Ebpf;
+use aya::maps::{MapData, PerCpuArray};
 use ztunnel_ebpf_abi::{Counter, STATE_GENERATION, STATE_MOUNTED};
 
 use super::error::OpenError;
@@ -32,6 +33,21 @@ pub struct TakenOver {
 /// What the programs counted since the maps were made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counters(Vec<(Counter, u64)>);
+
+/// Reads the counters, whoever owns the node.
+pub struct CounterReader(PerCpuArray<MapData, u64>);
+
+impl CounterReader {
+    /// What the programs counted.
+    pub fn read(&self) -> Counters {
+        read(&self.0)
+    }
+}
+
+fn read(map: &PerCpuArray<MapData, u64>) -> Counters {
+    let value = |counter: Counter| map.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum());
+    Counters(Counter::ALL.iter().map(|counter| (*counter, value(*counter))).collect())
+}
 
 impl Counters {
     /// All counters; [`Counter::name`] is fit for a metric label.
@@ -204,10 +220,12 @@ impl Node {
 
     /// What the programs counted.
     pub fn counters(&self) -> Counters {
-        let value = |counter: Counter| {
-            self.maps.counters.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum())
-        };
-        Counters(Counter::ALL.iter().map(|counter| (*counter, value(*counter))).collect())
+        read(&self.maps.counters)
+    }
+
+    /// A handle that reads the counters from another thread.
+    pub fn counter_reader(&self) -> Result<CounterReader, OpenError> {
+        Maps::open_counters(&self.pins).map(CounterReader)
     }
 }
 

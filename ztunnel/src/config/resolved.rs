@@ -18,7 +18,9 @@ use crate::telemetry::logging::InvalidFilter;
 #[derive(Debug, thiserror::Error)]
 pub enum Invalid {
     /// No cgroup v2 hierarchy is mounted.
-    #[error("no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`) or name it with --cgroup-root")]
+    #[error(
+        "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`) or name it with --cgroup-root"
+    )]
     NoCgroup2,
     /// A path that was named is not there.
     #[error("{flag} {path:?}: {source}")]

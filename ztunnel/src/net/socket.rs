@@ -95,12 +95,13 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
 
 /// A listener whose connections are taken on the current runtime.
 #[derive(Debug)]
-pub struct Acceptor(AsyncFd<TcpListener>);
+pub struct Acceptor(AsyncFd<Arc<TcpListener>>);
 
 impl Acceptor {
     /// A prepared listener ([`prepare_listener`]), in the context of the runtime.
-    pub fn new(listener: TcpListener) -> io::Result<Self> {
-        // SAFETY: a `TcpListener` is the same open descriptor for as long as it lives, and it is not replaced.
+    pub fn new(listener: Arc<TcpListener>) -> io::Result<Self> {
+        // SAFETY: a `TcpListener` is the same open descriptor for as long as it lives, and it is not replaced;
+        // sharing it changes neither.
         unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }
             .map(Self)
             .map_err(io::Error::from)

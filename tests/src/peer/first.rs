@@ -25,7 +25,9 @@ pub fn first(to: SocketAddr, path: &str, limit: Duration) -> Result<()> {
                 println!("first {}", at.duration_since(UNIX_EPOCH)?.as_nanos());
                 return Ok(());
             }
-            Err(error) => ensure!(start.elapsed() < limit, "nothing after {limit:?}; the last try: {error:#}"),
+            Err(error) => {
+                ensure!(start.elapsed() < limit, "nothing after {limit:?}; the last try: {error:#}")
+            }
         }
         thread::sleep(PAUSE);
     }

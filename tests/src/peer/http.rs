@@ -8,13 +8,13 @@ use anyhow::{Context, Result, bail, ensure};
 const HEAD_LIMIT: usize = 16 << 10;
 
 /// A request that keeps the connection open.
-pub fn request(to: SocketAddr, path: &str) -> Vec<u8> {
+pub(super) fn request(to: SocketAddr, path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: {to}\r\n\r\n").into_bytes()
 }
 
 /// How long the answer at the start of `bytes` is in all, once its head is there. Anything but status 200 with
 /// a `content-length` is an error.
-pub fn answer_length(bytes: &[u8]) -> Result<Option<usize>> {
+pub(super) fn answer_length(bytes: &[u8]) -> Result<Option<usize>> {
     let Some(head) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else {
         ensure!(bytes.len() < HEAD_LIMIT, "the head of the answer does not end");
         return Ok(None);
@@ -35,7 +35,7 @@ pub fn answer_length(bytes: &[u8]) -> Result<Option<usize>> {
 }
 
 /// One request and its whole answer.
-pub fn exchange(stream: &mut TcpStream, request: &[u8]) -> Result<()> {
+pub(super) fn exchange(stream: &mut TcpStream, request: &[u8]) -> Result<()> {
     stream.write_all(request).context("cannot send")?;
     let mut answer = Vec::new();
     let mut chunk = [0; 8 << 10];

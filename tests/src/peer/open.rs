@@ -155,14 +155,7 @@ fn summary(due: u64, mut times: Vec<Duration>) -> Outcome {
         let rank = (times.len() as f64 * share).ceil() as usize;
         times.get(rank.saturating_sub(1)).map_or(0.0, |time| time.as_nanos() as f64 / 1000.0)
     };
-    Outcome {
-        due,
-        answered: times.len() as u64,
-        p50: at(0.5),
-        p99: at(0.99),
-        p999: at(0.999),
-        max: at(1.0),
-    }
+    Outcome { due, answered: times.len() as u64, p50: at(0.5), p99: at(0.99), p999: at(0.999), max: at(1.0) }
 }
 
 #[cfg(test)]

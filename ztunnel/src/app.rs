@@ -1,2 +1,515 @@
-//! The composition root.
+//! The composition root: builds each component once, joins them by channels, and carries out what the pure
+//! machines decide.
+//!
+//! Two kinds of threads: this module's control runtime (mesh, certificates, enrolment, hand-over, metrics), and
+//! the data plane's own threads. Nothing here is on the way of a byte.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::Domain;
+use socket2::Protocol;
+use socket2::Socket;
+use socket2::Type;
+use tokio::net::TcpListener;
+use tokio::signal::unix::Signal as UnixSignal;
+use tokio::signal::unix::SignalKind;
+use tokio::signal::unix::signal;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+
+use crate::admin::ready::Blocker;
+use crate::admin::ready::Readiness;
+use crate::admin::server;
+use crate::app::handover::Claim;
+use crate::app::handover::Found;
+use crate::app::handover::Outcome;
+use crate::app::handover::Successors;
+use crate::app::kernel::Kernel;
+use crate::app::kernel::Reconciled;
+use crate::capture;
+use crate::capture::node::CounterReader;
+use crate::config::resolved::Run;
+use crate::enrol::pods::Action;
+use crate::enrol::pods::Event;
+use crate::enrol::pods::Pods;
+use crate::identity;
+use crate::identity::worker::Identities;
+use crate::mesh;
+use crate::mesh::MeshWriter;
+use crate::model::identity::SpiffeId;
+use crate::proxy::DataPlane;
+use crate::shutdown;
+use crate::standalone::authority::Authority;
+use crate::standalone::authority::AuthorityError;
+use crate::standalone::diagnostic::Diagnostic;
+use crate::standalone::file::Loaded;
+use crate::standalone::watch;
+use crate::telemetry;
+use crate::telemetry::Telemetry;
+use crate::telemetry::logging;
+use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
+use crate::telemetry::writer;
+
+pub mod commands;
 pub mod handover;
+pub mod kernel;
+
+/// How often the kernel is compared with what it should hold.
+const RECONCILE_EVERY: Duration = Duration::from_secs(2);
+/// How long the start waits for the local workloads' certificates, so that the first connections find them.
+const WARM_UP: Duration = Duration::from_secs(2);
+/// Answers of the capture thread on their way: more than pods can be under way, because the capture thread and
+/// this one must not both wait for the other.
+const EVENTS: usize = 2048;
+/// How long the end of the process waits for its last log lines to be written.
+const LOG_PATIENCE: Duration = Duration::from_secs(2);
+/// The socket at which daemons of one node meet.
+const CONTROL_SOCKET: &str = "control.sock";
+
+/// Why the daemon does not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The mesh has errors, and there is no last good one yet.
+    #[error("the mesh file has errors:\n{}", lines(.0))]
+    Mesh(Vec<Diagnostic>),
+    /// A directory or a socket of the daemon cannot be used.
+    #[error("{what} {path:?}")]
+    Path {
+        /// What it is for.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {0}")]
+    Listen(SocketAddr, #[source] io::Error),
+    /// The certificate authority.
+    #[error("the certificate authority does not start")]
+    Authority(#[from] AuthorityError),
+    /// The kernel.
+    #[error("capture does not start")]
+    Capture(#[from] capture::error::OpenError),
+    /// The log.
+    #[error("cannot set up the log")]
+    Log(#[from] logging::AlreadyInstalled),
+    /// Threads, signals, file descriptors.
+    #[error("{0}")]
+    System(&'static str, #[source] io::Error),
+}
+
+fn lines(diagnostics: &[Diagnostic]) -> String {
+    diagnostics.iter().map(|diagnostic| format!("  {diagnostic}\n")).collect()
+}
+
+/// Serves the node until a signal, or until another daemon has taken over and every connection has ended.
+pub fn run(config: Run) -> Result<(), RunError> {
+    let log = writer::start(Box::new(io::stdout()), config.log_format)
+        .map_err(|source| RunError::System("cannot start the log writer", source))?;
+    logging::install(&config.log_filter, config.log_format, log.clone())?;
+    let access_log = config.log_filter.access_log();
+    let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
+    raise_open_files();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %config.places.node, "starting");
+    let result = serve_on_a_runtime(config, telemetry.clone());
+    // Whoever reads the log sees the end of it.
+    telemetry.log().flush(LOG_PATIENCE);
+    result
+}
+
+fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| RunError::System("cannot start the control runtime", source))?;
+    runtime.block_on(serve(config, telemetry))
+}
+
+/// Every connection is two or three sockets: the default soft limit is for programs that use select(2).
+fn raise_open_files() {
+    use nix::sys::resource::Resource::RLIMIT_NOFILE;
+    if let Ok((_soft, hard)) = nix::sys::resource::getrlimit(RLIMIT_NOFILE)
+        && let Err(error) = nix::sys::resource::setrlimit(RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, "the limit of open files stays low");
+    }
+}
+
+async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+    let started = Instant::now();
+    let mut signals = Signals::new()?;
+    let (trigger, signal) = shutdown::channel();
+
+    let run_dir = &config.places.run_dir;
+    std::fs::create_dir_all(run_dir).map_err(|source| RunError::Path {
+        what: "the run directory",
+        path: run_dir.clone(),
+        source,
+    })?;
+
+    let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
+    let loaded = match updates.next().await {
+        Some(Ok(loaded)) => loaded,
+        Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
+        None => return Ok(()),
+    };
+
+    let authority = Authority::open(&config.state_dir, &config.places.node, loaded.mesh.trust_domain())?;
+    let identities = identity::worker::start(Arc::new(authority), signal.clone());
+    let (writer, reader) = mesh::mesh();
+    let ready = Readiness::new();
+    let pods_pending = ready.block("pods");
+
+    // From here on the node's other daemon, if there is one, changes nothing any more.
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let predecessor = match handover::ask(&socket).await {
+        Found::Nobody => None,
+        Found::Yielded(predecessor) => {
+            tracing::info!(pid = predecessor.pid, "taking over from a running daemon");
+            Some(predecessor)
+        }
+        Found::Silent(error) => {
+            tracing::warn!(%error, "the running daemon does not answer; taking over without it");
+            None
+        }
+    };
+
+    let node = capture::Node::open(config.places.capture.clone())?;
+    let data_plane = DataPlane::start(
+        config.proxy.clone(),
+        reader,
+        identities.clone(),
+        &telemetry,
+        node.vouch(),
+        signal.clone(),
+    );
+    let data_plane = Arc::new(
+        data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
+    );
+    let counters = node.counter_reader()?;
+    telemetry.register(move |families: &mut Families<'_>| capture_metrics(families, &counters));
+    register_proxies(&telemetry, &data_plane);
+    let kernel = Kernel::start(node, Arc::clone(&data_plane))
+        .map_err(|source| RunError::System("cannot start the capture thread", source))?;
+
+    let (events, answers) = mpsc::channel(EVENTS);
+    let mut control = Control {
+        writer,
+        identities,
+        kernel: kernel.clone(),
+        pods: Pods::default(),
+        events,
+        answers,
+        wake: None,
+        blocker: None,
+    };
+    let warm = local_identities(&loaded);
+    control.apply(loaded).await;
+    control.warm_up(warm).await;
+    control.settle().await;
+    kernel.sweep(control.pods.known().cloned().collect()).await;
+
+    let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
+    if let Some(predecessor) = predecessor {
+        if let Err(error) = predecessor.done().await {
+            tracing::warn!(%error, "the daemon before this one did not say goodbye");
+        }
+    }
+    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+        what: "the control socket",
+        path: socket.clone(),
+        source,
+    })?;
+    control.blocker = Some(pods_pending);
+    control.lift_when_settled();
+    tracing::info!(
+        pods = control.pods.captured(),
+        pending = control.pods.pending(),
+        after = ?started.elapsed(),
+        "serving"
+    );
+
+    let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
+    reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let end = loop {
+        tokio::select! {
+            update = updates.next() => match update {
+                Some(Ok(loaded)) => control.apply(loaded).await,
+                Some(Err(diagnostics)) => report_rejected(&diagnostics),
+                None => break End::Signal,
+            },
+            Some(event) = control.answers.recv() => control.step(event).await,
+            () = due(control.wake) => {
+                control.wake = None;
+                control.step(Event::Tick).await;
+            }
+            _ = reconcile.tick() => match control.kernel.reconcile().await {
+                Reconciled::Repaired(repairs) => for repair in repairs {
+                    tracing::warn!(%repair, "repaired what somebody else changed");
+                },
+                Reconciled::Superseded => break End::Superseded,
+            },
+            claim = successors.next() => match hand_over(claim, &control.kernel, &mut signals).await {
+                Some(end) => break end,
+                None => tracing::warn!("the daemon that was taking over is gone; this one goes on"),
+            },
+            () = signals.next() => break End::Signal,
+        }
+    };
+    drop(successors);
+    drop(admin);
+    match end {
+        End::Signal => {
+            tracing::info!("stopping: captured pods are closed until a daemon is back");
+            control.kernel.close().await;
+        }
+        End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
+        End::HandedOver(claim) => {
+            tracing::info!("stopping: the node is handed over");
+            claim.bye().await;
+        }
+    }
+    trigger.drain();
+    data_plane.stop_accepting();
+    let deadline = tokio::time::sleep(config.drain_deadline);
+    tokio::pin!(deadline);
+    loop {
+        tokio::select! {
+            () = data_plane.drained() => break,
+            () = &mut deadline => {
+                tracing::warn!(open = data_plane.live().connections, "the drain deadline has passed; closing what is open");
+                break;
+            }
+            // Whoever is still connected stays under the newest policy.
+            update = updates.next() => if let Some(Ok(loaded)) = update { control.writer.publish(loaded.mesh) },
+            () = signals.next() => {
+                tracing::warn!("told twice to stop; closing what is open");
+                break;
+            }
+        }
+    }
+    trigger.close();
+    data_plane.join();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Why the daemon stops serving.
+enum End {
+    /// It was told to, and nobody has taken over.
+    Signal,
+    /// Another daemon took over without a word.
+    Superseded,
+    /// Another daemon took over, and waits for the ports.
+    HandedOver(Claim),
+}
+
+/// Lets a successor have the node. `None` if it died before it was ready, and everything is as it was.
+async fn hand_over(mut claim: Claim, kernel: &Kernel, signals: &mut Signals) -> Option<End> {
+    kernel.yield_node().await;
+    let outcome = tokio::select! {
+        outcome = claim.outcome() => outcome,
+        // Told to stop in the middle: the successor has what it has, and takes the rest.
+        () = signals.next() => Outcome::Done,
+    };
+    match outcome {
+        Outcome::Done => Some(End::HandedOver(claim)),
+        Outcome::Abandoned => {
+            if let Err(error) = kernel.reclaim().await {
+                tracing::error!(%error, "some pods could not be taken back, trying again");
+            }
+            None
+        }
+    }
+}
+
+fn report_rejected(diagnostics: &[Diagnostic]) {
+    for diagnostic in diagnostics {
+        tracing::error!(%diagnostic, "the changed mesh file is not applied; the last good one stays in force");
+    }
+}
+
+/// Whose certificates this node needs.
+fn local_identities(loaded: &Loaded) -> HashSet<SpiffeId> {
+    let workloads = loaded.pods.iter().filter_map(|pod| loaded.mesh.workload(&pod.workload));
+    workloads.map(|workload| workload.identity.clone()).collect()
+}
+
+/// What the mesh says, carried out.
+struct Control {
+    writer: MeshWriter,
+    identities: Identities,
+    kernel: Kernel,
+    pods: Pods,
+    events: mpsc::Sender<Event>,
+    answers: mpsc::Receiver<Event>,
+    wake: Option<Instant>,
+    /// Held until every pod was captured for the first time.
+    blocker: Option<Blocker>,
+}
+
+impl Control {
+    /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
+    /// finds its workload.
+    async fn apply(&mut self, loaded: Loaded) {
+        for warning in &loaded.warnings {
+            tracing::warn!(%warning, "mesh file");
+        }
+        self.identities.retain(local_identities(&loaded));
+        tracing::info!(
+            workloads = loaded.mesh.workloads().count(),
+            services = loaded.mesh.services().count(),
+            policies = loaded.mesh.policies().count(),
+            local = loaded.pods.len(),
+            "mesh applied"
+        );
+        self.writer.publish(loaded.mesh);
+        self.step(Event::Desired(loaded.pods)).await;
+    }
+
+    async fn step(&mut self, event: Event) {
+        for action in self.pods.step(event, Instant::now()) {
+            match action {
+                Action::Capture(pod) => self.kernel.capture(pod, self.events.clone()).await,
+                Action::Release(uid) => self.kernel.release(uid, self.events.clone()).await,
+                Action::WakeAt(at) => self.wake = Some(at),
+            }
+        }
+        self.lift_when_settled();
+    }
+
+    fn lift_when_settled(&mut self) {
+        if self.pods.pending() == 0
+            && let Some(blocker) = self.blocker.take()
+        {
+            blocker.lift();
+            tracing::info!(pods = self.pods.captured(), "ready");
+        }
+    }
+
+    /// Waits until every pod was tried once, so that a predecessor is let go when there is somebody in its place.
+    async fn settle(&mut self) {
+        let mut left = self.pods.known().count();
+        while left > 0 {
+            let Some(event) = self.answers.recv().await else { return };
+            left -= 1;
+            self.step(event).await;
+        }
+    }
+
+    /// Waits a little for the certificates of this node's workloads.
+    async fn warm_up(&self, ids: HashSet<SpiffeId>) {
+        let all = async {
+            for id in &ids {
+                if let Err(error) = self.identities.credentials(id).await {
+                    tracing::warn!(%error, "a workload starts without a certificate");
+                }
+            }
+        };
+        if tokio::time::timeout(WARM_UP, all).await.is_err() {
+            tracing::warn!("not every workload has a certificate yet");
+        }
+    }
+}
+
+/// Waits for the next retry.
+async fn due(wake: Option<Instant>) {
+    match wake {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// SIGTERM and SIGINT, which mean the same.
+struct Signals {
+    terminate: UnixSignal,
+    interrupt: UnixSignal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, RunError> {
+        let listen =
+            |kind| signal(kind).map_err(|source| RunError::System("cannot listen to signals", source));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// What the programs in the kernel counted.
+fn capture_metrics(families: &mut Families<'_>, counters: &CounterReader) -> std::fmt::Result {
+    let counted = counters.read();
+    let labels: Vec<_> =
+        counted.iter().map(|(counter, value)| ([("event", counter.name())], value)).collect();
+    let samples: Vec<_> = labels.iter().map(|(labels, value)| Sample { labels, value: *value }).collect();
+    let help = "Connections and packets that the programs in the kernel captured, passed or refused.";
+    families.counter("ztunnel_capture_events", help, &samples)
+}
+
+/// What is known of the pods that are served.
+fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
+    let data_plane = Arc::downgrade(data_plane);
+    telemetry.register(move |families: &mut Families<'_>| {
+        let Some(data_plane) = data_plane.upgrade() else { return Ok(()) };
+        let live = data_plane.live();
+        let alone = |value| [Sample { labels: &[], value }];
+        let help = "Pods whose connections are taken.";
+        families.gauge("workload_manager_active_proxy_count", help, &alone(live.pods as f64))?;
+        let help = "Connections and streams that are open.";
+        families.gauge("ztunnel_connections_open", help, &alone(live.connections as f64))?;
+        let help = "Connections and streams turned away because their pod had too many.";
+        let turned_away = [Sample { labels: &[], value: live.turned_away as u64 }];
+        families.counter("ztunnel_connections_turned_away", help, &turned_away)
+    });
+}
+
+/// Metrics and readiness. Their ports are free again when this is dropped.
+struct Admin([JoinHandle<()>; 2]);
+
+impl Admin {
+    fn start(
+        config: &Run,
+        telemetry: &Telemetry,
+        ready: &Readiness,
+        signal: shutdown::Signal,
+    ) -> Result<Self, RunError> {
+        let metrics = server::serve_metrics(listen(config.metrics_addr)?, telemetry.clone(), signal.clone());
+        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal);
+        Ok(Self([shutdown::spawn(metrics), shutdown::spawn(readiness)]))
+    }
+}
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        self.0.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// A listening socket that a daemon of the same node may have as well, for the moment of a hand-over.
+fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(128)?;
+        TcpListener::from_std(socket.into())
+    };
+    bind().map_err(|source| RunError::Listen(address, source))
+}

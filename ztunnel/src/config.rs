@@ -3,3 +3,4 @@
 //! Nobody else reads the environment or the command line, and nobody receives the whole.
 
 pub mod raw;
+pub mod resolved;

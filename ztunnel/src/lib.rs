@@ -40,8 +40,8 @@
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | app, capture, proxy |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | capture, proxy, telemetry |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table.
 //!
@@ -57,12 +57,20 @@
 //!   certificate.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
+pub mod admin;
 pub mod app;
+pub mod capture;
 pub mod config;
 pub mod enrol;
+pub mod hbone;
 pub mod identity;
 pub mod mesh;
 pub mod model;
+pub mod net;
+pub mod policy;
+pub mod proxy;
+pub mod route;
 pub mod shutdown;
 pub mod standalone;
+pub mod telemetry;
 pub mod tls;

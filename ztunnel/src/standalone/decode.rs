@@ -24,6 +24,7 @@ use crate::standalone::objects::security::AuthorizationPolicy;
 use crate::standalone::objects::security::PeerAuthentication;
 use crate::standalone::yaml;
 use crate::standalone::yaml::Node;
+use crate::standalone::yaml::SyntaxError;
 use crate::standalone::yaml::Value;
 use crate::standalone::yaml::decoder::decode;
 
@@ -334,6 +335,10 @@ impl Collector {
         let documents = match yaml::documents(text) {
             Ok(documents) => documents,
             Err((line, error)) => {
+                let error = match error {
+                    SyntaxError::Duplicate(key, first) => SyntaxError::Duplicate(key, offset + first),
+                    other => other,
+                };
                 let message = format!("data.mesh: {error}");
                 self.diagnostics.push(Diagnostic::error(&source.file, offset + line, message));
                 return;
@@ -366,4 +371,195 @@ fn is_name(text: &str) -> bool {
 
 fn display_name(namespace: &str, name: &str) -> String {
     if namespace.is_empty() { name.to_owned() } else { format!("{namespace}/{name}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::standalone::translate::Options;
+    use crate::standalone::translate::translate;
+
+    fn collected(text: &str) -> (Objects, Vec<String>) {
+        let mut collector = Collector::default();
+        collector.add(&Arc::from("m.yaml"), text);
+        let (objects, diagnostics) = collector.finish();
+        (objects, diagnostics.iter().map(ToString::to_string).collect())
+    }
+
+    fn check_said(text: &str, expected: &[&str]) {
+        assert_eq!(collected(text).1, expected, "{text}");
+    }
+
+    #[test]
+    fn objects_come_one_by_one_or_in_lists_as_yaml_or_json() {
+        for text in [
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: b}\n",
+            "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Pod, metadata: {name: a}}\n- {apiVersion: v1, kind: Pod, metadata: {name: b}}\n",
+            "apiVersion: v1\nkind: PodList\nmetadata: {resourceVersion: '7'}\nitems:\n- {metadata: {name: a}}\n- {metadata: {name: b}}\n",
+            "{\"apiVersion\": \"v1\", \"kind\": \"List\",\n\t\"items\": [\n\t\t{\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"metadata\": {\"name\": \"a\"}},\n\t\t{\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"metadata\": {\"name\": \"b\"}}]}",
+        ] {
+            let (objects, said) = collected(text);
+            assert_eq!(said, Vec::<String>::new(), "{text}");
+            let names: Vec<_> = objects.pods.iter().map(|pod| (&*pod.namespace, &*pod.name)).collect();
+            assert_eq!(names, [("default", "a"), ("default", "b")]);
+        }
+        assert_eq!(collected("apiVersion: v1\nkind: PodList\nitems:\n").1, Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_kubectl_prints_is_known_entirely() {
+        let text = "apiVersion: v1
+kind: Pod
+metadata:
+  annotations: {a: b}
+  creationTimestamp: \"2026-08-01T10:00:00Z\"
+  generateName: a-
+  managedFields:
+  - apiVersion: v1
+    fieldsType: FieldsV1
+    fieldsV1: {f:metadata: {f:labels: {\".\": {}}}}
+    manager: kubectl
+    operation: Update
+    time: \"2026-08-01T10:00:00Z\"
+  name: a-1
+  ownerReferences:
+  - {apiVersion: apps/v1, blockOwnerDeletion: true, controller: true, kind: ReplicaSet, name: a, uid: u}
+spec:
+  containers:
+  - image: a:1
+    name: a
+    ports: [{containerPort: 80, protocol: TCP}]
+    livenessProbe: {httpGet: {path: /, port: web}, failureThreshold: 3}
+    resources: {limits: {cpu: 500m, memory: 1Gi}, requests: {cpu: 1}}
+  tolerations: [{effect: NoExecute, key: k, operator: Exists, tolerationSeconds: 300}]
+  volumes: [{name: t, projected: {defaultMode: 420, sources: [{serviceAccountToken: {expirationSeconds: 3607, path: token}}]}}]
+status:
+  conditions: [{lastProbeTime: null, lastTransitionTime: \"2026-08-01T10:00:00Z\", observedGeneration: 1, status: \"True\", type: Ready}]
+  containerStatuses: [{name: a, ready: true, restartCount: 0, image: a, imageID: x, state: {running: {startedAt: \"2026-08-01T10:00:00Z\"}}}]
+  podIP: 10.0.0.1
+  podIPs: [{ip: 10.0.0.1}]
+  qosClass: Burstable
+";
+        let (objects, said) = collected(text);
+        assert_eq!(said, Vec::<String>::new());
+        assert_eq!(objects.pods.len(), 1);
+    }
+
+    #[test]
+    fn kinds_that_are_not_read_are_named_once() {
+        check_said(
+            "kind: Deployment\napiVersion: apps/v1\n---\nkind: Deployment\napiVersion: apps/v1\n---\nkind: Pods\napiVersion: v1\n---\nkind: Service\napiVersion: serving.knative.dev/v1\n---\nkind: ConfigMap\napiVersion: v1\nmetadata: {name: a}\n",
+            &[
+                "m.yaml:13: warning: kind ConfigMap (v1) is not read: skipped",
+                "m.yaml:1: warning: kind Deployment (apps/v1) is not read: 2 objects are skipped, the first here",
+                "m.yaml:7: warning: kind Pods (v1) is not read: skipped (if Pod is meant, write that)",
+                "m.yaml:10: warning: kind Service (serving.knative.dev/v1) is not read: skipped",
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_no_object_of_its_kind_is_said() {
+        for (text, expected) in [
+            (
+                "- a\n",
+                "m.yaml:1: error: this is not a Kubernetes object (write apiVersion, kind and metadata)",
+            ),
+            (
+                "\nmetadata: {}\n",
+                "m.yaml:2: error: this object has no kind (write apiVersion, kind and metadata)",
+            ),
+            ("a: b: c\n", "m.yaml:1: error: not YAML: mapping values are not allowed in this context"),
+            ("kind: Pod\n", "m.yaml:1: error: this Pod has no apiVersion (write apiVersion: v1)"),
+            ("kind: Pod\napiVersion: v2\n", "m.yaml:2: error: v2 Pod is not known (write apiVersion: v1)"),
+            (
+                "apiVersion: security.istio.io/v1alpha1\nkind: PeerAuthentication\n",
+                "m.yaml:1: error: security.istio.io/v1alpha1 PeerAuthentication is not known (write apiVersion: security.istio.io/v1)",
+            ),
+            (
+                "apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\n",
+                "m.yaml:2: error: kind AuthorisationPolicy of security.istio.io/v1 is not known (write kind: AuthorizationPolicy)",
+            ),
+            (
+                "apiVersion: v1\nkind: Pod\nmetadata:\n  name: A_b\n",
+                "m.yaml:4: error: metadata.name \"A_b\" of this Pod is not a name (write lower-case letters, digits, '-' and '.')",
+            ),
+            (
+                "apiVersion: v1\nkind: Namespace\nmetadata: {labels: {a: b}}\n",
+                "m.yaml:3: error: metadata.name \"\" of this Namespace is not a name (write lower-case letters, digits, '-' and '.')",
+            ),
+            (
+                "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\ndata:\n  mesh: |\n    a: 1\n    a: 2\n",
+                "m.yaml:7: error: data.mesh: key \"a\" is there twice, first on line 6",
+            ),
+        ] {
+            check_said(text, &[expected]);
+        }
+    }
+
+    /// Texts that are nearly objects, so that more than the scanner is reached.
+    fn nearly() -> impl Strategy<Value = String> {
+        let words = [
+            "apiVersion",
+            "kind",
+            "v1",
+            "security.istio.io/v1",
+            "Pod",
+            "Service",
+            "Namespace",
+            "List",
+            "items",
+            "PeerAuthentication",
+            "AuthorizationPolicy",
+            "ConfigMap",
+            "metadata",
+            "name",
+            "namespace",
+            "spec",
+            "rules",
+            "from",
+            "source",
+            "principals",
+            "ports",
+            "mtls",
+            "mode",
+            "STRICT",
+            "80",
+            "-1",
+            "1e9",
+            "~",
+            "&a",
+            "*a",
+            "!!str",
+            "|",
+            ">",
+            "\"",
+            "'",
+            "#",
+            "?",
+            "---",
+            "...",
+            "<<",
+            "%YAML 1.2",
+            "@",
+            "\u{feff}",
+        ];
+        let token = prop_oneof![
+            6 => proptest::sample::select(words.to_vec()).prop_map(str::to_owned),
+            4 => proptest::sample::select(vec![": ", "\n", "\n  ", "\n- ", "- ", "{", "}", "[", "]", ", ", " ", "\t"])
+                .prop_map(str::to_owned),
+            1 => any::<char>().prop_map(String::from),
+        ];
+        proptest::collection::vec(token, 0..60).prop_map(|tokens| tokens.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in prop_oneof![nearly(), any::<String>()]) {
+            let (objects, _) = collected(&text);
+            let _ = translate(&objects, &Options::default());
+        }
+    }
 }

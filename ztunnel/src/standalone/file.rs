@@ -31,6 +31,9 @@ pub struct Loaded {
 /// How much all files together may hold. A pod as `kubectl` prints it takes some 5 KiB.
 const BYTES_MAX: u64 = 64 << 20;
 
+/// How many remarks are made on one load. A mistake is often made in every object.
+const DIAGNOSTICS_MAX: usize = 1000;
+
 /// How many files a directory may have.
 const FILES_MAX: usize = 10_000;
 
@@ -48,7 +51,15 @@ pub fn load(path: &Path, node: &str) -> Result<Loaded, Vec<Diagnostic>> {
     let translation = translate::translate(&objects, &options);
     diagnostics.extend(translation.diagnostics);
     diagnostics.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
-    if diagnostics.iter().any(Diagnostic::is_error) {
+    let failed = diagnostics.iter().any(Diagnostic::is_error);
+    if diagnostics.len() > DIAGNOSTICS_MAX {
+        // What keeps the file from being applied is never crowded out.
+        diagnostics.sort_by_key(|diagnostic| !diagnostic.is_error());
+        let message = format!("{} more remarks are left out", diagnostics.len() - DIAGNOSTICS_MAX);
+        diagnostics.truncate(DIAGNOSTICS_MAX);
+        diagnostics.push(Diagnostic::warning(&display(path), 0, message));
+    }
+    if failed {
         return Err(diagnostics);
     }
     Ok(Loaded { mesh: translation.mesh, pods: translation.pods, warnings: diagnostics })
@@ -142,4 +153,123 @@ fn read_text(file: &Path, bytes_max: u64) -> io::Result<String> {
 
 fn display(path: &Path) -> Arc<str> {
     Arc::from(path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn pod(name: &str) -> String {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{istio.io/dataplane-mode: none}}}}}}\n"
+        )
+    }
+
+    fn names(loaded: &Loaded) -> Vec<&str> {
+        let mut names: Vec<&str> = loaded.mesh.workloads().map(|workload| &*workload.name).collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn said(result: Result<Loaded, Vec<Diagnostic>>, dir: &Path) -> Vec<String> {
+        let said = match result {
+            Ok(loaded) => loaded.warnings,
+            Err(errors) => errors,
+        };
+        let dir = format!("{}/", dir.display());
+        said.iter().map(|diagnostic| diagnostic.to_string().replace(&dir, "")).collect()
+    }
+
+    #[test]
+    fn a_directory_is_read_without_what_is_hidden_or_something_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        fs::create_dir(dir.path().join("..2026")).unwrap();
+        write("..2026/mounted.yaml", &pod("mounted"));
+        symlink("..2026", dir.path().join("..data")).unwrap();
+        symlink("..data/mounted.yaml", dir.path().join("mounted.yaml")).unwrap();
+        write("a.yml", &pod("a"));
+        write("b.json", &pod("b"));
+        for other in [".hidden.yaml", "c.yaml~", "d.yaml.swp", "README.md"] {
+            write(other, "not: [an object");
+        }
+        let loaded = load(dir.path(), "n1").unwrap();
+        assert_eq!(names(&loaded), ["a", "b", "mounted"]);
+        assert_eq!(said(Ok(loaded), dir.path()), Vec::<String>::new());
+        fs::create_dir(dir.path().join("more")).unwrap();
+        assert_eq!(
+            said(load(dir.path(), "n1"), dir.path()),
+            ["more: warning: directories inside a mesh directory are not read (move its files up)"]
+        );
+        assert_eq!(names(&load(&dir.path().join("a.yml"), "n1").unwrap()), ["a"], "a file alone");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            said(load(dir.path(), "n1"), dir.path()),
+            [format!(
+                "{}: error: has no .yaml, .yml or .json file (for a mesh without anything, write an empty one)",
+                dir.path().display()
+            )]
+        );
+        fs::write(dir.path().join("a.yaml"), pod("a")).unwrap();
+        fs::write(dir.path().join("b.yaml"), b"a: b\nc: \xff\n").unwrap();
+        symlink("gone", dir.path().join("c.yaml")).unwrap();
+        fs::create_dir(dir.path().join("d.yaml")).unwrap();
+        assert_eq!(
+            said(load(dir.path(), "n1"), dir.path()),
+            [
+                "b.yaml: error: cannot be read: line 2 is not UTF-8",
+                "c.yaml: error: cannot be read: No such file or directory (os error 2)",
+                "d.yaml: error: cannot be read: it is not a regular file",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_said_is_in_the_order_of_the_places() {
+        let dir = tempfile::tempdir().unwrap();
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec:\n  action: DEMY\n";
+        fs::write(dir.path().join("a.yaml"), format!("{policy}---\nkind: Foo\n")).unwrap();
+        fs::write(dir.path().join("b.yaml"), pod("a") + "---\n" + &pod("a")).unwrap();
+        let said = said(load(dir.path(), "n1"), dir.path());
+        let expected = [
+            "a.yaml:5: error: \"DEMY\" is not an action (write DENY instead)",
+            "a.yaml:7: warning: kind Foo is not read: skipped",
+            "b.yaml:3: error: Pod default/a is there twice (remove this one or the one at b.yaml:1)",
+        ];
+        assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn errors_are_not_crowded_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = "{apiVersion: v1, kind: Service, metadata: {name: a#}}\n---\n";
+        let mut text: String = (0..2000).map(|n| service.replace('#', &n.to_string())).collect();
+        text += "kind: [";
+        fs::write(dir.path().join("a.yaml"), &text).unwrap();
+        let said = load(dir.path(), "n1").unwrap_err();
+        assert!(said.len() == 1 && said[0].is_error(), "a text that is not YAML gives no objects: {said:?}");
+        text = text.replace("kind: [", "kind: Pod");
+        fs::write(dir.path().join("a.yaml"), &text).unwrap();
+        let said = load(dir.path(), "n1").unwrap_err();
+        assert_eq!(said.len(), DIAGNOSTICS_MAX + 1);
+        assert!(said[0].is_error());
+        assert_eq!(said[DIAGNOSTICS_MAX].message, "1001 more remarks are left out");
+    }
+
+    #[test]
+    fn too_much_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = fs::File::create(dir.path().join("a.yaml")).unwrap();
+        file.set_len(BYTES_MAX + 1).unwrap();
+        assert_eq!(
+            said(load(dir.path(), "n1"), dir.path()),
+            ["a.yaml: error: cannot be read: the mesh file is larger than 64 MiB in all"]
+        );
+    }
 }

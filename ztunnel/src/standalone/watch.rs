@@ -153,3 +153,97 @@ fn stamp(path: &Path) -> Stamp {
     files.sort_by(|(a, _), (b, _)| a.cmp(b));
     Stamp(files)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    fn pod(name: &str) -> String {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{istio.io/dataplane-mode: none}}}}}}\n"
+        )
+    }
+
+    /// The next load's pods, or what was said. It must come within a second.
+    async fn next(updates: &mut Updates) -> Result<Vec<String>, Vec<String>> {
+        let update = timeout(Duration::from_secs(1), updates.next()).await.expect("within a second");
+        match update.expect("the watch goes on") {
+            Ok(loaded) => Ok(loaded.mesh.workloads().map(|workload| workload.name.to_string()).collect()),
+            Err(said) => Err(said.iter().map(|diagnostic| diagnostic.message.clone()).collect()),
+        }
+    }
+
+    fn pods(names: &[&str]) -> Result<Vec<String>, Vec<String>> {
+        Ok(names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    #[tokio::test]
+    async fn changes_are_loaded_and_slips_are_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        fs::write(&file, pod("a")).unwrap();
+        let (trigger, signal) = shutdown::channel();
+        let mut updates = watch(dir.path().to_owned(), "n1".to_owned(), signal);
+        assert_eq!(next(&mut updates).await, pods(&["a"]));
+
+        fs::write(&file, pod("b")).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["b"]), "written in place");
+
+        let other = dir.path().join(".a.yaml.new");
+        fs::write(&other, pod("c")).unwrap();
+        fs::rename(&other, &file).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["c"]), "renamed over, as editors do");
+
+        fs::write(&file, "kind: [").unwrap();
+        let said = next(&mut updates).await.unwrap_err();
+        assert!(said[0].starts_with("not YAML"), "{said:?}");
+
+        fs::write(&file, pod("d")).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["d"]), "after a slip");
+
+        fs::remove_dir_all(dir.path()).unwrap();
+        let said = next(&mut updates).await.unwrap_err();
+        assert!(said[0].starts_with("cannot be read"), "{said:?}");
+
+        fs::create_dir(dir.path()).unwrap();
+        fs::write(&file, pod("e")).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["e"]), "made again");
+
+        trigger.close();
+        assert!(updates.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_swapped_symbolic_link_is_a_change() {
+        let dir = tempfile::tempdir().unwrap();
+        for (version, name) in [("..1", "a"), ("..2", "b")] {
+            fs::create_dir(dir.path().join(version)).unwrap();
+            fs::write(dir.path().join(version).join("pods.yaml"), pod(name)).unwrap();
+        }
+        symlink("..1", dir.path().join("..data")).unwrap();
+        symlink("..data/pods.yaml", dir.path().join("pods.yaml")).unwrap();
+        let (_trigger, signal) = shutdown::channel();
+        let mut updates = watch(dir.path().to_owned(), "n1".to_owned(), signal);
+        assert_eq!(next(&mut updates).await, pods(&["a"]));
+        symlink("..2", dir.path().join("..data_tmp")).unwrap();
+        fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["b"]));
+    }
+
+    #[tokio::test]
+    async fn while_nobody_asks_the_latest_change_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        fs::write(&file, pod("a")).unwrap();
+        let (_trigger, signal) = shutdown::channel();
+        let mut updates = watch(file.clone(), "n1".to_owned(), signal);
+        assert_eq!(next(&mut updates).await, pods(&["a"]));
+        fs::write(&file, pod("b")).unwrap();
+        fs::write(&file, pod("c")).unwrap();
+        assert_eq!(next(&mut updates).await, pods(&["c"]), "both writes are one change");
+    }
+}

@@ -97,6 +97,7 @@ pub(super) fn drafts<'a>(
     let mut drafts: Vec<Draft<'a>> = Vec::with_capacity(objects.pods.len());
     let mut by_ip: HashMap<IpAddr, &Object<Pod>> = HashMap::new();
     let mut by_netns: HashMap<PathBuf, &Object<Pod>> = HashMap::new();
+    let mut by_uid: HashMap<PodUid, &Object<Pod>> = HashMap::new();
     for object in &objects.pods {
         let phase = object.value.status.as_ref().and_then(|status| status.phase.as_deref());
         if matches!(phase, Some("Succeeded" | "Failed")) {
@@ -115,21 +116,15 @@ pub(super) fn drafts<'a>(
             diagnostics
                 .push(Diagnostic::warning_at(&object.source, &["metadata", "namespace"], message).hint(hint));
         }
+        let before = diagnostics.len();
         let Some(mut draft) = draft(object, namespace, settings, diagnostics) else { continue };
         if !draft.workload.host_network {
             draft.workload.addresses.retain(|ip| {
                 let first = *by_ip.entry(*ip).or_insert(object);
                 let mine = std::ptr::eq(first, object);
                 if !mine {
-                    let message = format!(
-                        "pod {}/{} has the address {ip} of pod {}/{} ({}:{})",
-                        object.namespace,
-                        object.name,
-                        first.namespace,
-                        first.name,
-                        first.source.file,
-                        first.source.line
-                    );
+                    let message =
+                        format!("pod {} has the address {ip} of pod {}", display(object), found(first));
                     let hint = "give one of them another address, or remove the one that is gone";
                     let path = ["status"];
                     diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
@@ -137,29 +132,33 @@ pub(super) fn drafts<'a>(
                 mine
             });
         }
-        if draft.enrolled {
+        if draft.enrolled && !diagnostics[before..].iter().any(Diagnostic::is_error) {
             draft.local = local(&draft, options, diagnostics);
         }
         if let Some(local) = &draft.local {
-            let first = *by_netns.entry(local.netns.clone()).or_insert(object);
-            if !std::ptr::eq(first, object) {
-                let message = format!(
-                    "pod {}/{} has the network namespace of pod {}/{} ({}:{})",
-                    object.namespace,
-                    object.name,
-                    first.namespace,
-                    first.name,
-                    first.source.file,
-                    first.source.line
-                );
-                let path = ["metadata", "annotations", NETNS];
-                diagnostics.push(Diagnostic::error_at(&object.source, &path, message));
-                draft.local = None;
+            let netns = (*by_netns.entry(local.netns.clone()).or_insert(object), "network namespace");
+            let uid = (*by_uid.entry(local.uid.clone()).or_insert(object), "uid");
+            let netns_path = &["metadata", "annotations", NETNS][..];
+            for ((first, what), path) in [(netns, netns_path), (uid, &["metadata", "uid"])] {
+                if !std::ptr::eq(first, object) {
+                    let message = format!("pod {} has the {what} of pod {}", display(object), found(first));
+                    diagnostics.push(Diagnostic::error_at(&object.source, path, message));
+                    draft.local = None;
+                }
             }
         }
         drafts.push(draft);
     }
     drafts
+}
+
+fn display(object: &Object<Pod>) -> String {
+    format!("{}/{}", object.namespace, object.name)
+}
+
+/// A pod and where it is written.
+fn found(object: &Object<Pod>) -> String {
+    format!("{} ({}:{})", display(object), object.source.file, object.source.line)
 }
 
 fn draft<'a>(
@@ -301,13 +300,18 @@ fn local(draft: &Draft<'_>, options: &Options, diagnostics: &mut Vec<Diagnostic>
     let (object, workload) = (draft.object, &draft.workload);
     let annotation = object.annotation(NETNS);
     let here = if workload.node.is_empty() { annotation.is_some() } else { *workload.node == options.node };
+    if workload.node.is_empty() && annotation.is_none() {
+        let message = format!("pod {} is enrolled, but on no node: nobody captures it", display(object));
+        let hint = format!("write spec.nodeName, or the annotation {NETNS} if it is on this node");
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["spec"], message).hint(hint));
+    }
     if !here {
         return None;
     }
     let Some(annotation) = annotation else {
         let message = format!(
-            "pod {}/{} is enrolled and on this node, but its network namespace is not known: it is not captured",
-            object.namespace, object.name
+            "pod {} is enrolled and on this node, but its network namespace is not known: it is not captured",
+            display(object)
         );
         let hint = format!(
             "add the annotation {NETNS}: <path, or name under {NETNS_DIR}>, or the label {MODE}: none"
@@ -329,16 +333,14 @@ fn local(draft: &Draft<'_>, options: &Options, diagnostics: &mut Vec<Diagnostic>
         }
     };
     if workload.addresses.is_empty() {
-        let message =
-            format!("pod {}/{} has no address yet: it is not captured", object.namespace, object.name);
+        let message = format!("pod {} has no address yet: it is not captured", display(object));
         let hint = format!("write status.podIPs, or the annotation {IPS}: <addresses separated by commas>");
         diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
         return None;
     }
     let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
-    let name = || format!("{}/{}", object.namespace, object.name);
     Some(LocalPod {
-        uid: PodUid(uid.map_or_else(|| Arc::from(name()), Arc::from)),
+        uid: PodUid(uid.map_or_else(|| Arc::from(display(object)), Arc::from)),
         workload: Arc::clone(&workload.uid),
         namespace: Arc::clone(&workload.namespace),
         name: Arc::clone(&workload.name),

@@ -90,6 +90,9 @@ impl<'a> RuleReader<'a> {
             let operations = to.iter().map(|to| to.operation.as_ref());
             clauses.extend(self.any_of(&path, "operation", operations, Self::operation));
         }
+        if rule.when.as_ref().is_some_and(Vec::is_empty) {
+            self.empty(&join(&path, "when"));
+        }
         for (index, condition) in rule.when.iter().flatten().enumerate() {
             let path = join(&join(&path, "when"), &index.to_string());
             match self.condition(&path, condition) {
@@ -147,7 +150,7 @@ impl<'a> RuleReader<'a> {
             }
         }
         if count == 0 {
-            self.fail(path, "this list is empty".to_owned(), "remove it to match anything".to_owned());
+            self.empty(path);
         }
         (!anything && !matches.is_empty()).then_some(Clause { matches })
     }
@@ -227,9 +230,7 @@ impl<'a> RuleReader<'a> {
             true => key.starts_with(*known),
             false => key == *known,
         };
-        if key.starts_with("experimental.envoy.filters.")
-            || CONDITIONS_SEVEN.iter().any(|known| begins(&known))
-        {
+        if key.starts_with("experimental.envoy.filters.") || CONDITIONS_SEVEN.iter().any(begins) {
             self.seven.push((key.to_owned(), join(path, "key")));
             return Some(Seen::Anything);
         }
@@ -286,7 +287,7 @@ impl<'a> RuleReader<'a> {
         let Some(values) = values else { return Vec::new() };
         let path = join(path, field);
         if values.is_empty() {
-            self.fail(&path, format!("{field} is empty"), "remove it to match anything".to_owned());
+            self.empty(&path);
         }
         let mut understood = Vec::with_capacity(values.len());
         for (index, value) in values.iter().enumerate() {
@@ -296,6 +297,11 @@ impl<'a> RuleReader<'a> {
             }
         }
         understood
+    }
+
+    /// A list without items may come of a template that had none to put in: not the same as no list.
+    fn empty(&mut self, path: &[String]) {
+        self.fail(path, "this list is empty".to_owned(), "remove it to match anything".to_owned());
     }
 
     fn fail(&mut self, path: &[String], message: String, hint: String) {

@@ -1,0 +1,22 @@
+//! The eBPF programs. Each is short and total: when something is missing or fails, the connection is refused.
+//!
+//! `connect` and `create` run once per node (cgroup root), `lookup` in each enrolled pod's namespace, `guard`
+//! on each of its devices. They share the maps of `maps`, which the daemon pins.
+
+#![no_std]
+#![no_main]
+
+mod connect;
+mod create;
+mod guard;
+mod lookup;
+mod maps;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

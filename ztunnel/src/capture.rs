@@ -1,0 +1,113 @@
+//! How the traffic of an enrolled pod reaches the daemon, and that nothing else leaves the pod.
+//!
+//! ```text
+//!  app ─connect─▶ [connect: mark] ─▶ route table 100 ─▶ lo ─▶ [lookup] ─▶ outbound listener
+//!                                                                          │ a socket the daemon vouches for
+//!  eth0 ◀─[guard]──────────────────────────────────────────────────────────┘
+//!  eth0 ─SYN─▶ [lookup] ─▶ HBONE or inbound listener ─dial: client's address, mark REPLY, lo─▶ app
+//! ```
+//!
+//! No packet is rewritten and no connection tracked. Programs, maps and links are pinned, so a dead daemon
+//! leaves pods closed, not open, and the next one takes over by putting its listeners into the slots.
+//!
+//! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
+//! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
+//!
+//! Needs Linux 5.15; the guard needs 6.6 (tcx) and enrolment fails without it.
+
+pub mod error;
+pub mod host;
+mod listeners;
+mod maps;
+mod netlink;
+pub mod node;
+pub mod ownership;
+mod pins;
+mod pod;
+mod programs;
+pub mod reconcile;
+mod routes;
+pub mod selftest;
+mod sys;
+pub mod uninstall;
+mod vouch;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::model::addr::PodUid;
+use crate::net::netns::Netns;
+
+/// Where capture keeps its state and what it attaches to.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory of the pins; a bpf file system is mounted if it is not on one.
+    pub pin_dir: PathBuf,
+    /// Root of cgroup v2 (see [`host::cgroup_root`]).
+    pub cgroup_root: PathBuf,
+    /// Cgroup of the kubelet's pods, relative to `cgroup_root`; `None` looks at the usual places.
+    pub kubepods: Option<PathBuf>,
+    /// A path that opens the host's network namespace.
+    pub host_netns: PathBuf,
+}
+
+/// A pod to capture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// This incarnation of the pod.
+    pub uid: PodUid,
+    /// A path that opens its network namespace.
+    pub netns: PathBuf,
+    /// Its addresses, the primary one of each family first.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// The three listeners of a pod: non-blocking, dual-stack (IPv4 only where the kernel has no IPv6),
+/// `IP_TRANSPARENT`, in the pod's namespace. Accepted sockets inherit `TCP_NODELAY` and keep-alive (180 s).
+/// `local_addr` of an accepted socket is the original destination.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Connections the pod opens.
+    pub outbound: Arc<TcpListener>,
+    /// Plaintext connections to the pod.
+    pub inbound: Arc<TcpListener>,
+    /// HBONE tunnels to the pod.
+    pub hbone: Arc<TcpListener>,
+}
+
+/// A pod's listeners and namespace.
+#[derive(Debug)]
+pub struct Captured {
+    /// For the data plane.
+    pub listeners: Listeners,
+    /// For sockets that have to be made inside the pod.
+    pub netns: Arc<Netns>,
+}
+
+/// The capture of one node. All methods block (for milliseconds) and belong on one control thread.
+pub struct Node {
+    config: Config,
+    pins: pins::Pins,
+    maps: maps::Maps,
+    host: Netns,
+    vouch: Arc<vouch::Vouch>,
+    /// Our number; a higher one in the map means another daemon owns the node.
+    generation: u64,
+    /// The programs differ from those the last daemon left, so links are given the new ones.
+    renew: bool,
+    /// What we have enrolled, written by `bind`, `capture`, `withdraw` and `release`.
+    pods: HashMap<PodUid, Enrolled>,
+}
+
+/// Intent for one pod.
+#[derive(Debug)]
+struct Enrolled {
+    slot: u32,
+    cookie: u64,
+    netns: Arc<Netns>,
+    spec: PodSpec,
+    /// `capture` has been called and `withdraw` has not: the reconciler keeps it so.
+    active: bool,
+}

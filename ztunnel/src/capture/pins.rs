@@ -1,0 +1,169 @@
+//! The pin directory: what keeps maps, links and programs alive while no daemon runs.
+//!
+//! ```text
+//! <pin_dir>/v1/<MAP>                  maps
+//! <pin_dir>/v1/links/<program>        node-wide links
+//! <pin_dir>/v1/programs/<program>     the guards, loaded once
+//! <pin_dir>/v1/pods/<slot>/{lookup,guard-<device>}
+//! ```
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+/// Paths below the pin directory, for one version of the maps.
+#[derive(Debug, Clone)]
+pub(super) struct Pins {
+    root: PathBuf,
+    versioned: PathBuf,
+}
+
+impl Pins {
+    pub(super) fn new(pin_dir: &Path) -> Self {
+        Self::of_version(pin_dir, &format!("v{}", ztunnel_ebpf_abi::VERSION))
+    }
+
+    pub(super) fn of_version(pin_dir: &Path, version: &str) -> Self {
+        Self { root: pin_dir.to_owned(), versioned: pin_dir.join(version) }
+    }
+
+    /// Makes the directories, mounting a bpf file system when there is none. True if it did.
+    pub(super) fn create(&self) -> io::Result<bool> {
+        let mounted = ensure_bpffs(&self.root)?;
+        for dir in [self.links(), self.programs(), self.versioned.join("pods")] {
+            std::fs::create_dir_all(dir)?;
+        }
+        Ok(mounted)
+    }
+
+    pub(super) fn maps(&self) -> &Path {
+        &self.versioned
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.versioned.join(name)
+    }
+
+    pub(super) fn links(&self) -> PathBuf {
+        self.versioned.join("links")
+    }
+
+    pub(super) fn link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
+    }
+
+    fn programs(&self) -> PathBuf {
+        self.versioned.join("programs")
+    }
+
+    pub(super) fn program(&self, program: &str) -> PathBuf {
+        self.programs().join(program)
+    }
+
+    pub(super) fn pod(&self, slot: u32) -> PathBuf {
+        self.versioned.join("pods").join(slot.to_string())
+    }
+
+    pub(super) fn lookup(&self, slot: u32) -> PathBuf {
+        self.pod(slot).join("lookup")
+    }
+
+    pub(super) fn guard(&self, slot: u32, device: u32) -> PathBuf {
+        self.pod(slot).join(format!("guard-{device}"))
+    }
+
+    /// The devices a pod's guards are pinned for.
+    pub(super) fn guarded(&self, slot: u32) -> Vec<u32> {
+        let Ok(entries) = std::fs::read_dir(self.pod(slot)) else { return Vec::new() };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("guard-")?.parse().ok())
+            .collect()
+    }
+
+    /// Version directories other than this one.
+    pub(super) fn other_versions(&self) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(&self.root) else { return Vec::new() };
+        entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| *path != self.versioned)
+            .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
+            .filter(|name| name.strip_prefix('v').is_some_and(|n| n.parse::<u32>().is_ok()))
+            .collect()
+    }
+
+    /// Removes everything of this version; links and programs go with their last pin.
+    pub(super) fn remove_all(&self) -> io::Result<()> {
+        gone(std::fs::remove_dir_all(&self.versioned))
+    }
+
+    /// Removes the pin directory when nothing is left in it, and the mount if `mounted` and empty.
+    pub(super) fn remove_root(&self, mounted: bool) -> io::Result<()> {
+        let point = mounted.then(|| mount_point(&self.root)).transpose()?;
+        if point.as_deref() != Some(&*self.root) {
+            match std::fs::remove_dir(&self.root) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(()),
+                other => gone(other)?,
+            }
+        }
+        if let Some(point) = point
+            && std::fs::read_dir(&point)?.next().is_none()
+        {
+            umount2(&point, MntFlags::empty())?;
+            if point == self.root {
+                gone(std::fs::remove_dir(&point))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file or directory that is gone already is as good as removed.
+pub(super) fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Mounts at `dir`, or, when it cannot be made (below `/sys`), at the nearest directory above it that exists.
+fn ensure_bpffs(dir: &Path) -> io::Result<bool> {
+    if is_bpffs(existing(dir)) {
+        std::fs::create_dir_all(dir)?;
+        return Ok(false);
+    }
+    let point = if std::fs::create_dir_all(dir).is_ok() { dir } else { existing(dir) };
+    mount(
+        Some("bpf"),
+        point,
+        Some("bpf"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=0700"),
+    )?;
+    std::fs::create_dir_all(dir)?;
+    Ok(true)
+}
+
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"))
+}
+
+fn mount_point(path: &Path) -> io::Result<PathBuf> {
+    let device = path.metadata()?.dev();
+    let mut point = path;
+    while let Some(parent) = point.parent() {
+        if parent.metadata()?.dev() != device {
+            break;
+        }
+        point = parent;
+    }
+    Ok(point.to_owned())
+}

@@ -1,0 +1,336 @@
+//! Enrolling and withdrawing one pod, step by step.
+
+use std::collections::HashSet;
+use std::error::Error;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use ztunnel_ebpf_abi::{PodEntry, Record};
+
+use super::error::{EnrolError, WithdrawError};
+use super::maps::{pack, unpack};
+use super::netlink::Netlink;
+use super::node::uid_of;
+use super::pins::{Pins, gone};
+use super::sys::{self, Attach};
+use super::{Captured, Enrolled, Node, PodSpec, listeners, programs, routes};
+use crate::model::addr::{PodUid, canonical_ip};
+use crate::net::netns::Netns;
+
+impl Node {
+    /// Binds the pod's listeners and reserves its slot. Nothing is redirected yet.
+    pub fn bind(&mut self, pod: &PodSpec) -> Result<Captured, EnrolError> {
+        if !self.is_owner() {
+            return Err(EnrolError::Superseded);
+        }
+        let entered = |source| EnrolError::Netns { path: pod.netns.clone(), source };
+        let netns = Arc::new(Netns::open(&pod.netns).map_err(entered)?);
+        let (listeners, cookie, accepts_marks) = netns
+            .run(|| Ok((listeners::bind()?, listeners::current_netns_cookie()?, routes::accepts_marks()?)))
+            .map_err(entered)?
+            .map_err(EnrolError::Listen)?;
+        let slot = self.reserve(pod, &netns, cookie, accepts_marks)?;
+        let spec = pod.clone();
+        let active = self.pods.get(&pod.uid).is_some_and(|known| known.active);
+        let enrolled = Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, active };
+        self.pods.insert(pod.uid.clone(), enrolled);
+        Ok(Captured { listeners, netns })
+    }
+
+    /// Finds or makes the pod's record. A record of the same UID in another namespace is of a pod that is gone.
+    fn reserve(
+        &mut self,
+        pod: &PodSpec,
+        netns: &Netns,
+        cookie: u64,
+        accepts_marks: u32,
+    ) -> Result<u32, EnrolError> {
+        for (slot, record) in self.maps.recorded() {
+            if uid_of(&record) != pod.uid {
+                continue;
+            }
+            if record.cookie == cookie {
+                return Ok(slot);
+            }
+            self.dismantle(slot, &record).map_err(EnrolError::step("a new slot"))?;
+        }
+        let slot = self.maps.free_slot().ok_or(EnrolError::Full)?;
+        let (uid, uid_len) = pack(pod.uid.0.as_bytes()).ok_or(EnrolError::TooLong)?;
+        let (path, netns_len) = pack(pod.netns.as_os_str().as_bytes()).ok_or(EnrolError::TooLong)?;
+        let record = Record {
+            netns_inode: netns.id().1,
+            cookie,
+            fwmark_accept: accepts_marks,
+            withdrawn: 0,
+            uid_len,
+            netns_len,
+            padding: 0,
+            uid,
+            netns: path,
+        };
+        self.maps.records.insert(slot, record, 0).map_err(EnrolError::step("the record"))?;
+        Ok(slot)
+    }
+
+    /// Captures the pod: new connections from and to it go to `captured.listeners`. Idempotent; on a pod that
+    /// an older daemon captured only the listeners change hands. When a step fails the pod may be closed, and
+    /// is open only if none of its connections were marked; call again or `withdraw`.
+    pub fn capture(&mut self, pod: &PodSpec, captured: &Captured) -> Result<(), EnrolError> {
+        if !self.is_owner() {
+            return Err(EnrolError::Superseded);
+        }
+        let known = self.pods.get_mut(&pod.uid).ok_or_else(|| EnrolError::NotBound(pod.uid.clone()))?;
+        known.spec = pod.clone();
+        let (slot, cookie) = (known.slot, known.cookie);
+        let netns = Arc::clone(&known.netns);
+
+        self.maps.set_listeners(slot, &captured.listeners).map_err(EnrolError::step("the listeners"))?;
+        let record = self.maps.records.get(&slot, 0).map_err(EnrolError::step("the record"))?;
+        if record.withdrawn != 0 {
+            let record = Record { withdrawn: 0, ..record };
+            self.maps.records.insert(slot, record, 0).map_err(EnrolError::step("the record"))?;
+        }
+        self.redirect(pod, slot, cookie, &netns)?;
+        if let Some(known) = self.pods.get_mut(&pod.uid) {
+            known.active = true;
+        }
+        Ok(())
+    }
+
+    /// Everything of `capture` but the listeners; names what was not there. The reconciler's repair as well.
+    pub(super) fn redirect(
+        &mut self,
+        pod: &PodSpec,
+        slot: u32,
+        cookie: u64,
+        netns: &Netns,
+    ) -> Result<Vec<String>, EnrolError> {
+        let entered = |source| EnrolError::Netns { path: pod.netns.clone(), source };
+        let mut found = netns
+            .run(|| inside(pod))
+            .map_err(entered)?
+            .map_err(EnrolError::step("rules, routes and the tcp_fwmark_accept setting"))?;
+        let mut changed: Vec<String> =
+            found.added.drain(..).map(|what| format!("{what} was missing")).collect();
+
+        let renewed = self.ensure_lookup(slot, netns).map_err(EnrolError::step("the lookup program"))?;
+        changed.extend(renewed.then(|| "the lookup program was not attached".to_owned()));
+
+        let step = EnrolError::step("the map of addresses");
+        if self.maps.set_addresses(slot, &found.own).map_err(step)? {
+            changed.push("its addresses in the map were not current".to_owned());
+        }
+        let probed: Vec<IpAddr> = pod.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
+        if self.maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
+            changed.push("its addresses for probes were not current".to_owned());
+        }
+        let entry = PodEntry { slot, flags: 0 };
+        if self.maps.pods.get(&cookie, 0).ok() != Some(entry) {
+            // From here on connections of the pod are marked.
+            self.maps
+                .pods
+                .insert(cookie, entry, 0)
+                .map_err(EnrolError::step("the connect program's entry"))?;
+            changed.push("the connect program did not know it".to_owned());
+        }
+        let guarded = netns
+            .run(|| ensure_guards(&self.pins, slot, &found.devices, self.renew))
+            .map_err(entered)?
+            .map_err(EnrolError::step("the guard (it needs Linux 6.6)"))?;
+        changed.extend(guarded.into_iter().map(|device| format!("device {device} had no guard")));
+        Ok(changed)
+    }
+
+    /// True when the lookup program had to be attached.
+    fn ensure_lookup(&self, slot: u32, netns: &Netns) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let path = self.pins.lookup(slot);
+        let link = sys::open(&path).ok().filter(|link| {
+            sys::link_state(link.as_fd(), Attach::SkLookup).is_ok_and(|state| state.target == netns.id().1)
+        });
+        if link.is_some() && !self.renew {
+            return Ok(false);
+        }
+        let mut object = programs::object(&self.pins, slot)?;
+        let program = programs::load(&mut object, "steer")?;
+        if let Some(link) = link {
+            sys::replace(link.as_fd(), program.as_fd())?;
+            return Ok(false);
+        }
+        std::fs::create_dir_all(self.pins.pod(slot))?;
+        let link = sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?;
+        gone(std::fs::remove_file(&path))?;
+        sys::pin(link.as_fd(), &path)?;
+        Ok(true)
+    }
+
+    /// Stops capturing new connections. Open ones go on: the routes they need stay until [`Node::release`].
+    pub fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        if !self.is_owner() {
+            return Err(WithdrawError::Superseded);
+        }
+        let (slot, record) = self.record(uid)?;
+        if let Some(known) = self.pods.get_mut(uid) {
+            known.active = false;
+        }
+        self.open_up(slot, &record)
+    }
+
+    /// Removes what is left of a withdrawn pod, once its connections have drained (those still open break).
+    pub fn release(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        if !self.is_owner() {
+            return Err(WithdrawError::Superseded);
+        }
+        let (slot, record) = self.record(uid)?;
+        self.dismantle(slot, &record)?;
+        self.pods.remove(uid);
+        Ok(())
+    }
+
+    /// Removes what a dead daemon left for pods that are neither in `keep` nor enrolled by us, and the state of
+    /// older versions. Call it once the pods of this node are known and enrolled. Returns the removed pods.
+    pub fn sweep(&mut self, keep: &HashSet<PodUid>) -> Vec<PodUid> {
+        let mut swept = Vec::new();
+        if !self.is_owner() {
+            return swept;
+        }
+        for (slot, record) in self.maps.recorded() {
+            let uid = uid_of(&record);
+            if keep.contains(&uid) || self.pods.contains_key(&uid) {
+                continue;
+            }
+            match self.dismantle(slot, &record) {
+                Ok(()) => swept.push(uid),
+                Err(error) => tracing::warn!(pod = %uid, %error, "cannot sweep a pod that is gone"),
+            }
+        }
+        for version in self.pins.other_versions() {
+            if let Err(error) = Pins::of_version(&self.config.pin_dir, &version).remove_all() {
+                tracing::warn!(version, %error, "cannot remove the pins of another version");
+            }
+        }
+        swept
+    }
+
+    fn record(&self, uid: &PodUid) -> Result<(u32, Record), WithdrawError> {
+        let found = self.maps.recorded().into_iter().find(|(_, record)| uid_of(record) == *uid);
+        found.ok_or_else(|| WithdrawError::Unknown(uid.clone()))
+    }
+
+    /// The reverse of `redirect` as far as new connections are concerned.
+    fn open_up(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
+        for device in self.pins.guarded(slot) {
+            gone(std::fs::remove_file(self.pins.guard(slot, device)))
+                .map_err(WithdrawError::step("the guard"))?;
+        }
+        let removed = match self.maps.pods.remove(&record.cookie) {
+            Err(aya::maps::MapError::SyscallError(error))
+                if error.io_error.raw_os_error() != Some(libc::ENOENT) =>
+            {
+                Err(error)
+            }
+            _ => Ok(()),
+        };
+        removed.map_err(WithdrawError::step("the connect program's entry"))?;
+        self.maps.set_pod_ips(slot, &[]).map_err(WithdrawError::step("the map of pods"))?;
+        gone(std::fs::remove_file(self.pins.lookup(slot)))
+            .map_err(WithdrawError::step("the lookup program"))?;
+        self.maps.set_addresses(slot, &[]).map_err(WithdrawError::step("the map of addresses"))?;
+        self.maps.clear_listeners(slot);
+        let record = Record { withdrawn: 1, ..*record };
+        self.maps.records.insert(slot, record, 0).map_err(WithdrawError::step("the record"))
+    }
+
+    /// All of a pod, whatever state it is in. Works when its namespace is gone.
+    pub(super) fn dismantle(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
+        self.open_up(slot, record)?;
+        if let Some(netns) = self.netns_of(record) {
+            let undone = netns.run(|| {
+                routes::remove(&mut Netlink::open()?)?;
+                routes::accept_marks(record.fwmark_accept)
+            });
+            undone.and_then(|result| result).map_err(WithdrawError::step("rules and routes"))?;
+        }
+        gone(std::fs::remove_dir_all(self.pins.pod(slot))).map_err(WithdrawError::step("the pins"))?;
+        match self.maps.records.remove(&slot) {
+            Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
+            Err(aya::maps::MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(WithdrawError::step("the record")(error)),
+        }
+    }
+
+    /// The pod's namespace if it still exists (or we hold it).
+    fn netns_of(&self, record: &Record) -> Option<Arc<Netns>> {
+        if let Some(known) = self.pods.values().find(|known| known.cookie == record.cookie) {
+            return Some(Arc::clone(&known.netns));
+        }
+        let path = Path::new(std::ffi::OsStr::from_bytes(unpack(&record.netns, record.netns_len)));
+        let netns = Netns::open(path).ok()?;
+        let cookie = netns.run(listeners::current_netns_cookie).ok()?.ok()?;
+        (cookie == record.cookie).then(|| Arc::new(netns))
+    }
+}
+
+/// What was found and done in a pod's namespace.
+struct Inside {
+    added: Vec<&'static str>,
+    own: Vec<IpAddr>,
+    devices: Vec<routes::Device>,
+}
+
+/// Rules, routes, the sysctl; and a look at addresses and devices. Runs in the pod's namespace.
+fn inside(pod: &PodSpec) -> std::io::Result<Inside> {
+    let mut netlink = Netlink::open()?;
+    let mut added = routes::ensure(&mut netlink, &routes::families(&pod.addresses))?;
+    if routes::accepts_marks()? != 1 {
+        routes::accept_marks(1)?;
+        added.push("the tcp_fwmark_accept setting");
+    }
+    let mut own: Vec<IpAddr> = pod.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
+    own.extend(routes::addresses(&mut netlink)?);
+    own.sort_unstable();
+    own.dedup();
+    Ok(Inside { added, own, devices: routes::devices(&mut netlink)? })
+}
+
+/// Guards every device; returns those that had none. Runs in the pod's namespace.
+fn ensure_guards(
+    pins: &Pins,
+    slot: u32,
+    devices: &[routes::Device],
+    renew: bool,
+) -> std::io::Result<Vec<u32>> {
+    let mut changed = Vec::new();
+    for device in devices {
+        let path = pins.guard(slot, device.index);
+        let link = sys::open(&path).ok().filter(|link| {
+            sys::link_state(link.as_fd(), Attach::TcxEgress)
+                .is_ok_and(|state| state.target == u64::from(device.index))
+        });
+        if link.is_some() && !renew {
+            continue;
+        }
+        let program = sys::open(&pins.program(if device.ethernet { "guard" } else { "guard_ip" }))?;
+        if let Some(link) = link {
+            sys::replace(link.as_fd(), program.as_fd())?;
+            continue;
+        }
+        std::fs::create_dir_all(pins.pod(slot))?;
+        let link = sys::attach(program.as_fd(), device.index, Attach::TcxEgress)?;
+        gone(std::fs::remove_file(&path))?;
+        sys::pin(link.as_fd(), &path)?;
+        changed.push(device.index);
+    }
+    for device in pins.guarded(slot) {
+        if !devices.iter().any(|known| known.index == device) {
+            gone(std::fs::remove_file(pins.guard(slot, device)))?;
+        }
+    }
+    Ok(changed)
+}

@@ -1,0 +1,77 @@
+//! The eBPF object inside the daemon, and loading programs from it.
+
+use std::error::Error;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use aya::programs::{CgroupSock, CgroupSockAddr, Program, SchedClassifier, SkLookup};
+use aya::{Ebpf, EbpfLoader};
+
+use super::pins::Pins;
+use super::sys::Attach;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("ZTUNNEL_EBPF_OBJECT"));
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// The programs at the cgroup root: name and hook.
+pub(super) const CGROUP: [(&str, Attach); 5] = [
+    ("connect4", Attach::Connect4),
+    ("connect6", Attach::Connect6),
+    ("bind4", Attach::Bind4),
+    ("bind6", Attach::Bind6),
+    ("create", Attach::SockCreate),
+];
+
+/// The guards: for Ethernet devices and for those without a link-layer header.
+pub(super) const GUARDS: [&str; 2] = ["guard", "guard_ip"];
+
+/// Whether this build has programs at all.
+pub(super) fn embedded() -> bool {
+    !OBJECT.is_empty()
+}
+
+/// Tells two builds of the programs apart (FNV-1a); never zero.
+pub(super) fn fingerprint() -> u64 {
+    OBJECT.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    }) | 1
+}
+
+/// Parses the object and opens or makes the pinned maps; `slot` is for the lookup program.
+pub(super) fn object(pins: &Pins, slot: u32) -> Result<Ebpf, Failure> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .default_map_pin_directory(pins.maps())
+        .map_pin_path("SOCKETS", pins.map("SOCKETS"))
+        .override_global("SLOT", &slot, true);
+    Ok(loader.load(OBJECT)?)
+}
+
+/// Loads one program into the kernel and returns it alone.
+pub(super) fn load(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd, Failure> {
+    let program = object.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
+    let fd = match program {
+        Program::CgroupSockAddr(_) => {
+            let program: &mut CgroupSockAddr = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        Program::CgroupSock(_) => {
+            let program: &mut CgroupSock = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        Program::SkLookup(_) => {
+            let program: &mut SkLookup = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        Program::SchedClassifier(_) => {
+            let program: &mut SchedClassifier = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        _ => return Err(format!("program {name} is of an unexpected kind").into()),
+    };
+    Ok(fd)
+}

@@ -1,0 +1,99 @@
+//! Comparing intent with the kernel and repairing what drifted.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::{Node, host};
+use crate::model::addr::PodUid;
+use crate::net::netns::Netns;
+
+/// Something that was not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// The pod; `None` is the node.
+    pub pod: Option<PodUid>,
+    /// What it was.
+    pub what: String,
+    /// Whether it is repaired; if not, `what` says why and the next call tries again.
+    pub repaired: bool,
+}
+
+impl fmt::Display for Repair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.pod {
+            Some(pod) => write!(f, "pod {pod}: {}", self.what)?,
+            None => write!(f, "node: {}", self.what)?,
+        }
+        f.write_str(if self.repaired { "; repaired" } else { "; not repaired" })
+    }
+}
+
+impl Node {
+    /// Looks at everything that should be in the kernel and puts back what is missing. Does nothing once a
+    /// newer daemon owns the node. Call it about once a second.
+    pub fn reconcile(&mut self) -> Vec<Repair> {
+        let mut repairs = Vec::new();
+        if !self.is_owner() {
+            return repairs;
+        }
+        self.reconcile_node(&mut repairs);
+        let active: Vec<PodUid> =
+            self.pods.iter().filter(|(_, known)| known.active).map(|(uid, _)| uid.clone()).collect();
+        for uid in active {
+            self.reconcile_pod(&uid, &mut repairs);
+        }
+        repairs
+    }
+
+    fn reconcile_node(&mut self, repairs: &mut Vec<Repair>) {
+        let mut note = |what: String, repaired| repairs.push(Repair { pod: None, what, repaired });
+        match self.reattach() {
+            Ok(missing) => {
+                missing.iter().for_each(|name| note(format!("program {name} was not attached"), true));
+            }
+            Err(error) => note(chain(&error), false),
+        }
+        match host::add_probe_addresses(&self.host) {
+            Ok(added) => {
+                added.iter().for_each(|ip| note(format!("{ip} was not on the loopback device"), true));
+            }
+            Err(error) => note(format!("cannot add the probe addresses: {error}"), false),
+        }
+        let current = self.maps.node.get(&0, 0).ok();
+        if let Ok(wanted) = host::describe(&self.config, &self.host)
+            && current != Some(wanted)
+        {
+            let set = self.maps.node.set(0, wanted, 0);
+            note("the description of the host was not current".to_owned(), set.is_ok());
+        }
+    }
+
+    fn reconcile_pod(&mut self, uid: &PodUid, repairs: &mut Vec<Repair>) {
+        let Some(known) = self.pods.get(uid) else { return };
+        let (spec, slot, cookie, netns) =
+            (known.spec.clone(), known.slot, known.cookie, Arc::clone(&known.netns));
+        let mut note =
+            |what: String, repaired| repairs.push(Repair { pod: Some(uid.clone()), what, repaired });
+        // Our descriptor keeps the namespace; the path tells whether the pod still has it.
+        if !Netns::open(&spec.netns).is_ok_and(|current| current.id() == netns.id()) {
+            note(format!("its network namespace {} is gone: withdraw it", spec.netns.display()), false);
+            return;
+        }
+        match self.redirect(&spec, slot, cookie, &netns) {
+            Ok(changed) => changed.into_iter().for_each(|what| note(what, true)),
+            Err(error) => note(chain(&error), false),
+        }
+    }
+}
+
+/// An error with its causes.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,181 @@
+//! The few `bpf(2)` commands aya does not offer in the form needed here: links by descriptor, and one map
+//! update without allocation.
+
+#![expect(unsafe_code, reason = "the bpf system call")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+const MAP_UPDATE_ELEM: libc::c_long = 2;
+const OBJ_PIN: libc::c_long = 6;
+const OBJ_GET: libc::c_long = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const LINK_CREATE: libc::c_long = 28;
+const LINK_UPDATE: libc::c_long = 29;
+
+/// Where a program is attached (`enum bpf_attach_type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Attach {
+    SockCreate = 2,
+    Bind4 = 8,
+    Bind6 = 9,
+    Connect4 = 10,
+    Connect6 = 11,
+    SkLookup = 36,
+    TcxEgress = 47,
+}
+
+/// What the kernel says of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LinkState {
+    /// The attached program.
+    pub program: u32,
+    /// Cgroup id, namespace inode or device index; zero when what it was attached to is gone.
+    pub target: u64,
+}
+
+fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `T` is a prefix of `union bpf_attr` for the command (each caller's layout); the kernel treats
+    // the rest as zero and reads and writes no more than the given size.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn descriptor(result: libc::c_long) -> OwnedFd {
+    // SAFETY: the command returned a new descriptor; nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(result as i32) }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct MapElement {
+    map: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Sets a four byte value for a four byte key.
+pub(super) fn map_update(map: BorrowedFd<'_>, key: u32, value: u32) -> io::Result<()> {
+    let mut attributes = MapElement {
+        map: map.as_raw_fd() as u32,
+        key: std::ptr::from_ref(&key) as u64,
+        value: std::ptr::from_ref(&value) as u64,
+        ..MapElement::default()
+    };
+    bpf(MAP_UPDATE_ELEM, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Object {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn text(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Pins a link or program at `path`.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = text(path)?;
+    let mut attributes = Object { path: path.as_ptr() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
+    bpf(OBJ_PIN, &mut attributes).map(drop)
+}
+
+/// Opens what is pinned at `path`.
+pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
+    let path = text(path)?;
+    let mut attributes = Object { path: path.as_ptr() as u64, ..Object::default() };
+    bpf(OBJ_GET, &mut attributes).map(descriptor)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    attach: u32,
+    flags: u32,
+    relative: u32,
+    padding: u32,
+    revision: u64,
+}
+
+/// Attaches `program` to a cgroup or namespace (descriptor) or a device of this thread's namespace (index). On
+/// a device it runs before all that are there.
+pub(super) fn attach(program: BorrowedFd<'_>, target: u32, attach: Attach) -> io::Result<OwnedFd> {
+    const BEFORE: u32 = 1 << 3;
+    let mut attributes = LinkCreate {
+        program: program.as_raw_fd() as u32,
+        target,
+        attach: attach as u32,
+        flags: if attach == Attach::TcxEgress { BEFORE } else { 0 },
+        ..LinkCreate::default()
+    };
+    bpf(LINK_CREATE, &mut attributes).map(descriptor)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old: u32,
+}
+
+/// Puts another program in a link's place, atomically.
+pub(super) fn replace(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = LinkUpdate {
+        link: link.as_raw_fd() as u32,
+        program: program.as_raw_fd() as u32,
+        ..LinkUpdate::default()
+    };
+    bpf(LINK_UPDATE, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    target: [u32; 2],
+    attach: u32,
+    rest: [u32; 5],
+}
+
+/// What a link of the given kind is attached to now.
+pub(super) fn link_state(link: BorrowedFd<'_>, attach: Attach) -> io::Result<LinkState> {
+    let mut info = LinkInfo::default();
+    let mut attributes = Query {
+        fd: link.as_raw_fd() as u32,
+        length: size_of::<LinkInfo>() as u32,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    let target = match attach {
+        Attach::SkLookup | Attach::TcxEgress => u64::from(info.target[0]),
+        _ if cfg!(target_endian = "big") => u64::from(info.target[0]) << 32 | u64::from(info.target[1]),
+        _ => u64::from(info.target[1]) << 32 | u64::from(info.target[0]),
+    };
+    Ok(LinkState { program: info.program, target })
+}

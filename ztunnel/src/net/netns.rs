@@ -1,0 +1,93 @@
+//! Network namespaces by descriptor, and running code inside one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{FsType, fstatfs};
+
+const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
+
+/// An open network namespace; it lives at least as long as this.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    id: (u64, u64),
+}
+
+impl Netns {
+    /// Opens the namespace at `path`. A path that is no namespace (a bind mount that is gone leaves an empty
+    /// file) is `InvalidInput`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a network namespace"));
+        }
+        let metadata = file.metadata()?;
+        Ok(Self { fd: file.into(), id: (metadata.dev(), metadata.ino()) })
+    }
+
+    /// The namespace of this thread.
+    pub fn current() -> io::Result<Self> {
+        Self::open(Path::new("/proc/thread-self/ns/net"))
+    }
+
+    /// Device and inode: equal for two handles of the same namespace.
+    pub fn id(&self) -> (u64, u64) {
+        self.id
+    }
+
+    /// Runs `inside` with this thread in the namespace. What it opens (sockets, `/proc/sys/net`) belongs there.
+    /// The process ends if the thread cannot come back: it would work in a pod unknowingly.
+    pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
+        let home = Self::current()?;
+        if home.id == self.id {
+            return Ok(inside());
+        }
+        let back = Back(home);
+        setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
+        let result = inside();
+        drop(back);
+        Ok(result)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Returns on drop, so that a panic inside does not leave the thread there either.
+struct Back(Netns);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if let Err(error) = setns(&self.0.fd, CloneFlags::CLONE_NEWNET) {
+            tracing::error!(%error, "cannot leave a pod's network namespace");
+            std::process::abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_current_namespace_has_one_identity() {
+        let (a, b) =
+            (Netns::current().expect("open"), Netns::open(Path::new("/proc/self/ns/net")).expect("open"));
+        assert_eq!(a.id(), b.id());
+        assert_eq!(a.run(|| 7).expect("no switch"), 7);
+    }
+
+    #[test]
+    fn a_plain_file_is_refused() {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        assert_eq!(Netns::open(file.path()).expect_err("no namespace").kind(), io::ErrorKind::InvalidInput);
+    }
+}

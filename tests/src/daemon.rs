@@ -32,6 +32,8 @@ pub struct Setting {
     pub state: PathBuf,
     /// `--pin-dir`
     pub pins: PathBuf,
+    /// `--run-dir`: where two daemons of the node meet.
+    pub meeting: PathBuf,
     /// `--kubepods-cgroup`
     pub kubepods: PathBuf,
 }
@@ -54,6 +56,7 @@ impl Setting {
             ("--node", self.node.clone()),
             ("--state-dir", path(&self.state)),
             ("--pin-dir", path(&self.pins)),
+            ("--run-dir", path(&self.meeting)),
             ("--kubepods-cgroup", path(&self.kubepods)),
             ("--drain-deadline", format!("{}s", DRAIN_DEADLINE.as_secs())),
             ("--log-format", "plain".to_owned()),
@@ -114,7 +117,8 @@ impl Setting {
     /// Removes what the daemon has left in the kernel, the daemon's own way; returns what it says.
     pub fn uninstall(&self) -> Result<String> {
         let mut command = self.place.command(binaries::daemon()?)?;
-        command.args(["uninstall", "--pin-dir"]).arg(&self.pins);
+        command.args(["uninstall", "--node", &self.node, "--pin-dir"]).arg(&self.pins);
+        command.arg("--run-dir").arg(&self.meeting).arg("--kubepods-cgroup").arg(&self.kubepods);
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         let child = crate::process::spawn(command)?;
         let output = crate::process::finish(child, Duration::from_secs(20))?;

@@ -134,7 +134,7 @@ pub fn take_down(prefix: &str) -> Result<()> {
     }
     let directory = Path::new(DIRECTORY).join(prefix);
     for pins in pin_directories(&directory) {
-        note(release_pins(&pins));
+        note(release_pins(&pins, &directory.join("meeting")));
     }
     for netns in netns::named(&format!("{prefix}-")) {
         note(netns.remove());
@@ -156,10 +156,12 @@ pub fn pin_directories(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// The daemon's own way first; then by force, because a run that failed must not spoil the next one.
-fn release_pins(pins: &Path) -> Result<()> {
+fn release_pins(pins: &Path, meeting: &Path) -> Result<()> {
     let text = pins.display().to_string();
     if let Ok(daemon) = binaries::daemon() {
-        let _forced_below = sh(&daemon.display().to_string(), &["uninstall", "--pin-dir", &text]);
+        let meeting = meeting.join(pins.file_name().unwrap_or_default()).display().to_string();
+        let arguments = ["uninstall", "--pin-dir", &text, "--run-dir", &meeting];
+        let _forced_below = sh(&daemon.display().to_string(), &arguments);
     }
     let mounts = fs::read_to_string("/proc/mounts")?;
     let mounted = mounts.lines().filter(|line| line.split(' ').nth(1) == Some(text.as_str())).count();

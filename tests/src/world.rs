@@ -357,7 +357,8 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         place: node.place.clone(),
         mesh: mesh.path().to_owned(),
         // One authority for both nodes: they share its directory as a cluster shares its root.
-        state: run.path("state"),
+        state: run.path("authority"),
+        meeting: run.path("meeting").join(&node.name),
         pins: run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
     }

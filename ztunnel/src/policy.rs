@@ -5,3 +5,6 @@
 
 pub mod authorize;
 pub mod matching;
+
+#[cfg(test)]
+mod tests;

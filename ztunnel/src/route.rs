@@ -5,3 +5,6 @@
 
 pub mod balance;
 pub mod plan;
+
+#[cfg(test)]
+mod tests;

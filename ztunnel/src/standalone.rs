@@ -2,9 +2,9 @@
 //!
 //! [`authority`] issues the workloads' certificates.
 //!
-//! The mesh file is Kubernetes and Istio YAML. [`file`] reads it, [`decode`] makes typed [`objects`] of it,
+//! The mesh file is Kubernetes and Istio YAML. [`mod@file`] reads it, [`decode`] makes typed [`objects`] of it,
 //! [`translate`] turns those into the mesh model, and [`watch`] does so again whenever the files change.
-//! Only [`file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
+//! Only [`mod@file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
 //!
 //! # What a mesh file may hold
 //!

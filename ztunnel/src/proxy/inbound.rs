@@ -64,7 +64,7 @@ enum NoTunnel {
 }
 
 /// A tunnel, as its streams see it.
-struct Tunnel {
+pub(super) struct Tunnel {
     client: ClientAddr,
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
@@ -212,7 +212,7 @@ impl Counter for Server<'_> {
 }
 
 /// Serves one stream.
-async fn stream(shard: Arc<Shard>, pod: Arc<Pod>, tunnel: Arc<Tunnel>, incoming: Incoming) {
+pub(super) async fn stream(shard: Arc<Shard>, pod: Arc<Pod>, tunnel: Arc<Tunnel>, incoming: Incoming) {
     let refuse_early = |incoming: Incoming, asked: Option<SocketAddr>, failure: StreamFailure| {
         let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: asked };
         shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);

@@ -28,8 +28,9 @@ pub struct Loaded {
     pub warnings: Vec<Diagnostic>,
 }
 
-/// How much all files together may hold. A pod as `kubectl` prints it takes some 5 KiB.
-const BYTES_MAX: u64 = 64 << 20;
+/// How much all files together may hold: some 6,000 pods as `kubectl` prints them, or ten times as many written
+/// by hand. Reading takes some 30 times as much memory for a moment.
+const BYTES_MAX: u64 = 32 << 20;
 
 /// How many remarks are made on one load. A mistake is often made in every object.
 const DIAGNOSTICS_MAX: usize = 1000;
@@ -269,7 +270,7 @@ mod tests {
         file.set_len(BYTES_MAX + 1).unwrap();
         assert_eq!(
             said(load(dir.path(), "n1"), dir.path()),
-            ["a.yaml: error: cannot be read: the mesh file is larger than 64 MiB in all"]
+            ["a.yaml: error: cannot be read: the mesh file is larger than 32 MiB in all"]
         );
     }
 }

@@ -15,6 +15,7 @@ use crate::standalone::objects::Objects;
 use crate::standalone::translate::pods::Draft;
 
 mod authorization;
+mod enrolment;
 mod peers;
 mod pods;
 mod services;

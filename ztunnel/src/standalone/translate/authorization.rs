@@ -39,7 +39,7 @@ pub(super) fn policies(
     for object in &objects.authorization_policies {
         let default = AuthorizationPolicySpec::default();
         let spec = object.value.spec.as_ref().unwrap_or(&default);
-        let Some((action, rules)) = meaning(object, spec, diagnostics) else { continue };
+        let Some((action, rules)) = meaning(object, spec, settings, diagnostics) else { continue };
         let key = PolicyKey { namespace: Arc::clone(&object.namespace), name: Arc::clone(&object.name) };
         let root = object.namespace == settings.root_namespace;
         let scope = match labels(spec) {
@@ -81,6 +81,7 @@ fn labels(spec: &AuthorizationPolicySpec) -> Option<&BTreeMap<String, String>> {
 fn meaning(
     object: &Object<AuthorizationPolicy>,
     spec: &AuthorizationPolicySpec,
+    settings: &Settings,
     diagnostics: &mut Vec<Diagnostic>,
 ) -> Option<(Action, Vec<Rule>)> {
     let name = format!("AuthorizationPolicy {}/{}", object.namespace, object.name);
@@ -141,7 +142,7 @@ fn meaning(
         let hint = "write rules: [{}] to deny everything";
         diagnostics.push(Diagnostic::warning_at(&object.source, &["spec"], message).hint(hint));
     }
-    let mut reader = RuleReader::new(object, action, diagnostics);
+    let mut reader = RuleReader::new(object, action, settings, diagnostics);
     let rules: Vec<Rule> =
         written.iter().enumerate().filter_map(|(index, rule)| reader.rule(index, rule)).collect();
     if reader.failed() { Some(deny_everything()) } else { Some((action, rules)) }

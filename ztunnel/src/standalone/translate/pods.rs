@@ -1,46 +1,32 @@
-//! Pods → workloads, and which of them are enrolled here.
+//! Pods → workloads.
 
 use std::collections::BTreeSet;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::enrol::pod::LocalPod;
-use crate::model::addr::PodUid;
 use crate::model::addr::canonical_ip;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::standalone::diagnostic::Diagnostic;
-use crate::standalone::diagnostic::nearest;
 use crate::standalone::objects::Object;
 use crate::standalone::objects::Objects;
 use crate::standalone::translate::CLUSTER;
 use crate::standalone::translate::Options;
 use crate::standalone::translate::Settings;
+use crate::standalone::translate::enrolment;
+use crate::standalone::translate::enrolment::Claims;
 
-/// Namespace or pod label: `ambient` puts in, `none` on a pod leaves out.
-const MODE: &str = "istio.io/dataplane-mode";
-/// Pod annotation: the network namespace, an absolute path or a name under [`NETNS_DIR`].
-const NETNS: &str = "ztunnel.io/netns";
 /// Pod annotation: addresses, separated by commas, for a pod without status.
-const IPS: &str = "ztunnel.io/ips";
-/// Every annotation of ours.
-const ANNOTATIONS: [&str; 2] = [NETNS, IPS];
-/// Where `ip netns` keeps network namespaces.
-const NETNS_DIR: &str = "/run/netns";
-/// Pod annotation of a pod that has a sidecar, which wins over ambient mode.
-const SIDECAR: &str = "sidecar.istio.io/status";
+pub(super) const IPS: &str = "ztunnel.io/ips";
 /// Pod label of waypoints and gateways, which terminate HBONE themselves.
 const TUNNEL: &str = "networking.istio.io/tunnel";
-/// Namespaces whose pods are never enrolled: the default of Istio's node agent.
-const EXCLUDED: [&str; 1] = ["kube-system"];
-
 /// A pod whose policies are still being collected.
 #[derive(Debug)]
 pub(super) struct Draft<'a> {
@@ -86,31 +72,27 @@ pub(super) fn drafts<'a>(
     let namespaces: HashMap<&str, &Object<Namespace>> =
         objects.namespaces.iter().map(|namespace| (&*namespace.name, namespace)).collect();
     for namespace in &objects.namespaces {
-        check_mode(namespace, diagnostics);
-        if namespace.label(MODE) == Some("ambient") && EXCLUDED.contains(&&*namespace.name) {
-            let message = format!("pods of {} are never enrolled", namespace.name);
-            let path = ["metadata", "labels", MODE];
-            diagnostics.push(Diagnostic::warning_at(&namespace.source, &path, message));
-        }
+        enrolment::check_namespace(namespace, diagnostics);
     }
     let mut unknown_namespaces = BTreeSet::new();
     let mut drafts: Vec<Draft<'a>> = Vec::with_capacity(objects.pods.len());
     let mut by_ip: HashMap<IpAddr, &Object<Pod>> = HashMap::new();
-    let mut by_netns: HashMap<PathBuf, &Object<Pod>> = HashMap::new();
-    let mut by_uid: HashMap<PodUid, &Object<Pod>> = HashMap::new();
+    let mut claims = Claims::default();
     for object in &objects.pods {
         let phase = object.value.status.as_ref().and_then(|status| status.phase.as_deref());
         if matches!(phase, Some("Succeeded" | "Failed")) {
             continue;
         }
-        check_mode(object, diagnostics);
-        check_annotations(object, diagnostics);
+        enrolment::check_pod(object, diagnostics);
         let namespace = namespaces.get(&*object.namespace).copied();
-        if namespace.is_none() && object.label(MODE).is_none() && unknown_namespaces.insert(&object.namespace)
+        if namespace.is_none()
+            && object.label(enrolment::MODE).is_none()
+            && unknown_namespaces.insert(&object.namespace)
         {
             let message = format!(
-                "namespace {} is not in the mesh file, so pods without a label {MODE} of their own are not enrolled",
-                object.namespace
+                "namespace {} is not in the mesh file, so pods without a label {} of their own are not enrolled",
+                object.namespace,
+                enrolment::MODE
             );
             let hint = format!("add a Namespace {} with its labels", object.namespace);
             diagnostics
@@ -133,31 +115,21 @@ pub(super) fn drafts<'a>(
             });
         }
         if draft.enrolled && !diagnostics[before..].iter().any(Diagnostic::is_error) {
-            draft.local = local(&draft, options, diagnostics);
-        }
-        if let Some(local) = &draft.local {
-            let netns = (*by_netns.entry(local.netns.clone()).or_insert(object), "network namespace");
-            let uid = (*by_uid.entry(local.uid.clone()).or_insert(object), "uid");
-            let netns_path = &["metadata", "annotations", NETNS][..];
-            for ((first, what), path) in [(netns, netns_path), (uid, &["metadata", "uid"])] {
-                if !std::ptr::eq(first, object) {
-                    let message = format!("pod {} has the {what} of pod {}", display(object), found(first));
-                    diagnostics.push(Diagnostic::error_at(&object.source, path, message));
-                    draft.local = None;
-                }
-            }
+            draft.local = enrolment::local(&draft, options, diagnostics)
+                .filter(|local| claims.add(object, local, diagnostics));
         }
         drafts.push(draft);
     }
     drafts
 }
 
-fn display(object: &Object<Pod>) -> String {
+/// A pod by its full name.
+pub(super) fn display(object: &Object<Pod>) -> String {
     format!("{}/{}", object.namespace, object.name)
 }
 
 /// A pod and where it is written.
-fn found(object: &Object<Pod>) -> String {
+pub(super) fn found(object: &Object<Pod>) -> String {
     format!("{} ({}:{})", display(object), object.source.file, object.source.line)
 }
 
@@ -180,7 +152,7 @@ fn draft<'a>(
         }
     };
     let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
-    let enrolled = !host_network && is_enrolled(object, namespace, settings);
+    let enrolled = !host_network && enrolment::is_enrolled(object, namespace, settings);
     let native = !host_network && object.label(TUNNEL) == Some("http");
     let (kind, workload_name) = owner(object);
     let label = |keys: &[&str]| keys.iter().find_map(|key| object.label(key)).map(Arc::<str>::from);
@@ -209,19 +181,6 @@ fn draft<'a>(
         policies: Vec::new(),
     };
     Some(Draft { object, workload, enrolled, local: None })
-}
-
-/// Istio's node agent's rule: a pod's own label decides; without one its namespace's does.
-fn is_enrolled(object: &Object<Pod>, namespace: Option<&Object<Namespace>>, settings: &Settings) -> bool {
-    let proxy = object.namespace == settings.root_namespace && object.label("app") == Some("ztunnel");
-    if proxy || EXCLUDED.contains(&&*object.namespace) || object.annotation(SIDECAR).is_some() {
-        return false;
-    }
-    match object.label(MODE) {
-        Some("ambient") => true,
-        Some("none") => false,
-        Some(_) | None => namespace.and_then(|namespace| namespace.label(MODE)) == Some("ambient"),
-    }
 }
 
 /// Ready as Kubernetes means it; a pod that does not say (written by hand) is.
@@ -293,83 +252,4 @@ fn addresses(object: &Object<Pod>, diagnostics: &mut Vec<Diagnostic>) -> Vec<IpA
         }
     }
     addresses
-}
-
-/// What to capture of an enrolled pod, if it is on this node.
-fn local(draft: &Draft<'_>, options: &Options, diagnostics: &mut Vec<Diagnostic>) -> Option<LocalPod> {
-    let (object, workload) = (draft.object, &draft.workload);
-    let annotation = object.annotation(NETNS);
-    let here = if workload.node.is_empty() { annotation.is_some() } else { *workload.node == options.node };
-    if workload.node.is_empty() && annotation.is_none() {
-        let message = format!("pod {} is enrolled, but on no node: nobody captures it", display(object));
-        let hint = format!("write spec.nodeName, or the annotation {NETNS} if it is on this node");
-        diagnostics.push(Diagnostic::warning_at(&object.source, &["spec"], message).hint(hint));
-    }
-    if !here {
-        return None;
-    }
-    let Some(annotation) = annotation else {
-        let message = format!(
-            "pod {} is enrolled and on this node, but its network namespace is not known: it is not captured",
-            display(object)
-        );
-        let hint = format!(
-            "add the annotation {NETNS}: <path, or name under {NETNS_DIR}>, or the label {MODE}: none"
-        );
-        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
-        return None;
-    };
-    let path = ["metadata", "annotations", NETNS];
-    let netns = match annotation.trim() {
-        absolute if absolute.starts_with('/') => PathBuf::from(absolute),
-        name if !matches!(name, "" | "." | "..") && !name.contains('/') => {
-            PathBuf::from(NETNS_DIR).join(name)
-        }
-        other => {
-            let message = format!("{other:?} does not name a network namespace");
-            let hint = format!("write an absolute path, or a name under {NETNS_DIR}");
-            diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
-            return None;
-        }
-    };
-    if workload.addresses.is_empty() {
-        let message = format!("pod {} has no address yet: it is not captured", display(object));
-        let hint = format!("write status.podIPs, or the annotation {IPS}: <addresses separated by commas>");
-        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
-        return None;
-    }
-    let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
-    Some(LocalPod {
-        uid: PodUid(uid.map_or_else(|| Arc::from(display(object)), Arc::from)),
-        workload: Arc::clone(&workload.uid),
-        namespace: Arc::clone(&workload.namespace),
-        name: Arc::clone(&workload.name),
-        netns,
-        addresses: workload.addresses.clone(),
-    })
-}
-
-fn check_mode<T>(object: &Object<T>, diagnostics: &mut Vec<Diagnostic>) {
-    if let Some(other) = object.label(MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
-        let message = format!("label {MODE} has no value {other:?}");
-        let hint = nearest(other, ["ambient", "none"]).unwrap_or("ambient or none");
-        let path = ["metadata", "labels", MODE];
-        diagnostics.push(
-            Diagnostic::warning_at(&object.source, &path, message).hint(format!("write {hint} instead")),
-        );
-    }
-}
-
-fn check_annotations(object: &Object<Pod>, diagnostics: &mut Vec<Diagnostic>) {
-    for key in object.metadata.annotations.iter().flat_map(|annotations| annotations.keys()) {
-        if key.starts_with("ztunnel.io/") && !ANNOTATIONS.contains(&key.as_str()) {
-            let message = format!("annotation {key} is not known");
-            let hint = nearest(key, ANNOTATIONS).map_or_else(
-                || format!("known are {}", ANNOTATIONS.join(" and ")),
-                |known| format!("write {known} instead"),
-            );
-            let path = ["metadata", "annotations", key];
-            diagnostics.push(Diagnostic::warning_at(&object.source, &path, message).hint(hint));
-        }
-    }
 }

@@ -98,7 +98,21 @@ impl serde::de::Error for DecodeError {
     }
 
     fn invalid_type(unexpected: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::custom(format_args!("expected {expected}, found {}", Found(unexpected)))
+        Self::custom(format_args!("expected {}, found {}", wanted(expected), Found(unexpected)))
+    }
+}
+
+/// What a type wants, in an operator's words.
+fn wanted(expected: &dyn Expected) -> String {
+    let expected = expected.to_string();
+    match expected.as_str() {
+        "i8" | "i16" | "i32" | "i64" | "u8" | "u16" | "u32" | "u64" | "f32" | "f64" => "a number".to_owned(),
+        "a boolean" => "true or false".to_owned(),
+        "a string" => "a text".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        "a map" => "a mapping".to_owned(),
+        other if other.starts_with("struct ") => "a mapping".to_owned(),
+        _ => expected,
     }
 }
 
@@ -430,7 +444,7 @@ mod tests {
             (
                 "spec:\n  ports:\n  - port: 80\n  - port: '81'\n",
                 4,
-                "spec.ports[1].port: expected i32, found the text \"81\"",
+                "spec.ports[1].port: expected a number, found the text \"81\"",
                 "write 81 without quotes",
             ),
             (
@@ -448,6 +462,26 @@ mod tests {
         ] {
             let error = service(text).0.unwrap_err();
             assert_eq!((error.line, error.to_string().as_str(), error.hint.as_str()), (line, message, hint));
+        }
+    }
+
+    #[test]
+    fn types_are_named_in_plain_words() {
+        for (spec, message) in [
+            ("ports: 80", "spec.ports: expected a list, found the number 80"),
+            ("ports: [80]", "spec.ports[0]: expected ServicePort, found the number 80"),
+            ("selector: [a]", "spec.selector: expected a mapping, found a list"),
+            (
+                "publishNotReadyAddresses: 'true'",
+                "spec.publishNotReadyAddresses: expected true or false, found the text \"true\"",
+            ),
+            ("type: {}", "spec.type: expected a text, found a mapping"),
+            (
+                "ports: [{port: 4294967296}]",
+                "spec.ports[0].port: invalid value: integer `4294967296`, expected i32",
+            ),
+        ] {
+            assert_eq!(service(&format!("spec: {{{spec}}}")).0.unwrap_err().to_string(), message);
         }
     }
 

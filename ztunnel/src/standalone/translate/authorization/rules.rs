@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::model::addr::canonical_ip;
+use crate::model::identity::SpiffeId;
 use crate::model::policy::Action;
 use crate::model::policy::Clause;
 use crate::model::policy::Match;
@@ -20,11 +21,13 @@ use crate::standalone::diagnostic::nearest;
 use crate::standalone::objects::Object;
 use crate::standalone::objects::security;
 use crate::standalone::objects::security::AuthorizationPolicy;
+use crate::standalone::translate::Settings;
 
 /// Reads the rules of one policy.
 pub(super) struct RuleReader<'a> {
     object: &'a Object<AuthorizationPolicy>,
     action: Action,
+    settings: &'a Settings,
     diagnostics: &'a mut Vec<Diagnostic>,
     failed: bool,
     /// Fields of the current rule that need layer 7, each with where it is.
@@ -66,9 +69,10 @@ impl<'a> RuleReader<'a> {
     pub(super) fn new(
         object: &'a Object<AuthorizationPolicy>,
         action: Action,
+        settings: &'a Settings,
         diagnostics: &'a mut Vec<Diagnostic>,
     ) -> Self {
-        Self { object, action, diagnostics, failed: false, seven: Vec::new() }
+        Self { object, action, settings, diagnostics, failed: false, seven: Vec::new() }
     }
 
     /// Whether anything was not understood.
@@ -161,8 +165,8 @@ impl<'a> RuleReader<'a> {
         let only = Match {
             namespaces: self.values(path, "namespaces", &peer.namespaces, string),
             not_namespaces: self.values(path, "notNamespaces", &peer.not_namespaces, string),
-            principals: self.values(path, "principals", &peer.principals, principal),
-            not_principals: self.values(path, "notPrincipals", &peer.not_principals, principal),
+            principals: self.principals(path, "principals", &peer.principals),
+            not_principals: self.principals(path, "notPrincipals", &peer.not_principals),
             service_accounts: self.values(path, "serviceAccounts", &peer.service_accounts, account),
             not_service_accounts: self.values(
                 path,
@@ -248,8 +252,8 @@ impl<'a> RuleReader<'a> {
                 only.not_namespaces = self.values(path, "notValues", not_values, string);
             }
             "source.principal" => {
-                only.principals = self.values(path, "values", values, principal);
-                only.not_principals = self.values(path, "notValues", not_values, principal);
+                only.principals = self.principals(path, "values", values);
+                only.not_principals = self.principals(path, "notValues", not_values);
             }
             "source.serviceAccount" => {
                 only.service_accounts = self.values(path, "values", values, account);
@@ -274,6 +278,33 @@ impl<'a> RuleReader<'a> {
             }
         }
         self.seen(path, only, &[])
+    }
+
+    /// Reads a list of principals, and says which of them can match nobody.
+    fn principals(&mut self, path: &[String], field: &str, values: &Option<Vec<String>>) -> Vec<StringMatch> {
+        let principals = self.values(path, field, values, principal);
+        for (index, text) in values.iter().flatten().enumerate().filter(|(_, text)| !text.contains('*')) {
+            let domain = &self.settings.trust_domain;
+            let (message, hint) = match format!("spiffe://{text}").parse::<SpiffeId>() {
+                Ok(id) if id.trust_domain() == domain.as_str() => continue,
+                Ok(id) => {
+                    let (namespace, account) = (id.namespace(), id.service_account());
+                    let message =
+                        format!("{text:?} matches nobody: the trust domain of this mesh is {domain}");
+                    (message, format!("write {domain}/ns/{namespace}/sa/{account} instead"))
+                }
+                // `principal` has said so.
+                Err(_) if text.is_empty() || text.starts_with("spiffe:") => continue,
+                Err(_) => {
+                    let message = format!("{text:?} matches nobody: principals are identities");
+                    (message, format!("write {domain}/ns/<namespace>/sa/<service account> instead"))
+                }
+            };
+            let path = join(&join(path, field), &index.to_string());
+            let path: Vec<&str> = path.iter().map(String::as_str).collect();
+            self.diagnostics.push(Diagnostic::warning_at(&self.object.source, &path, message).hint(hint));
+        }
+        principals
     }
 
     /// Reads every value of a list.

@@ -70,8 +70,8 @@ fn every_field_of_layer_4_is_read() {
 rules:
 - from:
   - source:
-      principals: ['*', 'td/ns/a/sa/b', 'td/*', '*/sa/b']
-      notPrincipals: [x]
+      principals: ['*', cluster.local/ns/a/sa/b, 'td/*', '*/sa/b']
+      notPrincipals: [cluster.local/ns/a/sa/x]
       namespaces: [n]
       notNamespaces: [m*]
   - source:
@@ -109,11 +109,11 @@ rules:
             Match {
                 principals: vec![
                     StringMatch::Presence,
-                    exact("td/ns/a/sa/b"),
+                    exact("cluster.local/ns/a/sa/b"),
                     StringMatch::Prefix(Arc::from("td/")),
                     StringMatch::Suffix(Arc::from("/sa/b")),
                 ],
-                not_principals: vec![exact("x")],
+                not_principals: vec![exact("cluster.local/ns/a/sa/x")],
                 namespaces: vec![exact("n")],
                 not_namespaces: vec![StringMatch::Prefix(Arc::from("m"))],
                 ..any()
@@ -150,32 +150,32 @@ rules:
 
 #[test]
 fn what_needs_layer_7_errs_on_the_safe_side() {
-    let principal = Match { principals: vec![exact("x")], ..Match::default() };
+    let principal = Match { principals: vec![exact("cluster.local/ns/a/sa/x")], ..Match::default() };
     let port = Match { destination_ports: vec![80], ..Match::default() };
     // rule, what it is as ALLOW, what it is as DENY, the line and fields that are said
     let table = [
         ("to: [{operation: {methods: [GET]}}]", vec![], vec![rule([])], "methods"),
         (
-            "{from: [{source: {principals: [x], requestPrincipals: ['*']}}]}",
+            "{from: [{source: {principals: [cluster.local/ns/a/sa/x], requestPrincipals: ['*']}}]}",
             vec![],
             vec![rule([vec![principal.clone()]])],
             "requestPrincipals",
         ),
         (
-            "{from: [{source: {principals: [x]}}], to: [{operation: {ports: ['80'], paths: [/a]}}]}",
+            "{from: [{source: {principals: [cluster.local/ns/a/sa/x]}}], to: [{operation: {ports: ['80'], paths: [/a]}}]}",
             vec![],
             vec![rule([vec![principal.clone()], vec![port]])],
             "paths",
         ),
         // One entry that is anything at layer 4 makes the whole list anything.
         (
-            "{from: [{source: {principals: [x]}}, {source: {remoteIpBlocks: [10.0.0.1]}}]}",
+            "{from: [{source: {principals: [cluster.local/ns/a/sa/x]}}, {source: {remoteIpBlocks: [10.0.0.1]}}]}",
             vec![],
             vec![rule([])],
             "remoteIpBlocks",
         ),
         (
-            "{from: [{source: {principals: [x]}}], when: [{key: 'request.headers[a]', values: [b]}]}",
+            "{from: [{source: {principals: [cluster.local/ns/a/sa/x]}}], when: [{key: 'request.headers[a]', values: [b]}]}",
             vec![],
             vec![rule([vec![principal.clone()]])],
             "request.headers[a]",
@@ -196,7 +196,7 @@ fn what_needs_layer_7_errs_on_the_safe_side() {
             );
         }
     }
-    let mixed = "rules:\n- {to: [{operation: {hosts: [a]}}]}\n- {from: [{source: {principals: [x]}}]}";
+    let mixed = "rules:\n- {to: [{operation: {hosts: [a]}}]}\n- {from: [{source: {principals: [cluster.local/ns/a/sa/x]}}]}";
     assert_eq!(policy(&translated(&text(mixed))).rules, [rule([vec![principal]])], "other rules stay");
 }
 
@@ -292,6 +292,21 @@ fn slips_of_the_pen_are_said() {
             "21: warning: the selector of AuthorizationPolicy shop/p matches no pod (write labels that the pods of its namespace have)",
         ],
     );
+    for (principal, expected) in [
+        (
+            "td/ns/a/sa/b",
+            "24: warning: \"td/ns/a/sa/b\" matches nobody: the trust domain of this mesh is cluster.local (write cluster.local/ns/a/sa/b instead)",
+        ),
+        (
+            "shop/b",
+            "24: warning: \"shop/b\" matches nobody: principals are identities (write cluster.local/ns/<namespace>/sa/<service account> instead)",
+        ),
+    ] {
+        check_said(
+            &text(&format!("rules:\n- when:\n  - key: source.principal\n    values: [{principal}]")),
+            &[expected],
+        );
+    }
     check_said(
         &text("action: DENY"),
         &[

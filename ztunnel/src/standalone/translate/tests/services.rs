@@ -120,7 +120,7 @@ fn what_is_wrong_with_services_is_said() {
         ),
         (
             "clusterIP: 10.96.0.1, selector: {app: cart}, ports: [{port: '80'}]",
-            "20: error: Service cannot be read: spec.ports[0].port: expected i32, found the text \"80\" (write 80 without quotes)",
+            "20: error: Service cannot be read: spec.ports[0].port: expected a number, found the text \"80\" (write 80 without quotes)",
         ),
     ] {
         check_said(&(before.clone() + &service(spec)), &[expected]);

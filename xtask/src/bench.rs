@@ -60,7 +60,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         bail!("the benchmark makes network namespaces: run it as root (sudo -E cargo xtask bench)");
     }
     let mut results = arguments.plan()?;
-    if std::env::var_os(binaries::DAEMON_VARIABLE).is_none() {
+    let own = results.columns.contains(&Column::Ztunnel);
+    if own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none() {
         binaries::use_daemon(build(Profile::Release)?);
     }
     let mut command = cargo();
@@ -107,8 +108,8 @@ impl Arguments {
             (true, true) => ROWS.into_iter().filter(|row| row.quick).collect(),
             (true, false) => ROWS.to_vec(),
         };
-        let all = [Column::Bare, Column::Ztunnel, Column::EnvoyTcp, Column::EnvoyHttp];
-        let columns = if self.columns.is_empty() { all.to_vec() } else { self.columns.clone() };
+        let asked = |column: &Column| self.columns.is_empty() || self.columns.contains(column);
+        let columns = Column::ALL.into_iter().filter(asked).collect();
         let (rounds, seconds) = if self.quick { (2, 2) } else { (5, 4) };
         let rounds = self.rounds.unwrap_or(rounds).max(1);
         Ok(Results::new(rows, columns, rounds, self.seconds.unwrap_or(seconds).max(1)))

@@ -160,10 +160,11 @@ fn iperf_counts(text: &str) -> Result<Bytes> {
     #[derive(Deserialize)]
     struct Answer {
         end: End,
+        error: Option<String>,
     }
     #[derive(Deserialize)]
     struct End {
-        sum_received: Sum,
+        sum_received: Option<Sum>,
     }
     #[derive(Deserialize)]
     struct Sum {
@@ -171,7 +172,9 @@ fn iperf_counts(text: &str) -> Result<Bytes> {
         bits_per_second: f64,
     }
     let answer: Answer = serde_json::from_str(text).context("iperf3 has printed something else")?;
-    let Sum { bytes, bits_per_second } = answer.end.sum_received;
+    let Some(Sum { bytes, bits_per_second }) = answer.end.sum_received else {
+        bail!("iperf3: {}", answer.error.as_deref().unwrap_or("no sum_received in its answer"));
+    };
     ensure!(bytes > 1e6, "iperf3 carried {bytes} bytes");
     Ok(Bytes { gigabytes: bytes / 1e9, gigabits_per_second: bits_per_second / 1e9 })
 }
@@ -203,6 +206,7 @@ Transfer/sec:     43.98MB
             "sum_received":{"bytes":2e9,"bits_per_second":8e9}}}"#;
         let bytes = Bytes { gigabytes: 2.0, gigabits_per_second: 8.0 };
         assert_eq!(iperf_counts(text).expect("counts"), bytes);
-        assert!(iperf_counts(r#"{"end":{},"error":"refused"}"#).is_err());
+        let refused = iperf_counts(r#"{"end":{},"error":"refused"}"#).expect_err("an error");
+        assert_eq!(refused.to_string(), "iperf3: refused");
     }
 }

@@ -1,4 +1,5 @@
 //! Many connections that are opened, used once, and then left open.
+#![expect(clippy::print_stdout, reason = "a program answers on standard output")]
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};

@@ -1,4 +1,5 @@
 //! Waits for the first answer that gets through.
+#![expect(clippy::print_stdout, reason = "a program answers on standard output")]
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};

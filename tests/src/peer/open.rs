@@ -2,6 +2,7 @@
 //!
 //! The schedule is fixed before it starts (an "open" load), and a request's time counts from the moment it was
 //! *due*, not from when a connection was free to carry it. A stall is so seen by every request that it delays.
+#![expect(clippy::print_stdout, reason = "a program answers on standard output")]
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};

@@ -177,7 +177,8 @@ fn setting(site: &Site, node: &Node) -> Setting {
         place: node.place.clone(),
         mesh: site.mesh.path().to_owned(),
         // One authority for both nodes: they share its directory as a cluster shares its root.
-        state: site.run.path("state"),
+        state: site.run.path("authority"),
+        meeting: site.run.path("meeting").join(&node.name),
         pins: site.run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
     }

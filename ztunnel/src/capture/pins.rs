@@ -140,6 +140,15 @@ fn ensure_bpffs(dir: &Path) -> io::Result<bool> {
         std::fs::create_dir_all(dir)?;
         return Ok(false);
     }
+    // A mount in a namespace of our own would vanish with it, and the programs with the mount.
+    // Where the first process cannot be looked at, nothing is known.
+    let ours = std::fs::read_link("/proc/self/ns/mnt")?;
+    if std::fs::read_link("/proc/1/ns/mnt").is_ok_and(|first| first != ours) {
+        return Err(io::Error::other(
+            "no bpf file system is mounted there, and a mount made in this mount namespace would not outlive the \
+             daemon: mount one on the host",
+        ));
+    }
     let point = if std::fs::create_dir_all(dir).is_ok() { dir } else { existing(dir) };
     mount(
         Some("bpf"),

@@ -237,7 +237,7 @@ impl Node {
     }
 
     fn add(&self, name: &str, address: &str, netns: u64) -> [SocketAddr; 3] {
-        let listeners = Listeners { outbound: loopback(), inbound: loopback(), hbone: loopback() };
+        let listeners = Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
         let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
             .map(|listener| listener.local_addr().unwrap());
         let spec = PodSpec {

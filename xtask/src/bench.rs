@@ -28,6 +28,9 @@ use column::{Column, Running};
 use results::Results;
 use rows::{ROWS, Row, Work};
 
+/// The longest failure in a report, in characters.
+const FAILURE_LIMIT: usize = 800;
+
 /// `cargo xtask bench`
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -77,7 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             results.columns.iter().cycle().skip(shift).take(results.columns.len()).copied().collect();
         for column in order {
             eprintln!("round {} of {}: {}", round + 1, results.rounds, column.name());
-            if let Err(error) = visit(&mut results, column, round, arguments) {
+            if let Err(error) = visit(&mut results, column, round) {
                 fail(&mut results, format!("round {}: {}: {error:#}", round + 1, column.name()));
             }
         }
@@ -117,8 +120,7 @@ impl Arguments {
 }
 
 /// One column in one round.
-fn visit(results: &mut Results, column: Column, round: usize, arguments: &Arguments) -> Result<()> {
-    let _ = arguments;
+fn visit(results: &mut Results, column: Column, round: usize) -> Result<()> {
     let mut running = column.start().context("cannot start")?;
     for work in rows::works(&results.rows) {
         if !column.carries(work) {
@@ -146,6 +148,8 @@ fn measured(running: &mut Running, work: Work, seconds: u64) -> Result<Vec<measu
 }
 
 fn fail(results: &mut Results, failure: String) {
+    // A daemon may have said pages.
+    let failure: String = failure.chars().take(FAILURE_LIMIT).collect();
     eprintln!("  FAILED: {failure}");
     results.failures.push(failure);
 }

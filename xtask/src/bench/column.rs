@@ -159,13 +159,14 @@ impl First {
 
 fn start_daemons(site: Site) -> Result<Running> {
     std::fs::create_dir_all(site.run.path("pins"))?;
-    let [client, server] = [&site.a, &site.b].map(|node| setting(&site, node));
-    let server = server.start_ready().context("the server's daemon")?;
+    let [client_setting, server_setting] = [&site.a, &site.b].map(|node| setting(&site, node));
+    let server = server_setting.start_ready().context("the server's daemon")?;
     // The server's daemon takes nothing in the clear, so an answer has come through both.
     let first = First::wait(&site, plain(&site.server).http)?;
-    let mut client = client.start()?;
+    let mut client = client_setting.start()?;
     client.wait_ready().context("the client's daemon")?;
-    let first_byte = first.came().context("through the daemons")?;
+    let last_words = || [&client_setting, &server_setting].map(|setting| setting.log().tail(2)).join(" | ");
+    let first_byte = first.came().with_context(|| format!("the daemons said: {}", last_words()))?;
     let mut daemons = [client, server];
     let pids = daemons.iter_mut().map(|daemon| daemon.process().pid()).collect();
     Ok(running(site, Proxies::Daemons(daemons), pids, Some(first_byte)))

@@ -108,7 +108,8 @@ pub(crate) fn start_peer(
     word: &str,
 ) -> Result<Process> {
     let mut command = place.command(peer_program())?;
-    command.args([mode, &to.to_string(), PAGE, &amount.to_string()]);
+    // Its last words are shown: one line of them.
+    command.args([mode, &to.to_string(), PAGE, &amount.to_string()]).env("RUST_BACKTRACE", "0");
     let mut process = place.start_with(&format!("{mode}-{}", place.netns.name()), command, Stdio::piped())?;
     let log = process.log().clone();
     let said = log.wait_line(0, Duration::from_secs(60), word, |line| line == word);
@@ -126,7 +127,7 @@ fn peer_program() -> PathBuf {
 fn run(place: &Place, program: PathBuf, arguments: &[String], seconds: u64) -> Result<String> {
     let name = program.display().to_string();
     let mut command = place.command(program)?;
-    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(arguments).env("RUST_BACKTRACE", "0").stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = process::spawn(command).with_context(|| format!("cannot start {name}"))?;
     let output = process::finish(child, Duration::from_secs(seconds) + GRACE)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

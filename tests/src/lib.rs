@@ -1,3 +1,34 @@
-//! Scenarios in network namespaces, and the harness they run in.
+//! Nodes and pods made of network namespaces, and the stories played on them.
+//!
+//! The daemon under test is the real binary, one process per node; the programs in the pods are nginx, curl
+//! and a small peer of our own for what they cannot do. Nothing here looks inside the daemon: a story knows
+//! what a cluster could see – sockets, packets on the link, log lines, metrics, the kernel's tables.
+//!
+//! From the bottom up:
+//!
+//! * [`netns`], [`cgroup`], [`place`], [`process`]: where a program runs, and running it there;
+//! * [`topology`]: two nodes, their pods, and the link between them; [`run`] remembers what to remove;
+//! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
+//! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
+//! * [`wire`], [`pcap`]: what was really sent between the nodes;
+//! * [`leftovers`]: what the machine looked like before, and what differs after;
+//! * [`stories`]: each function is one claim and its evidence. `cargo xtask demo` prints them as a report,
+//!   `tests/*.rs` runs the same functions as tests.
 
+pub mod binaries;
+pub mod cgroup;
+pub mod daemon;
+pub mod leftovers;
+pub mod mesh;
+pub mod netns;
+pub mod pcap;
+pub mod peer;
+pub mod place;
+pub mod poll;
+pub mod process;
 pub mod raw_netns;
+pub mod run;
+pub mod stories;
+pub mod topology;
+pub mod wire;
+pub mod world;

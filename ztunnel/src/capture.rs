@@ -21,6 +21,7 @@ mod listeners;
 mod maps;
 mod netlink;
 pub mod node;
+pub mod ownership;
 mod pins;
 mod pod;
 mod programs;
@@ -70,11 +71,11 @@ pub struct PodSpec {
 #[derive(Debug)]
 pub struct Listeners {
     /// Connections the pod opens.
-    pub outbound: TcpListener,
+    pub outbound: Arc<TcpListener>,
     /// Plaintext connections to the pod.
-    pub inbound: TcpListener,
+    pub inbound: Arc<TcpListener>,
     /// HBONE tunnels to the pod.
-    pub hbone: TcpListener,
+    pub hbone: Arc<TcpListener>,
 }
 
 /// A pod's listeners and namespace.

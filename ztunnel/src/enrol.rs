@@ -4,3 +4,4 @@
 //! the sources that feed it (a mesh file, a node agent) only say which pods there are.
 
 pub mod pod;
+pub mod pods;

@@ -1,8 +1,76 @@
-//! The node proxy of an ambient mesh.
+//! The node proxy of an ambient mesh: one daemon per node gives every enrolled pod mutual TLS, layer-4
+//! authorization and telemetry, without a sidecar.
+//!
+//! # Bird's eye view
+//!
+//! ```text
+//! mesh file ─standalone─▶ mesh ──snapshot──▶ route ───Plan──▶┐
+//! authority ──identity──▶ credentials ───────────────────────┤
+//! enrol ──▶ app ──capture──▶ listeners ─────────▶ proxy ─────┼─▶ hbone ─▶ net ─▶ wire
+//!                                    policy ──Permit────────▶┘     │
+//!                                                                  └─▶ telemetry ─▶ log, metrics
+//! admin ── reads every handle, is read by none
+//! ```
+//!
+//! One captured connection asks five questions, each answered by a module that needs none of the others: *who is
+//! it* ([`tls`], [`mesh`]), *where should it go* ([`route`]), *may it* ([`policy`]), *move the bytes* ([`proxy`],
+//! [`hbone`], [`net`]), *tell what happened* ([`telemetry`]).
+//!
+//! # Entry points
+//!
+//! `main.rs` chooses the subcommand; [`app::run()`] builds every component once and joins them. To follow one
+//! connection, start at `proxy::outbound` (the client's node) and `proxy::inbound` (the server's).
+//!
+//! # Code map
+//!
+//! | Module | Owns | May import |
+//! |---|---|---|
+//! | `model` | the vocabulary: plain immutable data | |
+//! | `shutdown` | the drain signal, and the place tasks are spawned | |
+//! | `mesh` | single writer of the mesh, snapshots for readers | model |
+//! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
+//! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
+//! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
+//! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model |
+//! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
+//! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown |
+//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, telemetry, shutdown |
+//! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
+//! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
+//! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
+//! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
+//! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | capture, proxy, telemetry |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
+//!
+//! `cargo xtask tidy` compares the imports with this table.
+//!
+//! # Invariants
+//!
+//! * `model`, `route` and `policy` never await and never read the clock.
+//! * Only `tls` makes a `VerifiedPeer`, only `policy` a `Permit`. Bytes reach an application, tunnelled or plain,
+//!   only with a `Permit` in hand.
+//! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails.
+//! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
+//! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire).
+//! * Nothing the data-plane threads run waits for the control runtime, except a bounded wait for a first
+//!   certificate.
+//! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
+pub mod admin;
+pub mod app;
 pub mod capture;
+pub mod config;
 pub mod enrol;
+pub mod hbone;
+pub mod identity;
 pub mod mesh;
 pub mod model;
 pub mod net;
+pub mod policy;
+pub mod proxy;
+pub mod route;
 pub mod shutdown;
+pub mod standalone;
+pub mod telemetry;
+pub mod tls;

@@ -1,4 +1,12 @@
-//! Sockets and network namespaces: the thin layer over the kernel that the data path and capture share.
+//! Sockets as the data path needs them.
+//!
+//! Owns socket options and marks, the original destination of a captured connection, dials that keep a
+//! client's address, entering a network namespace, and moving bytes between two sockets. Knows addresses;
+//! does not know workloads, tunnels or policies.
 
+pub mod buffer;
 pub mod bypass;
+pub mod copy;
 pub mod netns;
+pub mod origdst;
+pub mod socket;

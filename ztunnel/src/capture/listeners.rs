@@ -9,6 +9,7 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::{Domain, Socket, TcpKeepalive, Type};
@@ -27,11 +28,11 @@ pub(super) fn bind() -> io::Result<Listeners> {
     Ok(Listeners { outbound: listener(1)?, inbound: listener(2)?, hbone: listener(3)? })
 }
 
-fn listener(last: u8) -> io::Result<TcpListener> {
+fn listener(last: u8) -> io::Result<Arc<TcpListener>> {
     let mut port = *PORTS.end();
     loop {
         match listen_on(last, port) {
-            Ok(listener) => return Ok(listener),
+            Ok(listener) => return Ok(Arc::new(listener)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && port > *PORTS.start() => port -= 1,
             Err(error) => return Err(error),
         }

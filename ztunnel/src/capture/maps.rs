@@ -53,6 +53,11 @@ impl Maps {
         })
     }
 
+    /// Opens the counters alone.
+    pub(super) fn open_counters(pins: &Pins) -> Result<PerCpuArray<MapData, u64>, OpenError> {
+        open(pins, "COUNTERS", &mut Vec::new())
+    }
+
     /// Pins again those whose pin was deleted.
     pub(super) fn pin(&self, pins: &Pins) -> io::Result<()> {
         self.fds

@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use aya::Ebpf;
+use aya::maps::{MapData, PerCpuArray};
 use ztunnel_ebpf_abi::{Counter, STATE_GENERATION, STATE_MOUNTED};
 
 use super::error::OpenError;
@@ -35,6 +36,21 @@ pub struct TakenOver {
 /// What the programs counted since the maps were made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counters(Vec<(Counter, u64)>);
+
+/// Reads the counters, whoever owns the node.
+pub struct CounterReader(PerCpuArray<MapData, u64>);
+
+impl CounterReader {
+    /// What the programs counted.
+    pub fn read(&self) -> Counters {
+        read(&self.0)
+    }
+}
+
+fn read(map: &PerCpuArray<MapData, u64>) -> Counters {
+    let value = |counter: Counter| map.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum());
+    Counters(Counter::ALL.iter().map(|counter| (*counter, value(*counter))).collect())
+}
 
 impl Counters {
     /// All counters; [`Counter::name`] is fit for a metric label.
@@ -85,7 +101,7 @@ impl Node {
     }
 
     /// Takes the next generation.
-    fn own(&mut self, mounted: bool) -> Result<(), OpenError> {
+    pub(super) fn own(&mut self, mounted: bool) -> Result<(), OpenError> {
         let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
         let state = &mut self.maps.state;
         self.generation = state.get(&STATE_GENERATION, 0).map_err(failed)? + 1;
@@ -218,10 +234,12 @@ impl Node {
 
     /// What the programs counted.
     pub fn counters(&self) -> Counters {
-        let value = |counter: Counter| {
-            self.maps.counters.get(&(counter as u32), 0).map_or(0, |cpus| cpus.iter().sum())
-        };
-        Counters(Counter::ALL.iter().map(|counter| (*counter, value(*counter))).collect())
+        read(&self.maps.counters)
+    }
+
+    /// A handle that reads the counters from another thread.
+    pub fn counter_reader(&self) -> Result<CounterReader, OpenError> {
+        Maps::open_counters(&self.pins).map(CounterReader)
     }
 }
 

@@ -1,13 +1,13 @@
-//! The daemon's word for its own sockets.
+//! Leave for the daemon's own sockets to go out of a captured pod.
+//!
+//! What is captured is decided by programs in the kernel; this is how the data path tells them which sockets
+//! are its own, without knowing how they find out.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// Lets a socket of the daemon leave an enrolled pod.
-///
-/// Call it on every socket that connects to the outside of a pod (tunnels, passthrough) before `connect`: one
-/// system call, no allocation. The word is kept in the kernel with the socket; a pod cannot give it.
+/// Lets sockets of the daemon out of a pod uncaptured.
 pub trait Bypass: Send + Sync {
-    /// Vouches for `socket`. When this fails the connection will be refused, so give up on the socket.
+    /// Marks `socket` as the daemon's own. Call it before `connect` on every socket that leaves the pod.
     fn vouch(&self, socket: BorrowedFd<'_>) -> io::Result<()>;
 }

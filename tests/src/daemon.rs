@@ -1,0 +1,223 @@
+//! The daemon of one node, as a process of its own.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::binaries;
+use crate::place::Place;
+use crate::poll::eventually;
+use crate::process::{Log, Process, sh};
+
+/// How long an old daemon may take for its open connections.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+const START_LIMIT: Duration = Duration::from_secs(20);
+const METRICS_PORT: u16 = 15020;
+const READINESS_PORT: u16 = 15021;
+
+/// What a daemon is started with; the same for each process that follows another on the node.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    /// The node's name.
+    pub node: String,
+    /// The node's network namespace and its group for the node's own processes.
+    pub place: Place,
+    /// `--mesh`
+    pub mesh: PathBuf,
+    /// `--state-dir`
+    pub state: PathBuf,
+    /// `--pin-dir`
+    pub pins: PathBuf,
+    /// `--run-dir`: where two daemons of the node meet.
+    pub meeting: PathBuf,
+    /// `--kubepods-cgroup`
+    pub kubepods: PathBuf,
+}
+
+/// A running daemon. Killed when dropped: what it leaves in the kernel stays.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Process,
+    mark: usize,
+    started: Instant,
+}
+
+impl Setting {
+    /// The command line, as a person would type it.
+    pub fn arguments(&self) -> Vec<String> {
+        let path = |path: &PathBuf| path.display().to_string();
+        let mut arguments = vec!["run".to_owned()];
+        for (flag, value) in [
+            ("--mesh", path(&self.mesh)),
+            ("--node", self.node.clone()),
+            ("--state-dir", path(&self.state)),
+            ("--pin-dir", path(&self.pins)),
+            ("--run-dir", path(&self.meeting)),
+            ("--kubepods-cgroup", path(&self.kubepods)),
+            ("--drain-deadline", format!("{}s", DRAIN_DEADLINE.as_secs())),
+            ("--log-format", "plain".to_owned()),
+        ] {
+            arguments.extend([flag.to_owned(), value]);
+        }
+        arguments
+    }
+
+    /// Starts a daemon without waiting for anything.
+    pub fn start(&self) -> Result<Daemon> {
+        let mut command = self.place.command(binaries::daemon()?)?;
+        command.args(self.arguments());
+        // One file for all daemons of a node: who reads it reads the node's history.
+        let mark = self.log().mark();
+        let process = self.place.start(&format!("daemon-{}", self.node), command)?;
+        Ok(Daemon { process, mark, started: Instant::now() })
+    }
+
+    /// Starts a daemon and waits until it says that it is ready.
+    pub fn start_ready(&self) -> Result<Daemon> {
+        let mut daemon = self.start()?;
+        daemon.wait_ready()?;
+        Ok(daemon)
+    }
+
+    /// What the node's daemons have printed, one after the other.
+    pub fn log(&self) -> Log {
+        Log::at(self.place.logs.join(format!("daemon-{}.log", self.node)))
+    }
+
+    /// The metrics as text, asked for inside the node.
+    pub fn metrics(&self) -> Result<String> {
+        self.http(METRICS_PORT, "/metrics")
+    }
+
+    /// The answer of the readiness port.
+    pub fn readiness(&self) -> Result<String> {
+        self.http(READINESS_PORT, "/healthz/ready")
+    }
+
+    fn http(&self, port: u16, path: &str) -> Result<String> {
+        self.place.netns.enter(|| {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+                .with_context(|| format!("port {port} of {} does not answer", self.node))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+            if !head.starts_with("HTTP/1.1 200") {
+                bail!("{}: {}", head.lines().next().unwrap_or_default(), body.trim());
+            }
+            Ok(body.to_owned())
+        })
+    }
+
+    /// Removes what the daemon has left in the kernel, the daemon's own way; returns what it says.
+    pub fn uninstall(&self) -> Result<String> {
+        let mut command = self.place.command(binaries::daemon()?)?;
+        command.args(["uninstall", "--node", &self.node, "--pin-dir"]).arg(&self.pins);
+        command.arg("--run-dir").arg(&self.meeting).arg("--kubepods-cgroup").arg(&self.kubepods);
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        let child = crate::process::spawn(command)?;
+        let output = crate::process::finish(child, Duration::from_secs(20))?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            bail!("uninstall: {}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(said.trim().to_owned())
+    }
+}
+
+impl Daemon {
+    /// Waits until it says that it is ready; returns how long that was after its start.
+    pub fn wait_ready(&mut self) -> Result<Duration> {
+        eventually(START_LIMIT, || {
+            let printed = self.process.log().since(self.mark);
+            if printed.lines().any(says_ready) {
+                return Ok(Ok(self.started.elapsed()));
+            }
+            // A daemon that has ended will not become ready: the inner error ends the waiting.
+            match self.process.must_run() {
+                Ok(()) => bail!("not ready; it said: {}", self.process.log().tail(5)),
+                Err(ended) => Ok(Err(ended)),
+            }
+        })?
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// When it was started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Asks it to drain and exit, and waits for that.
+    pub fn stop(mut self) -> Result<()> {
+        self.process.signal(Signal::SIGTERM);
+        self.ended()
+    }
+
+    /// Waits for it to exit by itself.
+    pub fn ended(&mut self) -> Result<()> {
+        let status = self.process.wait(DRAIN_DEADLINE + Duration::from_secs(10))?;
+        if !status.success() {
+            bail!("the daemon ended with {status}: {}", self.process.log().tail(5));
+        }
+        Ok(())
+    }
+
+    /// Resident memory in bytes.
+    pub fn memory(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+        let kib: u64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
+        Ok(kib * 1024)
+    }
+
+    /// How many file descriptors it has open.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.process.pid()))?.count())
+    }
+}
+
+/// Whether a log line says that the daemon is ready: the word itself, and not "not ready".
+fn says_ready(line: &str) -> bool {
+    let mut words = line.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let mut before = "";
+    words.any(|word| {
+        let found = word == "ready" && before != "not";
+        before = word;
+        found
+    })
+}
+
+/// The addresses on the `lo` of a node, without its own: the probe addresses while a daemon has been there.
+pub fn extra_loopback(place: &Place) -> Result<Vec<String>> {
+    let text = sh("ip", &["-n", place.netns.name(), "-o", "addr", "show", "dev", "lo"])?;
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(3))
+        .filter(|address| !matches!(*address, "127.0.0.1/8" | "::1/128"))
+        .map(str::to_owned)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_is_told_from_not_ready() {
+        for line in ["info\tapp\tready", "{\"message\":\"ready\",\"pods\":3}", "ready after 120ms"] {
+            assert!(says_ready(line), "{line}");
+        }
+        for line in ["not ready, pending: proxy", "already loaded", "readiness on 15021", ""] {
+            assert!(!says_ready(line), "{line}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! One run of the harness: its prefix, its directory, and taking everything down again.
+//!
+//! Whatever a run makes carries its prefix, and its directory below `/run/ztunnel-tests` exists before anything
+//! else does. So a run that was killed can be swept by the next one, and a kept one by name.
+
+mod interrupt;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cgroup::{self, Cgroup};
+use crate::process::sh;
+use crate::{binaries, netns};
+
+/// Where runs keep their files.
+pub const DIRECTORY: &str = "/run/ztunnel-tests";
+/// The prefix of a demo that was left standing.
+pub const KEPT: &str = "ztdemo";
+
+const OWNER: &str = "owner";
+const KEPT_OWNER: &str = "kept";
+
+static ACTIVE: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// A run. Dropping it takes it down, unless it is kept.
+#[derive(Debug)]
+pub struct Run {
+    prefix: String,
+    directory: PathBuf,
+    keep: bool,
+}
+
+impl Run {
+    /// Begins a run of its own; what dead runs have left is swept first.
+    pub fn begin() -> Result<Self> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        sweep()?;
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self::with_prefix(&format!("ztd-{}-{count}", std::process::id()), false)
+    }
+
+    /// Begins a run that is left standing. An earlier one is taken down.
+    pub fn begin_kept() -> Result<Self> {
+        sweep()?;
+        take_down(KEPT)?;
+        Self::with_prefix(KEPT, true)
+    }
+
+    fn with_prefix(prefix: &str, keep: bool) -> Result<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            bail!("network namespaces, control groups and eBPF need root: run this with sudo");
+        }
+        interrupt::clean_up_on_signals()?;
+        let directory = Path::new(DIRECTORY).join(prefix);
+        fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        fs::write(directory.join(OWNER), owner_mark(std::process::id()).unwrap_or_default())?;
+        for part in ["logs", "state"] {
+            fs::create_dir_all(directory.join(part))?;
+        }
+        if let Ok(mut active) = ACTIVE.lock() {
+            active.push(prefix.to_owned());
+        }
+        Ok(Self { prefix: prefix.to_owned(), directory, keep })
+    }
+
+    /// What the names of everything it makes start with.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// A path inside its directory.
+    pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
+        self.directory.join(below)
+    }
+
+    /// Whether it is left standing.
+    pub fn is_kept(&self) -> bool {
+        self.keep
+    }
+
+    /// Leaves it standing when this value is dropped.
+    pub fn leave_standing(&mut self) -> Result<()> {
+        fs::write(self.directory.join(OWNER), KEPT_OWNER)?;
+        self.keep = true;
+        forget(&self.prefix);
+        Ok(())
+    }
+
+    /// No longer leaves it standing: something failed on the way.
+    pub fn take_down_after_all(&mut self) {
+        self.keep = false;
+    }
+
+    /// Removes everything that carries its prefix.
+    pub fn end(&mut self) -> Result<()> {
+        self.keep = true;
+        take_down(&self.prefix)
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.keep
+            && let Err(error) = take_down(&self.prefix)
+        {
+            eprintln!("{}: not everything could be removed: {error:#}", self.prefix);
+        }
+    }
+}
+
+fn forget(prefix: &str) {
+    if let Ok(mut active) = ACTIVE.lock() {
+        active.retain(|other| other != prefix);
+    }
+}
+
+/// Removes everything that carries this prefix: processes, control groups, namespaces, pins, files.
+/// Nothing there is fine.
+pub fn take_down(prefix: &str) -> Result<()> {
+    forget(prefix);
+    let mut failures = Vec::new();
+    let mut note = |result: Result<()>| {
+        if let Err(error) = result {
+            failures.push(format!("{error:#}"));
+        }
+    };
+    let group = cgroup::root()?.join(prefix);
+    if group.exists() {
+        note(Cgroup::create(prefix).and_then(|group| group.remove()));
+    }
+    let directory = Path::new(DIRECTORY).join(prefix);
+    for pins in pin_directories(&directory) {
+        note(release_pins(&pins, &directory.join("meeting")));
+    }
+    for netns in netns::named(&format!("{prefix}-")) {
+        note(netns.remove());
+    }
+    if directory.exists() {
+        note(
+            fs::remove_dir_all(&directory).with_context(|| format!("cannot remove {}", directory.display())),
+        );
+    }
+    // Only the last run's removal succeeds.
+    let _others = fs::remove_dir(DIRECTORY);
+    if failures.is_empty() { Ok(()) } else { bail!(failures.join("; ")) }
+}
+
+/// Where the daemons of a run keep their pins.
+pub fn pin_directories(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory.join("pins")) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.path()).collect()
+}
+
+/// The daemon's own way first; then by force, because a run that failed must not spoil the next one.
+fn release_pins(pins: &Path, meeting: &Path) -> Result<()> {
+    let text = pins.display().to_string();
+    if let Ok(daemon) = binaries::daemon() {
+        let meeting = meeting.join(pins.file_name().unwrap_or_default()).display().to_string();
+        let arguments = ["uninstall", "--pin-dir", &text, "--run-dir", &meeting];
+        let _forced_below = sh(&daemon.display().to_string(), &arguments);
+    }
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let mounted = mounts.lines().filter(|line| line.split(' ').nth(1) == Some(text.as_str())).count();
+    for _ in 0..mounted {
+        sh("umount", &["-l", &text])?;
+    }
+    Ok(())
+}
+
+/// Removes what runs have left whose process is gone.
+pub fn sweep() -> Result<()> {
+    let Ok(entries) = fs::read_dir(DIRECTORY) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let Ok(prefix) = entry.file_name().into_string() else { continue };
+        let owner = fs::read_to_string(entry.path().join(OWNER)).unwrap_or_default();
+        if owner == KEPT_OWNER {
+            continue;
+        }
+        let pid = owner.split(' ').next().and_then(|pid| pid.parse().ok());
+        if pid.and_then(owner_mark).as_deref() != Some(owner.as_str()) {
+            take_down(&prefix)
+                .with_context(|| format!("cannot sweep {prefix}, left by a run that has died"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A process, told apart from a later one with the same id: `<pid> <start time>`.
+fn owner_mark(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name, in parentheses, may hold spaces; the start time is the 20th field after it.
+    let after_name = stat.rsplit(") ").next()?;
+    let start = after_name.split(' ').nth(19)?;
+    Some(format!("{pid} {start}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_told_apart_from_a_later_one_with_its_id() {
+        let own = owner_mark(std::process::id()).expect("this process runs");
+        let (pid, start) = own.split_once(' ').expect("two words");
+        assert_eq!(pid, std::process::id().to_string());
+        assert!(start.parse::<u64>().is_ok_and(|start| start > 0), "{own}");
+        assert_eq!(owner_mark(u32::MAX), None);
+    }
+}

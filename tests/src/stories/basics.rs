@@ -1,0 +1,74 @@
+//! Client and server can talk, and neither notices the mesh.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use crate::topology::{Pod, in_url};
+use crate::world::{Answer, On, SERVICE_IPS, curl, http};
+
+/// Both address families, and the addresses both sides see.
+pub const BOTH_FAMILIES: Story = Story {
+    name: "client → server works over IPv4 and IPv6; each side sees the other's real address",
+    tell: |world| {
+        let mut evidence = Vec::new();
+        for address in world.server.addresses() {
+            let answer = http(&world.client.place, address, "")?;
+            sees_client(&answer, &world.client, address)?;
+            ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
+            evidence.push(format!("server saw {}, client's socket shows {}", answer.local, answer.remote));
+        }
+        Ok(evidence.join("; "))
+    },
+};
+
+/// A service's cluster IP.
+pub const SERVICE: Story = Story {
+    name: "a service's cluster IP works over IPv4 and IPv6",
+    tell: |world| {
+        let mut evidence = Vec::new();
+        for cluster_ip in cluster_ips()? {
+            let answer = curl(&world.client.place, &[&format!("http://{}/", in_url(cluster_ip))])?;
+            sees_client(&answer, &world.client, cluster_ip)?;
+            ensure!(answer.remote == cluster_ip.to_string(), "the client's socket shows {}", answer.remote);
+            evidence.push(format!("http://{}/ answered by {}", in_url(cluster_ip), answer.body));
+        }
+        Ok(evidence.join("; "))
+    },
+};
+
+/// Both pods on one node.
+pub const SAME_NODE: Story = Story {
+    name: "a server on the client's own node is reached the same way",
+    tell: |world| {
+        let mark = world.setting(On::A).log().mark();
+        let mut evidence = Vec::new();
+        for address in world.near.addresses() {
+            let answer = http(&world.client.place, address, "")?;
+            sees_client(&answer, &world.client, address)?;
+            evidence.push(format!("{address} saw {}", answer.local));
+        }
+        // Not a short cut past the mesh: the destination side verified who the client is.
+        let log = world.setting(On::A).log();
+        super::tunnel::inbound_line(&log, mark, "client", "near")?;
+        Ok(format!("{}; mutual TLS on the way", evidence.join("; ")))
+    },
+};
+
+/// The cluster IPs of the service `server`.
+pub fn cluster_ips() -> Result<[IpAddr; 2]> {
+    let [v4, v6] = SERVICE_IPS;
+    Ok([v4.parse().context("the IPv4 cluster IP")?, v6.parse().context("the IPv6 cluster IP")?])
+}
+
+/// Checks that the server saw the client's own address of the right family.
+pub fn sees_client(answer: &Answer, client: &Pod, dialled: IpAddr) -> Result<()> {
+    let own: IpAddr = if dialled.is_ipv4() { client.v4.into() } else { client.v6.into() };
+    ensure!(
+        answer.body.contains(&format!("client={own} ")),
+        "the server saw another client: {}",
+        answer.body
+    );
+    Ok(())
+}

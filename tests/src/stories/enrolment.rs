@@ -1,0 +1,132 @@
+//! Pods come into the mesh and leave it while they work.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Story;
+use crate::mesh::{Enrolment, MESHED};
+use crate::peer::hold::Held;
+use crate::poll::eventually;
+use crate::topology::Pod;
+use crate::wire::HBONE_PORT;
+use crate::world::{HTTP, World, http, lines_at};
+
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Enrolling and withdrawing leave open connections alone.
+pub const OPEN_CONNECTIONS: Story = Story {
+    name: "withdrawing and enrolling a pod: its open connections stay open, only new ones change",
+    tell: |world| {
+        let client = world.client.clone();
+        let targets = world.server.addresses().map(lines_at);
+        let mut tunnelled =
+            targets.iter().map(|to| Held::open(&client.place, *to)).collect::<Result<Vec<_>>>()?;
+        world.mesh.pod(MESHED, &client, Enrolment::None)?;
+        wait_for_port(world, &client, HTTP).context("after the client was withdrawn")?;
+        for held in &mut tunnelled {
+            let seen = held.say().context("opened before the withdrawal")?;
+            ensure!(client.addresses().contains(&seen), "the server saw {seen}");
+        }
+        let mut plain =
+            targets.iter().map(|to| Held::open(&client.place, *to)).collect::<Result<Vec<_>>>()?;
+        world.mesh.pod(MESHED, &client, Enrolment::Inherit)?;
+        wait_for_port(world, &client, HBONE_PORT).context("after the client was enrolled")?;
+        for held in plain.iter_mut().chain(&mut tunnelled) {
+            held.say().context("opened before the enrolment")?;
+        }
+        // The server's side of it.
+        let server = world.server.clone();
+        let mut inward = Held::open(&world.outsider.place, targets[0])?;
+        world.mesh.pod(MESHED, &server, Enrolment::None)?;
+        wait_for_port(world, &client, HTTP).context("after the server was withdrawn")?;
+        for held in plain.iter_mut().chain(&mut tunnelled).chain([&mut inward]) {
+            held.say().context("opened before the server was withdrawn")?;
+        }
+        world.mesh.pod(MESHED, &server, Enrolment::Inherit)?;
+        wait_for_port(world, &client, HBONE_PORT).context("after the server was enrolled again")?;
+        for held in plain.iter_mut().chain(&mut tunnelled).chain([&mut inward]) {
+            held.say().context("opened before the server was enrolled again")?;
+        }
+        Ok(format!(
+            "client out and in, server out and in: {} tunnelled, {} plain and 1 foreign connection answered after \
+             each; new ones went to port {HTTP} while out and to {HBONE_PORT} while in",
+            tunnelled.len(),
+            plain.len()
+        ))
+    },
+};
+
+/// Withdrawal leaves nothing behind.
+pub const WITHDRAWN_CLEAN: Story = Story {
+    name: "after a withdrawal nothing is left in the pod: no rule, route, sysctl, filter or listener",
+    tell: |world| {
+        let pods: Vec<Pod> = world.meshed().map(Pod::clone).to_vec();
+        let mut removed = 0;
+        for pod in &pods {
+            let before = world.traces_before(pod)?.clone();
+            let during = crate::world::Traces::look(&pod.place.netns)?;
+            let added = during.new_since(&before).len();
+            ensure!(added > 0, "{} was not captured in the first place", pod.name);
+            removed += added;
+            world.mesh.pod(MESHED, pod, Enrolment::None)?;
+        }
+        for pod in &pods {
+            let before = world.traces_before(pod)?;
+            before.same_again(&pod.place.netns).with_context(|| format!("pod {}", pod.name))?;
+        }
+        http(&world.client.place, world.server.v4.into(), "").context("without the mesh")?;
+        Ok(format!(
+            "{} pods withdrawn: {removed} rules, routes, sysctls, filters and listeners gone",
+            pods.len()
+        ))
+    },
+};
+
+/// A pod that is deleted while it is enrolled: its namespace is gone, the daemon goes on.
+pub const POD_DELETED: Story = Story {
+    name: "a pod whose network namespace is deleted, before or after its object, does no harm",
+    tell: |world| {
+        for namespace_first in [true, false] {
+            let name = if namespace_first { "brief-1" } else { "brief-2" };
+            let pod = world.a.add_pod(&world.run, name)?;
+            world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
+            eventually(SETTLE, || {
+                http(&pod.place, world.server.v4.into(), "")?;
+                match crate::world::Traces::look(&pod.place.netns)?.is_captured() {
+                    true => Ok(()),
+                    false => bail!("{name} is not captured yet"),
+                }
+            })?;
+            if namespace_first {
+                pod.place.netns.remove()?;
+                world.mesh.remove(&format!("pod-{name}"))?;
+            } else {
+                world.mesh.remove(&format!("pod-{name}"))?;
+                pod.place.netns.remove()?;
+            }
+            for address in world.server.addresses() {
+                http(&world.client.place, address, "")
+                    .with_context(|| format!("after {name} was deleted"))?;
+            }
+        }
+        Ok("two pods came, were captured and went, in both orders; the others went on".to_owned())
+    },
+};
+
+/// Waits until a new connection of the client goes over the link to this port and to no other.
+pub fn wait_for_port(world: &World, client: &Pod, port: u16) -> Result<()> {
+    eventually(SETTLE, || {
+        let mark = super::tunnel::marker();
+        let watch = world.watch_link("enrolment")?;
+        for address in world.server.addresses() {
+            http(&client.place, address, &format!("?marker={mark}"))?;
+        }
+        let packets = watch.finish()?;
+        let clear = packets.with_marker(&mark) > 0;
+        match (port, clear) {
+            (HBONE_PORT, false) | (HTTP, true) => Ok(()),
+            _ => bail!("new connections do not go to port {port} yet: {:?}", packets.attempts_by_port()),
+        }
+    })
+}

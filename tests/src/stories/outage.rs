@@ -1,0 +1,183 @@
+//! A daemon that is killed: closed while it is away, back in under a second.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rand::RngExt;
+
+use super::Story;
+use super::tunnel::marker;
+use crate::pcap::Packets;
+use crate::poll::{eventually, throughout};
+use crate::topology::Pod;
+use crate::wire::HBONE_PORT;
+use crate::world::{BOTH, On, World, curl, http, http_refused};
+
+const BACK_WITHIN: Duration = Duration::from_secs(1);
+
+/// The daemon on the client's side.
+pub const KILLED_SOURCE: Story = Story {
+    name: "kill -9 of the client's daemon: nothing goes out in clear, and it is back in under a second",
+    tell: |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let marker = marker();
+        let watch = world.watch_link("killed-source")?;
+        world.kill_daemon(On::A)?;
+        let mut said = String::new();
+        let tries = throughout(Duration::from_secs(1), || {
+            for to in [&server, &world.outside] {
+                for address in to.addresses() {
+                    said = closed(&client, address, &marker)?;
+                }
+            }
+            Ok(())
+        })?;
+        let packets = watch.finish()?;
+        nothing_in_clear(&packets, &client, &marker)?;
+        let back = comes_back(world, On::A, &client, server.v4.into())?;
+        Ok(format!(
+            "{} attempts on both families refused (\"{said}\"), 0 connections of the client on the link; back {} ms \
+             after its start",
+            tries * 4,
+            back.as_millis()
+        ))
+    },
+};
+
+/// The daemon on the server's side.
+pub const KILLED_DESTINATION: Story = Story {
+    name: "kill -9 of the server's daemon: tunnelled or plain, nothing gets in until it is back, in under a second",
+    tell: |world| {
+        let (client, server, outsider) = (world.client.clone(), world.server.clone(), world.outsider.clone());
+        let marker = marker();
+        let watch = world.watch_link("killed-destination")?;
+        world.kill_daemon(On::B)?;
+        let mut said = String::new();
+        let tries = throughout(Duration::from_secs(1), || {
+            for from in [&client, &outsider] {
+                for address in server.addresses() {
+                    said = closed(from, address, &marker)?;
+                }
+            }
+            Ok(())
+        })?;
+        let packets = watch.finish()?;
+        nothing_in_clear(&packets, &client, &marker)?;
+        let back = comes_back(world, On::B, &client, server.v4.into())?;
+        let outsider_back = eventually(BACK_WITHIN, || http(&outsider.place, server.v4.into(), ""));
+        outsider_back.context("a pod outside the mesh, after the daemon is back")?;
+        Ok(format!(
+            "{} attempts from inside and outside the mesh refused (\"{said}\"); back {} ms after its start",
+            tries * 4,
+            back.as_millis()
+        ))
+    },
+};
+
+/// Killed at any moment of its start, enrolment and take-over.
+pub const KILLED_AT_ANY_MOMENT: Story = Story {
+    name: "killed at any moment of start, enrolment or take-over: closed or working, never in clear",
+    tell: |world| {
+        const ROUNDS: u32 = 20;
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let marker = marker();
+        let watch = world.watch_link("killed-any")?;
+        let mut delays = Vec::new();
+        for round in 0..ROUNDS {
+            let on = BOTH[round as usize % 2];
+            let delay = Duration::from_millis(rand::rng().random_range(0..400));
+            world.say(&format!("round {} of {ROUNDS}: kill after {} ms", round + 1, delay.as_millis()));
+            // Every third time there is no first daemon that goes on: the start itself is hit.
+            if round % 3 == 2 {
+                world.kill_daemon(on)?;
+            }
+            let mut next = world.setting(on).start()?;
+            let begun = Instant::now();
+            while begun.elapsed() < delay {
+                let _closed_or_working = http(&client.place, server.v4.into(), &format!("?marker={marker}"));
+            }
+            next.process().kill_9().with_context(|| format!("round {round}, after {delay:?}"))?;
+            delays.push(delay.as_millis());
+            drop(next);
+            // The first may have been told to go: whoever is left, one more start must put it right.
+            let next = world.setting(on).start_ready().with_context(|| format!("round {round}"))?;
+            if let Some(first) = world.replace_daemon(on, next) {
+                first.stop().with_context(|| format!("round {round}: the first daemon"))?;
+            }
+            eventually(Duration::from_secs(3), || http(&client.place, server.v4.into(), ""))
+                .with_context(|| format!("round {round}: not working again after a kill at {delay:?}"))?;
+        }
+        let packets = watch.finish()?;
+        nothing_in_clear(&packets, &client, &marker)?;
+        Ok(format!("{ROUNDS} kills after {delays:?} ms; works after each, 0 packets in clear"))
+    },
+};
+
+/// One request that must be refused, not answered and not left waiting.
+fn closed(from: &Pod, to: IpAddr, marker: &str) -> Result<String> {
+    let url = format!("http://{}:{}/?marker={marker}", crate::topology::in_url(to), crate::world::HTTP);
+    match curl(&from.place, &[&url]) {
+        Ok(answer) => anyhow::bail!("{} → {to} was answered: {}", from.name, answer.body),
+        Err(error) if error.to_string().contains("(28)") => {
+            anyhow::bail!("{} → {to} was left waiting instead of refused: {error}", from.name)
+        }
+        Err(error) => Ok(error.to_string()),
+    }
+}
+
+/// No marker on the link, and no connection of this pod but tunnels.
+pub fn nothing_in_clear(packets: &Packets, client: &Pod, marker: &str) -> Result<()> {
+    let seen = packets.with_marker(marker);
+    ensure!(seen == 0, "{seen} packets carry the payload in clear");
+    let of_client = |address: IpAddr| client.addresses().contains(&address);
+    let plain: Vec<_> = packets
+        .segments
+        .iter()
+        .filter(|segment| segment.opens && of_client(segment.from.ip()) && segment.to.port() != HBONE_PORT)
+        .map(|segment| segment.to)
+        .collect();
+    ensure!(plain.is_empty(), "{} connection attempts in clear: {plain:?}", plain.len());
+    Ok(())
+}
+
+/// Starts the daemon; how long after that the first connection works.
+fn comes_back(world: &mut World, on: On, client: &Pod, to: IpAddr) -> Result<Duration> {
+    let daemon = world.setting(on).start()?;
+    let started = daemon.started();
+    world.replace_daemon(on, daemon);
+    eventually(Duration::from_secs(10), || http(&client.place, to, "")).context("after the restart")?;
+    let back = started.elapsed();
+    world.daemon(on)?.wait_ready()?;
+    ensure!(back < BACK_WITHIN, "it took {} ms until the first connection worked", back.as_millis());
+    // And not once only.
+    throughout(Duration::from_millis(300), || http(&client.place, to, "").map(drop))?;
+    Ok(back)
+}
+
+/// While a policy forbids it, a kill must not open a way: the refusal outlives the daemon.
+pub const KILLED_UNDER_POLICY: Story = Story {
+    name: "under STRICT, killing and restarting the server's daemon never lets plaintext in",
+    tell: |world| {
+        let (outsider, server) = (world.outsider.clone(), world.server.clone());
+        world.mesh.peer_authentication("STRICT")?;
+        eventually(Duration::from_secs(5), || http_refused(&outsider.place, server.v4.into()))?;
+        let mut tries = 0;
+        for _ in 0..5 {
+            world.kill_daemon(On::B)?;
+            let mut next = world.setting(On::B).start()?;
+            // All the way through the start: a daemon that opens before it knows the policies is caught here.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(700) {
+                for address in server.addresses() {
+                    http_refused(&outsider.place, address)
+                        .with_context(|| format!("{} ms after the start", begun.elapsed().as_millis()))?;
+                    tries += 1;
+                }
+            }
+            next.wait_ready()?;
+            world.replace_daemon(On::B, next);
+        }
+        Ok(format!("5 kills and restarts, {tries} plaintext attempts in the midst of it, all refused"))
+    },
+};

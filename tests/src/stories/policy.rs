@@ -1,0 +1,85 @@
+//! Who may talk to whom.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use super::basics::sees_client;
+use crate::poll::eventually;
+use crate::wire::HBONE_PORT;
+use crate::world::{On, World, http, http_refused};
+
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// An AuthorizationPolicy that refuses one service account.
+pub const DENIED: Story = Story {
+    name: "an AuthorizationPolicy refuses another service account, and the log names it",
+    tell: |world| {
+        let log = world.setting(On::B).log();
+        world.mesh.deny("no-other", "server", "other")?;
+        let server = world.server.clone();
+        let mark = log.mark();
+        let said = eventually(SETTLE, || http_refused(&world.other.place, server.v4.into()))?;
+        for address in server.addresses() {
+            http_refused(&world.other.place, address).with_context(|| format!("other → {address}"))?;
+            http(&world.client.place, address, "").context("the policy does not name the client")?;
+        }
+        let line = log.wait_line(mark, SETTLE, "the policy's name", |line| line.contains("demo/no-other"))?;
+        world.mesh.remove("policy-no-other")?;
+        eventually(SETTLE, || http(&world.other.place, server.v4.into(), ""))
+            .context("after the policy was removed")?;
+        let error = super::tunnel::field(&line, "error").unwrap_or(&line);
+        Ok(format!("other: \"{said}\"; client: 200; log of node-b: error=\"{error}\""))
+    },
+};
+
+/// STRICT and PERMISSIVE.
+pub const STRICT: Story = Story {
+    name: "PeerAuthentication STRICT refuses plaintext from outside the mesh, PERMISSIVE lets it in",
+    tell: |world| {
+        let server = world.server.clone();
+        world.mesh.peer_authentication("STRICT")?;
+        let said = eventually(SETTLE, || http_refused(&world.outsider.place, server.v4.into()))?;
+        for address in server.addresses() {
+            http_refused(&world.outsider.place, address).with_context(|| format!("STRICT, {address}"))?;
+            http(&world.client.place, address, "").context("STRICT must not touch the mesh")?;
+        }
+        world.mesh.peer_authentication("PERMISSIVE")?;
+        let answer = eventually(SETTLE, || http(&world.outsider.place, server.v4.into(), ""))?;
+        sees_client(&answer, &world.outsider, server.v4.into())?;
+        let answer = http(&world.outsider.place, server.v6.into(), "")?;
+        sees_client(&answer, &world.outsider, server.v6.into())?;
+        Ok(format!("STRICT: \"{said}\", the client still gets 200; PERMISSIVE: {}", answer.body))
+    },
+};
+
+/// Pods outside the mesh, and calls to outside it.
+pub const OUTSIDE_UNTOUCHED: Story = Story {
+    name: "pods outside the mesh, and calls from the mesh to outside, work as without it",
+    tell: |world| {
+        let watch = world.watch_link("outside")?;
+        let mut evidence = Vec::new();
+        for (from, what) in [(&world.outsider, "outside to outside"), (&world.client, "mesh to outside")] {
+            for address in world.outside.addresses() {
+                let answer = http(&from.place, address, "").context(what)?;
+                sees_client(&answer, from, address)?;
+                ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
+            }
+            evidence.push(format!("{what}: both families, real addresses on both sides"));
+        }
+        let tunnels = watch.finish()?.attempts_by_port();
+        ensure!(!tunnels.contains_key(&HBONE_PORT), "a tunnel was opened: {tunnels:?}");
+        untouched(world)?;
+        evidence.push(format!("connections on the link by port {tunnels:?}"));
+        Ok(evidence.join("; "))
+    },
+};
+
+/// Checks that nothing was changed in the network of the pods outside the mesh.
+fn untouched(world: &World) -> Result<()> {
+    for pod in [&world.outsider, &world.outside] {
+        world.traces_before(pod)?.same_again(&pod.place.netns).with_context(|| pod.name.clone())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! A restart that nobody notices.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use super::outage::nothing_in_clear;
+use crate::peer::hold::Held;
+use crate::peer::load::Load;
+use crate::world::{BOTH, HTTP, On, World, lines_at};
+
+/// New connections per second.
+const RATE: u64 = 600;
+/// What must really have been attempted for the count to mean something.
+const RATE_AT_LEAST: f64 = 500.0;
+/// How long a load must run so that a restart in its midst counts.
+const BEFORE_AND_AFTER: Duration = Duration::from_millis(500);
+
+/// For the demo.
+pub const THREE_RESTARTS: Story = Story {
+    name: "restarts under a steady load of new connections: not one attempt fails",
+    tell: |world| restarts(world, 3),
+};
+
+/// For the tests.
+pub const TWENTY_RESTARTS: Story = Story {
+    name: "twenty restarts under at least 500 new connections per second: not one attempt fails",
+    tell: |world| restarts(world, 20),
+};
+
+fn restarts(world: &mut World, count: u32) -> Result<String> {
+    let (client, server) = (world.client.clone(), world.server.clone());
+    let targets: Vec<SocketAddr> = server.addresses().map(|address| SocketAddr::new(address, HTTP)).to_vec();
+    let watch = world.watch_link("restarts")?;
+    let load = Load::start(&client.place, RATE, &targets)?;
+    std::thread::sleep(BEFORE_AND_AFTER);
+    let mut slowest = Duration::ZERO;
+    for round in 0..count {
+        let on = BOTH[round as usize % 2];
+        // Both ways a first daemon may go: told by the second alone, and by a service manager too.
+        let ask = round / 2 % 2 == 1;
+        world.say(&format!("restart {} of {count}, {on:?}", round + 1));
+        let ready =
+            world.restart_daemon(on, ask).with_context(|| format!("restart {} on {on:?}", round + 1))?;
+        slowest = slowest.max(ready);
+    }
+    std::thread::sleep(BEFORE_AND_AFTER);
+    let outcome = load.finish()?;
+    ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
+    ensure!(
+        outcome.rate() >= RATE_AT_LEAST,
+        "the load was too small to show anything: {}",
+        outcome.evidence()
+    );
+    nothing_in_clear(&watch.finish()?, &client, "GET /load")?;
+    Ok(format!(
+        "{count} restarts: {}; the slowest daemon was ready after {} ms; nothing in clear on the link",
+        outcome.evidence(),
+        slowest.as_millis()
+    ))
+}
+
+/// What is open when the restart begins.
+pub const OPEN_CONNECTIONS_DRAIN: Story = Story {
+    name: "a connection that is open during a restart goes on until the drain's deadline",
+    tell: |world| {
+        let mut held = Held::open(&world.client.place, lines_at(world.server.v4))?;
+        let mut next = world.setting(On::A).start()?;
+        next.wait_ready()?;
+        let first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        let seen = held.say().context("after the second daemon took over")?;
+        drop(held);
+        let mut first = first;
+        first.ended().context("the first daemon was to end with its last connection")?;
+        Ok(format!(
+            "the server still saw {seen} after the take-over; the first daemon ended with the connection"
+        ))
+    },
+};

@@ -1,0 +1,120 @@
+//! What goes over the link, and who vouched for it.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::Story;
+use crate::process::Log;
+use crate::wire::tunnels_only;
+use crate::world::{On, http};
+
+/// Nothing but TLS 1.3 on the link.
+pub const ONLY_TLS: Story = Story {
+    name: "between the nodes there is only TLS 1.3 to port 15008; the payload is never seen in clear",
+    tell: |world| {
+        let marker = marker();
+        let watch = world.watch_link("only-tls")?;
+        let mut requests = 0;
+        for address in world.server.addresses() {
+            for _ in 0..10 {
+                let answer = http(&world.client.place, address, &format!("?marker={marker}"))?;
+                ensure!(answer.body.contains(&marker), "the marker did not come back: {}", answer.body);
+                requests += 1;
+            }
+        }
+        let packets = watch.finish()?;
+        let seen = packets.with_marker(&marker);
+        ensure!(seen == 0, "{seen} packets carry the payload in clear");
+        let tunnels = tunnels_only(&packets)?;
+        // The same look at a connection outside the mesh shows that the capture would have seen it.
+        let control = world.watch_link("only-tls-control")?;
+        http(&world.outsider.place, world.outside.v4.into(), &format!("?marker={marker}"))?;
+        let control = control.finish()?.with_marker(&marker);
+        ensure!(control > 0, "the capture does not see what is in clear");
+        Ok(format!(
+            "{requests} requests and answers with marker {marker}: {} packets, all of port 15008, {} tunnels, {} \
+             encrypted records, every ServerHello chose TLS 1.3; the marker in 0 of them (in {control} of a connection \
+             outside the mesh)",
+            tunnels.packets, tunnels.streams, tunnels.encrypted
+        ))
+    },
+};
+
+/// The identities in the access logs of both sides.
+pub const IDENTITIES: Story = Story {
+    name: "each side presented and verified a SPIFFE identity",
+    tell: |world| {
+        let (source, destination) = (world.setting(On::A).log(), world.setting(On::B).log());
+        let marks = (source.mark(), destination.mark());
+        http(&world.client.place, world.server.v4.into(), "")?;
+        let out = line(&source, marks.0, "outbound", "client", "server")?;
+        let inward = inbound_line(&destination, marks.1, "client", "server")?;
+        Ok(format!(
+            "node-a verified {}; node-b verified {}",
+            field(&out, "dst.identity").unwrap_or_default(),
+            field(&inward, "src.identity").unwrap_or_default()
+        ))
+    },
+};
+
+/// The destination's access log line of a connection between these service accounts.
+pub fn inbound_line(log: &Log, mark: usize, client: &str, server: &str) -> Result<String> {
+    line(log, mark, "inbound", client, server)
+}
+
+fn line(log: &Log, mark: usize, direction: &str, client: &str, server: &str) -> Result<String> {
+    let [source, destination] = [client, server].map(identity);
+    let what = format!("direction {direction}, {source} → {destination}");
+    log.wait_line(mark, Duration::from_secs(3), &what, |line| {
+        field(line, "direction") == Some(direction)
+            && field(line, "src.identity") == Some(&source)
+            && field(line, "dst.identity") == Some(&destination)
+    })
+}
+
+/// The SPIFFE identity of a service account of the demo.
+pub fn identity(service_account: &str) -> String {
+    format!("spiffe://cluster.local/ns/demo/sa/{service_account}")
+}
+
+/// The value of `key=` in a log line, without its quotes.
+pub fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    let mut rest = line;
+    loop {
+        let at = rest.find(key)?;
+        let before = rest[..at].chars().next_back();
+        let after = &rest[at + key.len()..];
+        match after.strip_prefix('=') {
+            Some(value) if before.is_none_or(char::is_whitespace) => {
+                return match value.strip_prefix('"') {
+                    Some(quoted) => quoted.split('"').next(),
+                    None => value.split_whitespace().next(),
+                };
+            }
+            _ => rest = after,
+        }
+    }
+}
+
+/// A text that occurs nowhere else.
+pub fn marker() -> String {
+    format!("marker-{:016x}", rand::random::<u64>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_an_access_log_line_are_found() {
+        let line = "2026-01-01T00:00:00Z\tinfo\taccess\tconnection complete\tsrc.addr=10.0.0.1:4242 \
+                    src.workload=\"a-1\" dst.hbone_addr=10.0.0.2:80 dst.addr=10.0.0.2:15008 direction=\"inbound\"";
+        assert_eq!(field(line, "src.addr"), Some("10.0.0.1:4242"));
+        assert_eq!(field(line, "src.workload"), Some("a-1"));
+        assert_eq!(field(line, "dst.addr"), Some("10.0.0.2:15008"));
+        assert_eq!(field(line, "direction"), Some("inbound"));
+        assert_eq!(field(line, "addr"), None);
+        assert_eq!(field(line, "error"), None);
+    }
+}

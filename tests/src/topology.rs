@@ -1,0 +1,156 @@
+//! Two nodes, the link between them, and pods on each.
+//!
+//! ```text
+//!   node-a (netns)                                   node-b (netns)
+//!   br0 10.80.1.1/24 fd80:1::1/64                    br0 10.80.2.1/24 fd80:2::1/64
+//!    ├ eth0 of pod (netns) 10.80.1.10 …               ├ eth0 of pod (netns) 10.80.2.10 …
+//!    └ link0 10.80.0.1 fd80::1  ────────────────────  link0 10.80.0.2 fd80::2
+//! ```
+//! Everything is routed, nothing is translated. A pod's processes live in
+//! `<cgroup root>/<run>/<node>/kubepods/<pod>`, the node's own in `…/<node>/system`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use anyhow::{Context, Result};
+
+use crate::cgroup::Cgroup;
+use crate::netns::Netns;
+use crate::place::Place;
+use crate::process::sh;
+use crate::run::Run;
+
+/// The device of the link between the nodes, on both.
+pub const LINK: &str = "link0";
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    /// Its name in the mesh.
+    pub name: String,
+    /// Its number: the third byte of its pods' addresses.
+    pub number: u8,
+    /// Where its own processes run: the kubelet, the daemon.
+    pub place: Place,
+    /// The group that holds its pods' groups.
+    pub kubepods: Cgroup,
+    pods: AtomicU8,
+}
+
+/// A pod.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// The name of the node it is on.
+    pub node: String,
+    /// Where its processes run.
+    pub place: Place,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+}
+
+impl Pod {
+    /// Both addresses, IPv4 first.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+}
+
+/// An address as it stands in a URL.
+pub fn in_url(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    }
+}
+
+impl Node {
+    /// Makes a node without links.
+    pub fn create(run: &Run, name: &str, number: u8) -> Result<Self> {
+        let prefix = run.prefix();
+        let group = Cgroup::create(format!("{prefix}/{name}"))?;
+        let netns = Netns::create(&format!("{prefix}-{name}"))?;
+        for (key, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            ("ipv6/conf/default/accept_dad", "0"),
+        ] {
+            netns.set_sysctl(key, value)?;
+        }
+        netns.ip(&["link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0"])?;
+        netns.ip(&["addr", "add", &format!("10.80.{number}.1/24"), "dev", "br0"])?;
+        netns.ip(&["addr", "add", &format!("fd80:{number}::1/64"), "dev", "br0", "nodad"])?;
+        netns.ip(&["link", "set", "br0", "up"])?;
+        let place =
+            Place { netns, cgroup: group.child("system")?, logs: run.path("logs"), outlive: run.is_kept() };
+        let kubepods = group.child("kubepods")?;
+        Ok(Self { name: name.to_owned(), number, place, kubepods, pods: AtomicU8::new(10) })
+    }
+
+    /// Joins two nodes and tells each the way to the other's pods.
+    pub fn join(&self, other: &Self) -> Result<()> {
+        let (a, b) = (self.place.netns.name(), other.place.netns.name());
+        let args = ["link", "add", LINK, "netns", a, "type", "veth", "peer", "name", LINK, "netns", b];
+        sh("ip", &args)?;
+        for (here, there) in [(self, other), (other, self)] {
+            let (own, far) = (here.number, there.number);
+            let netns = &here.place.netns;
+            netns.ip(&["addr", "add", &format!("10.80.0.{own}/24"), "dev", LINK])?;
+            netns.ip(&["addr", "add", &format!("fd80::{own}/64"), "dev", LINK, "nodad"])?;
+            netns.ip(&["link", "set", LINK, "up"])?;
+            netns.ip(&["route", "add", &format!("10.80.{far}.0/24"), "via", &format!("10.80.0.{far}")])?;
+            netns.ip(&["route", "add", &format!("fd80:{far}::/64"), "via", &format!("fd80::{far}")])?;
+        }
+        Ok(())
+    }
+
+    /// Makes a pod on this node.
+    pub fn add_pod(&self, run: &Run, name: &str) -> Result<Pod> {
+        let host = self.pods.fetch_add(1, Ordering::Relaxed);
+        let number = self.number;
+        let (v4, v6) = (format!("10.80.{number}.{host}"), format!("fd80:{number}::{host}"));
+        let netns = Netns::create(&format!("{}-{name}", run.prefix()))?;
+        let outer = format!("pod{host}");
+        let node = self.place.netns.name();
+        sh(
+            "ip",
+            &[
+                "link",
+                "add",
+                &outer,
+                "netns",
+                node,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                netns.name(),
+            ],
+        )?;
+        self.place.netns.ip(&["link", "set", &outer, "master", "br0", "up"])?;
+        netns.ip(&["addr", "add", &format!("{v4}/24"), "dev", "eth0"])?;
+        netns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
+        netns.ip(&["link", "set", "eth0", "up"])?;
+        netns.ip(&["route", "add", "default", "via", &format!("10.80.{number}.1")])?;
+        netns.ip(&["-6", "route", "add", "default", "via", &format!("fd80:{number}::1")])?;
+        let cgroup = self.kubepods.child(&format!("pod-{name}"))?;
+        let place = Place { netns, cgroup, ..self.place.clone() };
+        Ok(Pod {
+            name: name.to_owned(),
+            node: self.name.clone(),
+            place,
+            v4: v4.parse().with_context(|| v4.clone())?,
+            v6: v6.parse().with_context(|| v6.clone())?,
+        })
+    }
+
+    /// Where a process of a hostNetwork pod runs: the node's network, a pod's group.
+    pub fn host_network_pod(&self) -> Result<Place> {
+        Ok(self.place.with_cgroup(self.kubepods.child("pod-hostnetwork")?))
+    }
+}

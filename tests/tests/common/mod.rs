@@ -1,0 +1,37 @@
+//! What the scenario tests share.
+#![expect(clippy::print_stdout, reason = "what a story has seen is shown with the test")]
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+pub(crate) mod certificates;
+pub(crate) mod hbone;
+
+use anyhow::Result;
+use ztunnel_tests::stories::Story;
+use ztunnel_tests::world::{Options, World};
+
+/// Tells one story in a new world, and checks that nothing is left after it.
+pub(crate) fn tell(story: Story) {
+    in_world(story.name, story.tell);
+}
+
+/// Does something in a new world, and checks that nothing is left after it.
+pub(crate) fn in_world(name: &str, act: impl FnOnce(&mut World) -> Result<String>) {
+    let mut world = World::start(Options::default()).unwrap_or_else(|error| panic!("no world: {error:#}"));
+    let told = act(&mut world);
+    if told.is_err() {
+        // The logs are in the world's directory, which is about to be removed.
+        match world.save_logs() {
+            Ok(path) => println!("logs are in {}", path.display()),
+            Err(error) => println!("the logs are lost: {error:#}"),
+        }
+    }
+    let ended = world.end();
+    match told {
+        Ok(evidence) => println!("{name}: {evidence}"),
+        Err(error) => panic!("{name}: {error:#}"),
+    }
+    match ended {
+        Ok(compared) => println!("{compared}"),
+        Err(error) => panic!("something is left: {error:#}"),
+    }
+}

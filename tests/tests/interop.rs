@@ -1,0 +1,253 @@
+//! Envoy, an independent implementation of the tunnel, as client and as server.
+
+mod common;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use common::certificates::{Signed, Signer};
+use common::in_world;
+use serde_json::{Value, json};
+use ztunnel_tests::binaries;
+use ztunnel_tests::mesh::PLAIN;
+use ztunnel_tests::poll::eventually;
+use ztunnel_tests::process::Process;
+use ztunnel_tests::topology::Pod;
+use ztunnel_tests::wire::HBONE_PORT;
+use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
+
+const ENTRANCE: u16 = 10000;
+const SETTLE: Duration = Duration::from_secs(10);
+
+#[test]
+fn envoy_as_client_reaches_a_pod_of_the_mesh() {
+    in_world("Envoy as client", |world| {
+        let (pod, server) = (world.outsider.clone(), world.server.clone());
+        world.mesh.peer_authentication("STRICT")?;
+        eventually(SETTLE, || http_refused(&pod.place, server.v4.into()))?;
+        let mut evidence = Vec::new();
+        for address in server.addresses() {
+            let mesh = signer(world)?;
+            let own = mesh.sign(&[&identity(PLAIN, "outsider")])?;
+            let config = client(&files(world, &pod, &own, &mesh)?, address, &identity("demo", "server"));
+            let mut envoy = start(world, &pod, &config)?;
+            let entrance = format!("http://127.0.0.1:{ENTRANCE}/");
+            let answer = eventually(SETTLE, || curl(&pod.place, &[&entrance]))
+                .with_context(|| format!("through Envoy to {address}: {}", envoy.log().tail(5)))?;
+            ensure!(answer.body.starts_with("pod=server"), "{}", answer.body);
+            // Several at once share the tunnel.
+            for _ in 0..20 {
+                curl(&pod.place, &[&entrance]).context("once more")?;
+            }
+            envoy.kill_9()?;
+            evidence.push(answer.body);
+        }
+        Ok(format!("under STRICT, 21 requests each: {}", evidence.join("; ")))
+    });
+}
+
+#[test]
+fn a_pod_of_the_mesh_reaches_envoy_as_server() {
+    in_world("Envoy as server", |world| {
+        let pod = world.outside.clone();
+        let mesh = signer(world)?;
+        let own = mesh.sign(&[&identity(PLAIN, "outside")])?;
+        let config = server(&files(world, &pod, &own, &mesh)?, &identity("demo", "client"));
+        let envoy = start(world, &pod, &config)?;
+        let yaml = std::fs::read_to_string(world.mesh.path().join("pod-outside.yaml"))?;
+        let native =
+            yaml.replace("    app: outside\n", "    app: outside\n    networking.istio.io/tunnel: http\n");
+        ensure!(native != yaml, "the pod's labels are not where this test looks for them");
+        world.mesh.write("pod-outside", &native)?;
+        let mut evidence = Vec::new();
+        for address in pod.addresses() {
+            let answer = eventually(SETTLE, || {
+                let answer = http(&world.client.place, address, "")?;
+                // Envoy delivers from its own address: any other is a connection that went past it.
+                ensure!(answer.body.contains("client=127.0.0.1"), "not through the tunnel: {}", answer.body);
+                Ok(answer)
+            })
+            .with_context(|| format!("{address}; Envoy: {}", envoy.log().tail(5)))?;
+            ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
+            for _ in 0..20 {
+                http(&world.client.place, address, "").context("once more")?;
+            }
+            evidence.push(format!("{address}: {}", answer.body));
+        }
+        // Envoy was told to expect the client: it refuses the other service account.
+        http_refused(&world.other.place, pod.v4.into())?;
+        Ok(format!("21 requests each: {}; another service account is refused by Envoy", evidence.join("; ")))
+    });
+}
+
+/// A control: what the tests above tell Envoy is right, with Envoy on both ends and no daemon at all.
+#[test]
+fn envoy_understands_itself() -> Result<()> {
+    let world = World::without_daemons(Options::default())?;
+    let root = Signer::stranger()?;
+    let (from, to) = (world.outsider.clone(), world.outside.clone());
+    let [client_id, server_id] = [identity(PLAIN, "outsider"), identity(PLAIN, "outside")];
+    let own = root.sign(&[&server_id])?;
+    let served = start(&world, &to, &server(&files(&world, &to, &own, &root)?, &client_id))?;
+    for address in to.addresses() {
+        let own = root.sign(&[&client_id])?;
+        let mut dialled =
+            start(&world, &from, &client(&files(&world, &from, &own, &root)?, address, &server_id))?;
+        let answer = eventually(SETTLE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
+            .with_context(|| format!("{}; {}", served.log().tail(5), dialled.log().tail(5)))?;
+        ensure!(answer.body.starts_with("pod=outside client=127.0.0.1"), "{}", answer.body);
+        dialled.kill_9()?;
+    }
+    Ok(())
+}
+
+fn signer(world: &World) -> Result<Signer> {
+    Signer::of_mesh(&world.setting(On::B).state)
+}
+
+fn identity(namespace: &str, service_account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{namespace}/sa/{service_account}")
+}
+
+/// Where Envoy finds a certificate, its key and the root.
+struct Files {
+    chain: String,
+    key: String,
+    root: String,
+}
+
+fn files(world: &World, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files> {
+    let write = |name: &str, text: &str| -> Result<String> {
+        let path = world.run.path("state").join(format!("{}-{name}", pod.name));
+        std::fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    Ok(Files {
+        chain: write("envoy-chain.pem", &own.chain_pem)?,
+        key: write("envoy-key.pem", &own.key_pem)?,
+        root: write("envoy-root.pem", root.root_pem())?,
+    })
+}
+
+fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
+    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
+    std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
+    let mut command = pod.place.command(binaries::envoy()?)?;
+    command.arg("-c").arg(&path).args([
+        "--use-dynamic-base-id",
+        "--concurrency",
+        "1",
+        "--log-level",
+        "warning",
+    ]);
+    pod.place.start(&format!("envoy-{}", pod.name), command)
+}
+
+fn extension(name: &str, kind: &str, mut config: Value) -> Value {
+    config["@type"] = json!(format!("type.googleapis.com/{kind}"));
+    json!({ "name": name, "typed_config": config })
+}
+
+fn tls(files: &Files, expect: &str) -> Value {
+    json!({
+        "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
+        "alpn_protocols": ["h2"],
+        "tls_certificates": [{
+            "certificate_chain": { "filename": files.chain },
+            "private_key": { "filename": files.key },
+        }],
+        "validation_context": {
+            "trusted_ca": { "filename": files.root },
+            "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "exact": expect } }],
+        },
+    })
+}
+
+fn address(ip: IpAddr, port: u16) -> Value {
+    json!({ "socket_address": { "address": ip.to_string(), "port_value": port } })
+}
+
+fn cluster(name: &str, at: Value) -> Value {
+    json!({
+        "name": name,
+        "connect_timeout": "5s",
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": at } }] }],
+        },
+    })
+}
+
+/// Takes plain TCP on the entrance's port, and carries it to nginx behind `to`'s tunnel port.
+fn client(files: &Files, to: IpAddr, expect: &str) -> Value {
+    let target = std::net::SocketAddr::new(to, HTTP).to_string();
+    let mut tunnel = cluster("tunnel", address(to, HBONE_PORT));
+    let context = json!({ "common_tls_context": tls(files, expect) });
+    tunnel["transport_socket"] = extension(
+        "envoy.transport_sockets.tls",
+        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        context,
+    );
+    tunnel["typed_extension_protocol_options"] = json!({
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": { "http2_protocol_options": {} },
+        },
+    });
+    let proxy = extension(
+        "tcp",
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        json!({ "stat_prefix": "tcp", "cluster": "tunnel", "tunneling_config": { "hostname": target } }),
+    );
+    json!({ "static_resources": {
+        "listeners": [{
+            "name": "entrance",
+            "address": address(Ipv4Addr::LOCALHOST.into(), ENTRANCE),
+            "filter_chains": [{ "filters": [proxy] }],
+        }],
+        "clusters": [tunnel],
+    } })
+}
+
+/// Takes tunnels, and delivers what is in them to nginx in its own pod.
+fn server(files: &Files, expect: &str) -> Value {
+    let router =
+        extension("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router", json!({}));
+    let connect = json!([{ "upgrade_type": "CONNECT", "connect_config": {} }]);
+    let manager = extension(
+        "envoy.filters.network.http_connection_manager",
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        json!({
+            "stat_prefix": "tunnels",
+            "codec_type": "HTTP2",
+            "http2_protocol_options": { "allow_connect": true },
+            "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
+            "http_filters": [router],
+            "route_config": { "name": "tunnels", "virtual_hosts": [{
+                "name": "all",
+                "domains": ["*"],
+                "routes": [{
+                    "match": { "connect_matcher": {} },
+                    "route": { "cluster": "nginx", "upgrade_configs": connect },
+                }],
+            }] },
+        }),
+    );
+    let context = json!({ "require_client_certificate": true, "common_tls_context": tls(files, expect) });
+    let socket = extension(
+        "envoy.transport_sockets.tls",
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        context,
+    );
+    let mut at = address(std::net::Ipv6Addr::UNSPECIFIED.into(), HBONE_PORT);
+    at["socket_address"]["ipv4_compat"] = json!(true);
+    json!({ "static_resources": {
+        "listeners": [{
+            "name": "tunnels",
+            "address": at,
+            "filter_chains": [{ "filters": [manager], "transport_socket": socket }],
+        }],
+        "clusters": [cluster("nginx", address(Ipv4Addr::LOCALHOST.into(), HTTP))],
+    } })
+}

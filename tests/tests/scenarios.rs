@@ -1,0 +1,36 @@
+//! The demo's stories and more, each in a world of its own, each ending with a look for leftovers.
+
+mod common;
+
+use common::tell;
+use ztunnel_tests::stories::{basics, enrolment, outage, policy, probes, repair, restart, scale, tunnel};
+
+macro_rules! stories {
+    ($($name:ident => $story:expr;)*) => {
+        $(#[test] fn $name() { tell($story); })*
+    };
+}
+
+stories! {
+    client_and_server_talk_on_both_families => basics::BOTH_FAMILIES;
+    a_service_is_reached_by_its_cluster_ip => basics::SERVICE;
+    a_pod_of_the_same_node_is_reached => basics::SAME_NODE;
+    only_tls_1_3_goes_over_the_link => tunnel::ONLY_TLS;
+    both_sides_verify_an_identity => tunnel::IDENTITIES;
+    a_denied_service_account_is_refused_and_logged => policy::DENIED;
+    strict_refuses_plaintext_and_permissive_takes_it => policy::STRICT;
+    outside_the_mesh_nothing_changes => policy::OUTSIDE_UNTOUCHED;
+    only_the_node_may_probe => probes::ONLY_THE_NODE;
+    a_killed_client_side_is_closed_and_comes_back => outage::KILLED_SOURCE;
+    a_killed_server_side_is_closed_and_comes_back => outage::KILLED_DESTINATION;
+    a_kill_at_any_moment_never_opens_a_way => outage::KILLED_AT_ANY_MOMENT;
+    a_kill_under_strict_never_lets_plaintext_in => outage::KILLED_UNDER_POLICY;
+    twenty_restarts_under_load_fail_no_attempt => restart::TWENTY_RESTARTS;
+    an_open_connection_survives_a_restart => restart::OPEN_CONNECTIONS_DRAIN;
+    enrolling_and_withdrawing_keep_open_connections => enrolment::OPEN_CONNECTIONS;
+    a_withdrawn_pod_is_clean => enrolment::WITHDRAWN_CLEAN;
+    a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
+    a_damaged_pod_is_repaired => repair::DAMAGED_POD;
+    deleted_pins_are_restored => repair::PINS_DELETED;
+    two_hundred_pods_on_one_node => scale::TWO_HUNDRED_PODS;
+}

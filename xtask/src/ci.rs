@@ -1,0 +1,55 @@
+//! Everything that must hold before a change is merged.
+
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::Result;
+use ztunnel_tests::binaries::repository;
+
+use crate::run::{cargo, visibly};
+use crate::{setup, test};
+
+/// The command.
+pub(crate) fn run() -> Result<ExitCode> {
+    setup::ensure()?;
+    let mut failures = Vec::new();
+    let mut step = |name: &str, command: &mut Command| {
+        if let Err(error) = visibly(command) {
+            eprintln!("error: {error:#}");
+            failures.push(name.to_owned());
+        }
+    };
+    step("format", cargo().args(["fmt", "--all", "--", "--check"]));
+    let programs = repository().join("ebpf/programs/Cargo.toml");
+    if programs.exists() {
+        let mut command = cargo();
+        step(
+            "format of the eBPF programs",
+            command.args(["fmt", "--check", "--manifest-path"]).arg(programs),
+        );
+    }
+    step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+    let mut doc = cargo();
+    doc.args(["doc", "--package", "ztunnel", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    step("documentation", &mut doc);
+    if has_cargo_deny() {
+        // `--config` is relative to the working directory.
+        step("dependencies", cargo().args(["deny", "check", "--config", ".cargo/deny.toml"]));
+    } else {
+        eprintln!(
+            "note: cargo-deny is not installed: licences and advisories are not checked (cargo install cargo-deny)"
+        );
+    }
+    let mut tally = test::all(&test::Arguments::default())?;
+    for name in &failures {
+        eprintln!("error: {name} did not pass");
+    }
+    tally.failed += failures.len();
+    println!("{tally}");
+    Ok(if tally.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn has_cargo_deny() -> bool {
+    let status =
+        Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}

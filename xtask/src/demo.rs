@@ -1,0 +1,128 @@
+//! Shows on this machine what the daemon does.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use ztunnel_tests::binaries;
+use ztunnel_tests::run::{KEPT, take_down};
+use ztunnel_tests::stories::{DEMO, Row};
+use ztunnel_tests::topology::{Pod, in_url};
+use ztunnel_tests::world::{HTTP, Options, SERVICE_IPS, World};
+
+use crate::run::{Profile, build};
+use crate::setup;
+
+/// `cargo xtask demo`
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Leave everything standing, and say what to try next
+    #[arg(long)]
+    keep: bool,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Take down what `--keep` left standing
+    #[arg(long, conflicts_with_all = ["keep", "json"])]
+    down: bool,
+    /// Use an unoptimised daemon: faster to build
+    #[arg(long)]
+    dev: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    passed: usize,
+    failed: usize,
+    rows: Vec<Row>,
+}
+
+/// The command.
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    if arguments.down {
+        take_down(KEPT)?;
+        println!("taken down");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)"
+        );
+    }
+    setup::ensure()?;
+    let daemon = build(Profile::of(arguments.dev))?;
+    binaries::use_daemon(daemon);
+    let mut rows = Vec::new();
+    let options = Options { keep: arguments.keep, talk: true };
+    let kept = show(options, arguments.json, &mut rows)?;
+    let failed = rows.iter().filter(|row| !row.ok).count();
+    let report = Report { passed: rows.len() - failed, failed, rows };
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        println!("\n{} of {} lines hold", report.passed, report.rows.len());
+        kept.iter().for_each(|hints| println!("\n{hints}"));
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Plays all stories; returns what to try next when everything is left standing.
+fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<String>> {
+    let mut add = |row: Row| {
+        if !json {
+            println!("{} {}\n    {}", if row.ok { "ok  " } else { "FAIL" }, row.name, row.evidence);
+        }
+        rows.push(row);
+    };
+    let mut world = World::start(options).context("cannot set the scene")?;
+    for (number, story) in DEMO.iter().enumerate() {
+        world.say(&format!("{} of {}: {}", number + 1, DEMO.len() + 1, story.name));
+        let mut row = story.row(&mut world);
+        if let Err(error) = world.reset() {
+            row.ok = false;
+            row.evidence += &format!("; and after that: {error:#}");
+        }
+        add(row);
+    }
+    if options.keep {
+        let hints = hints(&world);
+        world.leave_standing()?;
+        return Ok(Some(hints));
+    }
+    let name = "after the demo nothing is left on the machine".to_owned();
+    add(match world.end() {
+        Ok(compared) => Row { name, ok: true, evidence: compared.to_string() },
+        Err(error) => Row { name, ok: false, evidence: format!("{error:#}") },
+    });
+    Ok(None)
+}
+
+fn hints(world: &World) -> String {
+    let prefix = world.run.prefix();
+    let server = world.server.v4;
+    let in_pod = |pod: &Pod| {
+        let procs = pod.place.cgroup.procs();
+        format!("sudo sh -c 'echo $$ > {}; exec ip netns exec {}", procs.display(), pod.place.netns.name())
+    };
+    let client = in_pod(&world.client);
+    let outsider = in_pod(&world.outsider);
+    format!(
+        "Still standing. Try:
+  # from a pod in the mesh, to the server, its IPv6 address, and the service
+  {client} curl -s http://{server}:{HTTP}/'
+  {client} curl -s -g http://{v6}:{HTTP}/'
+  {client} curl -s http://{service}/'
+  # from a pod outside the mesh; write a PeerAuthentication with mode STRICT into {mesh} and try again
+  {outsider} curl -s -m 5 http://{server}:{HTTP}/'
+  # what goes over the link
+  sudo ip netns exec {prefix}-node-a tcpdump -n -i link0 port 15008
+  # metrics of a daemon
+  sudo ip netns exec {prefix}-node-a curl -s localhost:15020/metrics
+Logs: {logs}/daemon-node-a.log, {logs}/daemon-node-b.log
+Take it down: cargo xtask demo --down",
+        v6 = in_url(world.server.v6.into()),
+        service = SERVICE_IPS[0],
+        mesh = world.mesh.path().display(),
+        logs = world.run.path("logs").display(),
+    )
+}

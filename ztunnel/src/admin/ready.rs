@@ -1,0 +1,94 @@
+//! Whether the daemon is ready, and if not, for whom it waits.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+
+/// Ready once nobody blocks it. Cheap to clone. A new one is ready: whoever must come first blocks it before the
+/// server starts.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
+
+/// Keeps the daemon from being ready until [`Blocker::lift`] is called. Dropping it does not lift it: a task that
+/// failed is not ready.
+#[derive(Debug)]
+#[must_use]
+pub struct Blocker {
+    name: &'static str,
+    readiness: Readiness,
+}
+
+impl Readiness {
+    /// Nobody blocks it yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Not ready from now on, until the answer is lifted. `name` is shown to who asks: a word for the part of the
+    /// daemon that has yet to come up. A name can be blocked more than once, and again after it was lifted.
+    pub fn block(&self, name: &'static str) -> Blocker {
+        *self.blockers().entry(name).or_default() += 1;
+        Blocker { name, readiness: self.clone() }
+    }
+
+    /// Who still blocks, each name once, in alphabetical order. Empty when ready.
+    pub fn pending(&self) -> Vec<&'static str> {
+        self.blockers().keys().copied().collect()
+    }
+
+    fn blockers(&self) -> MutexGuard<'_, BTreeMap<&'static str, usize>> {
+        // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Blocker {
+    /// This part is up.
+    pub fn lift(self) {
+        let mut blockers = self.readiness.blockers();
+        if let Some(count) = blockers.get_mut(self.name) {
+            *count -= 1;
+            if *count == 0 {
+                blockers.remove(self.name);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_when_everybody_has_lifted() {
+        let readiness = Readiness::new();
+        assert!(readiness.pending().is_empty());
+        let (proxy, mesh) = (readiness.block("proxy"), readiness.block("mesh"));
+        assert_eq!(readiness.pending(), ["mesh", "proxy"]);
+        mesh.lift();
+        assert_eq!(readiness.clone().pending(), ["proxy"]);
+        proxy.lift();
+        assert!(readiness.pending().is_empty());
+        readiness.block("mesh").lift();
+        assert!(readiness.pending().is_empty());
+    }
+
+    #[test]
+    fn a_name_waits_for_all_its_blockers() {
+        let readiness = Readiness::new();
+        let (one, two) = (readiness.block("proxy"), readiness.block("proxy"));
+        one.lift();
+        assert_eq!(readiness.pending(), ["proxy"]);
+        two.lift();
+        assert!(readiness.pending().is_empty());
+    }
+
+    #[test]
+    fn a_task_that_died_is_not_ready() {
+        let readiness = Readiness::new();
+        drop(readiness.block("proxy"));
+        assert_eq!(readiness.pending(), ["proxy"]);
+    }
+}

@@ -1,0 +1,323 @@
+//! The composition root: builds each component once, joins them by channels, and carries out what the pure
+//! machines decide.
+//!
+//! Two kinds of threads: this module's control runtime (mesh, certificates, enrolment, hand-over, metrics), and
+//! the data plane's own threads. Nothing here is on the way of a byte.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::Signal as UnixSignal;
+use tokio::signal::unix::SignalKind;
+use tokio::signal::unix::signal;
+use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+
+use crate::admin::ready::Readiness;
+use crate::app::control::Control;
+use crate::app::handover::Claim;
+use crate::app::handover::Found;
+use crate::app::handover::Outcome;
+use crate::app::handover::Successors;
+use crate::app::kernel::Kernel;
+use crate::app::kernel::Reconciled;
+use crate::app::ports::Admin;
+use crate::capture;
+use crate::config::resolved::Run;
+use crate::identity;
+use crate::mesh;
+use crate::proxy::DataPlane;
+use crate::shutdown;
+use crate::standalone::authority::Authority;
+use crate::standalone::authority::AuthorityError;
+use crate::standalone::diagnostic::Diagnostic;
+use crate::standalone::watch;
+use crate::telemetry;
+use crate::telemetry::Telemetry;
+use crate::telemetry::logging;
+use crate::telemetry::writer;
+
+pub mod commands;
+pub mod control;
+pub mod handover;
+pub mod kernel;
+pub mod ports;
+
+/// How often the kernel is compared with what it should hold.
+const RECONCILE_EVERY: Duration = Duration::from_secs(2);
+/// How long the end of the process waits for its last log lines to be written.
+const LOG_PATIENCE: Duration = Duration::from_secs(2);
+/// The socket at which daemons of one node meet.
+const CONTROL_SOCKET: &str = "control.sock";
+
+/// Why the daemon does not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The mesh has errors, and there is no last good one yet.
+    #[error("the mesh file has errors:\n{}", lines(.0))]
+    Mesh(Vec<Diagnostic>),
+    /// A directory or a socket of the daemon cannot be used.
+    #[error("{what} {path:?}")]
+    Path {
+        /// What it is for.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {0}")]
+    Listen(SocketAddr, #[source] io::Error),
+    /// The certificate authority.
+    #[error("the certificate authority does not start")]
+    Authority(#[from] AuthorityError),
+    /// The kernel.
+    #[error("capture does not start")]
+    Capture(#[from] capture::error::OpenError),
+    /// The self-test.
+    #[error("{0}")]
+    SelfTest(String),
+    /// The log.
+    #[error("cannot set up the log")]
+    Log(#[from] logging::AlreadyInstalled),
+    /// Threads, signals, file descriptors.
+    #[error("{0}")]
+    System(&'static str, #[source] io::Error),
+}
+
+fn lines(diagnostics: &[Diagnostic]) -> String {
+    diagnostics.iter().map(|diagnostic| format!("  {diagnostic}\n")).collect()
+}
+
+/// Serves the node until a signal, or until another daemon has taken over and every connection has ended.
+pub fn run(config: Run) -> Result<(), RunError> {
+    let log = writer::start(Box::new(io::stdout()), config.log_format)
+        .map_err(|source| RunError::System("cannot start the log writer", source))?;
+    logging::install(&config.log_filter, config.log_format, log.clone())?;
+    let access_log = config.log_filter.access_log();
+    let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
+    raise_open_files();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %config.places.node, "starting");
+    let result = serve_on_a_runtime(config, telemetry.clone());
+    // Whoever reads the log sees the end of it.
+    telemetry.log().flush(LOG_PATIENCE);
+    result
+}
+
+fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| RunError::System("cannot start the control runtime", source))?;
+    runtime.block_on(serve(config, telemetry))
+}
+
+/// Every connection is two or three sockets: the default soft limit is for programs that use select(2).
+fn raise_open_files() {
+    use nix::sys::resource::Resource::RLIMIT_NOFILE;
+    if let Ok((_soft, hard)) = nix::sys::resource::getrlimit(RLIMIT_NOFILE)
+        && let Err(error) = nix::sys::resource::setrlimit(RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, "the limit of open files stays low");
+    }
+}
+
+async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+    let started = Instant::now();
+    let mut signals = Signals::new()?;
+    let (trigger, signal) = shutdown::channel();
+
+    let run_dir = &config.places.run_dir;
+    // Who can write here can tell the daemon to leave.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_dir)
+        .map_err(|source| RunError::Path { what: "the run directory", path: run_dir.clone(), source })?;
+
+    let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
+    let loaded = match updates.next().await {
+        Some(Ok(loaded)) => loaded,
+        Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
+        None => return Ok(()),
+    };
+
+    let authority = Authority::open(&config.state_dir, &config.places.node, loaded.mesh.trust_domain())?;
+    let identities = identity::worker::start(Arc::new(authority), signal.clone());
+    let (writer, reader) = mesh::mesh();
+    let ready = Readiness::new();
+    let pods_pending = ready.block("pods");
+
+    let verdict = capture::selftest::self_test(&config.places.capture);
+    if !verdict.works {
+        return Err(RunError::SelfTest(verdict.to_string()));
+    }
+    tracing::info!(%verdict, "capture self-test");
+
+    // From here on the node's other daemon, if there is one, changes nothing any more.
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let predecessor = match handover::ask(&socket).await {
+        Found::Nobody => None,
+        Found::Yielded(predecessor) => {
+            tracing::info!(pid = predecessor.pid, "taking over from a running daemon");
+            Some(predecessor)
+        }
+        Found::Silent(error) => {
+            tracing::warn!(%error, "the running daemon does not answer; taking over without it");
+            None
+        }
+    };
+
+    let node = capture::Node::open(config.places.capture.clone())?;
+    let data_plane = DataPlane::start(
+        config.proxy.clone(),
+        reader,
+        identities.clone(),
+        &telemetry,
+        node.vouch(),
+        signal.clone(),
+    );
+    let data_plane = Arc::new(
+        data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
+    );
+    ports::register_metrics(&telemetry, node.counter_reader()?, &data_plane);
+    let kernel = Kernel::start(node, Arc::clone(&data_plane))
+        .map_err(|source| RunError::System("cannot start the capture thread", source))?;
+    let mut control = Control::new(writer, identities, kernel.clone(), pods_pending);
+    control.start(loaded).await;
+
+    let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
+    if let Some(predecessor) = predecessor
+        && let Err(error) = predecessor.done().await
+    {
+        tracing::warn!(%error, "the daemon before this one did not say goodbye");
+    }
+    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+        what: "the control socket",
+        path: socket.clone(),
+        source,
+    })?;
+    control.serving(started);
+
+    let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
+    reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let end = loop {
+        tokio::select! {
+            update = updates.next() => match update {
+                Some(Ok(loaded)) => control.apply(loaded).await,
+                Some(Err(diagnostics)) => report_rejected(&diagnostics),
+                None => break End::Signal,
+            },
+            event = control.next() => control.step(event).await,
+            _ = reconcile.tick() => match kernel.reconcile().await {
+                Reconciled::Repaired(repairs) => for repair in repairs {
+                    tracing::warn!(%repair, "repaired what somebody else changed");
+                },
+                Reconciled::Superseded => break End::Superseded,
+            },
+            claim = successors.next() => match hand_over(claim, &kernel, &mut signals).await {
+                Some(end) => break end,
+                None => tracing::warn!("the daemon that was taking over is gone; this one goes on"),
+            },
+            () = signals.next() => break End::Signal,
+        }
+    };
+    drop(successors);
+    drop(admin);
+    match end {
+        End::Signal => {
+            tracing::info!("stopping: captured pods are closed until a daemon is back");
+            kernel.close().await;
+        }
+        End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
+        End::HandedOver(claim) => {
+            tracing::info!("stopping: the node is handed over");
+            claim.bye().await;
+        }
+    }
+    trigger.drain();
+    data_plane.stop_accepting();
+    let deadline = tokio::time::sleep(config.drain_deadline);
+    tokio::pin!(deadline);
+    loop {
+        tokio::select! {
+            () = data_plane.drained() => break,
+            () = &mut deadline => {
+                tracing::warn!(open = data_plane.live().connections, "the drain deadline has passed; closing what is open");
+                break;
+            }
+            // Whoever is still connected stays under the newest policy.
+            update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
+            () = signals.next() => {
+                tracing::warn!("told twice to stop; closing what is open");
+                break;
+            }
+        }
+    }
+    trigger.close();
+    data_plane.join();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Why the daemon stops serving.
+enum End {
+    /// It was told to, and nobody has taken over.
+    Signal,
+    /// Another daemon took over without a word.
+    Superseded,
+    /// Another daemon took over, and waits for the ports.
+    HandedOver(Claim),
+}
+
+/// Lets a successor have the node. `None` if it died before it was ready, and everything is as it was.
+async fn hand_over(mut claim: Claim, kernel: &Kernel, signals: &mut Signals) -> Option<End> {
+    kernel.yield_node().await;
+    let outcome = tokio::select! {
+        outcome = claim.outcome() => outcome,
+        // Told to stop in the middle: the successor has what it has, and takes the rest.
+        () = signals.next() => Outcome::Done,
+    };
+    match outcome {
+        Outcome::Done => Some(End::HandedOver(claim)),
+        Outcome::Abandoned => {
+            if let Err(error) = kernel.reclaim().await {
+                tracing::error!(%error, "some pods could not be taken back, trying again");
+            }
+            None
+        }
+    }
+}
+
+fn report_rejected(diagnostics: &[Diagnostic]) {
+    for diagnostic in diagnostics {
+        tracing::error!(%diagnostic, "the changed mesh file is not applied; the last good one stays in force");
+    }
+}
+
+/// SIGTERM and SIGINT, which mean the same.
+struct Signals {
+    terminate: UnixSignal,
+    interrupt: UnixSignal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, RunError> {
+        let listen =
+            |kind| signal(kind).map_err(|source| RunError::System("cannot listen to signals", source));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

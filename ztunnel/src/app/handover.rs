@@ -1,0 +1,284 @@
+//! How a starting daemon takes a node over from a running one.
+//!
+//! Two processes talk over a Unix socket in the run directory, one line at a time:
+//!
+//! ```text
+//!  successor                          predecessor
+//!     │ ── "yield 1" ───────────────────▶ │  stops changing the kernel
+//!     │ ◀─────────────── "yielded <pid>" ─│  (goes on serving: nothing is redirected yet)
+//!     │   swaps its sockets in, pod by pod │
+//!     │ ── "done" ───────────────────────▶ │  closes its ports, drains, exits
+//!     │ ◀───────────────────────── "bye" ──│
+//! ```
+//!
+//! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
+//! while it starts costs nothing. A predecessor that does not answer is overruled: the generation in the
+//! pinned maps tells it later that it is no longer the owner (see [`crate::capture`]).
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
+use tokio::net::UnixListener;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// The version of the lines above. Another one is treated as no answer.
+const VERSION: &str = "1";
+/// How long either side waits for the other's next line. The predecessor's answer takes one pass of its
+/// control loop; a longer silence means that it hangs.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long a caller has for its first line. Less than [`ANSWER_WITHIN`], so that a caller that says nothing does
+/// not make the real successor behind it give up.
+const HELLO_WITHIN: Duration = Duration::from_millis(500);
+/// Lines are short; a longer one is not from a daemon of ours.
+const LINE_MAX: u64 = 128;
+
+/// A line-wise connection to the other daemon.
+#[derive(Debug)]
+struct Line(BufReader<UnixStream>);
+
+impl Line {
+    async fn read(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        let n = (&mut self.0).take(LINE_MAX).read_line(&mut line).await?;
+        if n == 0 || !line.ends_with('\n') {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        line.truncate(n - 1);
+        Ok(line)
+    }
+
+    async fn write(&mut self, line: &str) -> io::Result<()> {
+        self.0.get_mut().write_all(format!("{line}\n").as_bytes()).await
+    }
+}
+
+/// A running daemon that has agreed to be taken over. Dropping this without [`Predecessor::done`] makes it
+/// take everything back.
+#[derive(Debug)]
+pub struct Predecessor {
+    line: Line,
+    /// The other daemon's process, for the log.
+    pub pid: String,
+}
+
+/// What was found at the socket of the run directory.
+#[derive(Debug)]
+pub enum Found {
+    /// Nobody: this daemon is the only one.
+    Nobody,
+    /// A daemon that yielded.
+    Yielded(Predecessor),
+    /// Something that did not answer as agreed: it is overruled.
+    Silent(io::Error),
+}
+
+/// Asks the daemon that owns the node, if there is one, to yield.
+pub async fn ask(socket: &Path) -> Found {
+    let stream = match UnixStream::connect(socket).await {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Found::Nobody;
+        }
+        Err(error) => return Found::Silent(error),
+    };
+    let mut line = Line(BufReader::new(stream));
+    let answer = timeout(ANSWER_WITHIN, async {
+        line.write(&format!("yield {VERSION}")).await?;
+        line.read().await
+    });
+    match answer.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(answer) => match answer.strip_prefix("yielded ") {
+            Some(pid) => Found::Yielded(Predecessor { pid: pid.to_owned(), line }),
+            None => Found::Silent(io::Error::other(format!("unexpected answer {answer:?}"))),
+        },
+        Err(error) => Found::Silent(error),
+    }
+}
+
+impl Predecessor {
+    /// Tells the predecessor that everything is taken over, and waits until it has closed its ports.
+    pub async fn done(mut self) -> io::Result<()> {
+        let bye = timeout(ANSWER_WITHIN, async {
+            self.line.write("done").await?;
+            self.line.read().await
+        });
+        bye.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into())).map(drop)
+    }
+}
+
+/// The socket at which successors call.
+#[derive(Debug)]
+pub struct Successors {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Successors {
+    /// Takes the place at `path`, whoever had it before: call when the node is this daemon's.
+    pub fn listen(path: &Path) -> io::Result<Self> {
+        // A new name swapped in by rename, so that at no moment there is no socket.
+        let fresh = path.with_extension(format!("sock.{}", std::process::id()));
+        let _stale = std::fs::remove_file(&fresh);
+        let listener = UnixListener::bind(&fresh)?;
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&fresh, path)?;
+        Ok(Self { listener, path: path.to_owned(), inode: inode(path)? })
+    }
+
+    /// The next daemon that wants the node. Whoever calls without the agreed line is ignored.
+    pub async fn next(&self) -> Claim {
+        loop {
+            let Ok((stream, _)) = self.listener.accept().await else {
+                // Out of file descriptors, as a rule: it must not spin.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            let mut line = Line(BufReader::new(stream));
+            if let Ok(Ok(hello)) = timeout(HELLO_WITHIN, line.read()).await
+                && hello == format!("yield {VERSION}")
+            {
+                return Claim(line);
+            }
+        }
+    }
+}
+
+impl Drop for Successors {
+    fn drop(&mut self) {
+        // A successor may already have its own socket under the same name.
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            let _gone = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::symlink_metadata(path)?.ino())
+}
+
+/// A successor that has asked this daemon to yield.
+#[derive(Debug)]
+pub struct Claim(Line);
+
+/// How a claim ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The successor serves the node.
+    Done,
+    /// The successor is gone: the node is this daemon's again.
+    Abandoned,
+}
+
+impl Claim {
+    /// Says that this daemon no longer changes the kernel, and waits for the successor to finish or die.
+    pub async fn outcome(&mut self) -> Outcome {
+        if self.0.write(&format!("yielded {}", std::process::id())).await.is_err() {
+            return Outcome::Abandoned;
+        }
+        match self.0.read().await {
+            Ok(line) if line == "done" => Outcome::Done,
+            _ => Outcome::Abandoned,
+        }
+    }
+
+    /// Says that this daemon's ports are free.
+    pub async fn bye(mut self) {
+        // The successor goes on without it, after a time-out.
+        let _gone = self.0.write("bye").await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn socket() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        (dir, path)
+    }
+
+    #[tokio::test]
+    async fn a_successor_finds_nobody_on_a_fresh_node() {
+        let (_dir, path) = socket();
+        assert!(matches!(ask(&path).await, Found::Nobody));
+    }
+
+    #[tokio::test]
+    async fn a_socket_left_by_a_killed_daemon_is_nobody() {
+        let (_dir, path) = socket();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        assert!(matches!(ask(&path).await, Found::Nobody));
+        let again = Successors::listen(&path).unwrap();
+        drop(again);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_take_over_runs_to_its_end() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path).unwrap();
+        let successor = async {
+            let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
+            assert_eq!(predecessor.pid, std::process::id().to_string());
+            predecessor.done().await.unwrap();
+            Successors::listen(&path).unwrap()
+        };
+        let predecessor = async {
+            let mut claim = old.next().await;
+            assert_eq!(claim.outcome().await, Outcome::Done);
+            claim.bye().await;
+        };
+        let (new, ()) = tokio::join!(successor, predecessor);
+        drop(old);
+        assert!(path.exists(), "the old daemon removed its successor's socket");
+        drop(new);
+    }
+
+    #[tokio::test]
+    async fn a_successor_that_dies_gives_the_node_back() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path).unwrap();
+        let successor = async {
+            let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
+            drop(predecessor);
+        };
+        let predecessor = async { old.next().await.outcome().await };
+        let ((), outcome) = tokio::join!(successor, predecessor);
+        assert_eq!(outcome, Outcome::Abandoned);
+    }
+
+    #[tokio::test]
+    async fn garbage_at_the_socket_does_not_stop_a_successor_after_it() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path).unwrap();
+        let garbage = UnixStream::connect(&path).await.unwrap();
+        let mut garbage = Line(BufReader::new(garbage));
+        garbage.write(&"x".repeat(1000)).await.unwrap();
+        let (found, claim) = tokio::join!(ask(&path), async {
+            let mut claim = old.next().await;
+            claim.0.write("yielded 1").await.unwrap();
+            claim
+        });
+        assert!(matches!(found, Found::Yielded(_)));
+        drop(claim);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_predecessor_that_hangs_is_overruled() {
+        let (_dir, path) = socket();
+        let _hung = Successors::listen(&path).unwrap();
+        assert!(matches!(ask(&path).await, Found::Silent(_)));
+    }
+}

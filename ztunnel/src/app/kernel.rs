@@ -1,0 +1,280 @@
+//! The thread that owns what is in the kernel.
+//!
+//! Everything it does blocks (netlink, `bpf(2)`, entering network namespaces), and everything about one pod must
+//! happen in order, so it is one thread with one queue of commands, and the control runtime never waits in it.
+//! A pod's listeners go to the data plane before its traffic is redirected to them: a captured connection always
+//! finds somebody who accepts.
+
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+
+use crate::capture::Captured;
+use crate::capture::Node;
+use crate::capture::PodSpec;
+use crate::capture::error::EnrolError;
+use crate::capture::error::WithdrawError;
+use crate::capture::reconcile::Repair;
+use crate::enrol::pod::LocalPod;
+use crate::enrol::pods::Event;
+use crate::model::addr::PodUid;
+use crate::proxy;
+use crate::proxy::DataPlane;
+use crate::proxy::Leaving;
+
+/// Commands that may wait. Twice as many pods as a node has; a sender waits when it is full.
+const QUEUE: usize = 1024;
+
+enum Command {
+    Capture(LocalPod, mpsc::Sender<Event>),
+    Release(PodUid, mpsc::Sender<Event>),
+    Reconcile(oneshot::Sender<Reconciled>),
+    Sweep(HashSet<PodUid>),
+    Yield(oneshot::Sender<()>),
+    Reclaim(oneshot::Sender<Result<(), EnrolError>>),
+    Close(oneshot::Sender<()>),
+}
+
+/// What a look at the kernel gave.
+#[derive(Debug)]
+pub enum Reconciled {
+    /// It is as it should be, after these repairs.
+    Repaired(Vec<Repair>),
+    /// Another daemon owns the node now.
+    Superseded,
+}
+
+/// The handle of that thread. When it is dropped, the thread ends and leaves the kernel as it is.
+#[derive(Debug, Clone)]
+pub struct Kernel(mpsc::Sender<Command>);
+
+impl Kernel {
+    /// Starts the thread with a node that this daemon owns.
+    pub fn start(node: Node, data_plane: Arc<DataPlane>) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let worker =
+            Worker { node, data_plane, pods: HashMap::new(), leaving: HashMap::new(), yielded: false };
+        std::thread::Builder::new().name("capture".to_owned()).spawn(move || worker.run(receiver))?;
+        Ok(Self(sender))
+    }
+
+    /// Captures `pod`; the answer comes as an event.
+    pub async fn capture(&self, pod: LocalPod, answer: mpsc::Sender<Event>) {
+        self.send(Command::Capture(pod, answer)).await;
+    }
+
+    /// Releases the pod; the answer comes as an event.
+    pub async fn release(&self, uid: PodUid, answer: mpsc::Sender<Event>) {
+        self.send(Command::Release(uid, answer)).await;
+    }
+
+    /// Compares the kernel with what it should hold, and repairs it.
+    pub async fn reconcile(&self) -> Reconciled {
+        self.ask(Command::Reconcile).await.unwrap_or(Reconciled::Superseded)
+    }
+
+    /// Removes what a dead daemon left for pods that are not among `keep`.
+    pub async fn sweep(&self, keep: HashSet<PodUid>) {
+        self.send(Command::Sweep(keep)).await;
+    }
+
+    /// Stops changing the kernel; when this returns nothing is under way.
+    pub async fn yield_node(&self) {
+        let _ended = self.ask(Command::Yield).await;
+    }
+
+    /// Takes the node back after a successor that died, and every pod's traffic with it.
+    pub async fn reclaim(&self) -> Result<(), EnrolError> {
+        self.ask(Command::Reclaim).await.unwrap_or(Ok(()))
+    }
+
+    /// Redirects new connections to nobody: they are refused until a daemon is back.
+    pub async fn close(&self) {
+        let _ended = self.ask(Command::Close).await;
+    }
+
+    async fn send(&self, command: Command) {
+        // The thread only ends when every handle is gone.
+        let _ended = self.0.send(command).await;
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (answer, receiver) = oneshot::channel();
+        self.send(command(answer)).await;
+        receiver.await.ok()
+    }
+}
+
+/// Why a pod is not captured.
+#[derive(Debug, thiserror::Error)]
+enum CaptureError {
+    /// Another daemon is taking the node over.
+    #[error("the node is being handed over")]
+    Yielded,
+    /// The kernel.
+    #[error(transparent)]
+    Enrol(#[from] EnrolError),
+    /// The data plane.
+    #[error("the data plane does not take the pod's listeners")]
+    Listeners(#[source] io::Error),
+}
+
+struct Worker {
+    node: Node,
+    data_plane: Arc<DataPlane>,
+    /// Captured pods, with what a reclaim needs to bring their traffic back.
+    pods: HashMap<PodUid, (PodSpec, Captured)>,
+    /// Withdrawn pods with connections that are still open.
+    leaving: HashMap<PodUid, Leaving>,
+    /// Another daemon changes the kernel now.
+    yielded: bool,
+}
+
+impl Worker {
+    fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        while let Some(command) = commands.blocking_recv() {
+            match command {
+                Command::Capture(pod, answer) => {
+                    let uid = pod.uid.clone();
+                    let event = match self.capture(&pod) {
+                        Ok(()) => Event::Captured(uid),
+                        Err(error) => {
+                            tracing::error!(pod = %uid, error = chain(&error), "pod not captured, trying again");
+                            Event::CaptureFailed(uid)
+                        }
+                    };
+                    // Whoever asked may be draining by now.
+                    let _gone = answer.blocking_send(event);
+                }
+                Command::Release(uid, answer) => {
+                    let event = match self.withdraw(&uid) {
+                        Ok(()) => Event::Released(uid),
+                        Err(error) => {
+                            tracing::error!(pod = %uid, error = chain(&error), "pod not released, trying again");
+                            Event::ReleaseFailed(uid)
+                        }
+                    };
+                    let _gone = answer.blocking_send(event);
+                }
+                Command::Reconcile(answer) => {
+                    let _gone = answer.send(self.reconcile());
+                }
+                Command::Sweep(keep) => {
+                    for pod in self.node.sweep(&keep) {
+                        tracing::info!(%pod, "removed what an earlier daemon left of a pod");
+                    }
+                }
+                Command::Yield(answer) => {
+                    self.yielded = true;
+                    let _gone = answer.send(());
+                }
+                Command::Reclaim(answer) => {
+                    let _gone = answer.send(self.reclaim());
+                }
+                Command::Close(answer) => {
+                    self.yielded = true;
+                    self.node.close_all();
+                    let _gone = answer.send(());
+                }
+            }
+        }
+    }
+
+    fn capture(&mut self, pod: &LocalPod) -> Result<(), CaptureError> {
+        if self.yielded {
+            return Err(CaptureError::Yielded);
+        }
+        let spec =
+            PodSpec { uid: pod.uid.clone(), netns: pod.netns.clone(), addresses: pod.addresses.clone() };
+        let captured = self.node.bind(&spec)?;
+        let served = proxy::PodSpec {
+            uid: pod.uid.clone(),
+            workload: Arc::clone(&pod.workload),
+            addresses: pod.addresses.clone(),
+        };
+        let listeners = proxy::Listeners {
+            outbound: Arc::clone(&captured.listeners.outbound),
+            inbound: Arc::clone(&captured.listeners.inbound),
+            hbone: Arc::clone(&captured.listeners.hbone),
+        };
+        self.data_plane
+            .add_pod(served, listeners, Arc::clone(&captured.netns))
+            .map_err(CaptureError::Listeners)?;
+        self.node.capture(&spec, &captured)?;
+        self.leaving.remove(&pod.uid);
+        self.pods.insert(pod.uid.clone(), (spec, captured));
+        Ok(())
+    }
+
+    /// New connections are plain from here on; open ones go on, and what they need in the kernel stays.
+    fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        self.node.withdraw(uid)?;
+        self.pods.remove(uid);
+        if let Some(leaving) = self.data_plane.remove_pod(uid) {
+            self.leaving.insert(uid.clone(), leaving);
+        }
+        self.release_ended();
+        Ok(())
+    }
+
+    /// Removes the rest of withdrawn pods whose last connection has ended.
+    fn release_ended(&mut self) {
+        let ended: Vec<PodUid> = self
+            .leaving
+            .iter()
+            .filter(|(_, leaving)| leaving.is_over())
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in ended {
+            match self.node.forget(&uid) {
+                Ok(()) => {
+                    self.leaving.remove(&uid);
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %uid, error = chain(&error), "something is left of a pod, trying again");
+                }
+            }
+        }
+    }
+
+    fn reconcile(&mut self) -> Reconciled {
+        if self.yielded {
+            return Reconciled::Repaired(Vec::new());
+        }
+        if !self.node.is_owner() {
+            return Reconciled::Superseded;
+        }
+        self.release_ended();
+        Reconciled::Repaired(self.node.reconcile())
+    }
+
+    fn reclaim(&mut self) -> Result<(), EnrolError> {
+        self.node.reclaim()?;
+        self.yielded = false;
+        let mut result = Ok(());
+        for (spec, captured) in self.pods.values() {
+            // One pod that fails must not keep the others closed.
+            if let Err(error) = self.node.capture(spec, captured) {
+                result = Err(error);
+            }
+        }
+        result
+    }
+}
+
+/// An error with its causes, for a log line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

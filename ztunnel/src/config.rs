@@ -1,0 +1,6 @@
+//! What was typed (flags and environment) → each module's own `Config`, checked once.
+//!
+//! Nobody else reads the environment or the command line, and nobody receives the whole.
+
+pub mod raw;
+pub mod resolved;

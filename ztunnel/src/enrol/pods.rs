@@ -1,0 +1,248 @@
+//! The life of every enrolled pod, as a machine: event in, actions out.
+//!
+//! ```text
+//!                Captured                      removed
+//!  Capturing ───────────────▶ Captured ─────────────────────▶ Releasing ──Released──▶ (gone)
+//!   ▲   │ ▲                      │ changed                        │ ▲          or Capturing,
+//!   │   │ └──────────────────────┘                          failed│ │retry     if wanted again
+//!   │   │ CaptureFailed                                           ▼ │
+//!   └─ Retrying (back-off) ──removed──▶ Releasing              (waiting)
+//! ```
+//!
+//! The machine never blocks and never reads the clock; [`crate::app`] carries its actions out and tells
+//! it how they went. A pod that is being captured is not interrupted: what was asked of it meanwhile is
+//! remembered and done next. A capture is idempotent, so a changed pod is captured again without being
+//! released first: it is never open in between.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::enrol::pod::LocalPod;
+use crate::model::addr::PodUid;
+
+/// First wait after a failed capture or release.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest wait.
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+
+/// What can happen to enrolment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// These, and no others, are to be enrolled.
+    Desired(Vec<LocalPod>),
+    /// The pod's traffic now reaches the daemon.
+    Captured(PodUid),
+    /// It could not be captured.
+    CaptureFailed(PodUid),
+    /// Nothing of the daemon is left in the pod.
+    Released(PodUid),
+    /// Something of the daemon may be left in the pod.
+    ReleaseFailed(PodUid),
+    /// Time has passed: see [`Action::WakeAt`].
+    Tick,
+}
+
+/// What is to be done about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Redirect this pod's traffic to the daemon, or bring the redirection up to date.
+    Capture(LocalPod),
+    /// Undo that.
+    Release(PodUid),
+    /// Send [`Event::Tick`] at this time (the latest such request counts).
+    WakeAt(Instant),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Phase {
+    /// `Capture` was asked for and not answered.
+    Capturing,
+    Captured,
+    /// The last capture failed; the next is due then.
+    Retrying {
+        at: Instant,
+        backoff: Duration,
+    },
+    /// `Release` was asked for and not answered.
+    Releasing {
+        backoff: Duration,
+    },
+    /// The last release failed; the next is due then.
+    Stuck {
+        at: Instant,
+        backoff: Duration,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Pod {
+    phase: Phase,
+    /// What the source last said; `None` when it wants the pod released.
+    wanted: Option<LocalPod>,
+    /// What the last `Capture` was asked with.
+    asked: Option<LocalPod>,
+    /// How long to wait should the capture under way fail.
+    backoff: Duration,
+}
+
+/// All pods of this node that are enrolled or on their way in or out.
+#[derive(Debug, Default)]
+pub struct Pods {
+    pods: BTreeMap<PodUid, Pod>,
+}
+
+impl Pods {
+    /// Advances enrolment by one event.
+    pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match event {
+            Event::Desired(pods) => self.desire(pods, &mut actions),
+            Event::Captured(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid)
+                    && pod.phase == Phase::Capturing
+                {
+                    pod.phase = Phase::Captured;
+                    pod.backoff = BACKOFF_MIN;
+                    settle(&uid, pod, &mut actions);
+                }
+            }
+            Event::CaptureFailed(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid)
+                    && pod.phase == Phase::Capturing
+                {
+                    pod.phase = Phase::Retrying { at: now + pod.backoff, backoff: pod.backoff };
+                    settle(&uid, pod, &mut actions);
+                }
+            }
+            Event::Released(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid)
+                    && matches!(pod.phase, Phase::Releasing { .. })
+                {
+                    match pod.wanted.clone() {
+                        Some(wanted) => capture(pod, wanted, &mut actions),
+                        None => {
+                            self.pods.remove(&uid);
+                        }
+                    }
+                }
+            }
+            Event::ReleaseFailed(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid)
+                    && let Phase::Releasing { backoff } = pod.phase
+                {
+                    pod.phase = Phase::Stuck { at: now + backoff, backoff };
+                }
+            }
+            Event::Tick => self.retry(now, &mut actions),
+        }
+        if let Some(at) = self.next_retry() {
+            actions.push(Action::WakeAt(at));
+        }
+        actions
+    }
+
+    /// Pods whose traffic reaches the daemon.
+    pub fn captured(&self) -> usize {
+        self.pods.values().filter(|pod| pod.phase == Phase::Captured).count()
+    }
+
+    /// Pods that should be captured and are not (yet).
+    pub fn pending(&self) -> usize {
+        self.pods.values().filter(|pod| pod.wanted.is_some() && pod.phase != Phase::Captured).count()
+    }
+
+    /// Pods of which something may be in the kernel.
+    pub fn known(&self) -> impl Iterator<Item = &PodUid> {
+        self.pods.keys()
+    }
+
+    fn desire(&mut self, desired: Vec<LocalPod>, actions: &mut Vec<Action>) {
+        let mut gone: BTreeMap<&PodUid, &mut Pod> = self.pods.iter_mut().collect();
+        let mut new = Vec::new();
+        for local in desired {
+            match gone.remove(&local.uid) {
+                Some(pod) => {
+                    let uid = local.uid.clone();
+                    pod.wanted = Some(local);
+                    settle(&uid, pod, actions);
+                }
+                None => new.push(local),
+            }
+        }
+        for (uid, pod) in gone {
+            pod.wanted = None;
+            settle(uid, pod, actions);
+        }
+        for local in new {
+            let mut pod = Pod {
+                phase: Phase::Capturing,
+                wanted: Some(local.clone()),
+                asked: None,
+                backoff: BACKOFF_MIN,
+            };
+            let uid = local.uid.clone();
+            capture(&mut pod, local, actions);
+            self.pods.insert(uid, pod);
+        }
+    }
+
+    fn retry(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        for (uid, pod) in &mut self.pods {
+            match pod.phase {
+                Phase::Retrying { at, backoff } if at <= now => {
+                    let Some(wanted) = pod.wanted.clone() else { continue };
+                    pod.backoff = (backoff * 2).min(BACKOFF_MAX);
+                    capture(pod, wanted, actions);
+                }
+                Phase::Stuck { at, backoff } if at <= now => {
+                    pod.phase = Phase::Releasing { backoff: (backoff * 2).min(BACKOFF_MAX) };
+                    actions.push(Action::Release(uid.clone()));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn next_retry(&self) -> Option<Instant> {
+        let due = |pod: &Pod| match pod.phase {
+            Phase::Retrying { at, .. } | Phase::Stuck { at, .. } => Some(at),
+            _ => None,
+        };
+        self.pods.values().filter_map(due).min()
+    }
+}
+
+/// Brings a pod that is at rest nearer to what is wanted of it. A pod that is busy is left alone: it
+/// comes here again when it is done.
+fn settle(uid: &PodUid, pod: &mut Pod, actions: &mut Vec<Action>) {
+    let at_rest = matches!(pod.phase, Phase::Captured | Phase::Retrying { .. });
+    if !at_rest {
+        return;
+    }
+    match pod.wanted.clone() {
+        None => release(uid, pod, actions),
+        Some(wanted) if pod.asked.as_ref() == Some(&wanted) => {}
+        // Another network namespace under the same name: what is in the old one must go first.
+        Some(wanted) if pod.asked.as_ref().is_some_and(|asked| asked.netns != wanted.netns) => {
+            release(uid, pod, actions);
+        }
+        Some(wanted) => capture(pod, wanted, actions),
+    }
+}
+
+fn capture(pod: &mut Pod, wanted: LocalPod, actions: &mut Vec<Action>) {
+    pod.phase = Phase::Capturing;
+    pod.asked = Some(wanted.clone());
+    actions.push(Action::Capture(wanted));
+}
+
+fn release(uid: &PodUid, pod: &mut Pod, actions: &mut Vec<Action>) {
+    pod.phase = Phase::Releasing { backoff: BACKOFF_MIN };
+    pod.asked = None;
+    actions.push(Action::Release(uid.clone()));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,96 @@
+//! HBONE: application connections as HTTP/2 CONNECT streams inside mutual TLS.
+//!
+//! Owns the headers ([`address`]), the tunnel as a client and as a server ([`client`], [`server`]), the reuse
+//! of tunnels ([`pool`]) and the two halves of a stream ([`stream`]). Which tunnel is dialled and who may use
+//! one is decided elsewhere; nothing outside this module knows which HTTP/2 implementation is below.
+//!
+//! What makes it fast is in [`transport`]: everything a pass over a tunnel's streams has to say is written
+//! with one system call, and read with one. A tunnel and its streams must stay on one thread for that.
+//!
+//! # Windows
+//!
+//! A stream whose receiver does not read holds at most [`Config::stream_window`] of its tunnel's
+//! [`Config::connection_window`], so it takes `connection_window / stream_window` such streams (16 by
+//! default) before the others of that tunnel wait. Other tunnels never do.
+
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+pub mod address;
+pub mod client;
+pub mod pool;
+pub mod server;
+pub mod stream;
+pub mod transport;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+/// How tunnels behave. The two ends of a tunnel may differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Bytes a peer may send on one stream before they are delivered.
+    pub stream_window: u32,
+    /// The same for all streams of a tunnel together: what a tunnel can make this side hold.
+    pub connection_window: u32,
+    /// The largest frame a peer may send. Peers send 16 KiB unless told otherwise, and larger ones bring
+    /// nothing, but peers that were told so by others may.
+    pub frame_max: u32,
+    /// Bytes waiting to be sent on one stream, beyond which its source is not read.
+    pub send_buffer: usize,
+    /// Streams a peer may have open on a tunnel it dialled. Further ones are refused (REFUSED_STREAM), which
+    /// tells the peer to use another tunnel.
+    pub server_streams_max: u32,
+    /// Streams this side opens on one tunnel, if the peer takes as many.
+    pub client_streams_max: usize,
+    /// Header bytes accepted in a request.
+    pub request_headers_max: u32,
+    /// Header bytes accepted in a response.
+    pub response_headers_max: u32,
+    /// The congestion control of tunnels' sockets (`cubic`, say), where it is to differ from the system's. One
+    /// the kernel does not have is passed over.
+    pub congestion: Option<String>,
+    /// Silence between pings.
+    pub ping_interval: Duration,
+    /// A tunnel whose peer has not answered a ping for so long is dead.
+    pub ping_timeout: Duration,
+    /// A tunnel without streams is closed after so long.
+    pub idle_timeout: Duration,
+    /// A TLS and HTTP/2 handshake that takes longer is given up.
+    pub handshake_timeout: Duration,
+    /// Requests that may wait for one tunnel being dialled. Further ones fail at once.
+    pub waiters_max: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            stream_window: 1 << 20,
+            connection_window: 16 << 20,
+            frame_max: 1 << 20,
+            send_buffer: 1 << 20,
+            server_streams_max: 200,
+            client_streams_max: 100,
+            request_headers_max: 64 * 1024,
+            response_headers_max: 16 * 1024,
+            congestion: None,
+            ping_interval: Duration::from_secs(10),
+            ping_timeout: Duration::from_secs(20),
+            idle_timeout: Duration::from_secs(300),
+            handshake_timeout: Duration::from_secs(10),
+            waiters_max: 1024,
+        }
+    }
+}
+
+impl Config {
+    /// Sets what the sockets of tunnels have and others have not.
+    fn tune(&self, socket: &TcpStream) {
+        let Some(congestion) = &self.congestion else { return };
+        if let Err(error) = SockRef::from(socket).set_tcp_congestion(congestion.as_bytes()) {
+            tracing::debug!(%error, congestion, "the kernel does not have this congestion control");
+        }
+    }
+}

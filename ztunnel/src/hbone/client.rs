@@ -1,0 +1,386 @@
+//! A tunnel as its client: dialled, opened streams on, retired.
+
+use std::future::Future;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use h2::client::SendRequest;
+use http::HeaderValue;
+use http::Method;
+use http::Request;
+use http::StatusCode;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use crate::hbone::Config;
+use crate::hbone::address::Forwarded;
+use crate::hbone::address::TraceParent;
+use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::SendHalf;
+use crate::hbone::stream::StreamError;
+use crate::hbone::transport::ALPN;
+use crate::hbone::transport::Keepalive;
+use crate::hbone::transport::defer;
+use crate::model::addr::HbonePeer;
+use crate::net::buffer::ReadAhead;
+use crate::net::socket::Dial;
+
+/// Why there is no tunnel. Shared by all who waited for it.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The peer's port did not answer in time.
+    #[error(
+        "connection timed out, maybe a NetworkPolicy is blocking HBONE port {}: no answer from {} in {after:?}",
+        peer.0.port(), peer.0
+    )]
+    Timeout {
+        /// Who was dialled.
+        peer: HbonePeer,
+        /// For how long.
+        after: Duration,
+    },
+    /// It could not be dialled, or refused the connection.
+    #[error("could not connect to HBONE peer {}", peer.0)]
+    Connect {
+        /// Who was dialled.
+        peer: HbonePeer,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS failed: either side may not like the other's certificate.
+    #[error("the TLS handshake with HBONE peer {} failed", peer.0)]
+    Tls {
+        /// Who was dialled.
+        peer: HbonePeer,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer speaks TLS, but not HTTP/2 inside it.
+    #[error("HBONE peer {} does not speak HTTP/2", peer.0)]
+    NotHttp2 {
+        /// Who was dialled.
+        peer: HbonePeer,
+    },
+    /// Connected, but the handshakes took too long.
+    #[error("HBONE peer {} did not finish its handshake in {after:?}", peer.0)]
+    Stalled {
+        /// Who was dialled.
+        peer: HbonePeer,
+        /// For how long.
+        after: Duration,
+    },
+    /// Too many requests wait for this peer's tunnel.
+    #[error("{waiting} connections already wait for a tunnel to HBONE peer {}", peer.0)]
+    Busy {
+        /// Who is to be dialled.
+        peer: HbonePeer,
+        /// How many wait.
+        waiting: usize,
+    },
+    /// There were tunnels, but never one with room: the peer takes hardly any streams.
+    #[error("no tunnel to HBONE peer {} has room for another stream", peer.0)]
+    NoRoom {
+        /// Who was dialled.
+        peer: HbonePeer,
+    },
+}
+
+/// Waits for `dial` no longer than `limit`.
+pub async fn connect(dial: Dial, peer: HbonePeer, limit: Duration) -> Result<TcpStream, DialError> {
+    match timeout(limit, dial).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(source)) if source.kind() == io::ErrorKind::TimedOut => {
+            Err(DialError::Timeout { peer, after: limit })
+        }
+        Ok(Err(source)) => Err(DialError::Connect { peer, source }),
+        Err(_elapsed) => Err(DialError::Timeout { peer, after: limit }),
+    }
+}
+
+/// Makes a tunnel of a connection. The second result must be run for the tunnel to do anything.
+///
+/// Whom `tls` accepts as the peer is all that is verified: afterwards nothing is left to check.
+pub async fn handshake(
+    socket: TcpStream,
+    peer: HbonePeer,
+    tls: Arc<ClientConfig>,
+    config: &Config,
+) -> Result<(Arc<Tunnel>, Driver), DialError> {
+    let limit = config.handshake_timeout;
+    match timeout(limit, shake(socket, peer, tls, config)).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(DialError::Stalled { peer, after: limit }),
+    }
+}
+
+async fn shake(
+    socket: TcpStream,
+    peer: HbonePeer,
+    tls: Arc<ClientConfig>,
+    config: &Config,
+) -> Result<(Arc<Tunnel>, Driver), DialError> {
+    config.tune(&socket);
+    // An address as a name: none is sent (RFC 6066 §3), and the expected identities are in `tls`.
+    let name = ServerName::IpAddress(peer.0.ip().into());
+    let tls = TlsConnector::from(tls)
+        .connect(name, ReadAhead::new(socket))
+        .await
+        .map_err(|source| DialError::Tls { peer, source })?;
+    if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
+        return Err(DialError::NotHttp2 { peer });
+    }
+    let (io, backlog) = defer(tls.into());
+    let handshake = h2::client::Builder::new()
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame_max)
+        .max_header_list_size(config.response_headers_max)
+        .initial_max_send_streams(config.client_streams_max)
+        .max_send_buffer_size(config.send_buffer)
+        .enable_push(false)
+        .handshake::<_, Bytes>(io);
+    let (sender, mut connection) =
+        backlog.drive(handshake).await.map_err(|_| DialError::NotHttp2 { peer })?;
+    let tunnel = Arc::new(Tunnel {
+        streams_max: config.client_streams_max,
+        state: Mutex::new(State { sender: Some(sender), streams: 0, idle_since: Instant::now() }),
+    });
+    let mut keepalive = connection.ping_pong().map(|pings| Keepalive::new(pings, config));
+    let (idle_timeout, idle) = (config.idle_timeout, Arc::downgrade(&tunnel));
+    let mut idle_check = Box::pin(tokio::time::sleep(idle_timeout));
+    let run = poll_fn(move |cx| {
+        while idle_check.as_mut().poll(cx).is_ready() {
+            let Some(tunnel) = idle.upgrade() else { break };
+            idle_check.as_mut().reset(tunnel.retire_if_idle(idle_timeout));
+        }
+        if let Some(keepalive) = &mut keepalive
+            && keepalive.poll_dead(cx).is_ready()
+        {
+            return Poll::Ready(Err(TunnelEnd::Dead));
+        }
+        let ended = Pin::new(&mut connection).poll(cx).map_err(TunnelEnd::Http2);
+        if let Poll::Ready(Err(error)) = backlog.poll_drain(cx)
+            && ended.is_pending()
+        {
+            return Poll::Ready(Err(TunnelEnd::Io(error)));
+        }
+        ended
+    });
+    let marked = Arc::downgrade(&tunnel);
+    let driver = Driver(Box::pin(async move {
+        let ended = run.await;
+        if let Some(tunnel) = marked.upgrade() {
+            tunnel.retire();
+        }
+        ended
+    }));
+    Ok((tunnel, driver))
+}
+
+/// How a tunnel ended that did not end well. Its streams have learnt of it themselves.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelEnd {
+    /// A ping was not answered.
+    #[error("the peer no longer answers pings")]
+    Dead,
+    /// The connection broke.
+    #[error("the connection broke")]
+    Io(#[source] io::Error),
+    /// HTTP/2 ended in an error.
+    #[error("HTTP/2 ended with an error")]
+    Http2(#[source] h2::Error),
+}
+
+/// Moves a tunnel's bytes. Resolves when the tunnel is closed; dropping it breaks the tunnel.
+pub struct Driver(Pin<Box<dyn Future<Output = Result<(), TunnelEnd>> + Send>>);
+
+impl Future for Driver {
+    type Output = Result<(), TunnelEnd>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+/// One tunnel: open → retired (no new streams) → closed, once its last stream has ended.
+#[derive(Debug)]
+pub struct Tunnel {
+    streams_max: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// `None` once retired; the connection closes when the last clone and the last stream are gone.
+    sender: Option<SendRequest<Bytes>>,
+    streams: usize,
+    idle_since: Instant,
+}
+
+impl Tunnel {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether new streams may be tried.
+    pub fn is_open(&self) -> bool {
+        self.state().sender.is_some()
+    }
+
+    /// How many streams are open or about to be.
+    pub fn streams(&self) -> usize {
+        self.state().streams
+    }
+
+    /// Takes no new streams any more; closes when the last has ended.
+    pub fn retire(&self) {
+        let sender = self.state().sender.take();
+        // Dropped outside the lock: it wakes the driver.
+        drop(sender);
+    }
+
+    /// Room for one stream, if there is: fewer are open than this side wants and the peer takes now.
+    pub fn lease(self: &Arc<Self>) -> Option<Lease> {
+        let mut state = self.state();
+        let sender = state.sender.as_ref()?;
+        if state.streams >= self.streams_max.min(sender.current_max_send_streams()) {
+            return None;
+        }
+        let sender = sender.clone();
+        state.streams += 1;
+        Some(Lease { tunnel: Arc::clone(self), sender: Some(sender) })
+    }
+
+    /// Retires the tunnel if it has been idle for `limit`; otherwise says when to ask again.
+    fn retire_if_idle(&self, limit: Duration) -> Instant {
+        let state = self.state();
+        let due = if state.streams == 0 { state.idle_since } else { Instant::now() } + limit;
+        drop(state);
+        if due <= Instant::now() {
+            self.retire();
+            return Instant::now() + limit;
+        }
+        due
+    }
+}
+
+/// Room for one stream on a tunnel, given back when dropped. Keep it as long as the stream.
+#[derive(Debug)]
+pub struct Lease {
+    tunnel: Arc<Tunnel>,
+    sender: Option<SendRequest<Bytes>>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut state = self.tunnel.state();
+        state.streams -= 1;
+        state.idle_since = Instant::now();
+    }
+}
+
+/// What a CONNECT says.
+#[derive(Debug, Clone)]
+pub struct Connect<'a> {
+    /// Where the peer is to deliver.
+    pub authority: SocketAddr,
+    /// The source workload's `baggage`.
+    pub baggage: &'a HeaderValue,
+    /// Whose connection it is.
+    pub forwarded: Forwarded<'a>,
+    /// What ties both ends' telemetry together.
+    pub trace: TraceParent,
+}
+
+impl Lease {
+    /// The tunnel is not to be used for new streams: it did not take this one.
+    pub fn retire(&self) {
+        self.tunnel.retire();
+    }
+
+    /// Sends the request. Data may follow at once; the answer comes when it comes.
+    pub async fn open(&mut self, connect: &Connect<'_>) -> Result<Opening, StreamError> {
+        // It can be gone only if `open` was called before.
+        let Some(mut sender) = self.sender.take() else { return Err(StreamError::NotTaken) };
+        // A tunnel that takes no request has not looked at this one.
+        let refused = |_| StreamError::NotTaken;
+        poll_fn(|cx| sender.poll_ready(cx)).await.map_err(refused)?;
+        let (answer, send) = sender.send_request(request(connect), false).map_err(refused)?;
+        Ok(Opening { send: SendHalf::new(send), answer: Answer(answer) })
+    }
+}
+
+fn request(connect: &Connect<'_>) -> Request<()> {
+    let value = |text: String| {
+        HeaderValue::from_maybe_shared(Bytes::from(text))
+            .expect("addresses, tokens and hex digits are visible ASCII")
+    };
+    let uri = http::Uri::try_from(connect.authority.to_string()).expect("a socket address is an authority");
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.uri_mut() = uri;
+    *request.version_mut() = http::Version::HTTP_2;
+    let headers = request.headers_mut();
+    headers.reserve(3);
+    headers.insert("baggage", connect.baggage.clone());
+    headers.insert("forwarded", value(connect.forwarded.to_string()));
+    headers.insert("traceparent", value(connect.trace.to_string()));
+    request
+}
+
+/// A stream whose request is on its way.
+#[derive(Debug)]
+pub struct Opening {
+    /// Data may be sent before the answer: a peer delivers none before it has decided.
+    pub send: SendHalf,
+    /// The answer.
+    pub answer: Answer,
+}
+
+/// The peer's answer, when it comes.
+#[derive(Debug)]
+pub struct Answer(ResponseFuture);
+
+/// What the peer answered.
+#[derive(Debug)]
+pub enum Answered {
+    /// 200: the stream is connected.
+    Connected {
+        /// Its other half.
+        recv: RecvHalf,
+        /// The peer's `baggage`.
+        baggage: Option<HeaderValue>,
+    },
+    /// Any other status: it is not.
+    Refused(StatusCode),
+}
+
+impl Answer {
+    /// Waits for the answer.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Answered, StreamError>> {
+        let (mut parts, body) = ready!(Pin::new(&mut self.0).poll(cx))?.into_parts();
+        Poll::Ready(Ok(if parts.status == StatusCode::OK {
+            Answered::Connected { recv: RecvHalf::new(body), baggage: parts.headers.remove("baggage") }
+        } else {
+            Answered::Refused(parts.status)
+        }))
+    }
+}

@@ -1,0 +1,200 @@
+//! Which tunnel a new stream goes over.
+//!
+//! One pool per data-plane thread. A tunnel belongs to a [`Key`]: nothing else may be on it. One dial at a time
+//! per key: who comes meanwhile waits for it and shares its failure. A tunnel takes streams while it has room,
+//! and again when some have ended; when all are full another is dialled beside them.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+
+use tokio::sync::oneshot;
+
+use crate::hbone::client::DialError;
+use crate::hbone::client::Driver;
+use crate::hbone::client::Lease;
+use crate::hbone::client::Tunnel;
+use crate::model::addr::HbonePeer;
+use crate::model::identity::SpiffeId;
+use crate::shutdown;
+use crate::tls::configs::Credentials;
+
+/// What streams must have in common to share a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Who the source is: the peer sees one identity per tunnel.
+    pub source: SpiffeId,
+    /// The network namespace of the pod: the peer sees one client address per tunnel.
+    pub netns: (u64, u64),
+    /// Who is dialled.
+    pub peer: HbonePeer,
+    /// Who must answer.
+    pub expect: Vec<SpiffeId>,
+}
+
+/// What a dial comes to.
+pub type Dialled = Result<(Arc<Tunnel>, Driver), DialError>;
+
+/// Makes the dial for a key.
+pub trait Dialer: Sync {
+    /// The credentials to dial with as of now. A tunnel made with others keeps its streams and gets no new ones:
+    /// newer ones exist only when the older are due for renewal.
+    fn credentials(&self) -> Arc<Credentials>;
+
+    /// Dials with `credentials`. It runs apart from who asked, as others wait for it as well.
+    fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>>;
+}
+
+/// How often one request may find that others were quicker before it gives up.
+const ROUNDS_MAX: usize = 16;
+
+/// The tunnels of one thread. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    peers: Arc<Mutex<HashMap<Key, Peer>>>,
+    waiters_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Peer {
+    tunnels: Vec<(Arc<Credentials>, Arc<Tunnel>)>,
+    /// While a dial is under way: who waits for it.
+    dialling: Option<Vec<oneshot::Sender<Shared>>>,
+}
+
+/// What all who waited for a dial are told.
+type Shared = Result<(), Arc<DialError>>;
+
+/// A stream's room, and whether the tunnel was there before.
+#[derive(Debug)]
+pub struct Leased {
+    /// The room.
+    pub lease: Lease,
+    /// Whether the tunnel was dialled earlier, and so may have died unnoticed.
+    pub reused: bool,
+}
+
+enum Next {
+    Leased(Lease),
+    Wait(oneshot::Receiver<Shared>),
+    Busy(usize),
+}
+
+impl Pool {
+    /// An empty pool. At most `waiters_max` requests wait for one dial; further ones fail at once.
+    pub fn new(waiters_max: usize) -> Self {
+        Self { peers: Arc::default(), waiters_max }
+    }
+
+    fn peers(&self) -> MutexGuard<'_, HashMap<Key, Peer>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room for a stream under `key`; a tunnel is dialled if there is none.
+    pub async fn lease(&self, key: &Key, dialer: &dyn Dialer) -> Result<Leased, Arc<DialError>> {
+        let mut reused = true;
+        for _round in 0..ROUNDS_MAX {
+            match self.next(key, dialer) {
+                Next::Leased(lease) => return Ok(Leased { lease, reused }),
+                Next::Busy(waiting) => return Err(Arc::new(DialError::Busy { peer: key.peer, waiting })),
+                Next::Wait(dialled) => {
+                    reused = false;
+                    // The sender is dropped only with the runtime, and this future with it.
+                    if let Ok(Err(error)) = dialled.await {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Err(Arc::new(DialError::NoRoom { peer: key.peer }))
+    }
+
+    fn next(&self, key: &Key, dialer: &dyn Dialer) -> Next {
+        let credentials = dialer.credentials();
+        let mut peers = self.peers();
+        if !peers.contains_key(key) {
+            peers.insert(key.clone(), Peer::default());
+        }
+        let peer = peers.get_mut(key).expect("it was put there if it was not");
+        peer.tunnels.retain(|(made_with, tunnel)| {
+            if !Arc::ptr_eq(made_with, &credentials) {
+                tunnel.retire();
+            }
+            tunnel.is_open()
+        });
+        // The first with room, so that those that are not needed run empty and can be closed.
+        if let Some(lease) = peer.tunnels.iter().find_map(|(_, tunnel)| tunnel.lease()) {
+            return Next::Leased(lease);
+        }
+        let (sender, receiver) = oneshot::channel();
+        match &mut peer.dialling {
+            Some(waiters) if waiters.len() >= self.waiters_max => return Next::Busy(waiters.len()),
+            Some(waiters) => waiters.push(sender),
+            None => {
+                peer.dialling = Some(vec![sender]);
+                let dial = dialer.dial(Arc::clone(&credentials));
+                let (pool, key) = (self.clone(), key.clone());
+                shutdown::spawn(async move { pool.run(key, credentials, dial).await });
+            }
+        }
+        Next::Wait(receiver)
+    }
+
+    /// Dials, tells who waits, and stays with the tunnel until it is closed.
+    async fn run(&self, key: Key, made_with: Arc<Credentials>, dial: impl Future<Output = Dialled>) {
+        let mut dialled = dial.await;
+        let waiters = {
+            let mut peers = self.peers();
+            let peer = peers.entry(key.clone()).or_default();
+            if let Ok((tunnel, _)) = &mut dialled {
+                peer.tunnels.push((made_with, Arc::clone(tunnel)));
+            }
+            peer.dialling.take().unwrap_or_default()
+        };
+        match dialled {
+            Ok((tunnel, driver)) => {
+                for waiter in waiters {
+                    let _gone = waiter.send(Ok(()));
+                }
+                if let Err(error) = driver.await {
+                    tracing::debug!(peer = %key.peer.0, error = &error as &dyn std::error::Error, "tunnel broke");
+                }
+                self.forget(&key, Some(&tunnel));
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                for waiter in waiters {
+                    let _gone = waiter.send(Err(Arc::clone(&error)));
+                }
+                self.forget(&key, None);
+            }
+        }
+    }
+
+    fn forget(&self, key: &Key, ended: Option<&Arc<Tunnel>>) {
+        let mut peers = self.peers();
+        let Some(peer) = peers.get_mut(key) else { return };
+        peer.tunnels.retain(|(_, tunnel)| !ended.is_some_and(|ended| Arc::ptr_eq(ended, tunnel)));
+        if peer.tunnels.is_empty() && peer.dialling.is_none() {
+            peers.remove(key);
+        }
+    }
+
+    /// Takes no new streams on any tunnel there is: each closes when its last stream has ended.
+    pub fn retire_all(&self) {
+        for peer in self.peers().values() {
+            for (_, tunnel) in &peer.tunnels {
+                tunnel.retire();
+            }
+        }
+    }
+
+    /// How many tunnels there are.
+    pub fn tunnels(&self) -> usize {
+        self.peers().values().map(|peer| peer.tunnels.len()).sum()
+    }
+}

@@ -1,0 +1,200 @@
+//! The two halves of a stream. Behind them the HTTP/2 implementation can change without anybody noticing.
+//!
+//! A half that is dropped before its end resets the stream (CANCEL), as a broken TCP connection would.
+
+use std::fmt;
+use std::io;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+
+use bytes::Bytes;
+
+/// Why a stream ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The peer has not looked at the stream (REFUSED_STREAM, or a GOAWAY that leaves it out): it can be
+    /// opened again on another tunnel without anything happening twice.
+    #[error("the peer did not take the stream")]
+    NotTaken,
+    /// The peer needs no more of it and lost nothing (NO_ERROR).
+    #[error("the peer has finished with the stream")]
+    Finished,
+    /// The peer reset the stream: its application's connection broke, or its policy changed.
+    #[error("the stream was reset by the peer ({0})")]
+    Reset(ResetCode),
+    /// The tunnel broke, and all its streams with it.
+    #[error("the tunnel broke")]
+    Tunnel(#[source] TunnelError),
+}
+
+/// How a tunnel broke.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    /// The connection under it did.
+    #[error("{0}")]
+    Io(#[source] io::Error),
+    /// One side violated HTTP/2, or wants no more of the other.
+    #[error("{0}")]
+    Protocol(String),
+}
+
+/// An HTTP/2 error code (RFC 9113 §7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResetCode(pub u32);
+
+impl fmt::Display for ResetCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        h2::Reason::from(self.0).fmt(f)
+    }
+}
+
+impl From<h2::Error> for StreamError {
+    fn from(error: h2::Error) -> Self {
+        let reason = error.reason();
+        if error.is_reset() {
+            return match reason {
+                Some(h2::Reason::NO_ERROR) => Self::Finished,
+                Some(h2::Reason::REFUSED_STREAM) if error.is_remote() => Self::NotTaken,
+                reason => Self::Reset(ResetCode(reason.unwrap_or(h2::Reason::CANCEL).into())),
+            };
+        }
+        // With NO_ERROR, only the streams beyond the last one the peer will process end with the GOAWAY.
+        if error.is_go_away() && error.is_remote() && reason == Some(h2::Reason::NO_ERROR) {
+            return Self::NotTaken;
+        }
+        Self::Tunnel(TunnelError::from(error))
+    }
+}
+
+impl From<h2::Error> for TunnelError {
+    fn from(error: h2::Error) -> Self {
+        if error.is_io()
+            && let Some(io) = error.get_io()
+        {
+            if io.kind() == io::ErrorKind::UnexpectedEof {
+                return Self::Io(io.kind().into());
+            }
+            // The error is shared between all streams of the tunnel, so each gets its own copy.
+            return match (io.get_ref(), io.raw_os_error()) {
+                (_, Some(code)) => Self::Io(io::Error::from_raw_os_error(code)),
+                (Some(inner), None) => match inner.downcast_ref::<rustls::Error>() {
+                    Some(tls) => Self::Io(io::Error::new(io.kind(), tls.clone())),
+                    None => Self::Io(io::Error::new(io.kind(), inner.to_string())),
+                },
+                (None, None) => Self::Io(io.kind().into()),
+            };
+        }
+        Self::Protocol(error.to_string())
+    }
+}
+
+/// Where a stream's data is put.
+#[derive(Debug)]
+pub struct SendHalf {
+    inner: h2::SendStream<Bytes>,
+    ended: bool,
+}
+
+impl SendHalf {
+    pub(super) fn new(inner: h2::SendStream<Bytes>) -> Self {
+        Self { inner, ended: false }
+    }
+
+    /// Takes from the front of `data` what the peer's windows allow, and says how many bytes that was: at
+    /// least one, or all of no data. Pending while they allow none.
+    pub fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<usize, StreamError>> {
+        let mut taken = 0;
+        while !data.is_empty() {
+            self.inner.reserve_capacity(data.len());
+            let mut room = self.inner.capacity();
+            if room == 0 {
+                if taken > 0 {
+                    break;
+                }
+                room = match ready!(self.inner.poll_capacity(cx)) {
+                    Some(room) => room?,
+                    // Closed for sending: the reason, if there is one, is what the stream was reset with.
+                    None => {
+                        return match self.inner.poll_reset(cx) {
+                            Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
+                            Poll::Ready(Ok(reason)) => Poll::Ready(Err(reset(reason))),
+                            Poll::Pending => Poll::Ready(Err(StreamError::Finished)),
+                        };
+                    }
+                };
+            }
+            let piece = data.split_to(room.min(data.len()));
+            taken += piece.len();
+            if !piece.is_empty() {
+                self.inner.send_data(piece, false)?;
+            }
+        }
+        Poll::Ready(Ok(taken))
+    }
+
+    /// Ends this direction; the other one goes on.
+    pub fn finish(&mut self) -> Result<(), StreamError> {
+        self.ended = true;
+        Ok(self.inner.send_data(Bytes::new(), true)?)
+    }
+
+    /// Ends both directions at once, losing what is under way (CANCEL).
+    pub fn reset(&mut self) {
+        self.ended = true;
+        self.inner.send_reset(h2::Reason::CANCEL);
+    }
+
+    /// Waits for the peer to end both directions. Shares its waker with [`Self::poll_send`]: from one task.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        match ready!(self.inner.poll_reset(cx)) {
+            Ok(reason) => Poll::Ready(reset(reason)),
+            Err(error) => Poll::Ready(error.into()),
+        }
+    }
+}
+
+impl Drop for SendHalf {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.inner.send_reset(h2::Reason::CANCEL);
+        }
+    }
+}
+
+fn reset(reason: h2::Reason) -> StreamError {
+    match reason {
+        h2::Reason::NO_ERROR => StreamError::Finished,
+        h2::Reason::REFUSED_STREAM => StreamError::NotTaken,
+        reason => StreamError::Reset(ResetCode(reason.into())),
+    }
+}
+
+/// Where a stream's data comes from.
+#[derive(Debug)]
+pub struct RecvHalf {
+    inner: h2::RecvStream,
+}
+
+impl RecvHalf {
+    pub(super) fn new(inner: h2::RecvStream) -> Self {
+        Self { inner }
+    }
+
+    /// The next piece; `None` at the end. It counts against the window until it is released.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, StreamError>>> {
+        self.inner.poll_data(cx).map(|piece| match piece? {
+            Ok(piece) => Some(Ok(piece)),
+            Err(error) => match StreamError::from(error) {
+                StreamError::Finished => None,
+                error => Some(Err(error)),
+            },
+        })
+    }
+
+    /// Lets the peer send as many bytes again as were delivered.
+    pub fn release(&mut self, bytes: usize) {
+        // Fails only for more than was received, which no caller has.
+        let _released = self.inner.flow_control().release_capacity(bytes);
+    }
+}

@@ -1,0 +1,298 @@
+//! Decides which certificate is asked for next. Pure: time and chance come in as arguments.
+//!
+//! ```text
+//!            want / retain                 next                 issued
+//!   (absent) ─────────────▶ Queued ─────────────▶ Issuing ─────────────▶ Held ──┐ half of its life is over
+//!                             ▲                      │ failed                    │
+//!                             ├──── the delay ── BackingOff                      │
+//!                             └──────────────────────────────────────────────────┘
+//! ```
+//! A certificate that is held stays usable in every one of these states, until it ends.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use crate::model::identity::SpiffeId;
+
+/// So many requests are under way at once, as Istio's: an authority serves many nodes.
+pub(super) const CONCURRENT_MAX: usize = 8;
+/// The delay after a first failure; it doubles with each further one.
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+/// No delay is longer, so that an authority that is back is noticed soon.
+const BACKOFF_MAX: Duration = Duration::from_secs(150);
+/// How far a delay may be off its nominal length, so that nodes do not ask in step.
+const BACKOFF_JITTER: f64 = 0.2;
+/// How far a renewal may be off half-life, as a share of the half-life.
+const RENEWAL_JITTER: f64 = 0.1;
+/// A certificate is never renewed sooner than this after it came, however short its life.
+const RENEWAL_MIN: Duration = Duration::from_secs(1);
+/// A connection waits for a retry that is no further away than this; otherwise it hears of the failure at once.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Wall-clock times are compared at least so often: the clock may be set, or the machine may have slept.
+const LOOK_MAX: Duration = Duration::from_secs(60);
+
+/// Both clocks, read together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Now {
+    /// For delays.
+    pub(super) mono: Instant,
+    /// For what certificates say.
+    pub(super) wall: SystemTime,
+}
+
+/// Who is served first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Priority {
+    /// A connection waits for it.
+    Waiting,
+    /// One is held, and ends some day.
+    Renewal,
+    /// Nobody needs it yet.
+    WarmUp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Queued { priority: Priority, sequence: u64 },
+    Issuing,
+    BackingOff { until: Instant },
+    Held,
+}
+
+/// The times of a certificate that is held.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    renew_at: SystemTime,
+    not_after: SystemTime,
+}
+
+#[derive(Debug)]
+struct Entry {
+    phase: Phase,
+    held: Option<Held>,
+    /// Consecutive failures.
+    failures: u32,
+    /// A local workload has this identity, so it is renewed without being asked for.
+    retained: bool,
+    /// A connection waits for the outcome.
+    waiting: bool,
+}
+
+impl Entry {
+    fn usable(&self, wall: SystemTime) -> bool {
+        self.held.is_some_and(|held| wall < held.not_after)
+    }
+
+    fn priority(&self, wall: SystemTime) -> Priority {
+        match (self.waiting, self.usable(wall)) {
+            (true, _) => Priority::Waiting,
+            (false, true) => Priority::Renewal,
+            (false, false) => Priority::WarmUp,
+        }
+    }
+}
+
+/// What a connection that asks can expect.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outlook {
+    /// An answer is being worked on.
+    Wait,
+    /// The last attempt failed, and the next is too far off to wait for.
+    FailedUntil(Instant),
+}
+
+/// What follows from a failure.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Failed {
+    /// The delay before the next attempt; none if nobody wants it any more.
+    pub(super) retry_in: Option<Duration>,
+    /// Whether those who wait are to be told; otherwise they wait for the retry.
+    pub(super) tell: bool,
+}
+
+/// What came of an issued certificate.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Issued {
+    /// It is to be published.
+    Publish,
+    /// The identity has left this node meanwhile.
+    Unwanted,
+}
+
+/// All identities and what is to happen to each.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    entries: HashMap<SpiffeId, Entry>,
+    sequence: u64,
+}
+
+impl Schedule {
+    /// A connection waits for `id`, of which no usable certificate is held.
+    pub(super) fn want(&mut self, id: &SpiffeId, now: Now) -> Outlook {
+        let sequence = self.next_sequence();
+        let Some(entry) = self.entries.get_mut(id) else {
+            self.add(id, Priority::Waiting, false);
+            return Outlook::Wait;
+        };
+        match &mut entry.phase {
+            Phase::BackingOff { until } if *until > now.mono + PATIENCE => {
+                return Outlook::FailedUntil(*until);
+            }
+            Phase::BackingOff { .. } | Phase::Issuing => {}
+            Phase::Queued { priority, .. } => *priority = Priority::Waiting,
+            Phase::Held => entry.phase = Phase::Queued { priority: Priority::Waiting, sequence },
+        }
+        entry.waiting = true;
+        Outlook::Wait
+    }
+
+    /// These are the identities of the workloads on the node: adds what is new, and returns what was forgotten.
+    pub(super) fn retain(&mut self, ids: &HashSet<SpiffeId>) -> Vec<SpiffeId> {
+        let mut forgotten = Vec::new();
+        self.entries.retain(|id, entry| {
+            entry.retained = ids.contains(id);
+            if entry.retained {
+                return true;
+            }
+            if entry.held.take().is_some() {
+                forgotten.push(id.clone());
+            }
+            // What is under way ends first, lest a return of the identity asks a second time.
+            entry.waiting || entry.phase == Phase::Issuing
+        });
+        // In order, so that the same set always leads to the same requests.
+        let mut new: Vec<_> = ids.iter().filter(|id| !self.entries.contains_key(*id)).collect();
+        new.sort();
+        for id in new {
+            self.add(id, Priority::WarmUp, true);
+        }
+        forgotten
+    }
+
+    /// Queues what has become due, and returns what has ended without anybody wanting it.
+    pub(super) fn tick(&mut self, now: Now) -> Vec<SpiffeId> {
+        let mut forgotten = Vec::new();
+        let mut due = Vec::new();
+        self.entries.retain(|id, entry| {
+            let is_due = match entry.phase {
+                Phase::Queued { .. } | Phase::Issuing => return true,
+                Phase::BackingOff { until } => until <= now.mono,
+                Phase::Held => entry.held.is_none_or(|held| held.renew_at <= now.wall),
+            };
+            if entry.retained || entry.waiting {
+                if is_due {
+                    due.push((entry.priority(now.wall), id.clone()));
+                }
+                return true;
+            }
+            // The delay outlives those who waited, or the next of them would cause a request of its own.
+            let keep = entry.usable(now.wall) || (matches!(entry.phase, Phase::BackingOff { .. }) && !is_due);
+            if keep && is_due {
+                entry.phase = Phase::Held;
+            } else if !keep {
+                forgotten.push(id.clone());
+            }
+            keep
+        });
+        due.sort();
+        for (priority, id) in due {
+            let sequence = self.next_sequence();
+            if let Some(entry) = self.entries.get_mut(&id) {
+                entry.phase = Phase::Queued { priority, sequence };
+            }
+        }
+        forgotten
+    }
+
+    /// The next identity to ask for, if there is one and not too many are under way.
+    pub(super) fn next(&mut self) -> Option<SpiffeId> {
+        let running = self.entries.values().filter(|entry| entry.phase == Phase::Issuing).count();
+        if running >= CONCURRENT_MAX {
+            return None;
+        }
+        let queued = self.entries.iter_mut().filter_map(|(id, entry)| match entry.phase {
+            Phase::Queued { priority, sequence } => Some((priority, sequence, id, entry)),
+            _ => None,
+        });
+        let (_, _, id, entry) = queued.min_by_key(|(priority, sequence, ..)| (*priority, *sequence))?;
+        entry.phase = Phase::Issuing;
+        Some(id.clone())
+    }
+
+    /// A certificate of this validity came. `jitter` is between -1 and 1.
+    pub(super) fn issued(
+        &mut self,
+        id: &SpiffeId,
+        (not_before, not_after): (SystemTime, SystemTime),
+        now: Now,
+        jitter: f64,
+    ) -> Issued {
+        let Some(entry) = self.entries.get_mut(id) else {
+            return Issued::Unwanted;
+        };
+        if !entry.retained && !entry.waiting {
+            self.entries.remove(id);
+            return Issued::Unwanted;
+        }
+        let half = not_after.duration_since(not_before).unwrap_or_default() / 2;
+        let planned = not_before + half.mul_f64(1.0 + RENEWAL_JITTER * jitter);
+        let renew_at = if planned > now.wall {
+            planned
+        } else {
+            // It came late in its life: make do with half of what is left.
+            now.wall + not_after.duration_since(now.wall).unwrap_or_default() / 2
+        };
+        entry.held = Some(Held { renew_at: renew_at.max(now.wall + RENEWAL_MIN), not_after });
+        entry.phase = Phase::Held;
+        entry.failures = 0;
+        entry.waiting = false;
+        Issued::Publish
+    }
+
+    /// The attempt failed. `jitter` is between -1 and 1.
+    pub(super) fn failed(&mut self, id: &SpiffeId, now: Now, jitter: f64) -> Failed {
+        let Some(entry) = self.entries.get_mut(id) else {
+            return Failed { retry_in: None, tell: true };
+        };
+        let nominal = BACKOFF_FIRST.saturating_mul(1 << entry.failures.min(8)).min(BACKOFF_MAX);
+        let delay = nominal.mul_f64(1.0 + BACKOFF_JITTER * jitter).min(BACKOFF_MAX);
+        if !entry.retained && !entry.waiting && !entry.usable(now.wall) {
+            self.entries.remove(id);
+            return Failed { retry_in: None, tell: true };
+        }
+        entry.failures += 1;
+        let tell = delay > PATIENCE;
+        entry.waiting &= !tell;
+        entry.phase = Phase::BackingOff { until: now.mono + delay };
+        Failed { retry_in: Some(delay), tell }
+    }
+
+    /// When [`Schedule::tick`] should be called again, if nothing else happens before.
+    pub(super) fn wake_at(&self, now: Now) -> Instant {
+        let due = self.entries.values().filter_map(|entry| match entry.phase {
+            Phase::Queued { .. } | Phase::Issuing => None,
+            Phase::BackingOff { until } => Some(until),
+            Phase::Held => entry.held.map(|held| {
+                let at = if entry.retained { held.renew_at } else { held.not_after };
+                now.mono + at.duration_since(now.wall).unwrap_or_default().min(LOOK_MAX)
+            }),
+        });
+        due.min().unwrap_or(now.mono + LOOK_MAX)
+    }
+
+    fn add(&mut self, id: &SpiffeId, priority: Priority, retained: bool) {
+        let phase = Phase::Queued { priority, sequence: self.next_sequence() };
+        let waiting = priority == Priority::Waiting;
+        self.entries.insert(id.clone(), Entry { phase, held: None, failures: 0, retained, waiting });
+    }
+
+    fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+}
+
+#[cfg(test)]
+mod tests;

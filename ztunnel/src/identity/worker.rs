@@ -1,0 +1,356 @@
+//! The one task that owns the node's certificates, and the handle by which they are read.
+//!
+//! What is asked for when is decided in `schedule`; here it is carried out.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use futures_util::future::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::identity::ca::{CertificateAuthority, IssueError};
+use crate::identity::schedule::{Issued, Now, Outlook, Schedule};
+use crate::model::identity::SpiffeId;
+use crate::shutdown;
+use crate::tls::configs::{Credentials, InvalidCredentials};
+
+/// One request to the authority takes no longer.
+const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
+/// A connection waits no longer for its certificate.
+const WAIT_DEADLINE: Duration = Duration::from_secs(5);
+/// Questions on their way to the worker. When full, who asks waits for room, within its own deadline.
+const QUESTIONS_MAX: usize = 1024;
+/// Connections that wait for a certificate. Further ones are refused at once.
+const WAITING_MAX: usize = 16 * 1024;
+
+/// Why a connection gets no certificate.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Unavailable {
+    /// The authority gave none, and will not be asked again soon.
+    #[error("no certificate for {identity}")]
+    Failed {
+        /// Whose certificate.
+        identity: SpiffeId,
+        /// What the last attempt ended with.
+        source: Arc<IssueError>,
+    },
+    /// None came in time.
+    #[error("no certificate for {identity} within {}", humantime::format_duration(*waited))]
+    Late {
+        /// Whose certificate.
+        identity: SpiffeId,
+        /// How long was waited.
+        waited: Duration,
+        /// What the last attempt ended with, if one did.
+        source: Option<Arc<IssueError>>,
+    },
+    /// Too many connections wait already.
+    #[error("no certificate for {0}: too many connections wait for one")]
+    Busy(SpiffeId),
+    /// The process is ending.
+    #[error("no certificate for {0}: the daemon is stopping")]
+    Stopped(SpiffeId),
+}
+
+/// Time of day and chance, so that tests can choose both.
+pub struct Environment {
+    /// The time of day, by which certificates end.
+    pub wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    /// A random number between -1 and 1.
+    pub jitter: Box<dyn FnMut() -> f64 + Send>,
+}
+
+impl Default for Environment {
+    fn default() -> Self {
+        Self { wall: Arc::new(SystemTime::now), jitter: Box::new(|| rand::random_range(-1.0..=1.0)) }
+    }
+}
+
+/// Starts the worker on the runtime of the caller. It ends when `signal` closes or the last handle is gone.
+pub fn start(ca: Arc<dyn CertificateAuthority>, signal: shutdown::Signal) -> Identities {
+    start_in(Environment::default(), ca, signal)
+}
+
+/// [`start`] with a time and chance of one's own.
+pub fn start_in(
+    environment: Environment,
+    ca: Arc<dyn CertificateAuthority>,
+    signal: shutdown::Signal,
+) -> Identities {
+    let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+    let (retained, retain) = watch::channel(Arc::default());
+    let board = Arc::new(ArcSwap::default());
+    let wall = Arc::clone(&environment.wall);
+    let worker = Worker {
+        ca,
+        environment,
+        board: Arc::clone(&board),
+        schedule: Schedule::default(),
+        waiting: HashMap::new(),
+        waiting_count: 0,
+    };
+    shutdown::spawn(worker.run(asked, retain, signal));
+    Identities { board, wall, questions, retained: Arc::new(retained) }
+}
+
+/// What is known about one identity.
+#[derive(Debug, Clone, Default)]
+struct Notice {
+    /// The newest certificate, perhaps ended.
+    credentials: Option<Arc<Credentials>>,
+    /// What the last attempt ended with, if it failed.
+    failure: Option<Arc<IssueError>>,
+}
+
+/// Written by the worker alone.
+type Board = ArcSwap<HashMap<SpiffeId, Notice>>;
+
+type Answer = oneshot::Sender<Result<Arc<Credentials>, Unavailable>>;
+
+struct Question {
+    id: SpiffeId,
+    answer: Answer,
+}
+
+/// Reads the node's certificates and asks for more. Cheap to clone.
+#[derive(Clone)]
+pub struct Identities {
+    board: Arc<Board>,
+    wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    questions: mpsc::Sender<Question>,
+    retained: Arc<watch::Sender<Arc<HashSet<SpiffeId>>>>,
+}
+
+impl Identities {
+    /// The certificate of `id`. At once and without a lock if one is held that has not ended; otherwise the
+    /// authority is asked, and the caller waits for up to 5 s.
+    pub async fn credentials(&self, id: &SpiffeId) -> Result<Arc<Credentials>, Unavailable> {
+        match self.current(id) {
+            Some(credentials) => Ok(credentials),
+            None => self.wait_for(id).await,
+        }
+    }
+
+    /// The certificate of `id`, if one is held that has not ended.
+    pub fn current(&self, id: &SpiffeId) -> Option<Arc<Credentials>> {
+        let board = self.board.load();
+        let credentials = board.get(id)?.credentials.as_ref()?;
+        ((self.wall)() < credentials.not_after()).then(|| Arc::clone(credentials))
+    }
+
+    /// Why the last attempt to get a certificate for `id` failed; nothing if it did not.
+    pub fn failure(&self, id: &SpiffeId) -> Option<Arc<IssueError>> {
+        self.board.load().get(id)?.failure.clone()
+    }
+
+    /// These are the identities of the workloads on this node: they are asked for ahead of need and renewed from
+    /// now on, all others are forgotten. The newest call counts.
+    pub fn retain(&self, ids: HashSet<SpiffeId>) {
+        self.retained.send_replace(Arc::new(ids));
+    }
+
+    /// Every certificate that is held, ended ones too, by identity: for dumps.
+    pub fn list(&self) -> Vec<Arc<Credentials>> {
+        let board = self.board.load();
+        let mut all: Vec<_> = board.values().filter_map(|notice| notice.credentials.clone()).collect();
+        all.sort_by(|one, other| one.identity().cmp(other.identity()));
+        all
+    }
+
+    // Apart from `credentials`, so that the future of a connection that need not wait stays small.
+    async fn wait_for(&self, id: &SpiffeId) -> Result<Arc<Credentials>, Unavailable> {
+        let asking = async {
+            let (answer, answered) = oneshot::channel();
+            let stopped = || Unavailable::Stopped(id.clone());
+            let question = Question { id: id.clone(), answer };
+            self.questions.send(question).await.map_err(|_| stopped())?;
+            answered.await.map_err(|_| stopped())?
+        };
+        let late =
+            |_| Unavailable::Late { identity: id.clone(), waited: WAIT_DEADLINE, source: self.failure(id) };
+        Box::pin(timeout(WAIT_DEADLINE, asking)).await.map_err(late)?
+    }
+}
+
+struct Worker {
+    ca: Arc<dyn CertificateAuthority>,
+    environment: Environment,
+    board: Arc<Board>,
+    schedule: Schedule,
+    waiting: HashMap<SpiffeId, Vec<Answer>>,
+    /// The answers in `waiting`, counted.
+    waiting_count: usize,
+}
+
+impl Worker {
+    async fn run(
+        mut self,
+        mut asked: mpsc::Receiver<Question>,
+        mut retain: watch::Receiver<Arc<HashSet<SpiffeId>>>,
+        mut signal: shutdown::Signal,
+    ) {
+        let mut under_way = FuturesUnordered::new();
+        let closing = signal.closing();
+        tokio::pin!(closing);
+        loop {
+            let now = self.now();
+            for id in self.schedule.tick(now) {
+                self.post(&id, |_| None);
+            }
+            while let Some(id) = self.schedule.next() {
+                under_way.push(issue(Arc::clone(&self.ca), id));
+            }
+            tokio::select! {
+                () = &mut closing => return,
+                question = asked.recv() => match question {
+                    Some(question) => self.question(question),
+                    None => return,
+                },
+                // An error means that the last handle is gone, which `asked` notices.
+                Ok(()) = retain.changed() => {
+                    let ids = Arc::clone(&retain.borrow_and_update());
+                    for id in self.schedule.retain(&ids) {
+                        tracing::debug!(identity = %id, "certificate forgotten");
+                        self.post(&id, |_| None);
+                    }
+                }
+                Some((id, outcome)) = under_way.next() => match outcome {
+                    Ok(credentials) => self.issued(&id, credentials),
+                    Err(error) => self.failed(&id, error),
+                },
+                () = sleep_until(self.schedule.wake_at(now)) => {}
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now { mono: Instant::now(), wall: (self.environment.wall)() }
+    }
+
+    fn question(&mut self, Question { id, answer }: Question) {
+        let now = self.now();
+        let notice = self.board.load().get(&id).cloned().unwrap_or_default();
+        if let Some(credentials) = notice.credentials
+            && now.wall < credentials.not_after()
+        {
+            let _gone = answer.send(Ok(credentials));
+            return;
+        }
+        if self.waiting_count >= WAITING_MAX && !self.make_room() {
+            let _gone = answer.send(Err(Unavailable::Busy(id)));
+            return;
+        }
+        if let (Outlook::FailedUntil(_), Some(source)) = (self.schedule.want(&id, now), notice.failure) {
+            let _gone = answer.send(Err(Unavailable::Failed { identity: id, source }));
+            return;
+        }
+        self.waiting.entry(id).or_default().push(answer);
+        self.waiting_count += 1;
+    }
+
+    /// Drops those who have stopped waiting. Whether that made room.
+    fn make_room(&mut self) -> bool {
+        self.waiting.retain(|_, answers| {
+            answers.retain(|answer| !answer.is_closed());
+            !answers.is_empty()
+        });
+        self.waiting_count = self.waiting.values().map(Vec::len).sum();
+        self.waiting_count < WAITING_MAX
+    }
+
+    fn issued(&mut self, id: &SpiffeId, credentials: Credentials) {
+        let now = self.now();
+        let credentials = Arc::new(credentials);
+        if credentials.identity() != id {
+            let issued = credentials.identity().clone();
+            let error = InvalidCredentials::OtherIdentity { wanted: id.clone(), issued };
+            return self.failed(id, error.into());
+        }
+        if credentials.not_after() <= now.wall {
+            return self.failed(id, IssueError::Expired);
+        }
+        let validity = (credentials.not_before(), credentials.not_after());
+        let jitter = (self.environment.jitter)();
+        if self.schedule.issued(id, validity, now, jitter) == Issued::Publish {
+            tracing::debug!(identity = %id, serial = credentials.serial(), "certificate issued");
+            let notice = Notice { credentials: Some(Arc::clone(&credentials)), failure: None };
+            self.post(id, |_| Some(notice));
+        }
+        self.tell(id, &Ok(credentials));
+    }
+
+    fn failed(&mut self, id: &SpiffeId, error: IssueError) {
+        let jitter = (self.environment.jitter)();
+        let failed = self.schedule.failed(id, self.now(), jitter);
+        let source = Arc::new(error);
+        let held = self.board.load().get(id).and_then(|notice| notice.credentials.clone());
+        tracing::warn!(
+            identity = %id,
+            error = %chain(&source),
+            retry_in = ?failed.retry_in,
+            usable_until = ?held.as_ref().map(|held| held.not_after()),
+            "certificate not issued",
+        );
+        if failed.retry_in.is_some() {
+            let failure = Some(Arc::clone(&source));
+            self.post(id, |notice| Some(Notice { failure, ..notice }));
+        } else {
+            self.post(id, |_| None);
+        }
+        if failed.tell {
+            self.tell(id, &Err(Unavailable::Failed { identity: id.clone(), source }));
+        }
+    }
+
+    fn tell(&mut self, id: &SpiffeId, outcome: &Result<Arc<Credentials>, Unavailable>) {
+        let answers = self.waiting.remove(id).unwrap_or_default();
+        self.waiting_count -= answers.len();
+        for answer in answers {
+            // Who has stopped waiting does not mind.
+            let _gone = answer.send(outcome.clone());
+        }
+    }
+
+    /// Replaces what the board says about `id`.
+    fn post(&self, id: &SpiffeId, change: impl FnOnce(Notice) -> Option<Notice>) {
+        let mut board = HashMap::clone(&self.board.load());
+        if let Some(notice) = change(board.remove(id).unwrap_or_default()) {
+            board.insert(id.clone(), notice);
+        }
+        self.board.store(Arc::new(board));
+    }
+}
+
+/// One request, which ends in time and does not take the worker along when it panics.
+async fn issue(
+    ca: Arc<dyn CertificateAuthority>,
+    id: SpiffeId,
+) -> (SpiffeId, Result<Credentials, IssueError>) {
+    let attempt = AssertUnwindSafe(async { timeout(ISSUE_DEADLINE, ca.issue(&id)).await }).catch_unwind();
+    let outcome = match attempt.await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(_elapsed)) => Err(IssueError::Deadline(ISSUE_DEADLINE)),
+        Err(_panic) => Err(IssueError::Panicked),
+    };
+    (id, outcome)
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

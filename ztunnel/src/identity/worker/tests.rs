@@ -1,0 +1,479 @@
+//! The worker under paused time, with a certificate authority that the test plays itself.
+
+use futures_util::future::{BoxFuture, join_all};
+use tokio::time::advance;
+
+use super::*;
+use crate::tls::testing::{Pki, id};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// A request that the test is to answer.
+struct Call {
+    id: SpiffeId,
+    answer: oneshot::Sender<Result<Credentials, IssueError>>,
+}
+
+/// Hands every request to the test.
+struct Scripted(mpsc::UnboundedSender<Call>);
+
+impl CertificateAuthority for Scripted {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        async move {
+            let (answer, answered) = oneshot::channel();
+            self.0.send(Call { id: identity.clone(), answer }).expect("the test listens");
+            answered.await.expect("the test answers or keeps the question")
+        }
+        .boxed()
+    }
+}
+
+/// A node with its worker, and the authority's desk.
+struct Node {
+    identities: Identities,
+    calls: mpsc::UnboundedReceiver<Call>,
+    trigger: shutdown::Trigger,
+    pki: Pki,
+    wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    /// How far the wall clock was set forward, in seconds.
+    set_forward: Arc<std::sync::atomic::AtomicU64>,
+    began: Instant,
+}
+
+impl Node {
+    fn start() -> Self {
+        Self::with_jitter(0.0)
+    }
+
+    fn with_jitter(jitter: f64) -> Self {
+        let began = Instant::now();
+        let set_forward = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let wall: Arc<dyn Fn() -> SystemTime + Send + Sync> = {
+            let set_forward = Arc::clone(&set_forward);
+            Arc::new(move || {
+                let set = set_forward.load(std::sync::atomic::Ordering::Relaxed);
+                SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + set) + began.elapsed()
+            })
+        };
+        let (sender, calls) = mpsc::unbounded_channel();
+        let (trigger, signal) = shutdown::channel();
+        let environment = Environment { wall: Arc::clone(&wall), jitter: Box::new(move || jitter) };
+        let identities = start_in(environment, Arc::new(Scripted(sender)), signal);
+        Self { identities, calls, trigger, pki: Pki::new(), wall, set_forward, began }
+    }
+
+    /// The next request to the authority, however much time passes until then.
+    async fn call(&mut self) -> Call {
+        self.calls.recv().await.expect("the worker runs")
+    }
+
+    /// There is no request now.
+    async fn no_call(&mut self) {
+        settle().await;
+        assert!(self.calls.try_recv().is_err(), "the authority was asked");
+    }
+
+    /// Certifies for a day from now.
+    fn grant(&self, call: Call) {
+        self.grant_for(call, DAY);
+    }
+
+    fn grant_for(&self, call: Call, life: Duration) {
+        let now = (self.wall)();
+        let credentials = self.pki.credentials(&call.id, now, now + life);
+        assert!(call.answer.send(Ok(credentials)).is_ok(), "nobody waits for the answer");
+    }
+
+    /// In the background, a connection asks.
+    fn ask(&self, who: &SpiffeId) -> tokio::task::JoinHandle<Result<Arc<Credentials>, Unavailable>> {
+        let (identities, who) = (self.identities.clone(), who.clone());
+        shutdown::spawn(async move { identities.credentials(&who).await })
+    }
+
+    fn retain(&self, ids: &[&SpiffeId]) {
+        self.identities.retain(ids.iter().copied().cloned().collect());
+    }
+
+    /// Warms one identity up.
+    async fn hold(&mut self, who: &SpiffeId) {
+        self.retain(&[who]);
+        let call = self.call().await;
+        self.grant(call);
+        settle().await;
+        assert!(self.identities.current(who).is_some());
+    }
+}
+
+impl Call {
+    fn refuse(self) {
+        let refused = IssueError::Refused { reason: "not today".to_owned() };
+        assert!(self.answer.send(Err(refused)).is_ok(), "nobody waits for the answer");
+    }
+}
+
+/// Lets everything run that can, without time passing.
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn account(name: &str) -> SpiffeId {
+    id(&format!("spiffe://td.example/ns/shop/sa/{name}"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_wait_for_one_identity_share_one_request() {
+    let mut node = Node::start();
+    let who = account("a");
+    let waiting: Vec<_> = (0..100).map(|_| node.ask(&who)).collect();
+    let call = node.call().await;
+    assert_eq!(call.id, who);
+    node.no_call().await;
+    node.grant(call);
+    let first = node.identities.credentials(&who).await.unwrap();
+    for credentials in join_all(waiting).await {
+        assert!(Arc::ptr_eq(&credentials.unwrap().unwrap(), &first));
+    }
+    node.no_call().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_is_renewed_around_half_of_its_life() {
+    for (jitter, expected) in [(0.0, 12.0), (1.0, 13.2), (-1.0, 10.8)] {
+        let mut node = Node::with_jitter(jitter);
+        let who = account("a");
+        node.hold(&who).await;
+        let old = node.identities.current(&who).unwrap();
+        let call = node.call().await;
+        let hours = node.began.elapsed().as_secs_f64() / 3600.0;
+        assert!((hours - expected).abs() < 0.001, "renewed after {hours} hours");
+        let meanwhile = node.identities.credentials(&who).await.unwrap();
+        assert!(Arc::ptr_eq(&meanwhile, &old), "the old one serves until the new one is there");
+        node.grant(call);
+        settle().await;
+        assert_ne!(node.identities.current(&who).unwrap().serial(), old.serial());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_back_off_while_the_old_certificate_serves() {
+    for (jitter, first) in [
+        (0.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 150.0, 150.0]),
+        (1.0, [1.2, 2.4, 4.8, 9.6, 19.2, 38.4, 76.8, 150.0, 150.0, 150.0]),
+    ] {
+        let mut node = Node::with_jitter(jitter);
+        let who = account("a");
+        node.hold(&who).await;
+        let mut call = node.call().await;
+        for expected in first {
+            call.refuse();
+            let refused = Instant::now();
+            settle().await;
+            assert!(node.identities.credentials(&who).await.is_ok());
+            assert!(node.identities.failure(&who).is_some());
+            call = node.call().await;
+            let delay = refused.elapsed().as_secs_f64();
+            assert!((delay - expected).abs() < 0.01, "asked again after {delay} s, not {expected}");
+        }
+        node.grant(call);
+        settle().await;
+        assert!(node.identities.failure(&who).is_none());
+        let granted = Instant::now();
+        node.call().await.refuse();
+        assert!(granted.elapsed() > 11 * HOUR);
+        let refused = Instant::now();
+        node.call().await;
+        assert!(refused.elapsed() < 2 * Duration::from_secs(1), "an earlier outage is forgotten");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_that_ended_is_not_served_and_the_reason_is_told_at_once() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    let end = node.identities.current(&who).unwrap().not_after();
+    while (node.wall)() < end {
+        assert!(node.identities.current(&who).is_some());
+        node.call().await.refuse();
+        settle().await;
+    }
+    assert!(node.identities.current(&who).is_none());
+    assert_eq!(node.identities.list().len(), 1, "a dump shows what ended");
+    let asked = Instant::now();
+    let error = node.identities.credentials(&who).await.unwrap_err();
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    assert!(matches!(error, Unavailable::Failed { .. }), "{error:?}");
+    let call = node.call().await;
+    assert!(asked.elapsed() <= Duration::from_secs(150));
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.credentials(&who).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_outwaits_a_short_outage_and_hears_of_a_long_one() {
+    let mut node = Node::start();
+    let (lucky, unlucky) = (account("lucky"), account("unlucky"));
+    let waiting = node.ask(&lucky);
+    node.call().await.refuse();
+    node.call().await.refuse();
+    let call = node.call().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+
+    let (asked, waiting) = (Instant::now(), node.ask(&unlucky));
+    for _ in 0..3 {
+        node.call().await.refuse();
+    }
+    let error = waiting.await.unwrap().unwrap_err();
+    assert_eq!(asked.elapsed().as_secs(), 3);
+    assert_eq!(error.to_string(), "no certificate for spiffe://td.example/ns/shop/sa/unlucky");
+    let source = std::error::Error::source(&error).expect("the reason is given");
+    assert_eq!(source.to_string(), "the certificate authority refused: not today");
+    // Nobody keeps asking for an identity that is not retained; the next connection may.
+    advance(HOUR).await;
+    node.no_call().await;
+    drop(node.ask(&unlucky));
+    assert_eq!(node.call().await.id, unlucky);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_does_not_answer_costs_5_s_and_is_given_up_after_10() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.retain(&[&who]);
+    let (asked, waiting) = (Instant::now(), node.ask(&who));
+    let _silent = node.call().await;
+    let error = waiting.await.unwrap().unwrap_err();
+    assert_eq!(asked.elapsed(), WAIT_DEADLINE);
+    assert!(matches!(error, Unavailable::Late { source: None, .. }), "{error:?}");
+    assert!(error.to_string().ends_with("within 5s"), "{error}");
+    let call = node.call().await;
+    assert_eq!(asked.elapsed().as_secs(), 11);
+    let failure = node.identities.failure(&who).expect("the request was given up");
+    assert!(matches!(*failure, IssueError::Deadline(ISSUE_DEADLINE)), "{failure:?}");
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_most_eight_requests_are_under_way_and_a_connection_goes_first() {
+    let mut node = Node::start();
+    let many: Vec<_> = (0..20).map(|n| account(&format!("w{n:02}"))).collect();
+    node.retain(&many.iter().collect::<Vec<_>>());
+    let mut under_way = Vec::new();
+    for expected in &many[..8] {
+        let call = node.call().await;
+        assert_eq!(&call.id, expected);
+        under_way.push(call);
+    }
+    node.no_call().await;
+    let (waiting, new) = (node.ask(&many[19]), node.ask(&account("new")));
+    settle().await;
+    let mut order = Vec::new();
+    for call in under_way {
+        node.grant(call);
+        let call = node.call().await;
+        order.push(call.id.clone());
+        node.grant(call);
+        let call = node.call().await;
+        order.push(call.id.clone());
+        node.grant(call);
+        settle().await;
+        if order.len() == 4 {
+            break;
+        }
+    }
+    let expected = [&many[19], &account("new"), &many[8], &many[9]];
+    assert_eq!(order.iter().collect::<Vec<_>>(), expected);
+    assert!(waiting.await.unwrap().is_ok());
+    assert!(new.await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_retained_is_forgotten() {
+    let mut node = Node::start();
+    let (stays, goes) = (account("stays"), account("goes"));
+    node.retain(&[&stays, &goes]);
+    for _ in 0..2 {
+        let call = node.call().await;
+        node.grant(call);
+    }
+    settle().await;
+    let held: Vec<_> = node.identities.list().iter().map(|held| held.identity().clone()).collect();
+    assert_eq!(held, [goes.clone(), stays.clone()]);
+    node.retain(&[&stays]);
+    settle().await;
+    assert!(node.identities.current(&goes).is_none());
+    let call = node.call().await;
+    assert_eq!(call.id, stays);
+    node.grant(call);
+    node.no_call().await;
+    assert_eq!(node.identities.list().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_leaves_during_its_request_is_not_published() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.retain(&[&who]);
+    let call = node.call().await;
+    node.retain(&[]);
+    settle().await;
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.list().is_empty());
+
+    // Gone and back again: the first request counts.
+    node.retain(&[&who]);
+    let call = node.call().await;
+    node.retain(&[]);
+    settle().await;
+    node.retain(&[&who]);
+    node.no_call().await;
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_nobody_retains_is_certified_once() {
+    let mut node = Node::start();
+    let who = account("a");
+    let waiting = node.ask(&who);
+    let call = node.call().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+    for _ in 0..25 {
+        advance(HOUR).await;
+        node.no_call().await;
+    }
+    assert!(node.identities.list().is_empty());
+    // Had it been retained before, it would have been renewed; it can still become so.
+    node.hold(&who).await;
+    assert_eq!(node.call().await.id, who);
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_cannot_be_used_are_failures() {
+    let mut node = Node::start();
+    let (who, other) = (account("a"), account("b"));
+    let now = (node.wall)();
+    let wrong = node.pki.credentials(&other, now, now + DAY);
+    let ended = node.pki.credentials(&who, now - DAY, now);
+    node.retain(&[&who]);
+    for (answer, expected) in [(wrong, "answer cannot be used"), (ended, "has already expired")] {
+        assert!(node.call().await.answer.send(Ok(answer)).is_ok());
+        settle().await;
+        let failure = node.identities.failure(&who).unwrap().to_string();
+        assert!(failure.contains(expected), "{failure}");
+        assert!(node.identities.list().is_empty());
+    }
+    let call = node.call().await;
+    assert_eq!(call.id, who);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_late_in_its_life_is_not_renewed_in_a_loop() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.retain(&[&who]);
+    // An authority that gives the same certificate again and again.
+    let (from, until) = ((node.wall)() - 23 * HOUR, (node.wall)() + HOUR);
+    let mut asked = 0;
+    while (node.wall)() < until - Duration::from_secs(30) {
+        let call = node.call().await;
+        asked += 1;
+        if (node.wall)() < until {
+            assert!(call.answer.send(Ok(node.pki.credentials(&who, from, until))).is_ok());
+        }
+    }
+    assert!((5..20).contains(&asked), "asked {asked} times");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_forward_is_noticed() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    node.set_forward.store(13 * 3600, std::sync::atomic::Ordering::Relaxed);
+    let set = Instant::now();
+    let call = node.call().await;
+    assert!(set.elapsed() <= Duration::from_secs(60));
+    node.grant(call);
+    settle().await;
+    node.set_forward.store(50 * 3600, std::sync::atomic::Ordering::Relaxed);
+    assert!(node.identities.current(&who).is_none(), "an ended certificate is not served for a moment");
+    let waiting = node.ask(&who);
+    let call = node.call().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+}
+
+struct Panicking;
+
+impl CertificateAuthority for Panicking {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        assert!(identity.service_account() != "a", "expected by the test");
+        std::future::ready(Err(IssueError::Refused { reason: "no panic".to_owned() })).boxed()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_panics_does_not_take_the_worker_along() {
+    let (_trigger, signal) = shutdown::channel();
+    let identities = start(Arc::new(Panicking), signal);
+    for (name, expected) in [("a", "a defect of this program"), ("b", "no panic")] {
+        let error = identities.credentials(&account(name)).await.unwrap_err();
+        assert!(chain(&error).contains(expected), "{}", chain(&error));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_is_served_and_the_end_is_told() {
+    let mut node = Node::start();
+    node.trigger.drain();
+    let (who, late) = (account("a"), account("late"));
+    let waiting = node.ask(&who);
+    let call = node.call().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+    let waiting = node.ask(&late);
+    let _silent = node.call().await;
+    node.trigger.close();
+    assert!(matches!(waiting.await.unwrap(), Err(Unavailable::Stopped(_))));
+    assert!(matches!(node.identities.credentials(&late).await, Err(Unavailable::Stopped(_))));
+    assert!(node.identities.current(&who).is_some(), "what is held can still be used");
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_many_waiting_connections_are_refused_and_those_that_left_make_room() {
+    let mut node = Node::start();
+    let who = account("a");
+    let waiting: Vec<_> = (0..WAITING_MAX).map(|_| node.ask(&who)).collect();
+    let call = node.call().await;
+    while node.identities.questions.capacity() < QUESTIONS_MAX {
+        tokio::task::yield_now().await;
+    }
+    settle().await;
+    let error = node.identities.credentials(&who).await.unwrap_err();
+    assert!(matches!(error, Unavailable::Busy(_)), "{error:?}");
+    for refused in join_all(waiting).await {
+        assert!(matches!(refused.unwrap(), Err(Unavailable::Late { .. })));
+    }
+    let waiting = node.ask(&who);
+    settle().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn asking_adds_little_to_the_future_of_a_connection() {
+    let node = Node::start();
+    let size = size_of_val(&node.identities.credentials(&account("a")));
+    assert!(size <= 192, "{size} bytes");
+}

@@ -1,0 +1,157 @@
+//! Buffers that belong to a thread, not to a connection.
+//!
+//! An idle connection holds no buffer: a read waits until the socket is readable and only then takes the
+//! thread's buffer. A connection and everything that touches it stay on one thread, so nothing is contended.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::pin::pin;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+
+use bytes::Bytes;
+use bytes::BytesMut;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWrite;
+use tokio::io::ReadBuf;
+use tokio::net::TcpStream;
+
+/// How much one read takes at most: where throughput over a tunnel stops growing.
+pub const READ_SIZE: usize = 64 * 1024;
+
+/// What is read in pieces up to this size is copied out of the thread's buffer. Beyond, the piece keeps the
+/// buffer alive until it is sent; a small one would keep 64 KiB for a few bytes.
+const COPY_MAX: usize = 8 * 1024;
+
+/// Spare buffers a thread keeps for the next that asks; more are given back to the allocator.
+const SPARE_MAX: usize = 16;
+
+thread_local! {
+    static SCRATCH: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+    static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Reads what `socket` has, at most about [`READ_SIZE`]. Empty at the end of the stream.
+/// While there is nothing to read, no buffer is held.
+pub fn poll_read_chunk(socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+    ready!(socket.poll_read_ready(cx))?;
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.clear();
+        scratch.reserve(READ_SIZE);
+        let length = ready!(pin!(socket.read_buf(scratch)).poll(cx))?;
+        Poll::Ready(Ok(if length <= COPY_MAX {
+            Bytes::copy_from_slice(&scratch[..length])
+        } else {
+            scratch.split().freeze()
+        }))
+    })
+}
+
+/// An empty buffer with room for [`READ_SIZE`].
+pub fn take() -> Vec<u8> {
+    SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(READ_SIZE))
+}
+
+/// Gives a buffer back. One that has grown out of proportion is freed.
+pub fn give(mut buffer: Vec<u8>) {
+    buffer.clear();
+    let capacity = buffer.capacity();
+    if (READ_SIZE..=8 * READ_SIZE).contains(&capacity) {
+        SPARE.with_borrow_mut(|spare| {
+            if spare.len() < SPARE_MAX {
+                spare.push(buffer);
+            }
+        });
+    }
+}
+
+/// A socket read in large pieces by a reader that asks for small ones (TLS asks for 4 KiB at a time).
+/// Writes go through untouched.
+#[derive(Debug)]
+pub struct ReadAhead {
+    socket: TcpStream,
+    ahead: Option<Ahead>,
+}
+
+#[derive(Debug)]
+struct Ahead {
+    buffer: Vec<u8>,
+    taken: usize,
+}
+
+impl ReadAhead {
+    /// Reads ahead on `socket`.
+    pub fn new(socket: TcpStream) -> Self {
+        Self { socket, ahead: None }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+}
+
+impl AsyncRead for ReadAhead {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.ahead.is_none() {
+            ready!(this.socket.poll_read_ready(cx))?;
+            let mut buffer = take();
+            match pin!(this.socket.read_buf(&mut buffer)).poll(cx) {
+                Poll::Ready(Ok(1..)) => this.ahead = Some(Ahead { buffer, taken: 0 }),
+                Poll::Ready(other) => {
+                    give(buffer);
+                    return Poll::Ready(other.map(|_| ()));
+                }
+                Poll::Pending => {
+                    give(buffer);
+                    return Poll::Pending;
+                }
+            }
+        }
+        if let Some(ahead) = &mut this.ahead {
+            let left = &ahead.buffer[ahead.taken..];
+            let length = left.len().min(out.remaining());
+            out.put_slice(&left[..length]);
+            ahead.taken += length;
+        }
+        if let Some(ahead) = this.ahead.take_if(|ahead| ahead.taken == ahead.buffer.len()) {
+            give(ahead.buffer);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for ReadAhead {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}

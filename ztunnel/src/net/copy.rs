@@ -1,0 +1,459 @@
+//! Moving bytes between two sockets: each direction on its own, ends passed on as ends, resets as resets.
+//!
+//! There is no idle timeout: how long a connection may be silent is for its two ends to say. What each side
+//! buffers is bounded: a direction reads on only when what it read is written.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::io::IoSlice;
+use std::pin::Pin;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+use std::time::Duration;
+
+use bytes::Buf;
+use bytes::Bytes;
+use bytes::BytesMut;
+use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+
+use crate::net::buffer::poll_read_chunk;
+use crate::net::socket::reset_on_close;
+
+/// Counts what a relay moves, while it moves it.
+pub trait Meter {
+    /// So many bytes went from the client to the server.
+    fn up(&self, bytes: u64);
+    /// So many bytes went from the server to the client.
+    fn down(&self, bytes: u64);
+}
+
+/// Which side of a relay broke, and how.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The side that opened the connection.
+    #[error("the client's connection broke before all data was sent")]
+    Client(#[source] io::Error),
+    /// The side that was dialled.
+    #[error("the server's connection broke before all data was sent")]
+    Server(#[source] io::Error),
+}
+
+impl CopyError {
+    /// Whether one of the two sides reset the connection, as applications do.
+    pub fn is_reset(&self) -> bool {
+        let (Self::Client(error) | Self::Server(error)) = self;
+        is_reset(error)
+    }
+}
+
+/// Whether an error is what a socket says of a peer that reset the connection.
+pub fn is_reset(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
+}
+
+/// One relayed connection: all there is of it. A future that resolves when both directions have ended; when
+/// either side breaks, or it is dropped before, both are reset.
+#[derive(Debug)]
+pub struct Relay<M> {
+    client: ResetUnlessDone,
+    server: ResetUnlessDone,
+    up: Direction,
+    down: Direction,
+    watch: Watch,
+    meter: M,
+}
+
+impl<M: Meter> Relay<M> {
+    /// Joins who dialled and who was dialled.
+    pub fn new(client: ResetUnlessDone, server: ResetUnlessDone, meter: M) -> Self {
+        let (up, down) = (Direction::default(), Direction::default());
+        Self { client, server, up, down, watch: Watch::default(), meter }
+    }
+
+    /// What counted; the rest is dropped.
+    pub fn into_meter(self) -> M {
+        self.meter
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
+        let Self { client, server, up, down, watch, meter } = self;
+        let (client, server) = (&mut client.socket, &mut server.socket);
+        let up_done =
+            up.poll(client, server, cx, |bytes| meter.up(bytes)).map_err(|broken| match broken {
+                Broken::From(error) => CopyError::Client(error),
+                Broken::To(error) => CopyError::Server(error),
+            })?;
+        let down_done =
+            down.poll(server, client, cx, |bytes| meter.down(bytes)).map_err(|broken| match broken {
+                Broken::From(error) => CopyError::Server(error),
+                Broken::To(error) => CopyError::Client(error),
+            })?;
+        if up_done.is_ready() && down_done.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if watch.is_due(!up.is_reading() || !down.is_reading(), cx) {
+            if let Ok(Some(error)) = client.take_error() {
+                return Poll::Ready(Err(CopyError::Client(error)));
+            }
+            if let Ok(Some(error)) = server.take_error() {
+                return Poll::Ready(Err(CopyError::Server(error)));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl<M: Meter + Unpin> Future for Relay<M> {
+    type Output = Result<(), CopyError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = ready!(self.poll_both(cx));
+        if ended.is_ok() {
+            self.client.done();
+            self.server.done();
+        }
+        Poll::Ready(ended)
+    }
+}
+
+/// A socket that is reset when it is dropped, unless it came to its proper end.
+#[derive(Debug)]
+pub struct ResetUnlessDone {
+    /// The socket.
+    pub socket: TcpStream,
+    done: bool,
+}
+
+impl ResetUnlessDone {
+    /// Guards `socket`.
+    pub fn new(socket: TcpStream) -> Self {
+        Self { socket, done: false }
+    }
+
+    /// Both directions have ended: the close that follows is an ordinary one.
+    pub fn done(&mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for ResetUnlessDone {
+    fn drop(&mut self) {
+        if !self.done {
+            reset_on_close(&self.socket);
+        }
+    }
+}
+
+/// How long a socket that is not being read may be broken before it is noticed.
+const WATCH_PERIOD: Duration = Duration::from_secs(10);
+
+/// Looks after sockets that nobody reads: a reset arrives unseen while a relay waits for the other side to
+/// take data, or after an end was read. Costs nothing while all is read.
+#[derive(Debug, Default)]
+pub struct Watch(Option<Pin<Box<Sleep>>>);
+
+impl Watch {
+    /// Whether it is time to ask the sockets for errors. `unread` says whether there is reason to.
+    pub fn is_due(&mut self, unread: bool, cx: &mut Context<'_>) -> bool {
+        if !unread {
+            self.0 = None;
+            return false;
+        }
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep(WATCH_PERIOD)));
+        let mut due = false;
+        while timer.as_mut().poll(cx).is_ready() {
+            due = true;
+            timer.as_mut().reset(tokio::time::Instant::now() + WATCH_PERIOD);
+        }
+        due
+    }
+}
+
+enum Broken {
+    From(io::Error),
+    To(io::Error),
+}
+
+/// One direction: reading → ending (the source has ended, the rest is being written) → done.
+#[derive(Debug, Default)]
+struct Direction {
+    outflow: Outflow,
+    state: State,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Reading,
+    Ending,
+    Done,
+}
+
+impl Direction {
+    /// Whether the source is waited on for data, so that its errors are seen at once.
+    fn is_reading(&self) -> bool {
+        self.state == State::Reading && self.outflow.is_empty()
+    }
+
+    fn poll(
+        &mut self,
+        from: &mut TcpStream,
+        to: &mut TcpStream,
+        cx: &mut Context<'_>,
+        mut count: impl FnMut(u64),
+    ) -> Poll<Result<(), Broken>> {
+        loop {
+            while !self.outflow.is_empty() {
+                let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
+                count(written as u64);
+            }
+            match self.state {
+                State::Reading => {
+                    let chunk = ready!(poll_read_chunk(from, cx)).map_err(Broken::From)?;
+                    if chunk.is_empty() {
+                        self.state = State::Ending;
+                    } else {
+                        self.outflow.push(chunk);
+                    }
+                }
+                State::Ending => {
+                    ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
+                    self.state = State::Done;
+                }
+                State::Done => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+/// How many pieces one write gathers.
+const GATHER_MAX: usize = 64;
+
+/// Pieces smaller than this are joined when one write can take no more of them: small pieces that nobody takes
+/// would cost more than what is in them.
+const JOIN_MAX: usize = 4096;
+
+/// Pieces waiting to be written to a socket, many by one system call.
+#[derive(Debug, Default)]
+pub struct Outflow {
+    pieces: VecDeque<Bytes>,
+    /// What comes after `pieces`, joined.
+    tail: BytesMut,
+    bytes: usize,
+}
+
+impl Outflow {
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Whether as much waits as one write takes.
+    pub fn is_full(&self) -> bool {
+        self.pieces.len() >= GATHER_MAX
+    }
+
+    /// How many bytes wait.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Queues a piece.
+    pub fn push(&mut self, piece: Bytes) {
+        if piece.is_empty() {
+            return;
+        }
+        self.bytes += piece.len();
+        if self.is_full() && piece.len() < JOIN_MAX {
+            self.tail.extend_from_slice(&piece);
+            return;
+        }
+        self.push_tail();
+        self.pieces.push_back(piece);
+    }
+
+    fn push_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.pieces.push_back(std::mem::take(&mut self.tail).freeze());
+        }
+    }
+
+    /// Writes once, and says how many bytes that took.
+    pub fn poll_write(&mut self, to: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if !self.is_full() {
+            self.push_tail();
+        }
+        let to = Pin::new(to);
+        let written = if self.pieces.len() == 1 {
+            ready!(to.poll_write(cx, &self.pieces[0]))?
+        } else {
+            let mut slices = [IoSlice::new(&[]); GATHER_MAX];
+            let mut count = 0;
+            for (slice, piece) in slices.iter_mut().zip(&self.pieces) {
+                *slice = IoSlice::new(piece);
+                count += 1;
+            }
+            ready!(to.poll_write_vectored(cx, &slices[..count]))?
+        };
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.consume(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn consume(&mut self, written: usize) {
+        self.bytes -= written;
+        let mut left = written;
+        while let Some(first) = self.pieces.front_mut() {
+            if left < first.len() {
+                first.advance(left);
+                return;
+            }
+            left -= first.len();
+            self.pieces.pop_front();
+        }
+        // An idle connection keeps no long queue.
+        if self.pieces.capacity() > 8 {
+            self.pieces = VecDeque::new();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::io::AsyncReadExt;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count {
+        up: Cell<u64>,
+        down: Cell<u64>,
+    }
+
+    impl Meter for &Count {
+        fn up(&self, bytes: u64) {
+            self.up.set(self.up.get() + bytes);
+        }
+        fn down(&self, bytes: u64) {
+            self.down.set(self.down.get() + bytes);
+        }
+    }
+
+    /// Relays between two plain sockets.
+    async fn relayed(client: TcpStream, server: TcpStream, count: &Count) -> Result<(), CopyError> {
+        Relay::new(ResetUnlessDone::new(client), ResetUnlessDone::new(server), count).await
+    }
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (far, _) = listener.accept().await.unwrap();
+        (near, far)
+    }
+
+    #[tokio::test]
+    async fn each_direction_ends_on_its_own() {
+        let (mut client, front) = pair().await;
+        let (back, mut server) = pair().await;
+        let count = Count::default();
+        let talk = async {
+            client.write_all(b"question").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut question = Vec::new();
+            server.read_to_end(&mut question).await.unwrap();
+            assert_eq!(question, b"question");
+            let answer = vec![7; 3_000_000];
+            let (sent, got) = tokio::join!(
+                async {
+                    server.write_all(&answer).await.unwrap();
+                    server.shutdown().await.unwrap();
+                },
+                async {
+                    let mut got = Vec::new();
+                    client.read_to_end(&mut got).await.unwrap();
+                    got
+                }
+            );
+            let () = sent;
+            assert_eq!(got, answer);
+        };
+        let (done, ()) = tokio::join!(relayed(front, back, &count), talk);
+        done.unwrap();
+        assert_eq!((count.up.get(), count.down.get()), (8, 3_000_000));
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_passed_on_as_a_reset() {
+        let (client, front) = pair().await;
+        let (back, mut server) = pair().await;
+        reset_on_close(&client);
+        drop(client);
+        let error = relayed(front, back, &Count::default()).await.unwrap_err();
+        assert!(matches!(error, CopyError::Client(_)), "{error}");
+        let error = server.read(&mut [0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_seen_although_nobody_takes_the_data() {
+        tokio::time::pause();
+        let (mut client, front) = pair().await;
+        let (back, server) = pair().await;
+        let count = Count::default();
+        let fill = async {
+            // Until nothing moves any more: the server reads nothing.
+            let data = vec![0; 1 << 20];
+            while let Ok(more) = tokio::time::timeout(Duration::from_secs(1), client.write_all(&data)).await {
+                more.unwrap();
+            }
+            reset_on_close(&client);
+            drop(client);
+        };
+        let (done, ()) = tokio::join!(relayed(front, back, &count), fill);
+        assert!(matches!(done.unwrap_err(), CopyError::Client(_)));
+        drop(server);
+    }
+
+    #[test]
+    fn small_pieces_that_nobody_takes_are_joined() {
+        let mut outflow = Outflow::default();
+        for n in 0..100_000_u32 {
+            outflow.push(Bytes::copy_from_slice(&n.to_be_bytes()));
+        }
+        outflow.push(Bytes::from(vec![0; JOIN_MAX]));
+        assert_eq!(outflow.len(), 400_000 + JOIN_MAX);
+        assert_eq!(outflow.pieces.len(), GATHER_MAX + 2);
+        let all: Vec<u8> = outflow.pieces.iter().flatten().copied().collect();
+        assert!(all.chunks(4).zip(0..100_000_u32).all(|(piece, n)| piece == n.to_be_bytes()));
+    }
+
+    #[test]
+    fn an_outflow_loses_nothing_however_it_is_cut() {
+        for cut in 1..12 {
+            let mut outflow = Outflow::default();
+            for piece in ["ab", "", "cde", "f", "ghijk"] {
+                outflow.push(Bytes::from_static(piece.as_bytes()));
+            }
+            let mut seen = Vec::new();
+            while !outflow.is_empty() {
+                let take = cut.min(outflow.len());
+                let all: Vec<u8> = outflow.pieces.iter().flatten().copied().collect();
+                seen.extend_from_slice(&all[..take]);
+                outflow.consume(take);
+            }
+            assert_eq!(seen, b"abcdefghijk");
+            assert!(outflow.pieces.is_empty());
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The decision: deny policies first, then allow policies, and without allow policies everybody.
+
+use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::model::addr::canonical;
+use crate::model::addr::canonical_ip;
+use crate::model::identity::SpiffeId;
+use crate::model::policy::Action;
+use crate::model::policy::Policy;
+use crate::model::policy::PolicyKey;
+use crate::policy::matching::policy_matches;
+
+/// The facts about one connection that policies judge.
+#[derive(Debug, Clone, Copy)]
+pub struct Inbound<'a> {
+    /// The identity the peer proved in its TLS handshake; `None` for plain text.
+    pub identity: Option<&'a SpiffeId>,
+    /// The address the TCP connection came from.
+    pub source: IpAddr,
+    /// Where the connection goes in the workload, before any rewriting to loopback.
+    pub destination: SocketAddr,
+}
+
+/// Leave to deliver one connection to one workload. Only [`authorize`] makes one.
+#[must_use]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Permit {
+    rule: Option<PolicyKey>,
+}
+
+impl Permit {
+    /// The allow policy that let the connection in; `None` where no allow policy applies.
+    pub fn policy(&self) -> Option<&PolicyKey> {
+        self.rule.as_ref()
+    }
+}
+
+/// Why a connection may not reach its workload.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Denial {
+    /// This deny policy matches.
+    #[error("explicitly denied by: {0}")]
+    Denied(PolicyKey),
+    /// Allow policies apply to the workload and none matches.
+    #[error("allow policies exist, but none allowed")]
+    NoneAllowed,
+    /// The workload selects a policy the mesh does not have. It may be one that denies, so nobody is let in.
+    #[error(
+        "the workload selects policy {0}, which the mesh does not have; nothing is let in until it appears or is no longer selected"
+    )]
+    UnknownPolicy(PolicyKey),
+}
+
+/// Decides whether `inbound` may proceed. `policies` is what
+/// [`Mesh::policies_of`](crate::mesh::index::Mesh::policies_of) answers for the destination.
+///
+/// Any matching deny policy refuses. Without allow policies everybody else is let in; with them, those whom one
+/// of them matches.
+pub fn authorize<'a>(
+    policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
+    inbound: &Inbound<'_>,
+) -> Result<Permit, Denial> {
+    let policies = policies.map_err(|unknown| Denial::UnknownPolicy(unknown.clone()))?;
+    // An IPv4-mapped address is in no IPv4 range, so a deny policy for that range would miss it.
+    let inbound = Inbound {
+        identity: inbound.identity,
+        source: canonical_ip(inbound.source),
+        destination: canonical(inbound.destination),
+    };
+    let mut allow_policies_exist = false;
+    let mut allowed_by = None;
+    for policy in policies {
+        match policy.action {
+            Action::Deny if policy_matches(policy, &inbound) => {
+                return Err(Denial::Denied(policy.key.clone()));
+            }
+            Action::Deny => {}
+            Action::Allow => {
+                allow_policies_exist = true;
+                if allowed_by.is_none() && policy_matches(policy, &inbound) {
+                    allowed_by = Some(&policy.key);
+                }
+            }
+        }
+    }
+    match allowed_by {
+        Some(key) => Ok(Permit { rule: Some(key.clone()) }),
+        None if allow_policies_exist => Err(Denial::NoneAllowed),
+        None => Ok(Permit { rule: None }),
+    }
+}

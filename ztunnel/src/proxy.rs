@@ -1,0 +1,294 @@
+//! One connection, from accept to last byte.
+//!
+//! Owns the data-plane threads and every connection on them. A connection takes one snapshot of the mesh, asks
+//! [`crate::route`] where it goes or [`crate::policy`] whether it may, dials, and moves bytes; what happened is
+//! told to [`crate::telemetry`]. It knows no control plane and waits for none, but for a first certificate.
+//!
+//! A connection, its tunnel and its buffers stay on one thread. The listeners of a pod are accepted from on one
+//! thread, which spreads what it accepts over all of them.
+//!
+//! * [`outbound`]: what the pod dials.
+//! * [`inbound`]: tunnels that peers dial to the pod.
+//! * [`passthrough`]: plain connections to the pod.
+//! * [`relay`]: moving bytes between an application and a stream.
+//! * [`live`]: inbound connections are judged again when the mesh changes.
+//! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::hash::DefaultHasher;
+use std::hash::Hash;
+use std::hash::Hasher;
+use std::io;
+use std::net::IpAddr;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::Weak;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::runtime;
+use tokio::sync::mpsc;
+
+use crate::hbone;
+use crate::identity::worker::Identities;
+use crate::mesh::MeshReader;
+use crate::model::addr::PodUid;
+use crate::net::bypass::Bypass;
+use crate::net::netns::Netns;
+use crate::net::socket::CapturedPod;
+use crate::net::socket::Keepalive;
+use crate::net::socket::PodNetwork;
+use crate::net::socket::prepare_listener;
+use crate::proxy::accept::Listener;
+use crate::proxy::pod::Pod;
+use crate::proxy::shard::Count;
+use crate::proxy::shard::Shard;
+use crate::shutdown;
+use crate::shutdown::Signal;
+use crate::shutdown::Trigger;
+use crate::telemetry::Telemetry;
+
+pub mod accept;
+pub mod ending;
+pub mod inbound;
+pub mod live;
+pub mod outbound;
+pub mod passthrough;
+pub mod pod;
+pub mod relay;
+pub mod shard;
+
+#[cfg(test)]
+mod tests;
+
+/// How the data plane behaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Data-plane threads. Where they share their cores with the applications, more of them than half the
+    /// cores makes all slower.
+    pub threads: usize,
+    /// A dial that takes longer is given up.
+    pub connect_timeout: Duration,
+    /// How long listeners go on accepting once the drain has begun: who has begun to connect gets through.
+    pub linger: Duration,
+    /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
+    pub pod_connections_max: usize,
+    /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset.
+    pub pod_tunnels_max: usize,
+    /// TLS handshakes in progress with one pod as the server. Further connections to its HBONE port are reset:
+    /// peers dial again, and whoever only connects and says nothing keeps nobody else's memory.
+    pub pod_handshakes_max: usize,
+    /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
+    pub handover_max: usize,
+    /// Probes on dialled and accepted connections.
+    pub keepalive: Keepalive,
+    /// Tunnels.
+    pub hbone: hbone::Config,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            threads: (cores / 2).max(1),
+            connect_timeout: Duration::from_secs(10),
+            linger: Duration::from_secs(3),
+            pod_connections_max: 20_000,
+            pod_tunnels_max: 10_000,
+            pod_handshakes_max: 1024,
+            handover_max: 1024,
+            keepalive: Keepalive::default(),
+            hbone: hbone::Config::default(),
+        }
+    }
+}
+
+/// A pod whose connections are to be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// This incarnation of the pod.
+    pub uid: PodUid,
+    /// The unique name of its workload in the mesh.
+    pub workload: Arc<str>,
+    /// Its addresses, in canonical form.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Where a pod's connections arrive: sockets in its network namespace, transparent. Shared, because who redirects
+/// traffic to them may have to do so again.
+#[derive(Debug)]
+pub struct Listeners {
+    /// What the pod dials.
+    pub outbound: Arc<TcpListener>,
+    /// Plain connections to the pod.
+    pub inbound: Arc<TcpListener>,
+    /// Tunnels to the pod.
+    pub hbone: Arc<TcpListener>,
+}
+
+/// A removed pod whose open connections go on.
+#[derive(Debug)]
+pub struct Leaving(Weak<Pod>);
+
+impl Leaving {
+    /// Whether the last of its connections has ended.
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+/// How much is going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activity {
+    /// Pods whose connections are taken.
+    pub pods: usize,
+    /// Connections and streams open, those being dialled included.
+    pub connections: usize,
+    /// Connections, streams and tunnels turned away because their pod had too many.
+    pub turned_away: usize,
+}
+
+/// The data plane: its threads run from [`DataPlane::start`] until the signal closes.
+pub struct DataPlane {
+    config: Arc<Config>,
+    bypass: Arc<dyn Bypass>,
+    shards: Vec<Arc<Shard>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
+    count: Arc<Count>,
+    /// Ends the accepting of all pods, as a drain does, without one.
+    handover: Trigger,
+    handing_over: Signal,
+}
+
+impl DataPlane {
+    /// Starts the threads. They end when `signal` closes, dropping what is open; everything dropped before its
+    /// end is reset, so that nobody takes a part for the whole.
+    pub fn start(
+        config: Config,
+        mesh: MeshReader,
+        identities: Identities,
+        telemetry: &Telemetry,
+        bypass: Arc<dyn Bypass>,
+        signal: Signal,
+    ) -> io::Result<Self> {
+        let config = Arc::new(config);
+        let count = Arc::new(Count::default());
+        let mut channels: Vec<_> =
+            (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
+        let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
+        let mut shards = Vec::with_capacity(channels.len());
+        let mut threads = Vec::with_capacity(channels.len());
+        for (index, (_, arrivals)) in channels.drain(..).enumerate() {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let shard = Arc::new(Shard::new(
+                Arc::clone(&config),
+                mesh.clone(),
+                identities.clone(),
+                telemetry.local(),
+                Arc::clone(&count),
+                signal.clone(),
+                runtime.handle().clone(),
+                // The other threads, the next one first, so that each home begins elsewhere.
+                senders.iter().cycle().skip(index + 1).take(senders.len() - 1).cloned().collect(),
+            ));
+            shards.push(Arc::clone(&shard));
+            let thread = std::thread::Builder::new()
+                .name(format!("data-{index}"))
+                .spawn(move || runtime.block_on(shard.run(arrivals)))?;
+            threads.push(thread);
+        }
+        let (handover, handing_over) = shutdown::channel();
+        let threads = Mutex::new(threads);
+        Ok(Self { config, bypass, shards, threads, pods: Mutex::default(), count, handover, handing_over })
+    }
+
+    /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
+    /// connections go on.
+    pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
+        let id = netns.id();
+        let network = CapturedPod::new(netns, Arc::clone(&self.bypass), self.config.keepalive.clone());
+        self.add(pod, listeners, id, Arc::new(network))
+    }
+
+    fn add(
+        &self,
+        spec: PodSpec,
+        listeners: Listeners,
+        netns: (u64, u64),
+        network: Arc<dyn PodNetwork>,
+    ) -> io::Result<()> {
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &self.config.keepalive)?;
+        }
+        let (stop, stopped) = shutdown::channel();
+        let uid = spec.uid.clone();
+        let pod = Arc::new(Pod::new(spec, netns, network, stopped, self.handing_over.clone()));
+        let mut hasher = DefaultHasher::new();
+        uid.hash(&mut hasher);
+        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
+        // Tasks go to the runtime whose context this is: the home thread's.
+        let _context = home.runtime.enter();
+        for (kind, listener) in [
+            (accept::Kind::Outbound, listeners.outbound),
+            (accept::Kind::Inbound, listeners.inbound),
+            (accept::Kind::Hbone, listeners.hbone),
+        ] {
+            let listener = Listener::new(kind, listener)?;
+            shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
+        }
+        if let Some((_, replaced)) = self.pods().insert(uid, (pod, stop)) {
+            replaced.drain();
+        }
+        Ok(())
+    }
+
+    /// Takes no new connections of the pod, and lets those that are open go on until their end. Peers are told
+    /// to open no new streams on their tunnels to it.
+    pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
+        let (pod, stop) = self.pods().remove(uid)?;
+        stop.drain();
+        Some(Leaving(Arc::downgrade(&pod)))
+    }
+
+    /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
+    /// [`Config::linger`] what has already been queued here, then closes the listeners and lets what is open
+    /// finish. The drain signal does the same.
+    pub fn stop_accepting(&self) {
+        self.handover.drain();
+    }
+
+    /// Waits until no connection is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
+    /// removal of all pods makes that so.
+    pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
+        let count = Arc::clone(&self.count);
+        async move { count.zero().await }
+    }
+
+    /// Waits for the threads to end, which they do when the signal closes, so that what they drop is reset before
+    /// the process ends and its sockets are closed in order.
+    pub fn join(&self) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ended = thread.join();
+        }
+    }
+
+    /// How much is going on now.
+    pub fn live(&self) -> Activity {
+        Activity {
+            pods: self.pods().len(),
+            connections: self.count.connections(),
+            turned_away: self.count.turned_away(),
+        }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, (Arc<Pod>, Trigger)>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

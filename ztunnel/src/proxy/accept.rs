@@ -1,0 +1,142 @@
+//! Where connections come from.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::net::TcpListener;
+use std::net::TcpStream;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use crate::model::addr::ClientAddr;
+use crate::net::socket::Acceptor;
+use crate::net::socket::accept;
+use crate::proxy::inbound;
+use crate::proxy::outbound;
+use crate::proxy::passthrough;
+use crate::proxy::pod::Pod;
+use crate::proxy::shard::Entered;
+use crate::proxy::shard::Shard;
+use crate::shutdown;
+use crate::telemetry::AcceptedSocket;
+use crate::telemetry::events::Reporter;
+
+/// Connections taken from one listener before others get a turn.
+const BATCH: usize = 64;
+
+/// How long to wait when the process has no descriptors or memory for another connection. They stay queued.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a listener takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// What the pod dials.
+    Outbound,
+    /// Plain connections to the pod.
+    Inbound,
+    /// Tunnels to the pod.
+    Hbone,
+}
+
+/// One accepted connection, on its way to the thread that serves it.
+pub struct Arrival {
+    kind: Kind,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    client: ClientAddr,
+}
+
+impl Arrival {
+    /// Serves the connection on `shard`, which is the current thread's.
+    pub(super) fn serve(self, shard: &Arc<Shard>) {
+        let Self { kind, pod, socket, client } = self;
+        let (shard_, connection) = (Arc::clone(shard), (socket, client));
+        let counted = |reporter| (shard.count.connection(), shard.telemetry.accepted(reporter));
+        match kind {
+            Kind::Outbound => {
+                shutdown::spawn(outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
+            }
+            Kind::Inbound => {
+                shutdown::spawn(passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
+            }
+            // A tunnel is no connection: it ends with its streams, and those are counted.
+            Kind::Hbone => {
+                let counted = shard.telemetry.accepted(Reporter::Destination);
+                shutdown::spawn(inbound::serve(shard_, pod, connection, counted));
+            }
+        }
+    }
+}
+
+/// Counts a connection for as long as it lives: for the drain, and for telemetry.
+pub(super) type Counted = (Entered, AcceptedSocket);
+
+/// A listener of a pod, on its home thread.
+pub struct Listener {
+    kind: Kind,
+    acceptor: Acceptor,
+}
+
+impl Listener {
+    /// In the context of the thread's runtime.
+    pub(super) fn new(kind: Kind, listener: Arc<TcpListener>) -> io::Result<Self> {
+        Ok(Self { kind, acceptor: Acceptor::new(listener)? })
+    }
+
+    /// Accepts until the pod is removed, or until the drain has lasted for the linger. What is queued at that
+    /// moment is still taken; then the socket closes.
+    pub(super) async fn run(self, shard: Arc<Shard>, pod: Arc<Pod>, _counted: Entered) {
+        let take = |listener: &TcpListener| self.take(listener, &shard, &pod);
+        let mut end = pin!(end(&shard, &pod));
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                taken = self.acceptor.accepting(take) => if let Err(error) = taken {
+                    tracing::warn!(pod = %pod.uid, %error, "cannot accept connections for now");
+                    sleep(EXHAUSTED_PAUSE).await;
+                },
+            }
+            tokio::task::yield_now().await;
+        }
+        while take(self.acceptor.listener()).is_ok() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Takes up to a batch. `WouldBlock` when none is left.
+    fn take(&self, listener: &TcpListener, shard: &Arc<Shard>, pod: &Arc<Pod>) -> io::Result<()> {
+        for _ in 0..BATCH {
+            match accept(listener) {
+                Ok((socket, client)) => self.dispatch(shard, pod, socket, client),
+                // The client is gone already.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn dispatch(&self, shard: &Arc<Shard>, pod: &Arc<Pod>, socket: TcpStream, client: SocketAddr) {
+        shard.spread(Arrival { kind: self.kind, pod: Arc::clone(pod), socket, client: ClientAddr(client) });
+    }
+}
+
+fn end<'a>(shard: &'a Shard, pod: &'a Pod) -> impl Future<Output = ()> + 'a {
+    let mut signal = shard.signal.clone();
+    async move {
+        tokio::select! {
+            () = pod.removed() => {}
+            () = async {
+                tokio::select! {
+                    () = signal.draining() => {}
+                    () = pod.handed_over() => {}
+                }
+                sleep(shard.config.linger).await;
+            } => {}
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! Tunnels that peers dial to a pod, and the streams on them.
+
+use std::error::Error;
+use std::fmt;
+use std::future::Future;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::net::TcpStream;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+
+use crate::hbone::address::Authority;
+use crate::hbone::server;
+use crate::hbone::server::Incoming;
+use crate::hbone::server::Refusal;
+use crate::hbone::server::ServeError;
+use crate::hbone::stream::StreamError;
+use crate::identity::worker::Unavailable;
+use crate::model::addr::ClientAddr;
+use crate::model::addr::canonical;
+use crate::net::copy::ResetUnlessDone;
+use crate::policy::authorize::Permit;
+use crate::policy::authorize::authorize;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
+use crate::proxy::ending::told;
+use crate::proxy::live::Facts;
+use crate::proxy::live::Registered;
+use crate::proxy::passthrough::DeliveryError;
+use crate::proxy::passthrough::deliver;
+use crate::proxy::pod::Admitted;
+use crate::proxy::pod::Pod;
+use crate::proxy::pod::TooMany;
+use crate::proxy::pod::UnknownWorkload;
+use crate::proxy::relay::Application;
+use crate::proxy::relay::Read;
+use crate::proxy::relay::Relay;
+use crate::proxy::relay::RelayError;
+use crate::proxy::shard::Entered;
+use crate::proxy::shard::Shard;
+use crate::route::plan::RESERVED_PORTS;
+use crate::shutdown;
+use crate::telemetry::AcceptedSocket;
+use crate::telemetry::events::Addresses;
+use crate::telemetry::events::Parties;
+use crate::telemetry::events::Reporter;
+use crate::telemetry::events::ResponseFlag;
+use crate::tls::verify;
+use crate::tls::verify::NoIdentity;
+use crate::tls::verify::VerifiedPeer;
+use crate::tls::verify::verified_peer;
+
+/// Why a connection to the HBONE port became no tunnel.
+#[derive(Debug, thiserror::Error)]
+enum NoTunnel {
+    #[error(transparent)]
+    UnknownWorkload(UnknownWorkload),
+    #[error(transparent)]
+    Identity(Unavailable),
+    #[error("the pod already has {0} tunnels, the most it may have")]
+    TooManyTunnels(usize),
+    #[error("the pod already has {0} handshakes in progress, the most it may have")]
+    TooManyHandshakes(usize),
+    #[error(transparent)]
+    Serve(ServeError),
+    #[error("the client proved no identity")]
+    NoIdentity(#[source] NoIdentity),
+}
+
+/// A tunnel, as its streams see it.
+pub(super) struct Tunnel {
+    _admitted: Admitted,
+    client: ClientAddr,
+    /// The address of the pod that was dialled, with the HBONE port.
+    local: SocketAddr,
+    peer: VerifiedPeer,
+}
+
+/// Serves one connection to `pod`'s HBONE port. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: AcceptedSocket,
+) {
+    let Ok(local) = socket.local_addr().map(canonical) else { return };
+    let Ok(socket) = tokio::net::TcpStream::from_std(socket) else { return };
+    let (tunnel, accepted) = match Box::pin(accept(&shard, &pod, socket, client, local)).await {
+        Ok(accepted) => accepted,
+        Err(error) => {
+            let addresses = Addresses { source: client.0, destination: local, hbone: None };
+            return shard.telemetry.refused_early(addresses, Reporter::Destination, &Told(&error));
+        }
+    };
+    let tunnel = Arc::new(tunnel);
+    let drain = drain(&shard, &pod);
+    let served = server::serve(accepted, &shard.config.hbone, drain, |incoming| {
+        let (shard_, pod, tunnel) = (Arc::clone(&shard), Arc::clone(&pod), Arc::clone(&tunnel));
+        let counted = shard.count.connection();
+        shutdown::spawn(stream(shard_, pod, (tunnel, incoming), counted));
+    })
+    .await;
+    if let Err(error) = served {
+        tracing::debug!(client = %client.0, pod = %pod.uid, error = &error as &dyn Error, "tunnel broke");
+    }
+    drop(counted);
+}
+
+async fn accept(
+    shard: &Shard,
+    pod: &Arc<Pod>,
+    socket: tokio::net::TcpStream,
+    client: ClientAddr,
+    local: SocketAddr,
+) -> Result<(Tunnel, server::Accepted), NoTunnel> {
+    let turn_away = |socket, why: fn(usize) -> NoTunnel, limit| {
+        shard.count.turn_away();
+        drop(ResetUnlessDone::new(socket));
+        Err(why(limit))
+    };
+    let limit = shard.config.pod_tunnels_max;
+    let Some(admitted) = pod.admit_tunnel(limit) else {
+        return turn_away(socket, NoTunnel::TooManyTunnels, limit);
+    };
+    let limit = shard.config.pod_handshakes_max;
+    let Some(_handshake) = pod.admit_handshake(limit) else {
+        return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
+    };
+    let mesh = shard.mesh.snapshot();
+    let workload = mesh
+        .workload(&pod.workload)
+        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload))))?;
+    let identity = workload.identity.clone();
+    drop(mesh);
+    let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
+    let accepted = server::accept(socket, credentials.server_config(), &shard.config.hbone)
+        .await
+        .map_err(NoTunnel::Serve)?;
+    let peer = verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
+    Ok((Tunnel { _admitted: admitted, client, local, peer }, accepted))
+}
+
+/// An error with its causes, and what they mean to whoever runs the mesh.
+struct Told<'a>(&'a NoTunnel);
+
+impl fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&told(self.0))?;
+        match self.0 {
+            NoTunnel::Serve(ServeError::Tls(io)) => match io.get_ref().and_then(|e| e.downcast_ref()) {
+                Some(error) => write!(f, ": {}", verify::cause(error)),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+async fn drain(shard: &Shard, pod: &Pod) {
+    let mut signal = shard.signal.clone();
+    tokio::select! {
+        () = signal.draining() => {}
+        () = pod.removed() => {}
+        () = pod.handed_over() => {}
+    }
+}
+
+/// Why a stream was not delivered, or ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamFailure {
+    /// It asked for something else than one of the pod's addresses and a port.
+    #[error("not a CONNECT to an address of this pod")]
+    BadRequest,
+    /// It asked for a port of the proxy.
+    #[error("attempted recursive call to ourselves: {0} is a port of the proxy")]
+    SelfCall(SocketAddr),
+    /// The pod has too many connections.
+    #[error(transparent)]
+    TooMany(TooMany),
+    /// The mesh does not know the pod.
+    #[error(transparent)]
+    UnknownWorkload(UnknownWorkload),
+    /// Policy, or the application.
+    #[error(transparent)]
+    Delivery(#[from] DeliveryError),
+    /// The client gave up while the application was being dialled.
+    #[error("the client gave up before it was connected")]
+    Abandoned(#[source] StreamError),
+    /// It broke later.
+    #[error(transparent)]
+    Relay(RelayError),
+}
+
+impl StreamFailure {
+    /// What the client is told; nothing once it was connected, or is gone.
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::BadRequest => Some(Refusal::BadRequest),
+            Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Cut(_)) => Some(Refusal::Denied),
+            Self::SelfCall(_)
+            | Self::TooMany(_)
+            | Self::UnknownWorkload(_)
+            | Self::Delivery(DeliveryError::Connect { .. } | DeliveryError::Timeout { .. }) => {
+                Some(Refusal::Unavailable)
+            }
+            Self::Delivery(DeliveryError::Copy(_)) | Self::Abandoned(_) | Self::Relay(_) => None,
+        }
+    }
+}
+
+impl Ending for StreamFailure {
+    fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Delivery(error) => error.flag(),
+            Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => ResponseFlag::Connect,
+            Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) => ResponseFlag::None,
+        }
+    }
+
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Relay(error) => error.is_reset(),
+            Self::Delivery(error) => error.is_reset(),
+            Self::Abandoned(_) => true,
+            Self::BadRequest | Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => false,
+        }
+    }
+}
+
+/// A stream and its application: all there is of the connection.
+struct Connected {
+    relay: Relay<Tally>,
+    registered: Registered,
+    admitted: Admitted,
+}
+
+/// Serves one stream. `counted` lives as long.
+pub(super) async fn stream(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (tunnel, incoming): (Arc<Tunnel>, Incoming),
+    counted: Entered,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, tunnel, incoming)).await else { return };
+    let Connected { relay, registered, .. } = &mut connected;
+    let ended = match registered.run(relay).await {
+        Ok(ended) => ended.map_err(StreamFailure::Relay),
+        Err(cut) => Err(DeliveryError::from(cut).into()),
+    };
+    // What was cut is dropped here, and so reset at both ends.
+    connected.relay.into_meter().close(ended);
+    drop((connected.registered, connected.admitted, counted));
+}
+
+/// Decides, dials and answers. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    tunnel: Arc<Tunnel>,
+    mut incoming: Incoming,
+) -> Option<Connected> {
+    let refuse = |incoming: Incoming, asked: Option<SocketAddr>, failure: StreamFailure| {
+        let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: asked };
+        shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
+        answer(incoming, &failure);
+        None
+    };
+    let to = match destination(&incoming, &pod, &tunnel) {
+        Ok(to) => to,
+        Err(failure) => return refuse(incoming, None, failure),
+    };
+    let limit = shard.config.pod_connections_max;
+    let Some(admitted) = pod.admit(limit) else {
+        shard.count.turn_away();
+        return refuse(incoming, Some(to), StreamFailure::TooMany(TooMany(limit)));
+    };
+    let facts = Facts {
+        workload: Arc::clone(&pod.workload),
+        identity: Some(tunnel.peer.id().clone()),
+        source: tunnel.client.0.ip(),
+        destination: to,
+    };
+    let mut registered = shard.live.register(facts.clone());
+    let mesh = shard.mesh.snapshot();
+    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
+        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload)));
+        return refuse(incoming, Some(to), unknown);
+    };
+    let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
+    let parties = Parties {
+        reporter: Reporter::Destination,
+        source: mesh.workload_at(facts.source).cloned(),
+        source_identity: facts.identity.clone(),
+        destination: Some(Arc::clone(&workload)),
+        destination_identity: Some(workload.identity.clone()),
+        // Which one was meant is only the client's word.
+        service: None,
+    };
+    drop(mesh);
+    let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: Some(to) };
+    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let delivered = match permit {
+        Ok(permit) => registered
+            .run(dial(permit, &shard, &pod, &tunnel, to, &mut incoming))
+            .await
+            .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
+        Err(denial) => Err(DeliveryError::from(denial).into()),
+    };
+    let application = match delivered {
+        Ok(application) => ResetUnlessDone::new(application),
+        Err(failure) => {
+            answer(incoming, &failure);
+            tally.close(Err(failure));
+            return None;
+        }
+    };
+    match incoming.connect(Some(pod.baggage(&workload))) {
+        Ok(halves) => {
+            let application = (application, Application::Server);
+            let relay = Relay::new(application, halves, Read::default(), tally);
+            Some(Connected { relay, registered, admitted })
+        }
+        Err(error) => {
+            tally.close(Err(StreamFailure::Abandoned(error)));
+            None
+        }
+    }
+}
+
+fn answer(incoming: Incoming, failure: &StreamFailure) {
+    if let Some(refusal) = failure.refusal() {
+        incoming.refuse(refusal);
+    }
+}
+
+/// Dials the application, unless the client gives up meanwhile.
+async fn dial(
+    permit: Permit,
+    shard: &Shard,
+    pod: &Pod,
+    tunnel: &Tunnel,
+    to: SocketAddr,
+    incoming: &mut Incoming,
+) -> Result<tokio::net::TcpStream, StreamFailure> {
+    let mut dial = pin!(deliver(permit, shard, pod, tunnel.client.0, to));
+    poll_fn(|cx| {
+        if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
+            return Poll::Ready(dialled.map_err(StreamFailure::from));
+        }
+        incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
+    })
+    .await
+}
+
+/// Where a stream goes: the address of the pod its tunnel was dialled at or another one of it, and a port that
+/// is the application's to have.
+fn destination(incoming: &Incoming, pod: &Pod, tunnel: &Tunnel) -> Result<SocketAddr, StreamFailure> {
+    // A name would have to be resolved to a service of which this pod is an endpoint.
+    let Some(Authority::Address(asked)) = incoming.authority() else { return Err(StreamFailure::BadRequest) };
+    let asked = canonical(asked);
+    if asked.ip() != tunnel.local.ip() && !pod.has(asked.ip()) {
+        return Err(StreamFailure::BadRequest);
+    }
+    if RESERVED_PORTS.contains(&asked.port()) {
+        return Err(StreamFailure::SelfCall(asked));
+    }
+    Ok(asked)
+}

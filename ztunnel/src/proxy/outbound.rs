@@ -1,0 +1,409 @@
+//! What a pod dials: through a tunnel to a peer in the mesh, or on as it is.
+
+use std::fmt;
+use std::future::Future;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::net::TcpStream;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use http::StatusCode;
+use tokio::time::timeout;
+
+use crate::hbone::address::Forwarded;
+use crate::hbone::address::TraceParent;
+use crate::hbone::client::Answered;
+use crate::hbone::client::Connect;
+use crate::hbone::client::DialError;
+use crate::hbone::client::Lease;
+use crate::hbone::client::Opening;
+use crate::hbone::client::connect;
+use crate::hbone::client::handshake;
+use crate::hbone::pool::Dialer;
+use crate::hbone::pool::Dialled;
+use crate::hbone::pool::Key;
+use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::SendHalf;
+use crate::hbone::stream::StreamError;
+use crate::hbone::stream::TunnelError;
+use crate::identity::worker::Unavailable;
+use crate::model::addr::ClientAddr;
+use crate::model::addr::HbonePeer;
+use crate::model::addr::OriginalDst;
+use crate::model::identity::SpiffeId;
+use crate::model::service::Service;
+use crate::model::workload::Workload;
+use crate::net::copy;
+use crate::net::copy::CopyError;
+use crate::net::copy::ResetUnlessDone;
+use crate::proxy::accept::Counted;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
+use crate::proxy::pod::Admitted;
+use crate::proxy::pod::Pod;
+use crate::proxy::pod::TooMany;
+use crate::proxy::pod::UnknownWorkload;
+use crate::proxy::relay::Application;
+use crate::proxy::relay::Early;
+use crate::proxy::relay::Relay;
+use crate::proxy::relay::RelayError;
+use crate::proxy::shard::Shard;
+use crate::route::plan::NoRoute;
+use crate::route::plan::Plan;
+use crate::route::plan::plan;
+use crate::telemetry::events::Addresses;
+use crate::telemetry::events::Parties;
+use crate::telemetry::events::Reporter;
+use crate::telemetry::events::ResponseFlag;
+use crate::tls::configs::Credentials;
+
+/// Why a pod's connection got nowhere, or ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboundError {
+    /// The mesh knows nowhere to send it.
+    #[error(transparent)]
+    NoRoute(NoRoute),
+    /// The pod has no certificate to dial with.
+    #[error(transparent)]
+    Identity(Unavailable),
+    /// There is no tunnel to the peer.
+    #[error(transparent)]
+    Dial(Arc<DialError>),
+    /// The tunnel broke before the peer had answered.
+    #[error("HBONE peer {} did not answer", peer.0)]
+    Unanswered {
+        /// Who was asked.
+        peer: HbonePeer,
+        /// What happened to the stream.
+        #[source]
+        source: StreamError,
+    },
+    /// The peer answered that it will not connect.
+    #[error("HBONE peer {} refused the connection: http status: {status}", peer.0)]
+    Refused {
+        /// Who was asked.
+        peer: HbonePeer,
+        /// What it said.
+        status: StatusCode,
+    },
+    /// The destination outside the mesh cannot be dialled.
+    #[error("could not connect to {to}")]
+    Connect {
+        /// Who was dialled.
+        to: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination outside the mesh did not answer in time.
+    #[error("connection to {to} timed out after {after:?}")]
+    Timeout {
+        /// Who was dialled.
+        to: SocketAddr,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The application gave up while its connection was being made.
+    #[error("the client disconnected before it was connected")]
+    Abandoned(#[source] io::Error),
+    /// It broke later, inside a tunnel.
+    #[error(transparent)]
+    Relay(RelayError),
+    /// It broke later, outside of one.
+    #[error(transparent)]
+    Copy(CopyError),
+}
+
+impl Ending for OutboundError {
+    fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::NoRoute(_) | Self::Refused { .. } | Self::Connect { .. } | Self::Timeout { .. } => {
+                ResponseFlag::Connect
+            }
+            Self::Identity(_) => ResponseFlag::Identity,
+            Self::Dial(error) => match &**error {
+                DialError::Timeout { .. } => ResponseFlag::NetworkPolicy,
+                DialError::Connect { .. } | DialError::Busy { .. } | DialError::NoRoom { .. } => {
+                    ResponseFlag::Connect
+                }
+                DialError::Tls { .. } | DialError::Stalled { .. } => ResponseFlag::TlsFailure,
+                DialError::NotHttp2 { .. } => ResponseFlag::H2Handshake,
+            },
+            Self::Unanswered { source, .. } => match source {
+                // A peer that does not accept this side's certificate says so only after the handshake.
+                StreamError::Tunnel(TunnelError::Io(error)) if is_tls(error) => ResponseFlag::TlsFailure,
+                StreamError::Tunnel(TunnelError::Protocol(_)) => ResponseFlag::H2Handshake,
+                _ => ResponseFlag::Connect,
+            },
+            Self::Abandoned(_) | Self::Relay(_) | Self::Copy(_) => ResponseFlag::None,
+        }
+    }
+
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Abandoned(error) => copy::is_reset(error),
+            Self::Relay(error) => error.is_reset(),
+            Self::Copy(error) => error.is_reset(),
+            Self::NoRoute(_)
+            | Self::Identity(_)
+            | Self::Dial(_)
+            | Self::Unanswered { .. }
+            | Self::Refused { .. }
+            | Self::Connect { .. }
+            | Self::Timeout { .. } => false,
+        }
+    }
+}
+
+fn is_tls(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
+}
+
+/// A connection in both directions: all there is of it.
+enum Connected {
+    /// Through a tunnel, whose room it holds.
+    Tunnelled { relay: Relay<Tally>, lease: Lease, admitted: Admitted },
+    /// On as it is.
+    Plain { relay: copy::Relay<Tally>, admitted: Admitted },
+}
+
+/// Serves one connection that `pod` dialled. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: Counted,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
+    // In place, as moving it would reserve its room twice.
+    let ended = match &mut connected {
+        Connected::Tunnelled { relay, .. } => relay.await.map_err(OutboundError::Relay),
+        Connected::Plain { relay, .. } => relay.await.map_err(OutboundError::Copy),
+    };
+    match connected {
+        Connected::Tunnelled { relay, lease, admitted } => {
+            relay.into_meter().close(ended);
+            drop((lease, admitted));
+        }
+        Connected::Plain { relay, admitted } => {
+            relay.into_meter().close(ended);
+            drop(admitted);
+        }
+    }
+    drop(counted);
+}
+
+/// Decides and dials. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    client: ClientAddr,
+) -> Option<Connected> {
+    let dst = pod.network.original_dst(&socket);
+    let mut application = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
+    let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
+        let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
+        shard.telemetry.refused_early(addresses, Reporter::Source, error);
+        None
+    };
+    let dst = match dst {
+        Ok(dst) => dst,
+        Err(error) => return refuse(OriginalDst(client.0), &error),
+    };
+    let Some(admitted) = pod.admit(shard.config.pod_connections_max) else {
+        shard.count.turn_away();
+        return refuse(dst, &TooMany(shard.config.pod_connections_max));
+    };
+    // What is captured never goes to the pod itself, so this dialled the listener.
+    if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
+        return refuse(dst, &NoRoute::SelfCall(dst.0));
+    }
+    let mesh = shard.mesh.snapshot();
+    let Some(source) = mesh.workload(&pod.workload).cloned() else {
+        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    };
+    let planned = plan(&mesh, &source, dst, rand::random());
+    drop(mesh);
+    let told = |parties: Parties, destination, hbone| {
+        let addresses = Addresses { source: client.0, destination, hbone };
+        Tally(shard.telemetry.open(parties, addresses))
+    };
+    match planned {
+        Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
+            let parties = Parties {
+                reporter: Reporter::Source,
+                source: Some(Arc::clone(&source)),
+                source_identity: Some(source.identity.clone()),
+                destination: Some(destination),
+                destination_identity: expect.first().cloned(),
+                service: service.clone(),
+            };
+            let tally = told(parties, peer.0, Some(target));
+            let route = Route { pod, source, client, peer, expect, target, service };
+            match open(&shard, route, &mut application).await {
+                Ok(Opened { lease, halves, early }) => {
+                    tally.0.received(early.bytes() as u64);
+                    let application = (application, Application::Client);
+                    let relay = Relay::new(application, halves, early.into_read(), tally);
+                    return Some(Connected::Tunnelled { relay, lease, admitted });
+                }
+                Err(error) => tally.close(Err(error)),
+            }
+        }
+        Ok(Plan::Plain { to, destination, service }) => {
+            let (source, unknown) = (Some(source), Parties::unknown(Reporter::Source));
+            let tally = told(Parties { source, destination, service, ..unknown }, to, None);
+            match dial(&shard, &pod, to).await {
+                Ok(server) => {
+                    let relay = copy::Relay::new(application, ResetUnlessDone::new(server), tally);
+                    return Some(Connected::Plain { relay, admitted });
+                }
+                Err(error) => tally.close(Err(error)),
+            }
+        }
+        Err(error @ NoRoute::SelfCall(_)) => return refuse(dst, &error),
+        Err(error) => {
+            let parties = Parties { source: Some(source), ..Parties::unknown(Reporter::Source) };
+            told(parties, dst.0, None).close(Err(OutboundError::NoRoute(error)));
+        }
+    }
+    None
+}
+
+async fn dial(shard: &Shard, pod: &Pod, to: SocketAddr) -> Result<tokio::net::TcpStream, OutboundError> {
+    let after = shard.config.connect_timeout;
+    timeout(after, pod.network.leave(to))
+        .await
+        .map_err(|_elapsed| OutboundError::Timeout { to, after })?
+        .map_err(|source| OutboundError::Connect { to, source })
+}
+
+/// One connection through a tunnel: whose, from where, to whom.
+struct Route {
+    pod: Arc<Pod>,
+    source: Arc<Workload>,
+    client: ClientAddr,
+    peer: HbonePeer,
+    expect: Vec<SpiffeId>,
+    target: SocketAddr,
+    service: Option<Arc<Service>>,
+}
+
+struct Opened {
+    lease: Lease,
+    halves: (SendHalf, RecvHalf),
+    early: Early,
+}
+
+/// Opens a stream. Once more on another tunnel if the first did not take it, or if it broke before anything of
+/// the application's was put on it: never if the peer may already have delivered some.
+async fn open(
+    shard: &Arc<Shard>,
+    route: Route,
+    application: &mut ResetUnlessDone,
+) -> Result<Opened, OutboundError> {
+    let peer = route.peer;
+    let credentials =
+        shard.identities.credentials(&route.source.identity).await.map_err(OutboundError::Identity)?;
+    let baggage = route.pod.baggage(&route.source);
+    let host = route.service.as_ref().map(|service| &*service.hostname);
+    let connect = Connect {
+        authority: route.target,
+        baggage: &baggage,
+        forwarded: Forwarded { client: route.client.0, host },
+        trace: TraceParent::from_random(rand::random(), rand::random()),
+    };
+    let key = Key {
+        source: route.source.identity.clone(),
+        netns: route.pod.netns,
+        peer,
+        expect: route.expect.clone(),
+    };
+    let dialer = TunnelDialer { shard, pod: &route.pod, peer, expect: &route.expect, first: credentials };
+    let mut early = Early::default();
+    let mut retried = false;
+    loop {
+        let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
+        let source = match ask(&mut leased.lease, &connect, application, &mut early).await? {
+            Asked::Connected(send, recv) => {
+                return Ok(Opened { lease: leased.lease, halves: (send, recv), early });
+            }
+            Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
+            Asked::Unanswered(source) => source,
+        };
+        let again = match source {
+            StreamError::NotTaken => true,
+            StreamError::Tunnel(_) => leased.reused && !early.is_taken(),
+            StreamError::Finished | StreamError::Reset(_) => false,
+        };
+        if !again || retried {
+            return Err(OutboundError::Unanswered { peer, source });
+        }
+        retried = true;
+        leased.lease.retire();
+        early.rewind();
+    }
+}
+
+enum Asked {
+    Connected(SendHalf, RecvHalf),
+    Refused(StatusCode),
+    Unanswered(StreamError),
+}
+
+/// Asks for the stream and waits for the answer. Meanwhile the application's first words are sent: a peer
+/// delivers nothing before it has decided, and the round trip is saved.
+async fn ask(
+    lease: &mut Lease,
+    connect: &Connect<'_>,
+    application: &mut ResetUnlessDone,
+    early: &mut Early,
+) -> Result<Asked, OutboundError> {
+    let Opening { mut send, mut answer } = match lease.open(connect).await {
+        Ok(opening) => opening,
+        Err(error) => return Ok(Asked::Unanswered(error)),
+    };
+    let answered = poll_fn(|cx| match answer.poll(cx) {
+        Poll::Ready(answered) => Poll::Ready(Ok(answered)),
+        Poll::Pending => early.poll(&mut application.socket, &mut send, cx).map(Err),
+    })
+    .await
+    .map_err(OutboundError::Abandoned)?;
+    Ok(match answered {
+        Ok(Answered::Connected { recv, .. }) => Asked::Connected(send, recv),
+        Ok(Answered::Refused(status)) => Asked::Refused(status),
+        Err(error) => Asked::Unanswered(error),
+    })
+}
+
+/// Dials the peer from inside the pod.
+struct TunnelDialer<'a> {
+    shard: &'a Arc<Shard>,
+    pod: &'a Arc<Pod>,
+    peer: HbonePeer,
+    expect: &'a [SpiffeId],
+    /// Should the present ones have ended meanwhile.
+    first: Arc<Credentials>,
+}
+
+impl Dialer for TunnelDialer<'_> {
+    fn credentials(&self) -> Arc<Credentials> {
+        let current = self.shard.identities.current(self.first.identity());
+        current.unwrap_or_else(|| Arc::clone(&self.first))
+    }
+
+    fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>> {
+        let (peer, config) = (self.peer, Arc::clone(&self.shard.config));
+        let (dial, tls) = (self.pod.network.leave(peer.0), credentials.client_config(self.expect));
+        Box::pin(async move {
+            let socket = connect(dial, peer, config.connect_timeout).await?;
+            handshake(socket, peer, tls, &config.hbone).await
+        })
+    }
+}

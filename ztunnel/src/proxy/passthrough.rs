@@ -1,0 +1,189 @@
+//! Plain connections to a pod: from outside the mesh, judged without an identity, delivered as they are.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::model::addr::ClientAddr;
+use crate::model::addr::OriginalDst;
+use crate::net::copy;
+use crate::net::copy::CopyError;
+use crate::net::copy::ResetUnlessDone;
+use crate::policy::authorize::Denial;
+use crate::policy::authorize::Permit;
+use crate::policy::authorize::authorize;
+use crate::proxy::accept::Counted;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
+use crate::proxy::live::Cut;
+use crate::proxy::live::Facts;
+use crate::proxy::live::Registered;
+use crate::proxy::pod::Admitted;
+use crate::proxy::pod::Pod;
+use crate::proxy::pod::TooMany;
+use crate::proxy::pod::UnknownWorkload;
+use crate::proxy::shard::Shard;
+use crate::route::plan::NoRoute;
+use crate::route::plan::RESERVED_PORTS;
+use crate::telemetry::events::Addresses;
+use crate::telemetry::events::Parties;
+use crate::telemetry::events::Reporter;
+use crate::telemetry::events::ResponseFlag;
+
+/// Why a connection to a pod was not delivered, or ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum DeliveryError {
+    /// Policy refused it.
+    #[error(transparent)]
+    Denied(#[from] Denial),
+    /// Policy refused it later.
+    #[error(transparent)]
+    Cut(#[from] Cut),
+    /// The application does not take it.
+    #[error("could not connect to the application at {to}")]
+    Connect {
+        /// Where it was dialled.
+        to: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The application does not answer.
+    #[error("connection to the application at {to} timed out after {after:?}")]
+    Timeout {
+        /// Where it was dialled.
+        to: SocketAddr,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// It broke later.
+    #[error(transparent)]
+    Copy(CopyError),
+}
+
+impl Ending for DeliveryError {
+    fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Denied(_) | Self::Cut(_) => ResponseFlag::Denied,
+            Self::Connect { .. } | Self::Timeout { .. } => ResponseFlag::Connect,
+            Self::Copy(_) => ResponseFlag::None,
+        }
+    }
+
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Copy(error) => error.is_reset(),
+            Self::Denied(_) | Self::Cut(_) | Self::Connect { .. } | Self::Timeout { .. } => false,
+        }
+    }
+}
+
+/// Dials the pod's application on behalf of `client`. Nobody is delivered without leave.
+pub(super) async fn deliver(
+    _permit: Permit,
+    shard: &Shard,
+    pod: &Pod,
+    client: SocketAddr,
+    to: SocketAddr,
+) -> Result<tokio::net::TcpStream, DeliveryError> {
+    let after = shard.config.connect_timeout;
+    timeout(after, pod.network.deliver(client.ip(), to))
+        .await
+        .map_err(|_elapsed| DeliveryError::Timeout { to, after })?
+        .map_err(|source| DeliveryError::Connect { to, source })
+}
+
+/// A connection in both directions: all there is of it.
+struct Connected {
+    relay: copy::Relay<Tally>,
+    registered: Registered,
+    admitted: Admitted,
+}
+
+/// Serves one plain connection to `pod`. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: Counted,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
+    let Connected { relay, registered, .. } = &mut connected;
+    let ended = match registered.run(relay).await {
+        Ok(ended) => ended.map_err(DeliveryError::Copy),
+        Err(cut) => Err(DeliveryError::Cut(cut)),
+    };
+    // What was cut is dropped here, and so reset.
+    connected.relay.into_meter().close(ended);
+    drop((connected.registered, connected.admitted, counted));
+}
+
+/// Decides and dials. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    client: ClientAddr,
+) -> Option<Connected> {
+    let dst = pod.network.original_dst(&socket);
+    let front = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
+    let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
+        let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
+        shard.telemetry.refused_early(addresses, Reporter::Destination, error);
+        None
+    };
+    let dst = match dst {
+        Ok(dst) => dst,
+        Err(error) => return refuse(OriginalDst(client.0), &error),
+    };
+    let Some(admitted) = pod.admit(shard.config.pod_connections_max) else {
+        shard.count.turn_away();
+        return refuse(dst, &TooMany(shard.config.pod_connections_max));
+    };
+    if RESERVED_PORTS.contains(&dst.0.port()) {
+        return refuse(dst, &NoRoute::SelfCall(dst.0));
+    }
+    let facts = Facts {
+        workload: Arc::clone(&pod.workload),
+        identity: None,
+        source: client.0.ip(),
+        destination: dst.0,
+    };
+    let mut registered = shard.live.register(facts.clone());
+    let mesh = shard.mesh.snapshot();
+    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
+        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    };
+    let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
+    let parties = Parties {
+        source: mesh.workload_at(client.0.ip()).cloned(),
+        destination: Some(workload),
+        ..Parties::unknown(Reporter::Destination)
+    };
+    drop(mesh);
+    let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
+    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let delivered = match permit {
+        Ok(permit) => registered
+            .run(deliver(permit, &shard, &pod, client.0, dst.0))
+            .await
+            .unwrap_or_else(|cut| Err(cut.into())),
+        Err(denial) => Err(denial.into()),
+    };
+    match delivered {
+        Ok(application) => {
+            let relay = copy::Relay::new(front, ResetUnlessDone::new(application), tally);
+            Some(Connected { relay, registered, admitted })
+        }
+        Err(error) => {
+            tally.close(Err(error));
+            None
+        }
+    }
+}

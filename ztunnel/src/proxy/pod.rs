@@ -1,0 +1,140 @@
+//! What the connections of one pod share.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+
+use http::HeaderValue;
+
+use crate::hbone::address::Baggage;
+use crate::model::addr::PodUid;
+use crate::model::workload::Workload;
+use crate::net::socket::PodNetwork;
+use crate::proxy::PodSpec;
+use crate::shutdown::Signal;
+
+/// A pod whose connections are taken. It lives as long as one of them.
+pub struct Pod {
+    /// This incarnation.
+    pub uid: PodUid,
+    /// Its workload's unique name in the mesh.
+    pub workload: Arc<str>,
+    /// Its network namespace.
+    pub netns: (u64, u64),
+    /// How to dial for it.
+    pub network: Arc<dyn PodNetwork>,
+    addresses: Vec<IpAddr>,
+    stopped: Signal,
+    handing_over: Signal,
+    connections: AtomicUsize,
+    tunnels: AtomicUsize,
+    handshakes: AtomicUsize,
+    /// Rendered once per version of the workload, not once per connection.
+    baggage: Mutex<Option<(Arc<Workload>, HeaderValue)>>,
+}
+
+impl Pod {
+    /// `stopped` drains when the pod is removed, `handing_over` when another process takes over.
+    pub(super) fn new(
+        spec: PodSpec,
+        netns: (u64, u64),
+        network: Arc<dyn PodNetwork>,
+        stopped: Signal,
+        handing_over: Signal,
+    ) -> Self {
+        Self {
+            uid: spec.uid,
+            workload: spec.workload,
+            netns,
+            network,
+            addresses: spec.addresses,
+            stopped,
+            handing_over,
+            connections: AtomicUsize::new(0),
+            tunnels: AtomicUsize::new(0),
+            handshakes: AtomicUsize::new(0),
+            baggage: Mutex::new(None),
+        }
+    }
+
+    /// Whether `ip` is an address of the pod.
+    pub fn has(&self, ip: IpAddr) -> bool {
+        self.addresses.contains(&ip)
+    }
+
+    /// Waits for the pod's removal.
+    pub async fn removed(&self) {
+        self.stopped.clone().draining().await;
+    }
+
+    /// Waits for another process to take over.
+    pub async fn handed_over(&self) {
+        self.handing_over.clone().draining().await;
+    }
+
+    /// One more connection, unless `max` are open.
+    pub fn admit(self: &Arc<Self>, max: usize) -> Option<Admitted> {
+        Admitted::new(self, |pod| &pod.connections, max)
+    }
+
+    /// One more tunnel to the pod, unless `max` are open.
+    pub fn admit_tunnel(self: &Arc<Self>, max: usize) -> Option<Admitted> {
+        Admitted::new(self, |pod| &pod.tunnels, max)
+    }
+
+    /// One more handshake, unless `max` are in progress.
+    pub fn admit_handshake(self: &Arc<Self>, max: usize) -> Option<Admitted> {
+        Admitted::new(self, |pod| &pod.handshakes, max)
+    }
+
+    /// The `baggage` of the pod's `workload`.
+    pub fn baggage(&self, workload: &Arc<Workload>) -> HeaderValue {
+        let mut cached = self.baggage.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((rendered, value)) = &*cached
+            && Arc::ptr_eq(rendered, workload)
+        {
+            return value.clone();
+        }
+        let text = Baggage::of(workload).to_string();
+        // Baggage writes visible ASCII only.
+        let value = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""));
+        *cached = Some((Arc::clone(workload), value.clone()));
+        value
+    }
+}
+
+/// A pod has too many connections.
+#[derive(Debug, thiserror::Error)]
+#[error("the pod already has {0} connections, the most it may have")]
+pub struct TooMany(pub usize);
+
+/// The mesh does not know the pod.
+#[derive(Debug, thiserror::Error)]
+#[error("the mesh does not know workload {0}, whose pod this is")]
+pub struct UnknownWorkload(pub Arc<str>);
+
+/// A place among those a pod may have, given back when dropped.
+pub struct Admitted {
+    pod: Arc<Pod>,
+    which: fn(&Pod) -> &AtomicUsize,
+}
+
+impl Admitted {
+    fn new(pod: &Arc<Pod>, which: fn(&Pod) -> &AtomicUsize, max: usize) -> Option<Self> {
+        // Two threads may both see the last place; then both give it back.
+        if which(pod).fetch_add(1, Ordering::Relaxed) >= max {
+            which(pod).fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self { pod: Arc::clone(pod), which })
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        (self.which)(&self.pod).fetch_sub(1, Ordering::Relaxed);
+    }
+}

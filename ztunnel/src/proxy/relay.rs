@@ -1,0 +1,302 @@
+//! Moving bytes between an application's socket and a stream.
+//!
+//! Each direction ends on its own. A reset at either end becomes a reset at the other, and so does the end of
+//! the tunnel: an application never takes a part for the whole.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+
+use bytes::Bytes;
+use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+
+use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::SendHalf;
+use crate::hbone::stream::StreamError;
+use crate::net::buffer::poll_read_chunk;
+use crate::net::copy::Meter;
+use crate::net::copy::Outflow;
+use crate::net::copy::ResetUnlessDone;
+use crate::net::copy::Watch;
+use crate::net::copy::is_reset;
+
+/// Why a relayed connection ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// The application's side.
+    #[error("the application's connection broke before all data was written")]
+    Application(#[source] io::Error),
+    /// The tunnel's side.
+    #[error("the tunnel's stream ended before all data was written")]
+    Stream(#[source] StreamError),
+}
+
+impl RelayError {
+    /// Whether one of the two applications reset the connection, as applications do: nothing went wrong with
+    /// what carried it.
+    pub fn is_reset(&self) -> bool {
+        match self {
+            Self::Application(error) => is_reset(error),
+            Self::Stream(error) => matches!(error, StreamError::Reset(_) | StreamError::Finished),
+        }
+    }
+}
+
+/// Which end of the connection the application is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Application {
+    /// It dialled.
+    Client,
+    /// It was dialled.
+    Server,
+}
+
+/// One relayed connection: all there is of it. A future that resolves when both directions have ended; when one
+/// breaks, or the future is dropped, both ends are reset.
+///
+/// From the application: reading → ending (the rest and the end are being sent) → ended.
+/// To the application: the same, the other way.
+pub struct Relay<M> {
+    application: ResetUnlessDone,
+    role: Application,
+    send: SendHalf,
+    recv: RecvHalf,
+    /// What was read and not yet sent. While there is any, nothing more is read.
+    chunk: Bytes,
+    from: From,
+    /// What was received and not yet written; bounded by the stream's window, as it is released only then.
+    outflow: Outflow,
+    to: To,
+    watch: Watch,
+    meter: M,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum From {
+    Reading,
+    Ending,
+    Ended,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum To {
+    Receiving,
+    Ending,
+    Ended,
+}
+
+/// What was already read from the application.
+#[derive(Debug, Default)]
+pub struct Read {
+    /// Not sent yet.
+    pub unsent: Bytes,
+    /// Whether the end came after it.
+    pub ended: bool,
+}
+
+impl<M: Meter> Relay<M> {
+    /// Joins an application and a stream. `read` was taken from the application before, and counted.
+    pub fn new(
+        (application, role): (ResetUnlessDone, Application),
+        (send, recv): (SendHalf, RecvHalf),
+        read: Read,
+        meter: M,
+    ) -> Self {
+        Self {
+            application,
+            role,
+            send,
+            recv,
+            chunk: read.unsent,
+            from: if read.ended { From::Ending } else { From::Reading },
+            outflow: Outflow::default(),
+            to: To::Receiving,
+            watch: Watch::default(),
+            meter,
+        }
+    }
+
+    /// What counted; the rest is dropped.
+    pub fn into_meter(self) -> M {
+        self.meter
+    }
+
+    fn count_read(&self, bytes: usize) {
+        match self.role {
+            Application::Client => self.meter.up(bytes as u64),
+            Application::Server => self.meter.down(bytes as u64),
+        }
+    }
+
+    fn count_written(&self, bytes: usize) {
+        match self.role {
+            Application::Client => self.meter.down(bytes as u64),
+            Application::Server => self.meter.up(bytes as u64),
+        }
+    }
+
+    fn poll_from(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        loop {
+            while !self.chunk.is_empty() {
+                ready!(self.send.poll_send(cx, &mut self.chunk)).map_err(RelayError::Stream)?;
+            }
+            match self.from {
+                From::Reading => {
+                    let read = ready!(poll_read_chunk(&mut self.application.socket, cx));
+                    self.chunk = read.map_err(RelayError::Application)?;
+                    self.count_read(self.chunk.len());
+                    if self.chunk.is_empty() {
+                        self.from = From::Ending;
+                    }
+                }
+                From::Ending => {
+                    // Fails for a stream that was reset, of which the other direction learns the reason.
+                    let _ended = self.send.finish();
+                    self.from = From::Ended;
+                }
+                From::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+
+    fn poll_to(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        let mut stalled = false;
+        loop {
+            // What nobody takes is received nevertheless: it counts against the stream's window as before, but
+            // no longer against the number of frames a tunnel lets wait.
+            while self.to == To::Receiving && (stalled || !self.outflow.is_full()) {
+                match self.recv.poll_data(cx) {
+                    Poll::Ready(Some(Ok(data))) => self.outflow.push(data),
+                    Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(RelayError::Stream(error))),
+                    Poll::Ready(None) => self.to = To::Ending,
+                    Poll::Pending => break,
+                }
+            }
+            if stalled {
+                return Poll::Pending;
+            }
+            if !self.outflow.is_empty() {
+                match self.outflow.poll_write(&mut self.application.socket, cx) {
+                    Poll::Ready(written) => {
+                        let written = written.map_err(RelayError::Application)?;
+                        self.recv.release(written);
+                        self.count_written(written);
+                    }
+                    Poll::Pending => stalled = true,
+                }
+                continue;
+            }
+            match self.to {
+                To::Receiving => return Poll::Pending,
+                To::Ending => {
+                    let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
+                    ready!(ended).map_err(RelayError::Application)?;
+                    self.to = To::Ended;
+                }
+                To::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        let to = self.poll_to(cx)?;
+        let from = self.poll_from(cx)?;
+        if to.is_ready() && from.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        // With nothing left to receive, only this tells of a reset.
+        if self.to == To::Ended
+            && let Poll::Ready(error) = self.send.poll_reset(cx)
+        {
+            return Poll::Ready(match error {
+                StreamError::Finished => Ok(()),
+                error => Err(RelayError::Stream(error)),
+            });
+        }
+        let unread = self.from != From::Reading || !self.chunk.is_empty();
+        if self.watch.is_due(unread, cx)
+            && let Ok(Some(error)) = self.application.socket.take_error()
+        {
+            return Poll::Ready(Err(RelayError::Application(error)));
+        }
+        Poll::Pending
+    }
+}
+
+impl<M: Meter + Unpin> Future for Relay<M> {
+    type Output = Result<(), RelayError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = ready!(self.poll_both(cx));
+        match &ended {
+            Ok(()) => self.application.done(),
+            // Also where this side's end was sent before: the other side must not wait for more.
+            Err(RelayError::Application(_)) => self.send.reset(),
+            Err(RelayError::Stream(_)) => {}
+        }
+        Poll::Ready(ended)
+    }
+}
+
+/// What an application says while a stream for it is being opened: at most one chunk is taken, sent before the
+/// answer, and kept so that it can be sent again over another tunnel.
+#[derive(Debug, Default)]
+pub struct Early {
+    kept: Option<Bytes>,
+    unsent: Bytes,
+    ended: bool,
+}
+
+impl Early {
+    /// Whether anything was taken from the application, and so may have been sent.
+    pub fn is_taken(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// How many bytes were taken.
+    pub fn bytes(&self) -> usize {
+        self.kept.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// Sends from the beginning again.
+    pub fn rewind(&mut self) {
+        self.unsent = self.kept.clone().unwrap_or_default();
+    }
+
+    /// Takes and sends what there is. Never ready but with the application's error: what ails the stream, its
+    /// answer will say.
+    pub fn poll(
+        &mut self,
+        application: &mut TcpStream,
+        send: &mut SendHalf,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Error> {
+        if self.kept.is_none() && !self.ended {
+            match poll_read_chunk(application, cx) {
+                Poll::Ready(Ok(chunk)) if chunk.is_empty() => self.ended = true,
+                Poll::Ready(Ok(chunk)) => {
+                    self.unsent = chunk.clone();
+                    self.kept = Some(chunk);
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(error),
+                Poll::Pending => {}
+            }
+        }
+        while !self.unsent.is_empty() {
+            match send.poll_send(cx, &mut self.unsent) {
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(_)) | Poll::Pending => break,
+            }
+        }
+        Poll::Pending
+    }
+
+    /// What the relay begins with.
+    pub fn into_read(self) -> Read {
+        Read { unsent: self.unsent, ended: self.ended }
+    }
+}

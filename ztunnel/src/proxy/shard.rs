@@ -1,0 +1,185 @@
+//! What the connections of one data-plane thread share.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::sync::mpsc;
+
+use crate::hbone::pool::Pool;
+use crate::identity::worker::Identities;
+use crate::mesh::MeshReader;
+use crate::proxy::Config;
+use crate::proxy::accept::Arrival;
+use crate::proxy::live::Live;
+use crate::shutdown;
+use crate::shutdown::Signal;
+use crate::telemetry::LocalTelemetry;
+
+/// One data-plane thread.
+pub struct Shard {
+    /// The same for all threads.
+    pub config: Arc<Config>,
+    /// The mesh.
+    pub mesh: MeshReader,
+    /// Certificates.
+    pub identities: Identities,
+    /// Tells what happened.
+    pub telemetry: LocalTelemetry,
+    /// This thread's tunnels to peers.
+    pub pool: Pool,
+    /// This thread's inbound connections.
+    pub live: Live,
+    /// What is open, on all threads together.
+    pub count: Arc<Count>,
+    /// The end of the process.
+    pub signal: Signal,
+    pub(super) runtime: Handle,
+    others: Vec<mpsc::Sender<Arrival>>,
+    turn: AtomicUsize,
+}
+
+impl Shard {
+    #[expect(clippy::too_many_arguments, reason = "each is a part of its own, joined nowhere else")]
+    pub(super) fn new(
+        config: Arc<Config>,
+        mesh: MeshReader,
+        identities: Identities,
+        telemetry: LocalTelemetry,
+        count: Arc<Count>,
+        signal: Signal,
+        runtime: Handle,
+        others: Vec<mpsc::Sender<Arrival>>,
+    ) -> Self {
+        Self {
+            pool: Pool::new(config.hbone.waiters_max),
+            live: Live::default(),
+            turn: AtomicUsize::new(0),
+            config,
+            mesh,
+            identities,
+            telemetry,
+            count,
+            signal,
+            runtime,
+            others,
+        }
+    }
+
+    /// Runs the thread until the end of the process. What is open then is dropped with the runtime.
+    pub(super) async fn run(self: Arc<Self>, mut arrivals: mpsc::Receiver<Arrival>) {
+        let watching = Arc::clone(&self);
+        shutdown::spawn(async move { watching.live.watch(watching.mesh.clone()).await });
+        let (mut signal, mut drain) = (self.signal.clone(), self.signal.clone());
+        let draining = async {
+            drain.draining().await;
+            // Until then new streams may still be opened for connections that are being accepted.
+            tokio::time::sleep(self.config.linger).await;
+            self.pool.retire_all();
+        };
+        let (mut closing, mut draining) = (pin!(signal.closing()), pin!(draining));
+        let mut drained = false;
+        loop {
+            tokio::select! {
+                () = &mut closing => return,
+                () = &mut draining, if !drained => drained = true,
+                Some(arrival) = arrivals.recv() => arrival.serve(&self),
+            }
+        }
+    }
+
+    /// Serves a connection on this thread or another, in turn.
+    pub fn spread(self: &Arc<Self>, arrival: Arrival) {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
+        match self.others.get(turn) {
+            // A thread that is behind gets no more: this one keeps it.
+            Some(other) => match other.try_send(arrival) {
+                Ok(()) => {}
+                Err(
+                    mpsc::error::TrySendError::Full(arrival) | mpsc::error::TrySendError::Closed(arrival),
+                ) => {
+                    arrival.serve(self);
+                }
+            },
+            None => arrival.serve(self),
+        }
+    }
+}
+
+/// Counts what must end before the process may.
+#[derive(Debug, Default)]
+pub struct Count {
+    listeners: AtomicUsize,
+    connections: AtomicUsize,
+    turned_away: AtomicUsize,
+    left: Notify,
+}
+
+impl Count {
+    /// One more listener.
+    pub fn listener(self: &Arc<Self>) -> Entered {
+        Entered::new(self, |count| &count.listeners)
+    }
+
+    /// One more connection or stream.
+    pub fn connection(self: &Arc<Self>) -> Entered {
+        Entered::new(self, |count| &count.connections)
+    }
+
+    /// One connection more that its pod had no room for.
+    pub fn turn_away(&self) {
+        self.turned_away.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many connections were turned away.
+    pub fn turned_away(&self) -> usize {
+        self.turned_away.load(Ordering::Relaxed)
+    }
+
+    /// How many connections are open.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all have left.
+    pub async fn zero(&self) {
+        loop {
+            let mut left = pin!(self.left.notified());
+            left.as_mut().enable();
+            if self.all() == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    fn all(&self) -> usize {
+        self.listeners.load(Ordering::SeqCst) + self.connections.load(Ordering::SeqCst)
+    }
+}
+
+/// Leaves when dropped.
+#[derive(Debug)]
+pub struct Entered {
+    count: Arc<Count>,
+    which: fn(&Count) -> &AtomicUsize,
+}
+
+impl Entered {
+    fn new(count: &Arc<Count>, which: fn(&Count) -> &AtomicUsize) -> Self {
+        which(count).fetch_add(1, Ordering::SeqCst);
+        Self { count: Arc::clone(count), which }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        (self.which)(&self.count).fetch_sub(1, Ordering::SeqCst);
+        if self.count.all() == 0 {
+            self.count.left.notify_waiters();
+        }
+    }
+}

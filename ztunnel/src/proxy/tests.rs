@@ -1,0 +1,747 @@
+//! A data plane with two pods in one process. Addresses of the mesh are mapped to loopback listeners; all else is
+//! real: threads, sockets, TLS, HTTP/2, policies, log lines.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::future::poll_fn;
+use std::io;
+use std::io::Write;
+use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http::HeaderValue;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::hbone;
+use crate::hbone::address::Forwarded;
+use crate::hbone::address::TraceParent;
+use crate::hbone::client::Answered;
+use crate::hbone::client::Connect;
+use crate::hbone::client::handshake;
+use crate::hbone::server;
+use crate::hbone::tests::TestCa;
+use crate::hbone::tests::id;
+use crate::identity::ca::CertificateAuthority;
+use crate::identity::ca::IssueError;
+use crate::identity::worker;
+use crate::mesh::MeshWriter;
+use crate::mesh::index::Mesh;
+use crate::mesh::mesh;
+use crate::model::addr::HbonePeer;
+use crate::model::addr::OriginalDst;
+use crate::model::addr::PodUid;
+use crate::model::identity::SpiffeId;
+use crate::model::identity::TrustDomain;
+use crate::model::policy::Action;
+use crate::model::policy::Clause;
+use crate::model::policy::Match;
+use crate::model::policy::Policy;
+use crate::model::policy::PolicyKey;
+use crate::model::policy::Rule;
+use crate::model::policy::Scope;
+use crate::model::policy::StringMatch;
+use crate::model::workload::Reach;
+use crate::model::workload::Workload;
+use crate::model::workload::WorkloadKind;
+use crate::net::bypass::Bypass;
+use crate::net::socket::Dial;
+use crate::net::socket::PodNetwork;
+use crate::net::socket::reset_on_close;
+use crate::proxy::Config;
+use crate::proxy::DataPlane;
+use crate::proxy::Listeners;
+use crate::proxy::PodSpec;
+use crate::shutdown;
+use crate::telemetry;
+use crate::telemetry::Telemetry;
+use crate::telemetry::line::Format;
+use crate::telemetry::writer;
+use crate::tls::configs::Credentials;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const CLIENT: &str = "10.0.0.1";
+const SERVER: &str = "10.0.0.2";
+const SERVICE: &str = "10.0.0.2:80";
+
+/// The authority and the roots it shares with tests that speak HBONE themselves.
+struct Ca(Arc<TestCa>);
+
+impl CertificateAuthority for Ca {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        Box::pin(async { Ok(self.0.certify(identity)) })
+    }
+}
+
+struct NoBypass;
+
+impl Bypass for NoBypass {
+    fn vouch(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where the addresses of the mesh are, and where the next captured connection was going.
+struct Net {
+    places: Mutex<HashMap<SocketAddr, SocketAddr>>,
+    dst: Mutex<SocketAddr>,
+}
+
+impl Net {
+    fn dial(&self, to: SocketAddr) -> Dial {
+        let place = self.places.lock().unwrap().get(&to).copied();
+        Box::pin(async move {
+            let socket = TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await?;
+            socket.set_nodelay(true)?;
+            Ok(socket)
+        })
+    }
+}
+
+struct TestPod(Arc<Net>);
+
+impl PodNetwork for TestPod {
+    fn original_dst(&self, _accepted: &std::net::TcpStream) -> io::Result<OriginalDst> {
+        Ok(OriginalDst(*self.0.dst.lock().unwrap()))
+    }
+
+    fn leave(&self, to: SocketAddr) -> Dial {
+        self.0.dial(to)
+    }
+
+    fn deliver(&self, _client: IpAddr, to: SocketAddr) -> Dial {
+        self.0.dial(to)
+    }
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(data);
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Node {
+    plane: DataPlane,
+    mesh: MeshWriter,
+    net: Arc<Net>,
+    ca: Arc<TestCa>,
+    log: Log,
+    stop: shutdown::Trigger,
+    /// The application of the server pod.
+    app: TcpListener,
+    /// Where the pods' listeners are: outbound of the client; inbound and HBONE of the server.
+    outbound: SocketAddr,
+    inbound: SocketAddr,
+    hbone: SocketAddr,
+}
+
+fn workload(name: &str, address: &str) -> Arc<Workload> {
+    Arc::new(Workload {
+        uid: name.into(),
+        name: name.into(),
+        namespace: "test".into(),
+        identity: id(name),
+        node: "".into(),
+        cluster: "C".into(),
+        addresses: vec![address.parse().unwrap()],
+        workload_name: name.into(),
+        kind: WorkloadKind::Deployment,
+        canonical_name: name.into(),
+        canonical_revision: "v1".into(),
+        region: "".into(),
+        zone: "".into(),
+        reach: Reach::Hbone,
+        healthy: true,
+        host_network: false,
+        policies: Vec::new(),
+    })
+}
+
+fn allow_only(principal: &str) -> Policy {
+    let principals = vec![StringMatch::Exact(principal.into())];
+    let matches = vec![Match { principals, ..Match::default() }];
+    Policy {
+        key: PolicyKey { namespace: "test".into(), name: "p".into() },
+        scope: Scope::Namespace,
+        action: Action::Allow,
+        rules: vec![Rule { clauses: vec![Clause { matches }] }],
+    }
+}
+
+fn two_pods(policies: Vec<Policy>) -> Mesh {
+    Mesh::new(
+        TrustDomain::default(),
+        [workload("client", CLIENT), workload("server", SERVER)],
+        [],
+        policies.into_iter().map(Arc::new),
+    )
+}
+
+fn loopback() -> std::net::TcpListener {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+impl Node {
+    async fn start() -> Self {
+        Self::start_with(Config { threads: 2, linger: Duration::from_millis(50), ..Config::default() }).await
+    }
+
+    async fn start_with(config: Config) -> Self {
+        let ca = Arc::new(TestCa::new());
+        let (mut writer, reader) = mesh();
+        writer.publish(two_pods(vec![]));
+        let (stop, signal) = shutdown::channel();
+        let identities = worker::start(Arc::new(Ca(Arc::clone(&ca))), signal.clone());
+        let log = Log::default();
+        let queue = writer::start(Box::new(log.clone()), Format::Plain).unwrap();
+        let telemetry = Telemetry::new(telemetry::Config::default(), queue);
+        let plane =
+            DataPlane::start(config, reader, identities, &telemetry, Arc::new(NoBypass), signal).unwrap();
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let net = Arc::new(Net {
+            places: Mutex::new([(SERVICE.parse().unwrap(), app.local_addr().unwrap())].into()),
+            dst: Mutex::new(SERVICE.parse().unwrap()),
+        });
+        let nowhere = app.local_addr().unwrap();
+        let mut node = Self {
+            plane,
+            mesh: writer,
+            net,
+            ca,
+            log,
+            stop,
+            app,
+            outbound: nowhere,
+            inbound: nowhere,
+            hbone: nowhere,
+        };
+        node.outbound = node.add("client", CLIENT, 1)[0];
+        node.add_server();
+        node
+    }
+
+    fn add_server(&mut self) {
+        let [_, inbound, hbone] = self.add("server", SERVER, 2);
+        (self.inbound, self.hbone) = (inbound, hbone);
+        self.place("10.0.0.2:15008", hbone);
+    }
+
+    fn add(&self, name: &str, address: &str, netns: u64) -> [SocketAddr; 3] {
+        let listeners =
+            Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
+        let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
+            .map(|listener| listener.local_addr().unwrap());
+        let spec = PodSpec {
+            uid: PodUid::from(name),
+            workload: name.into(),
+            addresses: vec![address.parse().unwrap()],
+        };
+        let network = Arc::new(TestPod(Arc::clone(&self.net)));
+        self.plane.add(spec, listeners, (0, netns), network).unwrap();
+        places
+    }
+
+    fn place(&self, address: &str, at: SocketAddr) {
+        self.net.places.lock().unwrap().insert(address.parse().unwrap(), at);
+    }
+
+    fn toward(&self, dst: &str) {
+        *self.net.dst.lock().unwrap() = dst.parse().unwrap();
+    }
+
+    /// The client pod's application connects, and the server's accepts.
+    async fn connect(&self) -> (TcpStream, TcpStream) {
+        let client = TcpStream::connect(self.outbound).await.unwrap();
+        let (server, _) = timeout(PATIENCE, self.app.accept()).await.expect("delivered").unwrap();
+        (client, server)
+    }
+
+    /// Waits for a log line that has all of `parts`.
+    async fn logged(&self, parts: &[&str]) {
+        let found = async {
+            loop {
+                let text = String::from_utf8(self.log.0.lock().unwrap().clone()).unwrap();
+                if text.lines().any(|line| parts.iter().all(|part| line.contains(part))) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if timeout(PATIENCE, found).await.is_err() {
+            panic!("no line has all of {parts:?}:\n{}", String::from_utf8_lossy(&self.log.0.lock().unwrap()));
+        }
+    }
+
+    /// Connects and expects a reset, with nothing delivered.
+    async fn refused(&self, at: SocketAddr) {
+        // The reset may come before the connect is told of its success.
+        match TcpStream::connect(at).await {
+            Ok(mut client) => assert_reset(&mut client).await,
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+        }
+        let delivered = timeout(Duration::from_millis(50), self.app.accept()).await;
+        assert!(delivered.is_err(), "nothing reaches the application");
+    }
+}
+
+async fn assert_reset(socket: &mut TcpStream) {
+    let read = timeout(PATIENCE, socket.read(&mut [0; 1])).await.expect("an end");
+    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+}
+
+async fn say(from: &mut TcpStream, to: &mut TcpStream, what: &[u8]) {
+    from.write_all(what).await.unwrap();
+    let mut heard = vec![0; what.len()];
+    timeout(PATIENCE, to.read_exact(&mut heard)).await.expect("an answer").unwrap();
+    assert_eq!(heard, what);
+}
+
+async fn ended(socket: &mut TcpStream) -> Vec<u8> {
+    let mut rest = Vec::new();
+    timeout(PATIENCE, socket.read_to_end(&mut rest)).await.expect("an end").unwrap();
+    rest
+}
+
+#[tokio::test]
+async fn a_connection_goes_through_both_proxies_and_is_told_of_by_both() {
+    let node = Node::start().await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"question").await;
+    say(&mut server, &mut client, b"answer").await;
+    client.shutdown().await.unwrap();
+    assert_eq!(ended(&mut server).await, b"");
+    // The other direction is still open.
+    say(&mut server, &mut client, b"more").await;
+    drop(server);
+    assert_eq!(ended(&mut client).await, b"");
+
+    let identity = |name| format!("{name}.identity=\"spiffe://cluster.local/ns/test/sa/");
+    let (source, destination) = (identity("src") + "client", identity("dst") + "server");
+    node.logged(&[
+        "connection complete",
+        "direction=\"outbound\"",
+        "bytes_sent=8",
+        "bytes_recv=10",
+        "dst.addr=10.0.0.2:15008",
+        "dst.hbone_addr=10.0.0.2:80",
+        &source,
+        &destination,
+    ])
+    .await;
+    node.logged(&["direction=\"inbound\"", "dst.hbone_addr=10.0.0.2:80", &source, &destination]).await;
+}
+
+#[tokio::test]
+async fn much_data_both_ways_arrives_whole() {
+    let node = Node::start().await;
+    let (client, server) = node.connect().await;
+    let data: Arc<Vec<u8>> = Arc::new((0..20_000_000_u32).map(|n| (n % 253) as u8).collect());
+    let mut ends = Vec::new();
+    for socket in [client, server] {
+        let (mut read, mut write) = socket.into_split();
+        let data = Arc::clone(&data);
+        ends.push(shutdown::spawn({
+            let data = Arc::clone(&data);
+            async move {
+                write.write_all(&data).await.unwrap();
+                write.shutdown().await.unwrap();
+            }
+        }));
+        ends.push(shutdown::spawn(async move {
+            let mut all = Vec::new();
+            read.read_to_end(&mut all).await.unwrap();
+            assert!(all == *data);
+        }));
+    }
+    for end in ends {
+        timeout(Duration::from_secs(60), end).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_reset_at_one_end_is_a_reset_at_the_other() {
+    let node = Node::start().await;
+    let (client, mut server) = node.connect().await;
+    reset_on_close(&client);
+    drop(client);
+    assert_reset(&mut server).await;
+
+    let (mut client, server) = node.connect().await;
+    reset_on_close(&server);
+    drop(server);
+    assert_reset(&mut client).await;
+}
+
+#[tokio::test]
+async fn who_is_denied_is_reset_and_nothing_is_delivered() {
+    let mut node = Node::start().await;
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/other")]));
+    let mut client = TcpStream::connect(node.outbound).await.unwrap();
+    client.write_all(b"early data").await.unwrap();
+    assert_reset(&mut client).await;
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"inbound\"", "error", "allow policies exist, but none allowed"]).await;
+    node.logged(&["direction=\"outbound\"", "error", "http status: 401"]).await;
+}
+
+#[tokio::test]
+async fn an_application_that_does_not_listen_is_a_reset() {
+    let node = Node::start().await;
+    node.toward("10.0.0.2:81");
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"inbound\"", "could not connect to the application at 10.0.0.2:81"]).await;
+    node.logged(&["direction=\"outbound\"", "http status: 503"]).await;
+}
+
+#[tokio::test]
+async fn a_peer_without_a_proxy_is_a_reset() {
+    let node = Node::start().await;
+    node.place("10.0.0.2:15008", "127.0.0.1:1".parse().unwrap());
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "could not connect to HBONE peer 10.0.0.2:15008"]).await;
+}
+
+#[tokio::test]
+async fn open_connections_are_cut_when_policy_turns_against_them() {
+    let mut node = Node::start().await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"fine").await;
+    let mut plain = TcpStream::connect(node.inbound).await.unwrap();
+    let (mut plain_server, _) = node.app.accept().await.unwrap();
+    say(&mut plain, &mut plain_server, b"fine").await;
+
+    // Those that the new policy allows stay.
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/client")]));
+    assert_reset(&mut plain).await;
+    assert_reset(&mut plain_server).await;
+    say(&mut client, &mut server, b"still fine").await;
+
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/other")]));
+    assert_reset(&mut client).await;
+    assert_reset(&mut server).await;
+    node.logged(&["direction=\"inbound\"", "dst.hbone_addr", "connection closed due to policy change"]).await;
+}
+
+#[tokio::test]
+async fn plain_connections_are_delivered_unless_policy_wants_an_identity() {
+    let mut node = Node::start().await;
+    let mut client = TcpStream::connect(node.inbound).await.unwrap();
+    let (mut server, _) = timeout(PATIENCE, node.app.accept()).await.unwrap().unwrap();
+    say(&mut client, &mut server, b"hello").await;
+    client.shutdown().await.unwrap();
+    assert_eq!(ended(&mut server).await, b"");
+    drop(server);
+    assert_eq!(ended(&mut client).await, b"");
+    node.logged(&["direction=\"inbound\"", "dst.addr=10.0.0.2:80", "bytes_recv=5", "connection complete"])
+        .await;
+
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/client")]));
+    node.refused(node.inbound).await;
+
+    node.toward("10.0.0.2:15008");
+    node.refused(node.inbound).await;
+    node.logged(&["connection failed", "recursive"]).await;
+}
+
+#[tokio::test]
+async fn what_is_outside_the_mesh_goes_on_as_it_is() {
+    let node = Node::start().await;
+    let outside = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("93.184.216.34:443", outside.local_addr().unwrap());
+    node.toward("93.184.216.34:443");
+    let mut client = TcpStream::connect(node.outbound).await.unwrap();
+    let (mut server, _) = timeout(PATIENCE, outside.accept()).await.unwrap().unwrap();
+    say(&mut client, &mut server, b"hello").await;
+    say(&mut server, &mut client, b"hello yourself").await;
+    reset_on_close(&server);
+    drop(server);
+    assert_reset(&mut client).await;
+    node.logged(&["direction=\"outbound\"", "dst.addr=93.184.216.34:443", "bytes_sent=5"]).await;
+
+    node.toward("93.184.216.34:444");
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "could not connect to 93.184.216.34:444"]).await;
+}
+
+#[tokio::test]
+async fn what_was_not_captured_goes_nowhere() {
+    let mut node = Node::start().await;
+    for dst in ["127.0.0.1:80", "[::1]:80", "10.0.0.1:15001", "10.0.0.1:80"] {
+        node.toward(dst);
+        node.refused(node.outbound).await;
+        node.logged(&["connection failed", &format!("dst.addr={dst}"), "recursive"]).await;
+    }
+    node.mesh.publish(Mesh::default());
+    node.toward(SERVICE);
+    node.refused(node.outbound).await;
+    node.logged(&["connection failed", "the mesh does not know workload client"]).await;
+}
+
+#[tokio::test]
+async fn a_pod_has_only_so_many_connections() {
+    let node = Node::start_with(Config { pod_connections_max: 2, ..Config::default() }).await;
+    let first = node.connect().await;
+    let _second = node.connect().await;
+    node.refused(node.outbound).await;
+    assert_eq!(node.plane.live().turned_away, 1);
+    node.logged(&["connection failed", "already has 2 connections"]).await;
+    drop(first);
+    node.logged(&["connection complete", "direction=\"inbound\""]).await;
+    node.logged(&["connection complete", "direction=\"outbound\""]).await;
+    node.connect().await;
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_is_open_and_takes_nothing_new() {
+    let node = Node::start().await;
+    let (mut client, mut server) = node.connect().await;
+    let mut drained = Box::pin(node.plane.drained());
+    node.stop.drain();
+    // What still gets in is not to stay.
+    node.toward("127.0.0.1:80");
+    let new = async {
+        // Until the listener has closed.
+        while TcpStream::connect(node.outbound).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, new).await.unwrap();
+    assert!(timeout(Duration::from_millis(50), &mut drained).await.is_err(), "one is open");
+    say(&mut client, &mut server, b"last words").await;
+    drop(server);
+    assert_eq!(ended(&mut client).await, b"");
+    drop(client);
+    timeout(PATIENCE, drained).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_begins_to_connect_during_the_linger_gets_through() {
+    let linger = Duration::from_secs(2);
+    let node = Node::start_with(Config { linger, threads: 1, ..Config::default() }).await;
+    node.stop.drain();
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"just in time").await;
+}
+
+#[tokio::test]
+async fn what_is_open_at_the_end_is_reset() {
+    let node = Node::start().await;
+    let (mut client, _server) = node.connect().await;
+    node.stop.close();
+    assert_reset(&mut client).await;
+}
+
+#[tokio::test]
+async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
+    let mut node = Node::start().await;
+    let (mut client, mut server) = node.connect().await;
+    node.plane.remove_pod(&PodUid::from("server"));
+    assert_eq!(node.plane.live().pods, 1);
+    while TcpStream::connect(node.hbone).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    say(&mut client, &mut server, b"still here").await;
+
+    // Another proxy took the pod over: streams go to it without a failure, whatever the old tunnel says.
+    node.add_server();
+    for _ in 0..10 {
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"and here").await;
+    }
+    say(&mut client, &mut server, b"and still here").await;
+}
+
+#[tokio::test]
+async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
+    let mut node = Node::start().await;
+    drop(node.connect().await);
+    for _ in 0..5 {
+        node.plane.remove_pod(&PodUid::from("server"));
+        node.add_server();
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"hello again").await;
+    }
+}
+
+/// When a peer breaks its tunnel: at the request, or once something was said on it.
+#[derive(Clone, Copy, PartialEq)]
+enum Breaks {
+    AtRequest,
+    AtData,
+}
+
+/// A peer that answers the first stream of its first tunnel, and breaks that tunnel at the second; later tunnels
+/// answer all. What an application says is sent back.
+async fn breaking_peer(node: &Node, at: Breaks) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    let credentials = node.ca.certify(&id("server"));
+    shutdown::spawn(async move {
+        let mut first = true;
+        while let Ok((socket, _)) = listener.accept().await {
+            let (tls, breaks) = (credentials.server_config(), std::mem::take(&mut first));
+            shutdown::spawn(async move {
+                let config = hbone::Config::default();
+                let accepted = server::accept(socket, tls, &config).await.unwrap();
+                let (broken, mut breaking) = tokio::sync::mpsc::unbounded_channel();
+                let mut streams = 0;
+                let serving = server::serve(accepted, &config, pending(), |mut incoming| {
+                    streams += 1;
+                    if breaks && streams == 2 {
+                        let broken = broken.clone();
+                        shutdown::spawn(async move {
+                            if at == Breaks::AtData {
+                                incoming.first_data().await;
+                            }
+                            broken.send(()).unwrap();
+                            pending::<()>().await;
+                            drop(incoming);
+                        });
+                        return;
+                    }
+                    let (mut send, mut recv) = incoming.connect(None).unwrap();
+                    shutdown::spawn(async move {
+                        while let Some(Ok(mut data)) = poll_fn(|cx| recv.poll_data(cx)).await {
+                            recv.release(data.len());
+                            poll_fn(|cx| send.poll_send(cx, &mut data)).await.unwrap();
+                        }
+                        let _gone = send.finish();
+                    });
+                });
+                tokio::select! {
+                    _ended = serving => {}
+                    _broken = breaking.recv() => {}
+                }
+            });
+        }
+    });
+}
+
+async fn echoed(socket: &mut TcpStream) {
+    socket.write_all(b"echo").await.unwrap();
+    let mut heard = [0; 4];
+    timeout(PATIENCE, socket.read_exact(&mut heard)).await.expect("an answer").unwrap();
+    assert_eq!(&heard, b"echo");
+}
+
+#[tokio::test]
+async fn a_stream_on_a_tunnel_that_broke_is_opened_again_if_nothing_was_said_on_it() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    breaking_peer(&node, Breaks::AtRequest).await;
+    let mut first = TcpStream::connect(node.outbound).await.unwrap();
+    echoed(&mut first).await;
+    let mut second = TcpStream::connect(node.outbound).await.unwrap();
+    // Its tunnel breaks, and the first connection with it.
+    assert_reset(&mut first).await;
+    echoed(&mut second).await;
+}
+
+#[tokio::test]
+async fn what_an_application_said_is_not_said_twice() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    breaking_peer(&node, Breaks::AtData).await;
+    let mut first = TcpStream::connect(node.outbound).await.unwrap();
+    echoed(&mut first).await;
+    let mut second = TcpStream::connect(node.outbound).await.unwrap();
+    second.write_all(b"once").await.unwrap();
+    assert_reset(&mut second).await;
+    node.logged(&["direction=\"outbound\"", "HBONE peer 10.0.0.2:15008 did not answer", "tunnel broke"])
+        .await;
+}
+
+#[tokio::test]
+async fn somebody_elses_server_is_no_peer() {
+    let node = Node::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    // Of this mesh, but not who should be there.
+    let credentials = node.ca.certify(&id("intruder"));
+    let accepting = shutdown::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        server::accept(socket, credentials.server_config(), &hbone::Config::default()).await.is_err()
+    });
+    node.refused(node.outbound).await;
+    assert!(accepting.await.unwrap());
+    node.logged(&["direction=\"outbound\"", "the TLS handshake with HBONE peer 10.0.0.2:15008 failed"]).await;
+}
+
+#[tokio::test]
+async fn a_pod_has_only_so_many_tunnels() {
+    let node = Node::start_with(Config { pod_tunnels_max: 1, ..Config::default() }).await;
+    let _through = node.connect().await;
+    assert_reset(&mut TcpStream::connect(node.hbone).await.unwrap()).await;
+    node.logged(&["connection failed", "already has 1 tunnels"]).await;
+}
+
+#[tokio::test]
+async fn a_peer_can_ask_only_for_what_is_the_pods() {
+    let node = Node::start().await;
+    let socket = TcpStream::connect(node.hbone).await.unwrap();
+    let credentials = node.ca.certify(&id("client"));
+    let (peer, tls) = (HbonePeer(node.hbone), credentials.client_config(&[id("server")]));
+    let (tunnel, driver) = handshake(socket, peer, tls, &hbone::Config::default()).await.unwrap();
+    shutdown::spawn(driver);
+    let baggage = HeaderValue::from_static("");
+    for (authority, status) in [
+        ("10.0.0.3:80", 400),
+        ("127.0.0.2:80", 400),
+        ("[::1]:80", 400),
+        ("10.0.0.2:15001", 503),
+        ("10.0.0.2:15006", 503),
+        ("10.0.0.2:15008", 503),
+        ("10.0.0.2:82", 503),
+    ] {
+        let mut lease = tunnel.lease().unwrap();
+        let connect = Connect {
+            authority: authority.parse().unwrap(),
+            baggage: &baggage,
+            forwarded: Forwarded { client: "10.0.0.1:1".parse().unwrap(), host: None },
+            trace: TraceParent { trace: 1, span: 1 },
+        };
+        let mut opening = lease.open(&connect).await.unwrap();
+        match poll_fn(|cx| opening.answer.poll(cx)).await.unwrap() {
+            Answered::Refused(got) => assert_eq!(got, status, "{authority}"),
+            Answered::Connected { .. } => panic!("connected to {authority}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn strangers_on_the_hbone_port_are_told_of() {
+    let node = Node::start().await;
+    let mut stranger = TcpStream::connect(node.hbone).await.unwrap();
+    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    node.logged(&["connection failed", "direction=\"inbound\"", "the TLS handshake failed"]).await;
+    // Somebody from another mesh.
+    let socket = TcpStream::connect(node.hbone).await.unwrap();
+    let tls = TestCa::new().certify(&id("client")).client_config(&[id("server")]);
+    let shaken = handshake(socket, HbonePeer(node.hbone), tls, &hbone::Config::default()).await;
+    assert!(shaken.is_err());
+}
+
+fn size<A, B, C, D, F>(_connection: impl Fn(A, B, C, D) -> F) -> usize {
+    size_of::<F>()
+}
+
+#[test]
+fn connections_stay_small() {
+    // What an idle connection costs besides its sockets and its stream.
+    let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
+    assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
+}

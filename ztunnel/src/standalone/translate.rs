@@ -1,0 +1,96 @@
+//! Objects → mesh model: the one translator, whatever source the objects come from.
+//!
+//! Pure, and knows neither files nor YAML. It never gives up: what it cannot understand it reports, and leaves
+//! out where that is safe. A policy that it cannot understand becomes one that refuses everything to the
+//! workloads it selects, so a source that applies what has errors still fails closed.
+
+use std::sync::Arc;
+
+use crate::enrol::pod::LocalPod;
+use crate::mesh::index::Mesh;
+use crate::model::identity::TrustDomain;
+use crate::model::policy::Policy;
+use crate::standalone::diagnostic::Diagnostic;
+use crate::standalone::objects::Objects;
+use crate::standalone::translate::pods::Draft;
+
+mod authorization;
+mod enrolment;
+mod peers;
+mod pods;
+mod services;
+#[cfg(test)]
+mod tests;
+
+/// For whom the mesh is translated.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The name of this node, as `spec.nodeName` of a pod gives it.
+    pub node: String,
+}
+
+/// What the objects mean.
+#[derive(Debug)]
+pub struct Translation {
+    /// The whole mesh.
+    pub mesh: Mesh,
+    /// The pods of this node that are to be captured.
+    pub pods: Vec<LocalPod>,
+    /// What was not understood, or perhaps not meant.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// The name istiod gives to a cluster that was not named.
+const CLUSTER: &str = "Kubernetes";
+
+/// The DNS domain of services.
+const CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// What holds for the whole mesh.
+#[derive(Debug)]
+struct Settings {
+    trust_domain: TrustDomain,
+    /// The namespace whose policies are for the whole mesh.
+    root_namespace: Arc<str>,
+}
+
+/// Translates `objects`. The same objects in the same order give the same result.
+pub fn translate(objects: &Objects, options: &Options) -> Translation {
+    let mut diagnostics = Vec::new();
+    let settings = Settings::new(objects, &mut diagnostics);
+    let mut drafts = pods::drafts(objects, options, &settings, &mut diagnostics);
+    let mut policies = authorization::policies(objects, &settings, &mut drafts, &mut diagnostics);
+    policies.extend(peers::policies(objects, &settings, &mut drafts, &mut diagnostics));
+
+    let locals = drafts.iter_mut().filter_map(|draft| draft.local.take()).collect();
+    let pods: Vec<pods::Built<'_>> = drafts.into_iter().map(Draft::build).collect();
+    let services = services::services(objects, &pods, &mut diagnostics);
+    let mesh = Mesh::new(
+        settings.trust_domain,
+        pods.into_iter().map(|pod| pod.workload),
+        services,
+        policies.into_iter().map(Arc::<Policy>::new),
+    );
+    Translation { mesh, pods: locals, diagnostics }
+}
+
+impl Settings {
+    fn new(objects: &Objects, diagnostics: &mut Vec<Diagnostic>) -> Self {
+        let mut trust_domain = TrustDomain::default();
+        let mut root_namespace = Arc::from("istio-system");
+        if let Some(object) = &objects.mesh_config {
+            if let Some((name, line)) = &object.value.trust_domain {
+                match TrustDomain::new(name) {
+                    Ok(domain) => trust_domain = domain,
+                    Err(error) => {
+                        diagnostics.push(Diagnostic::error(&object.source.file, *line, error.to_string()));
+                    }
+                }
+            }
+            if let Some((name, _)) = &object.value.root_namespace {
+                root_namespace = Arc::from(name.as_str());
+            }
+        }
+        Self { trust_domain, root_namespace }
+    }
+}

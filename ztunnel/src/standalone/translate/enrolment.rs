@@ -1,0 +1,177 @@
+//! Which pods are enrolled, and what to capture of those on this node.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::enrol::pod::LocalPod;
+use crate::model::addr::PodUid;
+use crate::standalone::diagnostic::Diagnostic;
+use crate::standalone::diagnostic::nearest;
+use crate::standalone::objects::Object;
+use crate::standalone::translate::Options;
+use crate::standalone::translate::Settings;
+use crate::standalone::translate::pods::Draft;
+use crate::standalone::translate::pods::IPS;
+use crate::standalone::translate::pods::display;
+use crate::standalone::translate::pods::found;
+
+/// Namespace or pod label: `ambient` puts in, `none` on a pod leaves out.
+pub(super) const MODE: &str = "istio.io/dataplane-mode";
+/// Pod annotation: the network namespace, an absolute path or a name under [`NETNS_DIR`].
+const NETNS: &str = "ztunnel.io/netns";
+/// Every annotation of ours.
+const ANNOTATIONS: [&str; 2] = [NETNS, IPS];
+/// Where `ip netns` keeps network namespaces.
+const NETNS_DIR: &str = "/run/netns";
+/// Pod annotation of a pod that has a sidecar, which wins over ambient mode.
+const SIDECAR: &str = "sidecar.istio.io/status";
+/// Namespaces whose pods are never enrolled: the default of Istio's node agent.
+const EXCLUDED: [&str; 1] = ["kube-system"];
+
+/// Istio's node agent's rule: a pod's own label decides; without one its namespace's does.
+pub(super) fn is_enrolled(
+    object: &Object<Pod>,
+    namespace: Option<&Object<Namespace>>,
+    settings: &Settings,
+) -> bool {
+    let proxy = object.namespace == settings.root_namespace && object.label("app") == Some("ztunnel");
+    if proxy || EXCLUDED.contains(&&*object.namespace) || object.annotation(SIDECAR).is_some() {
+        return false;
+    }
+    match object.label(MODE) {
+        Some("ambient") => true,
+        Some("none") => false,
+        Some(_) | None => namespace.and_then(|namespace| namespace.label(MODE)) == Some("ambient"),
+    }
+}
+
+/// What to capture of an enrolled pod, if it is on this node.
+pub(super) fn local(
+    draft: &Draft<'_>,
+    options: &Options,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<LocalPod> {
+    let (object, workload) = (draft.object, &draft.workload);
+    let annotation = object.annotation(NETNS);
+    let here = if workload.node.is_empty() { annotation.is_some() } else { *workload.node == options.node };
+    if workload.node.is_empty() && annotation.is_none() {
+        let message = format!("pod {} is enrolled, but on no node: nobody captures it", display(object));
+        let hint = format!("write spec.nodeName, or the annotation {NETNS} if it is on this node");
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["spec"], message).hint(hint));
+    }
+    if !here {
+        return None;
+    }
+    let Some(annotation) = annotation else {
+        let message = format!(
+            "pod {} is enrolled and on this node, but its network namespace is not known: it is not captured",
+            display(object)
+        );
+        let hint = format!(
+            "add the annotation {NETNS}: <path, or name under {NETNS_DIR}>, or the label {MODE}: none"
+        );
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
+        return None;
+    };
+    let path = ["metadata", "annotations", NETNS];
+    let netns = match annotation.trim() {
+        absolute if absolute.starts_with('/') => PathBuf::from(absolute),
+        name if !matches!(name, "" | "." | "..") && !name.contains('/') => {
+            PathBuf::from(NETNS_DIR).join(name)
+        }
+        other => {
+            let message = format!("{other:?} does not name a network namespace");
+            let hint = format!("write an absolute path, or a name under {NETNS_DIR}");
+            diagnostics.push(Diagnostic::error_at(&object.source, &path, message).hint(hint));
+            return None;
+        }
+    };
+    if workload.addresses.is_empty() {
+        let message = format!("pod {} has no address yet: it is not captured", display(object));
+        let hint = format!("write status.podIPs, or the annotation {IPS}: <addresses separated by commas>");
+        diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
+        return None;
+    }
+    let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
+    Some(LocalPod {
+        uid: PodUid(uid.map_or_else(|| Arc::from(display(object)), Arc::from)),
+        workload: Arc::clone(&workload.uid),
+        namespace: Arc::clone(&workload.namespace),
+        name: Arc::clone(&workload.name),
+        netns,
+        addresses: workload.addresses.clone(),
+    })
+}
+
+/// What captured pods may not share, and who has it.
+#[derive(Debug, Default)]
+pub(super) struct Claims<'a> {
+    netns: HashMap<PathBuf, &'a Object<Pod>>,
+    uid: HashMap<PodUid, &'a Object<Pod>>,
+}
+
+impl<'a> Claims<'a> {
+    /// Notes what is `object`'s own; false, with an error, if another pod has it.
+    pub(super) fn add(
+        &mut self,
+        object: &'a Object<Pod>,
+        local: &LocalPod,
+        diagnostics: &mut Vec<Diagnostic>,
+    ) -> bool {
+        let netns = *self.netns.entry(local.netns.clone()).or_insert(object);
+        let uid = *self.uid.entry(local.uid.clone()).or_insert(object);
+        let mut own = true;
+        for (first, what, path) in [
+            (netns, "network namespace", &["metadata", "annotations", NETNS][..]),
+            (uid, "uid", &["metadata", "uid"]),
+        ] {
+            if !std::ptr::eq(first, object) {
+                own = false;
+                let message = format!("pod {} has the {what} of pod {}", display(object), found(first));
+                diagnostics.push(Diagnostic::error_at(&object.source, path, message));
+            }
+        }
+        own
+    }
+}
+
+/// Says what is wrong with a namespace's label.
+pub(super) fn check_namespace(object: &Object<Namespace>, diagnostics: &mut Vec<Diagnostic>) {
+    check_mode(object, diagnostics);
+    if object.label(MODE) == Some("ambient") && EXCLUDED.contains(&&*object.name) {
+        let message = format!("pods of {} are never enrolled", object.name);
+        let path = ["metadata", "labels", MODE];
+        diagnostics.push(Diagnostic::warning_at(&object.source, &path, message));
+    }
+}
+
+fn check_mode<T>(object: &Object<T>, diagnostics: &mut Vec<Diagnostic>) {
+    if let Some(other) = object.label(MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
+        let message = format!("label {MODE} has no value {other:?}");
+        let hint = nearest(other, ["ambient", "none"]).unwrap_or("ambient or none");
+        let path = ["metadata", "labels", MODE];
+        diagnostics.push(
+            Diagnostic::warning_at(&object.source, &path, message).hint(format!("write {hint} instead")),
+        );
+    }
+}
+
+/// Says what is wrong with a pod's label and annotations.
+pub(super) fn check_pod(object: &Object<Pod>, diagnostics: &mut Vec<Diagnostic>) {
+    check_mode(object, diagnostics);
+    for key in object.metadata.annotations.iter().flat_map(|annotations| annotations.keys()) {
+        if key.starts_with("ztunnel.io/") && !ANNOTATIONS.contains(&key.as_str()) {
+            let message = format!("annotation {key} is not known");
+            let hint = nearest(key, ANNOTATIONS).map_or_else(
+                || format!("known are {}", ANNOTATIONS.join(" and ")),
+                |known| format!("write {known} instead"),
+            );
+            let path = ["metadata", "annotations", key];
+            diagnostics.push(Diagnostic::warning_at(&object.source, &path, message).hint(hint));
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! YAML text as a tree in which every value knows its line.
+//!
+//! Knows nothing of Kubernetes. Bounds what a text may cost: its depth, and its size after aliases are
+//! expanded. JSON is read as the YAML it is.
+
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use saphyr_parser::Event;
+use saphyr_parser::Parser;
+use saphyr_parser::ScalarStyle;
+use saphyr_parser::ScanError;
+use saphyr_parser::Tag;
+
+pub mod decoder;
+
+/// A value and the line it stands on.
+#[derive(Debug)]
+pub struct Node {
+    /// Counted from 1.
+    pub line: u32,
+    /// The value.
+    pub value: Value,
+}
+
+/// What a node holds.
+#[derive(Debug)]
+pub enum Value {
+    /// A text, number, boolean or null: which of them is decided where the type is known.
+    Scalar {
+        /// As written, without quotes and escapes.
+        text: Box<str>,
+        /// Written without quotes, so that `80` is a number and `~` is null.
+        plain: bool,
+    },
+    /// A sequence.
+    List(Vec<Arc<Node>>),
+    /// A mapping, in the order it was written, without duplicates.
+    Map(Vec<Entry>),
+}
+
+/// One key of a mapping.
+#[derive(Debug)]
+pub struct Entry {
+    /// The key.
+    pub key: Box<str>,
+    /// The line of the key.
+    pub line: u32,
+    /// What it maps to.
+    pub value: Arc<Node>,
+}
+
+impl Node {
+    /// The value of `key`, if this is a mapping that has it.
+    pub fn entry(&self, key: &str) -> Option<&Entry> {
+        match &self.value {
+            Value::Map(entries) => entries.iter().find(|entry| &*entry.key == key),
+            Value::Scalar { .. } | Value::List(_) => None,
+        }
+    }
+
+    /// The text of `key`, if this is a mapping that has it and it is not null.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        match &self.entry(key)?.value.value {
+            Value::Scalar { text, plain } if !(*plain && is_null(text)) => Some(text),
+            Value::Scalar { .. } | Value::List(_) | Value::Map(_) => None,
+        }
+    }
+
+    /// Whether nothing is written here.
+    pub fn is_null(&self) -> bool {
+        matches!(&self.value, Value::Scalar { text, plain: true } if is_null(text))
+    }
+
+    /// The line of what `path` leads to, or of as much of it as there is. A segment is a key, or an index
+    /// into a sequence.
+    pub fn line_of(&self, path: &[&str]) -> u32 {
+        let (mut node, mut line) = (self, self.line);
+        for segment in path {
+            match &node.value {
+                Value::Map(_) => {
+                    let Some(entry) = node.entry(segment) else { break };
+                    (node, line) = (&entry.value, entry.line);
+                }
+                Value::List(items) => {
+                    let index = segment.parse::<usize>().ok();
+                    let Some(item) = index.and_then(|index| items.get(index)) else { break };
+                    (node, line) = (item, item.line);
+                }
+                Value::Scalar { .. } => break,
+            }
+        }
+        line
+    }
+}
+
+/// Whether a plain scalar means null.
+pub fn is_null(text: &str) -> bool {
+    matches!(text, "" | "~" | "null" | "Null" | "NULL")
+}
+
+/// Why a text is not YAML that we read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SyntaxError {
+    /// The scanner's or parser's complaint.
+    #[error("not YAML: {0}")]
+    Yaml(String),
+    /// Nested too deeply.
+    #[error("nested more than {DEPTH_MAX} levels deep")]
+    Depth,
+    /// Too large, or aliases expand to too much.
+    #[error("holds more than {NODES_MAX} values, counting what aliases expand to")]
+    Size,
+    /// A mapping has a key twice.
+    #[error("key {0:?} is there twice, first on line {1}")]
+    Duplicate(String, u32),
+    /// A mapping's key is not a text.
+    #[error("a key must be a text")]
+    Key,
+    /// An alias to nothing, or to what encloses it.
+    #[error("alias to an anchor that is not complete here")]
+    Alias,
+    /// A tag outside YAML's core schema.
+    #[error("tag {0} is not known")]
+    Tag(String),
+}
+
+/// Deeper than any Kubernetes object goes (a pod reaches about 15 levels), and little enough for the stack.
+const DEPTH_MAX: usize = 64;
+
+/// How many values one text may hold: some 20,000 pods as `kubectl get -o yaml` prints them.
+const NODES_MAX: usize = 4_000_000;
+
+/// The documents of `text` that are not empty. An error comes with its line.
+pub fn documents(text: &str) -> Result<Vec<Arc<Node>>, (u32, SyntaxError)> {
+    let mut parser = Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
+    let mut builder = Builder::default();
+    while let Some(event) = parser.next_event() {
+        let (event, span) = event.map_err(|error| syntax(&error))?;
+        let line = line(span.start.line());
+        builder.event(event, line).map_err(|error| (line, error))?;
+    }
+    Ok(builder.documents)
+}
+
+fn syntax(error: &ScanError) -> (u32, SyntaxError) {
+    (line(error.marker().line()), SyntaxError::Yaml(error.info().to_owned()))
+}
+
+fn line(line: usize) -> u32 {
+    u32::try_from(line).unwrap_or(u32::MAX).max(1)
+}
+
+/// Makes a tree of events, without recursion.
+#[derive(Default)]
+struct Builder {
+    documents: Vec<Arc<Node>>,
+    open: Vec<Open>,
+    anchors: HashMap<usize, (Arc<Node>, usize)>,
+    /// How many nodes there are, counting what aliases expand to.
+    nodes: usize,
+}
+
+/// A collection whose end is not seen yet.
+struct Open {
+    line: u32,
+    anchor: usize,
+    /// The builder's count of nodes when this was opened.
+    before: usize,
+    value: Value,
+    /// The key that waits for its value.
+    key: Option<(Box<str>, u32)>,
+    /// The keys so far, for large mappings: looking through the entries would be quadratic.
+    keys: HashSet<Box<str>>,
+}
+
+impl Builder {
+    fn event(&mut self, event: Event<'_>, line: u32) -> Result<(), SyntaxError> {
+        match event {
+            Event::Nothing | Event::StreamStart | Event::StreamEnd => Ok(()),
+            Event::DocumentStart(_) | Event::DocumentEnd => {
+                self.anchors.clear();
+                Ok(())
+            }
+            Event::Alias(anchor) => {
+                let (node, nodes) = self.anchors.get(&anchor).ok_or(SyntaxError::Alias)?;
+                let (node, nodes) = (Arc::clone(node), *nodes);
+                self.count(nodes)?;
+                self.place(node, line)
+            }
+            Event::Scalar(text, style, anchor, tag) => {
+                self.count(1)?;
+                let quoted_by_tag = core_tag(tag.as_deref())? == Some("str");
+                let plain = style == ScalarStyle::Plain && !quoted_by_tag;
+                let node = Arc::new(Node { line, value: Value::Scalar { text: text.into(), plain } });
+                if anchor > 0 {
+                    self.anchors.insert(anchor, (Arc::clone(&node), 1));
+                }
+                self.place(node, line)
+            }
+            Event::SequenceStart(anchor, tag) => {
+                core_tag(tag.as_deref())?;
+                self.enter(line, anchor, Value::List(Vec::new()))
+            }
+            Event::MappingStart(anchor, tag) => {
+                core_tag(tag.as_deref())?;
+                self.enter(line, anchor, Value::Map(Vec::new()))
+            }
+            Event::SequenceEnd | Event::MappingEnd => {
+                let Some(open) = self.open.pop() else { return Ok(()) };
+                let node = Arc::new(Node { line: open.line, value: open.value });
+                if open.anchor > 0 {
+                    self.anchors.insert(open.anchor, (Arc::clone(&node), self.nodes - open.before + 1));
+                }
+                self.place(node, open.line)
+            }
+        }
+    }
+
+    fn count(&mut self, nodes: usize) -> Result<(), SyntaxError> {
+        self.nodes = self.nodes.saturating_add(nodes);
+        if self.nodes > NODES_MAX { Err(SyntaxError::Size) } else { Ok(()) }
+    }
+
+    fn enter(&mut self, line: u32, anchor: usize, value: Value) -> Result<(), SyntaxError> {
+        self.count(1)?;
+        if self.open.len() >= DEPTH_MAX {
+            return Err(SyntaxError::Depth);
+        }
+        let before = self.nodes;
+        self.open.push(Open { line, anchor, before, value, key: None, keys: HashSet::new() });
+        Ok(())
+    }
+
+    /// Puts a finished node where it belongs. `line` is where it is used, which an alias makes another line
+    /// than where it is written.
+    fn place(&mut self, node: Arc<Node>, line: u32) -> Result<(), SyntaxError> {
+        let Some(parent) = self.open.last_mut() else {
+            if !node.is_null() {
+                self.documents.push(node);
+            }
+            return Ok(());
+        };
+        match &mut parent.value {
+            Value::List(items) => items.push(node),
+            Value::Map(entries) => match parent.key.take() {
+                Some((key, line)) => entries.push(Entry { key, line, value: node }),
+                None => {
+                    let Value::Scalar { text, .. } = &node.value else { return Err(SyntaxError::Key) };
+                    if !parent.keys.insert(text.clone()) {
+                        let first = entries.iter().find(|entry| entry.key == *text);
+                        let first = first.map_or(0, |entry| entry.line);
+                        return Err(SyntaxError::Duplicate(text.to_string(), first));
+                    }
+                    parent.key = Some((text.clone(), line));
+                }
+            },
+            Value::Scalar { .. } => unreachable!("only collections are opened, in `Builder::enter`"),
+        }
+        Ok(())
+    }
+}
+
+/// The suffix of a tag of the core schema (`str` of `!!str`).
+fn core_tag(tag: Option<&Tag>) -> Result<Option<&str>, SyntaxError> {
+    match tag {
+        None => Ok(None),
+        Some(tag) if tag.is_yaml_core_schema() => Ok(Some(&tag.suffix)),
+        Some(tag) => Err(SyntaxError::Tag(tag.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_knows_its_line() {
+        let text = "a: 1\nb:\n  c:\n  - x\n  - y: {z: 2,\n      w: 3}\n---\n---\n# nothing\n---\nd: e\n";
+        let documents = documents(text).unwrap();
+        assert_eq!(documents.len(), 2);
+        let lines = |path: &[&str]| documents[0].line_of(path);
+        assert_eq!(lines(&[]), 1);
+        assert_eq!(lines(&["b"]), 2);
+        assert_eq!(lines(&["b", "c"]), 3);
+        assert_eq!(lines(&["b", "c", "0"]), 4);
+        assert_eq!(lines(&["b", "c", "1", "y", "w"]), 6);
+        assert_eq!(lines(&["b", "c", "1", "absent"]), 5, "as much of the path as there is");
+        assert_eq!(documents[1].line_of(&["d"]), 11);
+    }
+
+    #[test]
+    fn what_we_do_not_read_is_refused_with_its_line() {
+        let deep = format!("a: {}", "[".repeat(100));
+        let bomb = {
+            let mut text = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+            for level in 1..12 {
+                let alias = format!("*a{}, ", level - 1).repeat(10);
+                text += &format!("a{level}: &a{level} [{alias}]\n");
+            }
+            text
+        };
+        for (text, line, error) in [
+            ("a: 1\nb: 2\na: 3\n", 3, SyntaxError::Duplicate("a".into(), 1)),
+            ("x:\n  ? [1]\n  : 2\n", 2, SyntaxError::Key),
+            ("a: !Foo x\n", 1, SyntaxError::Tag("!Foo".into())),
+            (deep.as_str(), 1, SyntaxError::Depth),
+            (bomb.as_str(), 7, SyntaxError::Size),
+        ] {
+            assert_eq!(documents(text).unwrap_err(), (line, error), "{text:.60}");
+        }
+        let (line, error) = documents("a: 1\nb: [1\nc: 2\n").unwrap_err();
+        assert!(matches!(error, SyntaxError::Yaml(_)) && line >= 2, "{line} {error}");
+    }
+
+    #[test]
+    fn an_alias_stands_for_what_it_names() {
+        let documents = documents("a: &x {b: c}\nd: *x\n").unwrap();
+        let d = documents[0].entry("d").unwrap();
+        assert_eq!(d.line, 2);
+        assert_eq!(d.value.text("b"), Some("c"));
+    }
+}

@@ -1,0 +1,222 @@
+//! The one thread that writes log lines, and the bounded queue in front of it.
+//!
+//! Nobody who logs ever waits: a line that does not fit is dropped and counted. The writer formats what it finds
+//! in the queue, up to a batch, and writes it at once.
+
+use std::io;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::Condvar;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use crate::telemetry::access_log;
+use crate::telemetry::events::AccessRecord;
+use crate::telemetry::line::Format;
+
+/// How many lines may wait. Beyond it, lines are dropped and counted.
+const QUEUE_MAX: usize = 10_000;
+
+/// How much is written at once, about.
+const BATCH_BYTES: usize = 64 * 1024;
+
+/// A line on its way to the writer.
+#[derive(Debug)]
+pub enum Entry {
+    /// A line of the access log, formatted by the writer.
+    Access(Box<AccessRecord>),
+    /// Any other line, formatted, with its line feed.
+    Text(String),
+}
+
+/// Where lines are handed in. Cheap to clone; the writer's thread ends when the last clone is gone.
+#[derive(Debug, Clone)]
+pub struct LogQueue {
+    entries: mpsc::SyncSender<Entry>,
+    tally: Arc<Tally>,
+}
+
+/// What became of the lines, and how far the writer is.
+#[derive(Debug, Default)]
+struct Tally {
+    /// Lines that were taken into the queue.
+    queued: AtomicU64,
+    access_dropped: AtomicU64,
+    text_dropped: AtomicU64,
+    write_errors: AtomicU64,
+    /// Lines the writer is done with: written, or lost to a write error.
+    done: Mutex<u64>,
+    progress: Condvar,
+}
+
+impl Tally {
+    fn advance(&self, lines: u64) {
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner) += lines;
+        self.progress.notify_all();
+    }
+}
+
+/// Starts the writer's thread, which writes to `out` in `format`.
+pub fn start(out: Box<dyn Write + Send>, format: Format) -> io::Result<LogQueue> {
+    start_bounded(out, format, QUEUE_MAX)
+}
+
+fn start_bounded(out: Box<dyn Write + Send>, format: Format, queue_max: usize) -> io::Result<LogQueue> {
+    let (entries, waiting) = mpsc::sync_channel(queue_max);
+    let tally = Arc::new(Tally::default());
+    let writers = Arc::clone(&tally);
+    thread::Builder::new()
+        .name("log-writer".to_owned())
+        .spawn(move || run(out, format, &waiting, &writers))?;
+    Ok(LogQueue { entries, tally })
+}
+
+impl LogQueue {
+    /// Hands a line in. Never blocks: when the queue is full (the reader of our output is too slow), or the writer
+    /// is gone, the line is dropped and counted.
+    pub fn push(&self, entry: Entry) {
+        match self.entries.try_send(entry) {
+            Ok(()) => self.tally.queued.fetch_add(1, Ordering::Relaxed),
+            Err(mpsc::TrySendError::Full(lost) | mpsc::TrySendError::Disconnected(lost)) => match lost {
+                Entry::Access(_) => self.tally.access_dropped.fetch_add(1, Ordering::Relaxed),
+                Entry::Text(_) => self.tally.text_dropped.fetch_add(1, Ordering::Relaxed),
+            },
+        };
+    }
+
+    /// Waits until what this thread handed in so far is written out. False if that took longer than `patience`.
+    /// Blocks: for the end of the process, and not for async code.
+    pub fn flush(&self, patience: Duration) -> bool {
+        let target = self.tally.queued.load(Ordering::Relaxed);
+        let done = self.tally.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.tally.progress.wait_timeout_while(done, patience, |done| *done < target);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// How many lines of the access log were dropped because the queue was full.
+    pub fn access_dropped(&self) -> u64 {
+        self.tally.access_dropped.load(Ordering::Relaxed)
+    }
+
+    /// How many other lines were dropped because the queue was full.
+    pub fn text_dropped(&self) -> u64 {
+        self.tally.text_dropped.load(Ordering::Relaxed)
+    }
+
+    /// How many batches could not be written.
+    pub fn write_errors(&self) -> u64 {
+        self.tally.write_errors.load(Ordering::Relaxed)
+    }
+}
+
+fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<Entry>, tally: &Tally) {
+    let mut batch = String::with_capacity(BATCH_BYTES);
+    while let Ok(first) = waiting.recv() {
+        let mut lines = 0;
+        let mut next = Some(first);
+        while let Some(entry) = next {
+            match entry {
+                Entry::Access(record) => access_log::write(&mut batch, format, &record),
+                Entry::Text(text) => batch.push_str(&text),
+            }
+            lines += 1;
+            next = if batch.len() < BATCH_BYTES { waiting.try_recv().ok() } else { None };
+        }
+        // There is nowhere to report that the log cannot be written but a counter.
+        if out.write_all(batch.as_bytes()).and_then(|()| out.flush()).is_err() {
+            tally.write_errors.fetch_add(1, Ordering::Relaxed);
+        }
+        batch.clear();
+        tally.advance(lines);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::events::RefusedEarly;
+    use crate::telemetry::events::Reporter;
+    use crate::telemetry::testing::Written;
+    use crate::telemetry::testing::addresses;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// Output that a test lets through one write at a time.
+    struct Gated {
+        gate: mpsc::Receiver<()>,
+        out: Written,
+    }
+
+    impl Write for Gated {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.gate.recv().map_err(io::Error::other)?;
+            self.out.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn text(line: &str) -> Entry {
+        Entry::Text(format!("{line}\n"))
+    }
+
+    fn access() -> Entry {
+        let (at, error) = (std::time::SystemTime::UNIX_EPOCH, "no".to_owned());
+        let refused = RefusedEarly { at, reporter: Reporter::Source, addresses: addresses(), error };
+        Entry::Access(Box::new(AccessRecord::RefusedEarly(refused)))
+    }
+
+    #[test]
+    fn lines_are_written_in_order() {
+        let out = Written::default();
+        let log = start(Box::new(out.clone()), Format::Plain).unwrap();
+        log.push(text("one"));
+        log.push(access());
+        log.push(text("three"));
+        assert!(log.flush(LONG));
+        let lines = out.text();
+        let lines: Vec<_> = lines.lines().collect();
+        assert_eq!((lines[0], lines[2], lines.len()), ("one", "three", 3));
+        assert!(lines[1].contains("\taccess\t"), "{}", lines[1]);
+    }
+
+    #[test]
+    fn a_full_queue_drops_and_counts_and_never_blocks() {
+        let (open, gate) = mpsc::channel();
+        let out = Written::default();
+        let log = start_bounded(Box::new(Gated { gate, out: out.clone() }), Format::Plain, 2).unwrap();
+        // However many the writer has taken out, it is stuck at its first write, and the queue holds two more.
+        for _ in 0..5_000 {
+            log.push(access());
+            log.push(text("x"));
+        }
+        assert!(log.access_dropped() > 0 && log.text_dropped() > 0);
+        assert!(!log.flush(Duration::ZERO), "nothing can have been written");
+
+        for _ in 0..10_000 {
+            open.send(()).unwrap();
+        }
+        assert!(log.flush(LONG));
+        let written = out.text().lines().count() as u64;
+        assert_eq!(written + log.access_dropped() + log.text_dropped(), 10_000);
+    }
+
+    #[test]
+    fn a_failing_output_is_counted_and_logging_goes_on() {
+        let (open, gate) = mpsc::channel::<()>();
+        drop(open);
+        let log = start(Box::new(Gated { gate, out: Written::default() }), Format::Plain).unwrap();
+        for _ in 0..3 {
+            log.push(text("x"));
+            assert!(log.flush(LONG));
+        }
+        assert_eq!(log.write_errors(), 3);
+    }
+}

@@ -1,0 +1,12 @@
+//! Mutual TLS as the mesh speaks it: TLS 1.3, `h2`, SPIFFE certificates on both sides.
+//!
+//! Owns the rustls configurations and the verification of a peer's certificate; only [`verify`] makes a
+//! [`verify::VerifiedPeer`]. Does not know where certificates come from (see [`crate::identity`]), nor sockets.
+
+pub mod configs;
+pub mod verify;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+//! Certificates for tests, good ones and every kind of bad one.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, CustomExtension, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::RootCertStore;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::model::identity::SpiffeId;
+use crate::tls::configs::Credentials;
+
+/// A root with one intermediate.
+pub(crate) struct Pki {
+    root: CertifiedIssuer<'static, KeyPair>,
+    intermediate: CertifiedIssuer<'static, KeyPair>,
+}
+
+/// What a leaf says. Starts as a good one.
+pub(crate) struct Leaf {
+    pub(crate) names: Vec<SanType>,
+    pub(crate) not_before: SystemTime,
+    pub(crate) not_after: SystemTime,
+    pub(crate) uses: Vec<ExtendedKeyUsagePurpose>,
+    pub(crate) key_uses: Vec<KeyUsagePurpose>,
+    pub(crate) extensions: Vec<CustomExtension>,
+}
+
+impl Leaf {
+    /// An hour old, with a day to go.
+    pub(crate) fn of(id: &str) -> Self {
+        let hour = Duration::from_secs(3600);
+        let now = SystemTime::now();
+        Self {
+            names: vec![uri(id)],
+            not_before: now - hour,
+            not_after: now + 24 * hour,
+            uses: vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+            key_uses: vec![KeyUsagePurpose::DigitalSignature],
+            extensions: Vec::new(),
+        }
+    }
+}
+
+/// A URI as alternative name, whatever it contains.
+pub(crate) fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().expect("tests use ASCII"))
+}
+
+/// A parsed identity.
+pub(crate) fn id(text: &str) -> SpiffeId {
+    text.parse().expect("tests use good identities")
+}
+
+impl Pki {
+    /// A new root and intermediate, trusted by nobody yet.
+    pub(crate) fn new() -> Self {
+        Self::named("root")
+    }
+
+    /// [`Pki::new`] with a root of this name.
+    pub(crate) fn named(name: &str) -> Self {
+        // rcgen's own end, far off.
+        Self::with(name, CertificateParams::default().not_after.into())
+    }
+
+    /// [`Pki::named`] with an intermediate that ends then.
+    pub(crate) fn with(name: &str, intermediate_ends: SystemTime) -> Self {
+        let key = || KeyPair::generate().expect("a key can be made");
+        let root = CertifiedIssuer::self_signed(signing(name, 1), key()).expect("a root can be made");
+        let mut node = signing("node", 0);
+        node.not_after = intermediate_ends.into();
+        let intermediate = CertifiedIssuer::signed_by(node, key(), &root).expect("the root may sign");
+        Self { root, intermediate }
+    }
+
+    /// The root, as trust anchor.
+    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.root.der().clone()).expect("the root is a certificate");
+        Arc::new(roots)
+    }
+
+    /// A certificate chain and its key.
+    pub(crate) fn certify(&self, leaf: Leaf) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = leaf.names;
+        params.not_before = leaf.not_before.into();
+        params.not_after = leaf.not_after.into();
+        params.extended_key_usages = leaf.uses;
+        params.key_usages = leaf.key_uses;
+        params.custom_extensions = leaf.extensions;
+        let key = KeyPair::generate().expect("a key can be made");
+        let certificate = params.signed_by(&key, &self.intermediate).expect("the intermediate may sign");
+        let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        (vec![certificate.into(), self.intermediate.der().clone()], key)
+    }
+
+    /// Good credentials, of the given validity.
+    pub(crate) fn credentials(
+        &self,
+        id: &SpiffeId,
+        not_before: SystemTime,
+        not_after: SystemTime,
+    ) -> Credentials {
+        let (chain, key) = self.certify(Leaf { not_before, not_after, ..Leaf::of(id.as_str()) });
+        Credentials::new(id.clone(), chain, key, self.roots()).expect("the parts fit together")
+    }
+}
+
+fn signing(name: &str, path_length: u8) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params
+}

@@ -12,10 +12,12 @@ mod programs;
 mod traces;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
 use crate::leftovers::{Compared, Machine};
 use crate::mesh::{Enrolment, MESHED, MeshFiles, PLAIN};
@@ -102,12 +104,32 @@ impl World {
     /// Makes everything, starts both daemons, and waits until client and server can talk.
     pub fn start(options: Options) -> Result<Self> {
         let mut world = Self::without_daemons(options)?;
-        for on in BOTH {
-            world.say(&format!("starting the daemon of {}", world.node(on).name));
-            world.start_daemon(on)?;
+        match world.start_daemons() {
+            Ok(()) => Ok(world),
+            Err(error) => {
+                let logs = world.save_logs()?;
+                world.run.take_down_after_all();
+                Err(error.context(format!("logs are in {}", logs.display())))
+            }
         }
-        world.wait_settled()?;
-        Ok(world)
+    }
+
+    fn start_daemons(&mut self) -> Result<()> {
+        for on in BOTH {
+            self.say(&format!("starting the daemon of {}", self.node(on).name));
+            self.start_daemon(on)?;
+        }
+        self.wait_settled()
+    }
+
+    /// Copies logs and captures to where they outlive the run: `target/logs/<run>`.
+    pub fn save_logs(&self) -> Result<PathBuf> {
+        let to = binaries::target().join("logs").join(self.run.prefix());
+        std::fs::create_dir_all(&to)?;
+        for entry in std::fs::read_dir(self.run.path("logs"))?.flatten() {
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+        Ok(to)
     }
 
     /// Makes everything but does not start a daemon.
@@ -296,7 +318,15 @@ impl World {
             let addresses = extra_loopback(&self.node(on).place)?;
             ensure!(addresses.is_empty(), "addresses left on lo of {on:?}: {addresses:?}");
             let pins = &self.setting(on).pins;
-            let left: Vec<_> = std::fs::read_dir(pins).into_iter().flatten().flatten().collect();
+            // A bpffs has these two of itself; the run's end removes the mount.
+            let own = |name: &std::ffi::OsStr| name == "progs.debug" || name == "maps.debug";
+            let left: Vec<_> = std::fs::read_dir(pins)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.file_name())
+                .filter(|name| !own(name))
+                .collect();
             ensure!(left.is_empty(), "pins left in {}: {left:?}", pins.display());
         }
         Ok(said)

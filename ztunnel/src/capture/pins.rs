@@ -111,7 +111,7 @@ impl Pins {
             }
         }
         if let Some(point) = point
-            && std::fs::read_dir(&point)?.next().is_none()
+            && is_empty(&point)?
         {
             umount2(&point, MntFlags::empty())?;
             if point == self.root {
@@ -120,6 +120,11 @@ impl Pins {
         }
         Ok(())
     }
+}
+
+/// Whether a bpf file system holds no pins; what the kernel itself puts there has a dot in its name.
+fn is_empty(dir: &Path) -> io::Result<bool> {
+    Ok(!std::fs::read_dir(dir)?.flatten().any(|entry| !entry.file_name().as_encoded_bytes().contains(&b'.')))
 }
 
 /// A file or directory that is gone already is as good as removed.

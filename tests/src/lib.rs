@@ -26,6 +26,7 @@ pub mod peer;
 pub mod place;
 pub mod poll;
 pub mod process;
+pub mod raw_netns;
 pub mod run;
 pub mod stories;
 pub mod topology;

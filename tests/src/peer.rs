@@ -1,6 +1,11 @@
-//! What `ztunnel-peer` does inside a pod: a line server, a client that holds one connection, and a load of new
-//! connections. It runs as a program of its own because a control group holds processes, not threads.
+//! What `ztunnel-peer` does inside a pod: a line server, a client that holds one connection, a load of new
+//! connections, and the loads of the benchmark that no packaged program makes. It runs as a program of its own
+//! because a control group holds processes, not threads.
 
+pub mod crowd;
+pub mod first;
 pub mod hold;
+mod http;
 pub mod load;
+pub mod open;
 pub mod serve;

@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask --help`.
 #![expect(clippy::print_stdout, reason = "a command line talks on standard output")]
 
+mod bench;
 mod ci;
 mod demo;
 mod run;
@@ -33,6 +34,8 @@ enum Command {
     Ci,
     /// Check the module table and the house rules that a compiler does not know
     Tidy,
+    /// Measure the daemon beside bare TCP and Envoy
+    Bench(bench::Arguments),
     /// Build the eBPF programs alone
     Ebpf,
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Ebpf => ebpf(),
     };
     match result {

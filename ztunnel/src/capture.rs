@@ -34,6 +34,7 @@ mod vouch;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -80,8 +81,8 @@ pub struct Listeners {
 /// A pod's listeners and namespace.
 #[derive(Debug)]
 pub struct Captured {
-    /// For the data plane.
-    pub listeners: Listeners,
+    /// For the data plane. The node keeps them too until the pod is withdrawn, to put them back into its slot.
+    pub listeners: Arc<Listeners>,
     /// For sockets that have to be made inside the pod.
     pub netns: Arc<Netns>,
 }
@@ -97,7 +98,9 @@ pub struct Node {
     generation: u64,
     /// The programs differ from those the last daemon left, so links are given the new ones.
     renew: bool,
-    /// What we have enrolled, written by `bind`, `capture`, `withdraw` and `release`.
+    /// Our own hold on the node-wide programs, by name.
+    links: HashMap<&'static str, OwnedFd>,
+    /// What we have enrolled, written by `bind`, `capture`, `withdraw`, `close` and `forget`.
     pods: HashMap<PodUid, Enrolled>,
 }
 
@@ -108,6 +111,15 @@ struct Enrolled {
     cookie: u64,
     netns: Arc<Netns>,
     spec: PodSpec,
-    /// `capture` has been called and `withdraw` has not: the reconciler keeps it so.
-    active: bool,
+    /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
+    listeners: Option<Arc<Listeners>>,
+    /// Our own hold on the programs, so that they stay attached when their pins are deleted.
+    links: Links,
+}
+
+/// The links of one pod.
+#[derive(Debug, Default)]
+struct Links {
+    lookup: Option<OwnedFd>,
+    guards: HashMap<u32, OwnedFd>,
 }

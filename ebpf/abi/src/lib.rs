@@ -170,6 +170,8 @@ counters! {
     RefusedLinkLocal = "refused_link_local",
     /// Refused: a pod used the probe address.
     RefusedProbeAddress = "refused_probe_address",
+    /// Refused: a pod dialled, and the daemon has no listener (it is not running).
+    RefusedNoListener = "refused_no_listener",
     /// A multipath TCP socket was marked when it was made.
     MultipathMarked = "multipath_marked",
     /// A connection found the outbound listener.

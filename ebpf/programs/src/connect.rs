@@ -4,7 +4,8 @@
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::{
-    bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_getsockopt, bpf_setsockopt,
+    bpf_bind, bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_getsockopt, bpf_set_retval,
+    bpf_setsockopt,
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -14,7 +15,7 @@ use ztunnel_ebpf_abi::{
 };
 
 use crate::maps::{
-    ADDRESSES, NODE, POD_IPS, PODS, count, is_link_local, is_loopback, ownership, set_ownership,
+    ADDRESSES, NODE, POD_IPS, PODS, count, is_link_local, is_loopback, is_served, ownership, set_ownership,
 };
 
 const ALLOW: i32 = 1;
@@ -26,6 +27,7 @@ const AF_INET6: u16 = 10;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
 const SO_MARK: i32 = 36;
+const ECONNREFUSED: i32 = 111;
 
 #[repr(C)]
 struct SockaddrIn {
@@ -105,6 +107,13 @@ fn from_pod(ctx: *mut bpf_sock_addr, slot: u32, to: &Address) -> i32 {
     }
     if is_link_local(to) {
         return refuse(Counter::RefusedLinkLocal);
+    }
+    if !is_served(slot) {
+        // The lookup would find nobody, and for IPv4 the kernel sends no reset from an address that is not
+        // the pod's: the application would wait for its time-out.
+        // SAFETY: the helper takes a number; without it the error would be EPERM.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+        return refuse(Counter::RefusedNoListener);
     }
     if !set_mark(ctx, (mark & !MARK_MASK) | CAPTURE) {
         return refuse(Counter::RefusedMark);

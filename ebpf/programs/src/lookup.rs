@@ -82,17 +82,17 @@ fn assign(ctx: &SkLookupContext, slot: u32, kind: u32, counter: Counter) -> u32 
     }
 }
 
+/// Local and remote address. All fields are read first (those of the other family are zero): reads in branches
+/// are merged into one with a computed offset, which the verifier does not allow.
 #[inline(always)]
 fn addresses(lookup: *mut bpf_sk_lookup) -> (Address, Address) {
     // SAFETY: the context is valid for the run of the program; it may be read by words only.
     unsafe {
-        if (&raw const (*lookup).family).read_volatile() == AF_INET {
-            return (
-                mapped((&raw const (*lookup).local_ip4).read_volatile()),
-                mapped((&raw const (*lookup).remote_ip4).read_volatile()),
-            );
-        }
-        (words(&raw const (*lookup).local_ip6), words(&raw const (*lookup).remote_ip6))
+        let family = (&raw const (*lookup).family).read_volatile();
+        let (local4, remote4) =
+            ((&raw const (*lookup).local_ip4).read_volatile(), (&raw const (*lookup).remote_ip4).read_volatile());
+        let (local6, remote6) = (words(&raw const (*lookup).local_ip6), words(&raw const (*lookup).remote_ip6));
+        if family == AF_INET { (mapped(local4), mapped(remote4)) } else { (local6, remote6) }
     }
 }
 

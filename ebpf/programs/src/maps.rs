@@ -2,11 +2,12 @@
 
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::helpers::generated::bpf_sk_storage_get;
+use aya_ebpf::helpers::bpf_sk_release;
+use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, SockMap};
 use ztunnel_ebpf_abi::{
-    Address, COUNTERS as COUNTER_ENTRIES, Counter, LISTENERS_PER_SLOT, MAPPED, NodeConfig, PodEntry, Record,
+    Address, COUNTERS as COUNTER_ENTRIES, Counter, LISTENERS_PER_SLOT, MAPPED, NodeConfig, OUTBOUND, PodEntry, Record,
     SLOTS, STATE_ENTRIES, SlotAddress,
 };
 
@@ -43,6 +44,21 @@ static SOCKETS: SkStorage<u32> = SkStorage::new();
 pub fn keep() {
     let _state = STATE.get_ptr(0);
     let _record = RECORDS.get_ptr(&0);
+}
+
+/// Whether a daemon listens for what the pod dials.
+#[inline(always)]
+pub fn is_served(slot: u32) -> bool {
+    let key = slot * LISTENERS_PER_SLOT + OUTBOUND;
+    let map = core::ptr::from_ref(&LISTENERS).cast_mut().cast();
+    // SAFETY: the helper takes a map and a key of its size.
+    let sk = unsafe { bpf_map_lookup_elem(map, (&raw const key).cast()) };
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: a socket from a socket map is ours to release.
+    unsafe { bpf_sk_release(sk) };
+    true
 }
 
 /// Adds one to a counter of this CPU.

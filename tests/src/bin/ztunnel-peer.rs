@@ -1,7 +1,13 @@
 //! Client and server programs for the pods of the harness. See `ztunnel_tests::peer`.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
-use ztunnel_tests::peer::{hold, load, serve};
+use ztunnel_tests::peer::{crowd, first, hold, load, open, serve};
+
+const USAGE: &str = "ztunnel-peer serve <port> | hold <address> | load <rate> <address>... \
+     | open <address> <path> <rate> <connections> <seconds> | crowd <address> <path> <connections> \
+     | first <address> <path> <seconds>";
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -13,6 +19,23 @@ fn main() -> Result<()> {
             let targets: Result<Vec<_>, _> = targets.iter().map(|target| target.parse()).collect();
             load::load(rate.parse().context("the rate")?, &targets.context("an address")?)
         }
-        _ => bail!("ztunnel-peer serve <port> | hold <address> | load <rate> <address>..."),
+        ["open", to, path, rate, connections, seconds] => open::open(&open::Plan {
+            to: to.parse().context("the address")?,
+            path: (*path).to_owned(),
+            rate: rate.parse().context("the rate")?,
+            connections: connections.parse().context("the connections")?,
+            period: period(seconds)?,
+        }),
+        ["crowd", to, path, count] => {
+            crowd::crowd(to.parse().context("the address")?, path, count.parse().context("the connections")?)
+        }
+        ["first", to, path, seconds] => {
+            first::first(to.parse().context("the address")?, path, period(seconds)?)
+        }
+        _ => bail!(USAGE),
     }
+}
+
+fn period(seconds: &str) -> Result<Duration> {
+    Ok(Duration::from_secs(seconds.parse().context("the seconds")?))
 }

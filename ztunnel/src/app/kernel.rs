@@ -178,7 +178,7 @@ impl Worker {
                 }
                 Command::Close(answer) => {
                     self.yielded = true;
-                    self.node.close();
+                    self.node.close_all();
                     let _gone = answer.send(());
                 }
             }
@@ -231,7 +231,7 @@ impl Worker {
             .map(|(uid, _)| uid.clone())
             .collect();
         for uid in ended {
-            match self.node.release(&uid) {
+            match self.node.forget(&uid) {
                 Ok(()) => {
                     self.leaving.remove(&uid);
                 }

@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "socket options without a wrapper")]
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,16 +40,17 @@ fn listener(last: u8) -> io::Result<Arc<TcpListener>> {
 }
 
 fn listen_on(last: u8, port: u16) -> io::Result<TcpListener> {
+    let nowhere = Ipv4Addr::new(169, 254, 7, 127 - last);
     let (socket, address) = match Socket::new(Domain::IPV6, Type::STREAM.nonblocking(), None) {
         Ok(socket) => {
             socket.set_only_v6(false)?;
             option(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)?;
-            let nowhere = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0, 0, 0, u16::from(last));
-            (socket, SocketAddr::from((nowhere, port)))
+            // Bound to an IPv6 address proper it would take IPv6 alone.
+            (socket, SocketAddr::from((nowhere.to_ipv6_mapped(), port)))
         }
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
             let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
-            (socket, SocketAddr::from((Ipv4Addr::new(169, 254, 7, 127 - last), port)))
+            (socket, SocketAddr::from((nowhere, port)))
         }
         Err(error) => return Err(error),
     };

@@ -1,6 +1,7 @@
 //! The pinned maps, seen from the daemon.
 
 use std::error::Error;
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -12,6 +13,7 @@ use ztunnel_ebpf_abi::{
 use super::Listeners;
 use super::error::OpenError;
 use super::pins::Pins;
+use super::sys;
 
 /// See the module; names as in `ebpf/programs/src/maps.rs`.
 pub(super) struct Maps {
@@ -24,30 +26,44 @@ pub(super) struct Maps {
     pub state: Array<MapData, u64>,
     pub records: HashMap<MapData, u32, Record>,
     pub sockets: OwnedFd,
+    /// All of them again, to pin them anew.
+    fds: Vec<(&'static str, OwnedFd)>,
 }
 
 impl Maps {
     /// Opens all of them.
     pub(super) fn open(pins: &Pins) -> Result<Self, OpenError> {
+        let mut fds = Vec::new();
         Ok(Self {
-            pods: open(pins, "PODS")?,
-            addresses: open(pins, "ADDRESSES")?,
-            pod_ips: open(pins, "POD_IPS")?,
-            listeners: open(pins, "LISTENERS")?,
-            node: open(pins, "NODE")?,
-            counters: open(pins, "COUNTERS")?,
-            state: open(pins, "STATE")?,
-            records: open(pins, "RECORDS")?,
+            pods: open(pins, "PODS", &mut fds)?,
+            addresses: open(pins, "ADDRESSES", &mut fds)?,
+            pod_ips: open(pins, "POD_IPS", &mut fds)?,
+            listeners: open(pins, "LISTENERS", &mut fds)?,
+            node: open(pins, "NODE", &mut fds)?,
+            counters: open(pins, "COUNTERS", &mut fds)?,
+            state: open(pins, "STATE", &mut fds)?,
+            records: open(pins, "RECORDS", &mut fds)?,
             sockets: {
-                let map = data(pins, "SOCKETS")?;
-                map.fd().as_fd().try_clone_to_owned().map_err(|source| failed("SOCKETS", source))?
+                let sockets = duplicate("SOCKETS", &data(pins, "SOCKETS")?)?;
+                let again = sockets.try_clone().map_err(|source| failed("SOCKETS", source))?;
+                fds.push(("SOCKETS", again));
+                sockets
             },
+            fds,
         })
     }
 
     /// Opens the counters alone.
     pub(super) fn open_counters(pins: &Pins) -> Result<PerCpuArray<MapData, u64>, OpenError> {
-        open(pins, "COUNTERS")
+        open(pins, "COUNTERS", &mut Vec::new())
+    }
+
+    /// Pins again those whose pin was deleted.
+    pub(super) fn pin(&self, pins: &Pins) -> io::Result<()> {
+        self.fds
+            .iter()
+            .filter(|(name, _)| !pins.map(name).exists())
+            .try_for_each(|(name, map)| sys::pin(map.as_fd(), &pins.map(name)))
     }
 
     /// Puts a pod's listeners into its slot: from here on new connections are theirs.
@@ -57,6 +73,19 @@ impl Maps {
         self.listeners.set(first + HBONE, &listeners.hbone, 0)?;
         self.listeners.set(first + INBOUND, &listeners.inbound, 0)?;
         self.listeners.set(first + OUTBOUND, &listeners.outbound, 0)
+    }
+
+    /// Puts listeners into empty places of a slot only, so that a successor's stay; true if any was empty.
+    pub(super) fn refill_listeners(&mut self, slot: u32, listeners: &Listeners) -> bool {
+        use ztunnel_ebpf_abi::{HBONE, INBOUND, OUTBOUND};
+        const NOEXIST: u64 = 1;
+        let first = slot * LISTENERS_PER_SLOT;
+        let each =
+            [(HBONE, &listeners.hbone), (INBOUND, &listeners.inbound), (OUTBOUND, &listeners.outbound)];
+        each.iter()
+            .filter(|(kind, socket)| self.listeners.set(first + kind, *socket, NOEXIST).is_ok())
+            .count()
+            > 0
     }
 
     /// Empties a slot: from here on new connections are refused.
@@ -134,11 +163,17 @@ fn data(pins: &Pins, name: &'static str) -> Result<MapData, OpenError> {
     MapData::from_pin(pins.map(name)).map_err(|source| failed(name, source))
 }
 
-fn open<M>(pins: &Pins, name: &'static str) -> Result<M, OpenError>
+fn duplicate(name: &'static str, map: &MapData) -> Result<OwnedFd, OpenError> {
+    map.fd().as_fd().try_clone_to_owned().map_err(|source| failed(name, source))
+}
+
+fn open<M>(pins: &Pins, name: &'static str, fds: &mut Vec<(&'static str, OwnedFd)>) -> Result<M, OpenError>
 where
     M: TryFrom<Map, Error = MapError>,
 {
-    let map = Map::from_map_data(data(pins, name)?).map_err(|source| failed(name, source))?;
+    let map = data(pins, name)?;
+    fds.push((name, duplicate(name, &map)?));
+    let map = Map::from_map_data(map).map_err(|source| failed(name, source))?;
     M::try_from(map).map_err(|source| failed(name, source))
 }
 

@@ -1,7 +1,10 @@
 //! Opening the node: pins, maps, node-wide programs; ownership and counters.
 
+use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use aya::Ebpf;
@@ -10,8 +13,8 @@ use ztunnel_ebpf_abi::{Counter, STATE_GENERATION, STATE_MOUNTED};
 
 use super::error::OpenError;
 use super::maps::{Maps, unpack};
-use super::pins::Pins;
-use super::sys::{self, Attach};
+use super::pins::{Pins, gone};
+use super::sys::{self, Attach, Ensured, Wanted};
 use super::vouch::Vouch;
 use super::{Config, Node, host, programs};
 use crate::model::addr::PodUid;
@@ -88,7 +91,8 @@ impl Node {
             vouch: Arc::new(vouch),
             generation: 0,
             renew: false,
-            pods: std::collections::HashMap::new(),
+            links: HashMap::new(),
+            pods: HashMap::new(),
         };
         node.own(mounted)?;
         node.describe_host()?;
@@ -126,75 +130,85 @@ impl Node {
 
     /// Attaches the node-wide programs, or replaces those of another build in place.
     fn attach(&mut self, object: &mut Ebpf) -> Result<(), OpenError> {
-        for name in programs::GUARDS {
-            let path = self.pins.program(name);
-            if self.renew || !path.exists() {
-                let program = programs::load(object, name).map_err(OpenError::Load)?;
-                super::pins::gone(std::fs::remove_file(&path))
-                    .and_then(|()| sys::pin(program.as_fd(), &path))
-                    .map_err(|source| OpenError::Pins { path, source })?;
-            }
-        }
+        self.load_guards(object, self.renew)?;
         for (name, hook) in programs::CGROUP {
-            self.attach_to_cgroup(object, name, hook)?;
+            self.attach_to_cgroup(object, name, hook, self.renew)?;
         }
         let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
         self.maps.state.set(STATE_PROGRAMS, programs::fingerprint(), 0).map_err(failed)
     }
 
-    fn attach_to_cgroup(&self, object: &mut Ebpf, name: &'static str, hook: Attach) -> Result<(), OpenError> {
-        let path = self.pins.link(name);
-        let alive = self.cgroup_link_alive(name, hook);
-        if alive && !self.renew {
-            return Ok(());
-        }
-        let program = programs::load(object, name).map_err(OpenError::Load)?;
-        let attached = if alive {
-            sys::open(&path).and_then(|link| sys::replace(link.as_fd(), program.as_fd()))
-        } else {
-            File::open(&self.config.cgroup_root)
-                .and_then(|cgroup| sys::attach(program.as_fd(), cgroup.as_raw_fd() as u32, hook))
-                .and_then(|link| {
-                    super::pins::gone(std::fs::remove_file(&path))?;
-                    sys::pin(link.as_fd(), &path)
-                })
-        };
-        attached.map_err(|source| OpenError::Attach {
-            program: name,
-            cgroup: self.config.cgroup_root.clone(),
-            source,
-        })
+    fn attach_to_cgroup(
+        &mut self,
+        object: &mut Ebpf,
+        name: &'static str,
+        hook: Attach,
+        renew: bool,
+    ) -> Result<Ensured, OpenError> {
+        let root = self.config.cgroup_root.clone();
+        let failed = |source| OpenError::Attach { program: name, cgroup: root.clone(), source };
+        let cgroup = File::open(&root).map_err(failed)?;
+        let target = cgroup.metadata().map_err(failed)?.ino();
+        let wanted = Wanted { path: &self.pins.link(name), hook, target, renew };
+        let mut held = self.links.remove(name);
+        let ensured = sys::ensure_link(
+            &wanted,
+            &mut held,
+            || programs::load(object, name).map_err(io::Error::other),
+            |program| sys::attach(program, cgroup.as_raw_fd() as u32, hook),
+        );
+        self.links.extend(held.map(|link| (name, link)));
+        ensured.map_err(failed)
     }
 
-    fn cgroup_link_alive(&self, name: &str, hook: Attach) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let Ok(link) = sys::open(&self.pins.link(name)) else { return false };
+    /// Whether the node-wide programs are all attached and pinned.
+    fn attached(&self) -> bool {
         let cgroup = self.config.cgroup_root.metadata().map_or(0, |metadata| metadata.ino());
-        sys::link_state(link.as_fd(), hook).is_ok_and(|state| state.target == cgroup)
+        let alive = |(name, hook): (&str, Attach)| {
+            sys::open(&self.pins.link(name))
+                .and_then(|link| sys::link_state(link.as_fd(), hook))
+                .is_ok_and(|state| state.target == cgroup)
+        };
+        programs::CGROUP.into_iter().all(alive)
+            && programs::GUARDS.iter().all(|name| self.pins.program(name).exists())
     }
 
-    /// Attaches again what is no longer attached; names it.
-    pub(super) fn reattach(&self) -> Result<Vec<&'static str>, OpenError> {
-        let missing: Vec<_> = programs::CGROUP
-            .into_iter()
-            .filter(|(name, hook)| !self.cgroup_link_alive(name, *hook))
-            .collect();
-        let guards: Vec<_> =
-            programs::GUARDS.into_iter().filter(|name| !self.pins.program(name).exists()).collect();
-        if missing.is_empty() && guards.is_empty() {
-            return Ok(Vec::new());
+    /// Attaches or pins again what is missing; names it.
+    pub(super) fn reattach(&mut self) -> Result<Vec<String>, OpenError> {
+        let mut repaired = Vec::new();
+        if self.attached() {
+            return Ok(repaired);
         }
-        self.pins.create().map_err(|source| OpenError::Pins { path: self.config.pin_dir.clone(), source })?;
+        let no_pins = |source| OpenError::Pins { path: self.config.pin_dir.clone(), source };
+        self.pins.create().map_err(no_pins)?;
+        self.maps.pin(&self.pins).map_err(no_pins)?;
         let mut object = programs::object(&self.pins, 0).map_err(OpenError::Load)?;
-        for name in &guards {
+        for name in self.load_guards(&mut object, false)? {
+            repaired.push(format!("program {name} was not pinned"));
+        }
+        for (name, hook) in programs::CGROUP {
+            match self.attach_to_cgroup(&mut object, name, hook, false)? {
+                Ensured::Present => {}
+                Ensured::Pinned => repaired.push(format!("program {name} was not pinned")),
+                Ensured::Attached => repaired.push(format!("program {name} was not attached")),
+            }
+        }
+        Ok(repaired)
+    }
+
+    fn load_guards(&self, object: &mut Ebpf, renew: bool) -> Result<Vec<&'static str>, OpenError> {
+        let mut loaded = Vec::new();
+        for name in programs::GUARDS {
             let path = self.pins.program(name);
-            let program = programs::load(&mut object, name).map_err(OpenError::Load)?;
-            sys::pin(program.as_fd(), &path).map_err(|source| OpenError::Pins { path, source })?;
+            if renew || !path.exists() {
+                let program = programs::load(object, name).map_err(OpenError::Load)?;
+                gone(std::fs::remove_file(&path))
+                    .and_then(|()| sys::pin(program.as_fd(), &path))
+                    .map_err(|source| OpenError::Pins { path, source })?;
+                loaded.push(name);
+            }
         }
-        for (name, hook) in &missing {
-            self.attach_to_cgroup(&mut object, name, *hook)?;
-        }
-        Ok(missing.into_iter().map(|(name, _)| name).chain(guards).collect())
+        Ok(loaded)
     }
 
     /// What an earlier daemon left, for the log line of a start.

@@ -111,7 +111,7 @@ impl Pins {
             }
         }
         if let Some(point) = point
-            && std::fs::read_dir(&point)?.next().is_none()
+            && is_empty(&point)?
         {
             umount2(&point, MntFlags::empty())?;
             if point == self.root {
@@ -120,6 +120,11 @@ impl Pins {
         }
         Ok(())
     }
+}
+
+/// Whether a bpf file system holds no pins; what the kernel itself puts there has a dot in its name.
+fn is_empty(dir: &Path) -> io::Result<bool> {
+    Ok(!std::fs::read_dir(dir)?.flatten().any(|entry| !entry.file_name().as_encoded_bytes().contains(&b'.')))
 }
 
 /// A file or directory that is gone already is as good as removed.
@@ -139,6 +144,15 @@ fn ensure_bpffs(dir: &Path) -> io::Result<bool> {
     if is_bpffs(existing(dir)) {
         std::fs::create_dir_all(dir)?;
         return Ok(false);
+    }
+    // A mount in a namespace of our own would vanish with it, and the programs with the mount.
+    // Where the first process cannot be looked at, nothing is known.
+    let ours = std::fs::read_link("/proc/self/ns/mnt")?;
+    if std::fs::read_link("/proc/1/ns/mnt").is_ok_and(|first| first != ours) {
+        return Err(io::Error::other(
+            "no bpf file system is mounted there, and a mount made in this mount namespace would not outlive the \
+             daemon: mount one on the host",
+        ));
     }
     let point = if std::fs::create_dir_all(dir).is_ok() { dir } else { existing(dir) };
     mount(

@@ -1,9 +1,9 @@
 //! Enrolling and withdrawing one pod, step by step.
 
-use std::collections::HashSet;
-use std::error::Error;
+use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,8 +15,8 @@ use super::maps::{pack, unpack};
 use super::netlink::Netlink;
 use super::node::uid_of;
 use super::pins::{Pins, gone};
-use super::sys::{self, Attach};
-use super::{Captured, Enrolled, Node, PodSpec, listeners, programs, routes};
+use super::sys::{self, Attach, Ensured, Wanted};
+use super::{Captured, Enrolled, Links, Node, PodSpec, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
 use crate::net::netns::Netns;
 
@@ -34,10 +34,13 @@ impl Node {
             .map_err(EnrolError::Listen)?;
         let slot = self.reserve(pod, &netns, cookie, accepts_marks)?;
         let spec = pod.clone();
-        let active = self.pods.get(&pod.uid).is_some_and(|known| known.active);
-        let enrolled = Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, active };
+        // Bound again (it was withdrawn, or its listeners are to be replaced): what is in the kernel stays.
+        let known = self.pods.remove(&pod.uid).filter(|known| known.cookie == cookie);
+        let (listening, links) = known.map_or_else(Default::default, |known| (known.listeners, known.links));
+        let enrolled =
+            Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, listeners: listening, links };
         self.pods.insert(pod.uid.clone(), enrolled);
-        Ok(Captured { listeners, netns })
+        Ok(Captured { listeners: Arc::new(listeners), netns })
     }
 
     /// Finds or makes the pod's record. A record of the same UID in another namespace is of a pod that is gone.
@@ -55,6 +58,7 @@ impl Node {
             if record.cookie == cookie {
                 return Ok(slot);
             }
+            self.pods.remove(&pod.uid);
             self.dismantle(slot, &record).map_err(EnrolError::step("a new slot"))?;
         }
         let slot = self.maps.free_slot().ok_or(EnrolError::Full)?;
@@ -84,106 +88,111 @@ impl Node {
         }
         let known = self.pods.get_mut(&pod.uid).ok_or_else(|| EnrolError::NotBound(pod.uid.clone()))?;
         known.spec = pod.clone();
-        let (slot, cookie) = (known.slot, known.cookie);
-        let netns = Arc::clone(&known.netns);
-
-        self.maps.set_listeners(slot, &captured.listeners).map_err(EnrolError::step("the listeners"))?;
+        let slot = known.slot;
         let record = self.maps.records.get(&slot, 0).map_err(EnrolError::step("the record"))?;
         if record.withdrawn != 0 {
             let record = Record { withdrawn: 0, ..record };
             self.maps.records.insert(slot, record, 0).map_err(EnrolError::step("the record"))?;
         }
-        self.redirect(pod, slot, cookie, &netns)?;
-        if let Some(known) = self.pods.get_mut(&pod.uid) {
-            known.active = true;
-        }
-        Ok(())
+        self.maps.set_listeners(slot, &captured.listeners).map_err(EnrolError::step("the listeners"))?;
+        known.listeners = Some(Arc::clone(&captured.listeners));
+        self.redirect(&pod.uid).map(drop)
     }
 
-    /// Everything of `capture` but the listeners; names what was not there. The reconciler's repair as well.
-    pub(super) fn redirect(
-        &mut self,
-        pod: &PodSpec,
-        slot: u32,
-        cookie: u64,
-        netns: &Netns,
-    ) -> Result<Vec<String>, EnrolError> {
-        let entered = |source| EnrolError::Netns { path: pod.netns.clone(), source };
-        let mut found = netns
-            .run(|| inside(pod))
+    /// Everything of `capture` but the listeners, for the reconciler as well; names what was not there.
+    pub(super) fn redirect(&mut self, uid: &PodUid) -> Result<Vec<String>, EnrolError> {
+        let Self { pods, maps, pins, renew, .. } = self;
+        let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
+        let Enrolled { slot, cookie, netns, spec, links, .. } = known;
+        let (slot, cookie) = (*slot, *cookie);
+        let entered = |source| EnrolError::Netns { path: spec.netns.clone(), source };
+        let found = netns
+            .run(|| inside(spec))
             .map_err(entered)?
             .map_err(EnrolError::step("rules, routes and the tcp_fwmark_accept setting"))?;
-        let mut changed: Vec<String> =
-            found.added.drain(..).map(|what| format!("{what} was missing")).collect();
+        let mut changed: Vec<String> = found.added.iter().map(|what| format!("{what} was missing")).collect();
 
-        let renewed = self.ensure_lookup(slot, netns).map_err(EnrolError::step("the lookup program"))?;
-        changed.extend(renewed.then(|| "the lookup program was not attached".to_owned()));
+        std::fs::create_dir_all(pins.pod(slot)).map_err(EnrolError::step("the pins"))?;
+        let wanted =
+            Wanted { path: &pins.lookup(slot), hook: Attach::SkLookup, target: netns.id().1, renew: *renew };
+        let lookup = sys::ensure_link(
+            &wanted,
+            &mut links.lookup,
+            || programs::object(pins, slot).and_then(|mut object| programs::load(&mut object, "steer")),
+            |program| sys::attach(program, netns.as_fd().as_raw_fd() as u32, Attach::SkLookup),
+        );
+        match lookup.map_err(EnrolError::step("the lookup program"))? {
+            Ensured::Present => {}
+            Ensured::Pinned => changed.push("the lookup program was not pinned".to_owned()),
+            Ensured::Attached => changed.push("the lookup program was not attached".to_owned()),
+        }
 
-        let step = EnrolError::step("the map of addresses");
-        if self.maps.set_addresses(slot, &found.own).map_err(step)? {
+        if maps.set_addresses(slot, &found.own).map_err(EnrolError::step("the map of addresses"))? {
             changed.push("its addresses in the map were not current".to_owned());
         }
-        let probed: Vec<IpAddr> = pod.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
-        if self.maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
+        let probed: Vec<IpAddr> = spec.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
+        if maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
             changed.push("its addresses for probes were not current".to_owned());
         }
         let entry = PodEntry { slot, flags: 0 };
-        if self.maps.pods.get(&cookie, 0).ok() != Some(entry) {
+        if maps.pods.get(&cookie, 0).ok() != Some(entry) {
             // From here on connections of the pod are marked.
-            self.maps
-                .pods
-                .insert(cookie, entry, 0)
-                .map_err(EnrolError::step("the connect program's entry"))?;
+            maps.pods.insert(cookie, entry, 0).map_err(EnrolError::step("the connect program's entry"))?;
             changed.push("the connect program did not know it".to_owned());
         }
         let guarded = netns
-            .run(|| ensure_guards(&self.pins, slot, &found.devices, self.renew))
+            .run(|| ensure_guards(pins, slot, &found.devices, *renew, &mut links.guards))
             .map_err(entered)?
             .map_err(EnrolError::step("the guard (it needs Linux 6.6)"))?;
-        changed.extend(guarded.into_iter().map(|device| format!("device {device} had no guard")));
+        changed.extend(guarded);
         Ok(changed)
     }
 
-    /// True when the lookup program had to be attached.
-    fn ensure_lookup(&self, slot: u32, netns: &Netns) -> Result<bool, Box<dyn Error + Send + Sync>> {
-        let path = self.pins.lookup(slot);
-        let link = sys::open(&path).ok().filter(|link| {
-            sys::link_state(link.as_fd(), Attach::SkLookup).is_ok_and(|state| state.target == netns.id().1)
-        });
-        if link.is_some() && !self.renew {
-            return Ok(false);
+    /// Empties the pod's slot: new connections are refused at once, while the daemon can still accept what is
+    /// queued. For a shutdown without a successor; `capture` brings it back.
+    pub fn close(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        if !self.is_owner() {
+            return Err(WithdrawError::Superseded);
         }
-        let mut object = programs::object(&self.pins, slot)?;
-        let program = programs::load(&mut object, "steer")?;
-        if let Some(link) = link {
-            sys::replace(link.as_fd(), program.as_fd())?;
-            return Ok(false);
-        }
-        std::fs::create_dir_all(self.pins.pod(slot))?;
-        let link = sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?;
-        gone(std::fs::remove_file(&path))?;
-        sys::pin(link.as_fd(), &path)?;
-        Ok(true)
+        let known = self.pods.get_mut(uid).ok_or_else(|| WithdrawError::Unknown(uid.clone()))?;
+        known.listeners = None;
+        self.maps.clear_listeners(known.slot);
+        Ok(())
     }
 
-    /// Stops capturing new connections. Open ones go on: the routes they need stay until [`Node::release`].
+    /// [`Node::close`] for every pod; does nothing once a newer daemon owns the node.
+    pub fn close_all(&mut self) {
+        if self.is_owner() {
+            for known in self.pods.values_mut() {
+                known.listeners = None;
+                self.maps.clear_listeners(known.slot);
+            }
+        }
+    }
+
+    /// Stops capturing new connections. Open ones go on: the routes they need stay until [`Node::forget`].
     pub fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
         if !self.is_owner() {
             return Err(WithdrawError::Superseded);
         }
         let (slot, record) = self.record(uid)?;
         if let Some(known) = self.pods.get_mut(uid) {
-            known.active = false;
+            known.listeners = None;
+            known.links = Links::default();
         }
         self.open_up(slot, &record)
     }
 
     /// Removes what is left of a withdrawn pod, once its connections have drained (those still open break).
-    pub fn release(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+    pub fn forget(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
         if !self.is_owner() {
             return Err(WithdrawError::Superseded);
         }
         let (slot, record) = self.record(uid)?;
+        if let Some(known) = self.pods.get_mut(uid) {
+            known.listeners = None;
+            known.links = Links::default();
+        }
         self.dismantle(slot, &record)?;
         self.pods.remove(uid);
         Ok(())
@@ -285,7 +294,7 @@ struct Inside {
 }
 
 /// Rules, routes, the sysctl; and a look at addresses and devices. Runs in the pod's namespace.
-fn inside(pod: &PodSpec) -> std::io::Result<Inside> {
+fn inside(pod: &PodSpec) -> io::Result<Inside> {
     let mut netlink = Netlink::open()?;
     let mut added = routes::ensure(&mut netlink, &routes::families(&pod.addresses))?;
     if routes::accepts_marks()? != 1 {
@@ -299,38 +308,37 @@ fn inside(pod: &PodSpec) -> std::io::Result<Inside> {
     Ok(Inside { added, own, devices: routes::devices(&mut netlink)? })
 }
 
-/// Guards every device; returns those that had none. Runs in the pod's namespace.
+/// Guards every device and names what was missing. Runs in the pod's namespace.
 fn ensure_guards(
     pins: &Pins,
     slot: u32,
     devices: &[routes::Device],
     renew: bool,
-) -> std::io::Result<Vec<u32>> {
+    held: &mut HashMap<u32, OwnedFd>,
+) -> io::Result<Vec<String>> {
     let mut changed = Vec::new();
     for device in devices {
-        let path = pins.guard(slot, device.index);
-        let link = sys::open(&path).ok().filter(|link| {
-            sys::link_state(link.as_fd(), Attach::TcxEgress)
-                .is_ok_and(|state| state.target == u64::from(device.index))
-        });
-        if link.is_some() && !renew {
-            continue;
+        let index = device.index;
+        let path = pins.guard(slot, index);
+        let wanted = Wanted { path: &path, hook: Attach::TcxEgress, target: u64::from(index), renew };
+        let mut link = held.remove(&index);
+        let ensured = sys::ensure_link(
+            &wanted,
+            &mut link,
+            || sys::open(&pins.program(if device.ethernet { "guard" } else { "guard_ip" })),
+            |program| sys::attach(program, index, Attach::TcxEgress),
+        );
+        held.extend(link.map(|link| (index, link)));
+        match ensured? {
+            Ensured::Present => {}
+            Ensured::Pinned => changed.push(format!("the guard of device {index} was not pinned")),
+            Ensured::Attached => changed.push(format!("device {index} had no guard")),
         }
-        let program = sys::open(&pins.program(if device.ethernet { "guard" } else { "guard_ip" }))?;
-        if let Some(link) = link {
-            sys::replace(link.as_fd(), program.as_fd())?;
-            continue;
-        }
-        std::fs::create_dir_all(pins.pod(slot))?;
-        let link = sys::attach(program.as_fd(), device.index, Attach::TcxEgress)?;
-        gone(std::fs::remove_file(&path))?;
-        sys::pin(link.as_fd(), &path)?;
-        changed.push(device.index);
     }
-    for device in pins.guarded(slot) {
-        if !devices.iter().any(|known| known.index == device) {
-            gone(std::fs::remove_file(pins.guard(slot, device)))?;
-        }
+    let known = |index: u32| devices.iter().any(|device| device.index == index);
+    held.retain(|index, _| known(*index));
+    for index in pins.guarded(slot).into_iter().filter(|index| !known(*index)) {
+        gone(std::fs::remove_file(pins.guard(slot, index)))?;
     }
     Ok(changed)
 }

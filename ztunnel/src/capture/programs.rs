@@ -41,6 +41,8 @@ pub(super) fn fingerprint() -> u64 {
 pub(super) fn object(pins: &Pins, slot: u32) -> Result<Ebpf, Failure> {
     let mut loader = EbpfLoader::new();
     loader
+        // The programs need no kernel types; reading those would cost more than all the rest.
+        .btf(None)
         .default_map_pin_directory(pins.maps())
         .map_pin_path("SOCKETS", pins.map("SOCKETS"))
         .override_global("SLOT", &slot, true);

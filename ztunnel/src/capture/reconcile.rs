@@ -37,8 +37,12 @@ impl Node {
             return repairs;
         }
         self.reconcile_node(&mut repairs);
-        let active: Vec<PodUid> =
-            self.pods.iter().filter(|(_, known)| known.active).map(|(uid, _)| uid.clone()).collect();
+        let active: Vec<PodUid> = self
+            .pods
+            .iter()
+            .filter(|(_, known)| known.listeners.is_some())
+            .map(|(uid, _)| uid.clone())
+            .collect();
         for uid in active {
             self.reconcile_pod(&uid, &mut repairs);
         }
@@ -49,7 +53,7 @@ impl Node {
         let mut note = |what: String, repaired| repairs.push(Repair { pod: None, what, repaired });
         match self.reattach() {
             Ok(missing) => {
-                missing.iter().for_each(|name| note(format!("program {name} was not attached"), true));
+                missing.into_iter().for_each(|what| note(what, true));
             }
             Err(error) => note(chain(&error), false),
         }
@@ -70,8 +74,7 @@ impl Node {
 
     fn reconcile_pod(&mut self, uid: &PodUid, repairs: &mut Vec<Repair>) {
         let Some(known) = self.pods.get(uid) else { return };
-        let (spec, slot, cookie, netns) =
-            (known.spec.clone(), known.slot, known.cookie, Arc::clone(&known.netns));
+        let (spec, netns) = (known.spec.clone(), Arc::clone(&known.netns));
         let mut note =
             |what: String, repaired| repairs.push(Repair { pod: Some(uid.clone()), what, repaired });
         // Our descriptor keeps the namespace; the path tells whether the pod still has it.
@@ -79,7 +82,12 @@ impl Node {
             note(format!("its network namespace {} is gone: withdraw it", spec.netns.display()), false);
             return;
         }
-        match self.redirect(&spec, slot, cookie, &netns) {
+        if let Some(listeners) = &known.listeners
+            && self.maps.refill_listeners(known.slot, listeners)
+        {
+            note("a listener was not in its slot".to_owned(), true);
+        }
+        match self.redirect(uid) {
             Ok(changed) => changed.into_iter().for_each(|what| note(what, true)),
             Err(error) => note(chain(&error), false),
         }

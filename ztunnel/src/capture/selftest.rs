@@ -53,12 +53,17 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Captures a connection and refuses a packet in a throw-away namespace, and leaves nothing behind. Independent
 /// of a daemon that may be running on the node.
 pub fn self_test(config: &Config) -> Verdict {
+    let (parent, had_parent) = (config.pin_dir.clone(), config.pin_dir.exists());
     let config = Config {
         pin_dir: config.pin_dir.join(format!("self-test-{}", std::process::id())),
         ..config.clone()
     };
     // On a thread of its own, whose namespace ends with it.
     let outcome = std::thread::scope(|scope| scope.spawn(|| in_new_netns(&config)).join());
+    if !had_parent {
+        // Only if nobody else has begun to use it.
+        let _in_use = std::fs::remove_dir(parent);
+    }
     match outcome {
         Ok(Ok(())) => {
             let reason =

@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -178,4 +178,57 @@ pub(super) fn link_state(link: BorrowedFd<'_>, attach: Attach) -> io::Result<Lin
         _ => u64::from(info.target[1]) << 32 | u64::from(info.target[0]),
     };
     Ok(LinkState { program: info.program, target })
+}
+
+/// A link that is to be attached, pinned and held.
+pub(super) struct Wanted<'a> {
+    /// Its pin.
+    pub path: &'a Path,
+    /// Its hook.
+    pub hook: Attach,
+    /// What [`LinkState::target`] must be.
+    pub target: u64,
+    /// Give it the current program even if it is in order.
+    pub renew: bool,
+}
+
+/// What [`ensure_link`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ensured {
+    /// All was in order.
+    Present,
+    /// Only the pin was missing.
+    Pinned,
+    /// It was not attached.
+    Attached,
+}
+
+/// Makes sure that a link is attached, pinned at its path and held in `held`. `program` is loaded only when it
+/// is needed; `attach` is given it.
+pub(super) fn ensure_link<E: From<io::Error>>(
+    wanted: &Wanted<'_>,
+    held: &mut Option<OwnedFd>,
+    program: impl FnOnce() -> Result<OwnedFd, E>,
+    attach: impl FnOnce(BorrowedFd<'_>) -> io::Result<OwnedFd>,
+) -> Result<Ensured, E> {
+    let alive =
+        |link: &OwnedFd| link_state(link.as_fd(), wanted.hook).is_ok_and(|s| s.target == wanted.target);
+    let pinned = open(wanted.path).ok().filter(alive);
+    let (link, ensured) = match (pinned, held.take().filter(alive)) {
+        (Some(link), _) | (None, Some(link)) if wanted.renew => {
+            replace(link.as_fd(), program()?.as_fd())?;
+            (link, if wanted.path.exists() { Ensured::Present } else { Ensured::Pinned })
+        }
+        (Some(link), _) => (link, Ensured::Present),
+        (None, Some(link)) => (link, Ensured::Pinned),
+        (None, None) => (attach(program()?.as_fd())?, Ensured::Attached),
+    };
+    if ensured != Ensured::Present {
+        match std::fs::remove_file(wanted.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => pin(link.as_fd(), wanted.path)?,
+        }
+    }
+    *held = Some(link);
+    Ok(ensured)
 }

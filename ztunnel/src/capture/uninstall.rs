@@ -1,5 +1,6 @@
 //! Removing everything capture has ever set up on this node.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use ztunnel_ebpf_abi::{STATE_GENERATION, STATE_MOUNTED};
@@ -74,7 +75,8 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
             host: own,
             vouch: std::sync::Arc::new(Vouch(vouch)),
             renew: false,
-            pods: std::collections::HashMap::new(),
+            links: HashMap::new(),
+            pods: HashMap::new(),
         };
         // A daemon that still runs stops writing.
         let _unwritten = node.maps.state.set(STATE_GENERATION, node.generation, 0);

@@ -21,6 +21,7 @@ use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::shutdown;
+use crate::telemetry::AcceptedSocket;
 use crate::telemetry::events::Reporter;
 
 /// Connections taken from one listener before others get a turn.
@@ -52,35 +53,26 @@ impl Arrival {
     /// Serves the connection on `shard`, which is the current thread's.
     pub(super) fn serve(self, shard: &Arc<Shard>) {
         let Self { kind, pod, socket, client } = self;
-        let shard_ = Arc::clone(shard);
+        let (shard_, connection) = (Arc::clone(shard), (socket, client));
+        let counted = |reporter| (shard.count.connection(), shard.telemetry.accepted(reporter));
         match kind {
             Kind::Outbound => {
-                let counted = (shard.count.connection(), shard.telemetry.accepted(Reporter::Source));
-                spawn_with(counted, outbound::serve(shard_, pod, socket, client));
+                shutdown::spawn(outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
             }
             Kind::Inbound => {
-                let counted = (shard.count.connection(), shard.telemetry.accepted(Reporter::Destination));
-                spawn_with(counted, passthrough::serve(shard_, pod, socket, client));
+                shutdown::spawn(passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
             // A tunnel is no connection: it ends with its streams, and those are counted.
             Kind::Hbone => {
                 let counted = shard.telemetry.accepted(Reporter::Destination);
-                spawn_with(counted, inbound::serve(shard_, pod, socket, client));
+                shutdown::spawn(inbound::serve(shard_, pod, connection, counted));
             }
         }
     }
 }
 
-/// Spawns what serves a connection; `counted` lives as long.
-pub(super) fn spawn_with(
-    counted: impl Send + 'static,
-    connection: impl Future<Output = ()> + Send + 'static,
-) {
-    shutdown::spawn(async move {
-        connection.await;
-        drop(counted);
-    });
-}
+/// Counts a connection for as long as it lives: for the drain, and for telemetry.
+pub(super) type Counted = (Entered, AcceptedSocket);
 
 /// A listener of a pod, on its home thread.
 pub struct Listener {

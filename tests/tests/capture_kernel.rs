@@ -1,0 +1,999 @@
+//! Capture against the real kernel: namespaces made by hand, a trivial daemon, every way to open a connection.
+//!
+//! Needs root and Linux 6.6.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use ztunnel::capture::host::cgroup_root;
+use ztunnel::capture::selftest::self_test;
+use ztunnel::capture::uninstall::uninstall;
+use ztunnel::capture::{Captured, Config, Listeners, Node, PodSpec};
+use ztunnel::model::addr::{PodUid, canonical};
+use ztunnel_ebpf_abi::{BYPASS, Counter, REPLY};
+use ztunnel_tests::raw_netns::{Net, Pod, run};
+
+const SECOND: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What must never be seen outside of a pod.
+const SECRET: &[u8] = b"clear-text-payload";
+
+fn config(net: &Net) -> Config {
+    Config {
+        pin_dir: net.pins.clone(),
+        cgroup_root: cgroup_root().expect("cgroup v2 is mounted"),
+        kubepods: None,
+        host_netns: net.node.path(),
+    }
+}
+
+fn spec(pod: &Pod) -> PodSpec {
+    PodSpec { uid: PodUid::from(&*pod.ns.0), netns: pod.ns.path(), addresses: vec![pod.v4, pod.v6] }
+}
+
+/// What a listener of the daemon saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seen {
+    kind: &'static str,
+    from: SocketAddr,
+    to: SocketAddr,
+}
+
+/// The daemon of one pod: accepts, notes, greets every connection with its kind and echoes what it sends.
+struct Daemon {
+    stop: Arc<AtomicBool>,
+    seen: mpsc::Receiver<Seen>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Daemon {
+    fn start(captured: &Captured) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (sender, seen) = mpsc::channel();
+        let kinds: [(&'static str, fn(&Listeners) -> &TcpListener); 3] =
+            [("outbound", |l| &l.outbound), ("inbound", |l| &l.inbound), ("hbone", |l| &l.hbone)];
+        let threads = kinds
+            .map(|(kind, listener)| {
+                let (stop, sender) = (Arc::clone(&stop), sender.clone());
+                let listener = listener(&captured.listeners).try_clone().expect("clone");
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        match listener.accept() {
+                            Ok((stream, from)) => accepted(stream, from, kind, &sender),
+                            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+                        }
+                    }
+                    // What is queued is still ours.
+                    while let Ok((stream, from)) = listener.accept() {
+                        accepted(stream, from, kind, &sender);
+                    }
+                })
+            })
+            .into();
+        Self { stop, seen, threads }
+    }
+
+    fn next(&self) -> Seen {
+        self.seen.recv_timeout(PATIENCE).expect("the daemon sees a connection")
+    }
+
+    fn nothing(&self) {
+        assert_eq!(self.seen.try_recv().ok(), None, "the daemon must not see a connection");
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().expect("no panic");
+        }
+    }
+}
+
+fn accepted(stream: TcpStream, from: SocketAddr, kind: &'static str, sender: &mpsc::Sender<Seen>) {
+    let to = canonical(stream.local_addr().expect("has one"));
+    let _ended = sender.send(Seen { kind, from: canonical(from), to });
+    std::thread::spawn(move || serve(stream, kind));
+}
+
+fn serve(mut stream: TcpStream, kind: &str) {
+    stream.set_nonblocking(false).expect("blocking");
+    let _sent = stream.write_all(format!("{kind}\n").as_bytes());
+    let mut buffer = [0; 256];
+    while let Ok(n) = stream.read(&mut buffer) {
+        if n == 0 || stream.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+}
+
+/// The first line a connection says.
+fn greeting(stream: &TcpStream) -> String {
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let mut line = Vec::new();
+    let mut byte = [0];
+    let mut reader = stream;
+    while reader.read(&mut byte).is_ok_and(|n| n == 1) && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    String::from_utf8_lossy(&line).into_owned()
+}
+
+fn echo(stream: &TcpStream, text: &[u8]) -> std::io::Result<()> {
+    let (mut writer, mut reader) = (stream, stream);
+    writer.write_all(text)?;
+    let mut back = vec![0; text.len()];
+    reader.read_exact(&mut back)?;
+    assert_eq!(back, text);
+    Ok(())
+}
+
+/// An application: greets with "app" and tells whom it sees and where.
+fn application(pod: &Pod, port: u16) -> mpsc::Receiver<(SocketAddr, SocketAddr)> {
+    let (sender, seen) = mpsc::channel();
+    let listener = pod.ns.enter(|| TcpListener::bind(("::", port)).expect("bind"));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let from = canonical(stream.peer_addr().expect("has one"));
+            let to = canonical(stream.local_addr().expect("has one"));
+            let _ended = sender.send((from, to));
+            std::thread::spawn(move || serve(stream, "app"));
+        }
+    });
+    seen
+}
+
+fn connect(pod: &Pod, to: SocketAddr) -> std::io::Result<TcpStream> {
+    pod.ns.enter(|| TcpStream::connect_timeout(&to, SECOND))
+}
+
+fn at(ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip, port)
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+/// Watches the node's end of a pod's device for TCP from the pod that opens a connection or carries the secret.
+struct Sniffer {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Vec<String>>,
+}
+
+impl Sniffer {
+    fn start(net: &Net, pod: &Pod) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let socket = net.node.enter(|| {
+            let all = Protocol::from(i32::from(0x0003_u16.to_be()));
+            let socket = Socket::new(Domain::PACKET, Type::RAW, Some(all)).expect("packet socket");
+            socket.set_read_timeout(Some(Duration::from_millis(20))).expect("timeout");
+            socket
+        });
+        let link = net.node.ip(&format!("-o link show dev {}", pod.veth));
+        let index: u32 = link.split(':').next().and_then(|n| n.trim().parse().ok()).expect("index");
+        let (halt, v4, v6) = (Arc::clone(&stop), pod.v4, pod.v6);
+        let thread = std::thread::spawn(move || {
+            let mut found = Vec::new();
+            let mut buffer = vec![0u8; 65536];
+            while !halt.load(Ordering::Relaxed) {
+                if let Some((n, from)) = receive(&socket, &mut buffer)
+                    && from == index
+                {
+                    found.extend(suspicious(&buffer[..n], v4, v6));
+                }
+            }
+            found
+        });
+        Self { stop, thread }
+    }
+
+    fn found(self) -> Vec<String> {
+        std::thread::sleep(Duration::from_millis(60));
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("no panic")
+    }
+
+    /// Ends the watch; nothing may have been found.
+    fn nothing_seen(self) {
+        let found = self.found();
+        assert!(found.is_empty(), "left the pod: {found:?}");
+    }
+}
+
+#[expect(unsafe_code, reason = "recvfrom of a packet socket")]
+fn receive(socket: &Socket, buffer: &mut [u8]) -> Option<(usize, u32)> {
+    // SAFETY: all zeros is a valid sockaddr_ll.
+    let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::sockaddr_ll>() as u32;
+    // SAFETY: buffer and address are valid for their sizes.
+    let n = unsafe {
+        libc::recvfrom(
+            socket.as_raw_fd(),
+            buffer.as_mut_ptr().cast(),
+            buffer.len(),
+            0,
+            std::ptr::from_mut(&mut from).cast(),
+            &mut length,
+        )
+    };
+    (n >= 0).then_some((n as usize, from.sll_ifindex as u32))
+}
+
+/// A TCP packet from the pod that has SYN without ACK, or the secret in it.
+fn suspicious(frame: &[u8], v4: IpAddr, v6: IpAddr) -> Option<String> {
+    let (source, at): (IpAddr, usize) = match *frame.get(12..14)? {
+        [0x08, 0x00] if frame.get(23) == Some(&6) => {
+            let octets: [u8; 4] = frame.get(26..30)?.try_into().ok()?;
+            (octets.into(), 14 + usize::from(frame[14] & 15) * 4)
+        }
+        [0x86, 0xdd] if frame.get(20) == Some(&6) => {
+            let octets: [u8; 16] = frame.get(22..38)?.try_into().ok()?;
+            (octets.into(), 54)
+        }
+        _ => return None,
+    };
+    let flags = *frame.get(at + 13)?;
+    let secret = frame.windows(SECRET.len()).any(|window| window == SECRET);
+    let ours = source == v4 || source == v6;
+    (ours && (flags & 0x12 == 0x02 || secret)).then(|| format!("{source} flags {flags:#x} secret {secret}"))
+}
+
+/// One enrolled pod (10.99.0.2), one that is not (10.99.0.3).
+struct World {
+    node: Node,
+    daemon: Daemon,
+    captured: Option<Captured>,
+    enrolled: Pod,
+    plain: Pod,
+    net: Net,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut net = Net::new();
+        let (enrolled, plain) = (net.pod(2), net.pod(3));
+        Self::of(net, enrolled, plain)
+    }
+
+    fn of(net: Net, enrolled: Pod, plain: Pod) -> Self {
+        let mut node = Node::open(config(&net)).unwrap_or_else(|error| panic!("{error}: {error:?}"));
+        let captured = node.bind(&spec(&enrolled)).expect("binds");
+        node.capture(&spec(&enrolled), &captured).unwrap_or_else(|error| panic!("{error:?}"));
+        let daemon = Daemon::start(&captured);
+        Self { node, daemon, captured: Some(captured), enrolled, plain, net }
+    }
+
+    fn uid(&self) -> PodUid {
+        spec(&self.enrolled).uid
+    }
+
+    fn count(&self, counter: Counter) -> u64 {
+        self.node.counters().of(counter)
+    }
+
+    /// Runs Python in the enrolled pod with `PLAIN4`, `PLAIN6` (the other pod) and `SECRET` defined.
+    fn python(&self, script: &str) -> String {
+        let script = format!(
+            "import socket,struct,os,sys,time\nPLAIN4,PLAIN6,SECRET='{}','{}',b'{}'\n{script}",
+            self.plain.v4,
+            self.plain.v6,
+            String::from_utf8_lossy(SECRET)
+        );
+        self.enrolled.ns.sh(&format!("timeout 8 python3 - <<'END'\n{script}\nEND"))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.daemon.stop.store(true, Ordering::Relaxed);
+        self.captured = None;
+        let removed = uninstall(&config(&self.net));
+        if std::thread::panicking() {
+            return;
+        }
+        removed.expect("uninstalls");
+        assert!(!self.net.pins.exists(), "the pin directory is left");
+        let rules = self.enrolled.ns.ip("rule") + &self.enrolled.ns.ip("-6 rule");
+        assert!(!rules.contains("0x53"), "rules are left: {rules}");
+        let accept = self.enrolled.ns.sh("cat /proc/sys/net/ipv4/tcp_fwmark_accept");
+        assert_eq!(accept.trim(), "0", "tcp_fwmark_accept is left");
+        let addresses = self.net.node.ip("addr show dev lo");
+        assert!(!addresses.contains("7.127") && !addresses.contains("7127"), "{addresses}");
+    }
+}
+
+#[test]
+fn connections_of_a_pod_arrive_with_their_destination() {
+    let world = World::new();
+    let sniffer = Sniffer::start(&world.net, &world.enrolled);
+    let far = [address("198.51.100.7:8080"), address("[2001:db8::7]:8080"), address("198.51.100.7:65535")];
+    for to in far.into_iter().chain([at(world.plain.v4, 80), at(world.plain.v6, 15008)]) {
+        let stream = connect(&world.enrolled, to).unwrap_or_else(|error| panic!("{to}: {error}"));
+        assert_eq!(greeting(&stream), "outbound");
+        echo(&stream, SECRET).expect("echoes");
+        let seen = world.daemon.next();
+        let own = if to.is_ipv4() { world.enrolled.v4 } else { world.enrolled.v6 };
+        assert_eq!((seen.kind, seen.to, seen.from.ip()), ("outbound", to, own));
+        assert_eq!(stream.peer_addr().expect("has one"), to);
+    }
+    assert_eq!(world.count(Counter::ConnectCaptured), 5);
+    assert_eq!(world.count(Counter::AcceptedOutbound), 5);
+    sniffer.nothing_seen();
+}
+
+#[test]
+fn connections_to_a_pod_arrive_by_kind() {
+    let world = World::new();
+    let application = application(&world.enrolled, 8080);
+    for ip in [world.enrolled.v4, world.enrolled.v6] {
+        for (port, kind) in [(8080, "inbound"), (15008, "hbone"), (65535, "inbound"), (1, "inbound")] {
+            let stream = connect(&world.plain, at(ip, port)).expect("connects");
+            assert_eq!(greeting(&stream), kind);
+            assert_eq!(world.daemon.next().to, at(ip, port));
+        }
+    }
+    application.try_recv().expect_err("the application sees none of them");
+
+    let loopback = ["127.0.0.1".parse().expect("ip"), "::1".parse().expect("ip")];
+    for ip in [world.enrolled.v4, world.enrolled.v6].into_iter().chain(loopback) {
+        let stream = connect(&world.enrolled, at(ip, 8080)).expect("itself is left alone");
+        assert_eq!(greeting(&stream), "app");
+    }
+    world.daemon.nothing();
+    let refused =
+        connect(&world.enrolled, at(world.enrolled.v4, 65535)).expect_err("no listener is reachable");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(world.count(Counter::ConnectLocal), 5);
+}
+
+#[test]
+fn the_daemon_dials_the_application_as_the_client() {
+    let world = World::new();
+    let seen = application(&world.enrolled, 8080);
+    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+        let stream = world.enrolled.ns.enter(|| transparent_dial(client, at(own, 8080)));
+        assert_eq!(greeting(&stream), "app");
+        let (from, to) = seen.recv_timeout(PATIENCE).expect("the application accepts");
+        assert_eq!((from.ip(), to), (client, at(own, 8080)));
+    }
+    world.daemon.nothing();
+}
+
+fn transparent_dial(client: IpAddr, to: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("socket");
+    socket.bind_device(Some(b"lo")).expect("device");
+    let (level, name) = if to.is_ipv4() {
+        (libc::SOL_IP, libc::IP_TRANSPARENT)
+    } else {
+        (libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+    };
+    set(&socket, level, name);
+    set(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT);
+    socket.set_mark(REPLY).expect("mark");
+    socket.bind(&at(client, 0).into()).expect("binds the client's address");
+    socket.connect_timeout(&to.into(), SECOND).expect("reaches the application");
+    socket.into()
+}
+
+#[expect(unsafe_code, reason = "socket options without a wrapper")]
+fn set(socket: &Socket, level: i32, name: i32) {
+    let on = 1_i32;
+    // SAFETY: an int option.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, std::ptr::from_ref(&on).cast(), 4) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn a_socket_the_daemon_vouches_for_leaves_the_pod_and_the_bypass_mark_alone_does_not() {
+    let world = World::new();
+    let seen = application(&world.plain, 9090);
+    let vouch = world.node.vouch();
+    for ip in [world.plain.v4, world.plain.v6] {
+        let stream = world.enrolled.ns.enter(|| {
+            let socket = Socket::new(Domain::for_address(at(ip, 9090)), Type::STREAM, None).expect("socket");
+            vouch.vouch(socket.as_fd()).expect("vouches");
+            socket.connect_timeout(&at(ip, 9090).into(), SECOND).expect("leaves the pod");
+            TcpStream::from(socket)
+        });
+        assert_eq!(greeting(&stream), "app");
+        seen.recv_timeout(PATIENCE).expect("arrives");
+        let forged = world.enrolled.ns.enter(|| {
+            let socket = Socket::new(Domain::for_address(at(ip, 9090)), Type::STREAM, None).expect("socket");
+            socket.set_mark(BYPASS).expect("mark");
+            socket.connect_timeout(&at(ip, 9090).into(), SECOND).expect("is captured");
+            TcpStream::from(socket)
+        });
+        assert_eq!(greeting(&forged), "outbound");
+        assert_eq!(world.daemon.next().to, at(ip, 9090));
+    }
+    assert_eq!(world.count(Counter::ConnectVouched), 2);
+}
+
+#[test]
+fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
+    let mut world = World::new();
+    let root = cgroup_root().expect("cgroup v2");
+    let kubepods = world.net.cgroup(&root, "kubepods");
+    let mut config = config(&world.net);
+    config.kubepods = Some(PathBuf::from(kubepods.file_name().expect("name")));
+    // A successor that knows the cgroup takes over.
+    let mut node = Node::open(config).expect("opens");
+    let captured = node.bind(&spec(&world.enrolled)).expect("binds");
+    node.capture(&spec(&world.enrolled), &captured).expect("captures");
+    let daemon = Daemon::start(&captured);
+    let before = node.counters();
+    let counted = |counter| node.counters().of(counter) - before.of(counter);
+
+    let seen = application(&world.enrolled, 8080);
+    let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
+    let mapped = address(&format!("[::ffff:{}]:8080", world.enrolled.v4));
+    for (to, source) in [(at(world.enrolled.v4, 8080), v4), (at(world.enrolled.v6, 8080), v6), (mapped, v4)] {
+        let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).unwrap_or_else(|error| panic!("{to}: {error}"));
+        assert_eq!(greeting(&probe), "app");
+        let (from, _) = seen.recv_timeout(PATIENCE).expect("the application sees the probe");
+        assert_eq!(from.ip(), source.parse::<IpAddr>().expect("ip"));
+    }
+    assert_eq!((counted(Counter::ConnectProbe), counted(Counter::AcceptedProbe)), (3, 3));
+    daemon.nothing();
+
+    let nested = world.net.cgroup(&kubepods, "container");
+    let in_pod = |script: &str| {
+        let procs = nested.join("cgroup.procs");
+        let script = format!("import socket\n{script}");
+        world.net.node.sh(&format!("echo $$ > {} && exec timeout 8 python3 - <<'END'\n{script}\nEND", procs.display()))
+    };
+    let dial = format!("s=socket.create_connection(('{}',8080),2); print(s.recv(99))", world.enrolled.v4);
+    let said = in_pod(&dial);
+    assert!(said.contains("inbound"), "{said}");
+    assert_eq!(daemon.next().kind, "inbound");
+    for (family, ip) in [("AF_INET", v4), ("AF_INET6", v6)] {
+        let said = in_pod(&format!("s=socket.socket(socket.{family}); s.bind(('{ip}',0))"));
+        assert!(said.contains("PermissionError"), "{said}");
+    }
+    assert_eq!(counted(Counter::RefusedProbeAddress), 2);
+    drop(captured);
+    daemon.stop();
+}
+
+/// One way to open a connection, in Python; `T4` and `T6` are the destinations.
+struct Way {
+    name: &'static str,
+    script: &'static str,
+    expect: Expect,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expect {
+    /// The daemon sees it with its destination.
+    Captured,
+    /// Nobody sees it.
+    Refused,
+}
+
+const DIAL: &str = "
+def talk(s):
+    s.settimeout(2)
+    print('GOT', s.recv(99))
+    s.sendall(SECRET)
+    print('ECHO', s.recv(99))
+";
+
+const WAYS: &[Way] = &[
+    Way {
+        name: "blocking connect",
+        script: "s=socket.socket(); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "non-blocking connect",
+        script: "import select\ns=socket.socket(); s.setblocking(False); s.connect_ex((PLAIN4,7777)); \
+                 select.select([],[s],[],2); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "fast open by sendto",
+        script: "s=socket.socket(); s.sendto(SECRET,socket.MSG_FASTOPEN,(PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "fast open by connect",
+        script: "s=socket.socket(); s.setsockopt(6,30,1); s.connect((PLAIN4,7777)); s.sendall(SECRET); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "fast open over IPv6",
+        script: "s=socket.socket(socket.AF_INET6); s.sendto(SECRET,socket.MSG_FASTOPEN,(PLAIN6,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "multipath TCP",
+        script: "s=socket.socket(2,1,262); s.settimeout(3); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "multipath TCP over IPv6",
+        script: "s=socket.socket(10,1,262); s.settimeout(3); s.connect((PLAIN6,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "multipath TCP after bind",
+        script: "s=socket.socket(2,1,262); s.bind(('0.0.0.0',0)); s.settimeout(2); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "v4-mapped IPv6",
+        script: "s=socket.socket(socket.AF_INET6); s.connect(('::ffff:'+PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "bind to a port, then connect",
+        script: "s=socket.socket(); s.bind(('0.0.0.0',33333)); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "bound to eth0",
+        script: "s=socket.socket(); s.setsockopt(1,25,b'eth0'); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "bound to eth0 over IPv6",
+        script: "s=socket.socket(socket.AF_INET6); s.setsockopt(1,25,b'eth0'); s.connect((PLAIN6,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "a mark of its own",
+        script: "s=socket.socket(); s.setsockopt(1,36,0x1234); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "the bypass mark",
+        script: "s=socket.socket(); s.setsockopt(1,36,0x539); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "the reply mark",
+        script: "s=socket.socket(); s.setsockopt(1,36,0x53a); s.connect((PLAIN4,7777)); talk(s)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "a nested cgroup",
+        script: "root=[l.split()[1] for l in open('/proc/mounts') if l.split()[2]=='cgroup2'][0]\n\
+                 d=root+'/zc-nested-%d'%os.getpid(); os.makedirs(d+'/deep')\n\
+                 pid=os.fork()\n\
+                 if pid==0:\n    open(d+'/deep/cgroup.procs','w').write(str(os.getpid()))\n    \
+                 s=socket.create_connection((PLAIN4,7777),2); talk(s); sys.stdout.flush(); os._exit(0)\n\
+                 os.waitpid(pid,0); os.rmdir(d+'/deep'); os.rmdir(d)",
+        expect: Expect::Captured,
+    },
+    Way {
+        name: "a SYN from a raw socket",
+        script: "s=socket.socket(2,3,6)\n\
+                 t=struct.pack('!HHIIBBHHH',1234,7777,1,0,0x50,2,1000,0,0)\n\
+                 try: s.sendto(t+SECRET,(PLAIN4,0))\n\
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "a SYN from a raw socket with the bypass mark",
+        script: "s=socket.socket(2,3,6); s.setsockopt(1,36,0x539)\n\
+                 t=struct.pack('!HHIIBBHHH',1234,7777,1,0,0x50,2,1000,0,0)\n\
+                 try: s.sendto(t+SECRET,(PLAIN4,0))\n\
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "a SYN from a packet socket that lies about its protocol",
+        script: "s=socket.socket(17,3,0)\n\
+                 ip=struct.pack('!BBHHHBBH4s4s',0x45,0,58,0,0,64,6,0,socket.inet_aton('10.99.0.2'),\
+                 socket.inet_aton(PLAIN4))\n\
+                 t=struct.pack('!HHIIBBHHH',1234,7777,1,0,0x50,2,1000,0,0)\n\
+                 for proto in (0x0800,0x0806,0x88b5):\n    \
+                 try: s.sendto(b'\\xff'*6+b'\\x02'*6+b'\\x08\\x00'+ip+t+SECRET,('eth0',proto))\n    \
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "a VLAN-tagged SYN from a packet socket",
+        script: "s=socket.socket(17,3,0)\n\
+                 ip=struct.pack('!BBHHHBBH4s4s',0x45,0,58,0,0,64,6,0,socket.inet_aton('10.99.0.2'),\
+                 socket.inet_aton(PLAIN4))\n\
+                 t=struct.pack('!HHIIBBHHH',1234,7777,1,0,0x50,2,1000,0,0)\n\
+                 try: s.sendto(b'\\xff'*6+b'\\x02'*6+b'\\x81\\x00\\x00\\x05\\x08\\x00'+ip+t+SECRET,('eth0',0x8100))\n\
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "an IPv6 SYN behind extension headers from a packet socket",
+        script: "s=socket.socket(17,3,0)\n\
+                 t=struct.pack('!HHIIBBHHH',1234,7777,1,0,0x50,2,1000,0,0)+SECRET\n\
+                 e=bytes([60,0,1,4,0,0,0,0])+bytes([6,0,1,4,0,0,0,0])\n\
+                 ip=struct.pack('!IHBB16s16s',0x60000000,len(e+t),0,64,socket.inet_pton(10,'fd99::2'),\
+                 socket.inet_pton(10,PLAIN6))\n\
+                 try: s.sendto(b'\\x33\\x33'+b'\\xff'*4+b'\\x02'*6+b'\\x86\\xdd'+ip+e+t,('eth0',0x86dd))\n\
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "a fragment from a packet socket",
+        script: "s=socket.socket(17,3,0)\n\
+                 ip=struct.pack('!BBHHHBBH4s4s',0x45,0,38,1,1,64,6,0,socket.inet_aton('10.99.0.2'),\
+                 socket.inet_aton(PLAIN4))\n\
+                 try: s.sendto(b'\\xff'*6+b'\\x02'*6+b'\\x08\\x00'+ip+SECRET,('eth0',0x0800))\n\
+                 except OSError as e: print(e)",
+        expect: Expect::Refused,
+    },
+    Way {
+        name: "an IPv6 link-local destination",
+        script: "s=socket.socket(socket.AF_INET6); s.settimeout(2); s.connect(('fe80::1%eth0',7777))",
+        expect: Expect::Refused,
+    },
+];
+
+#[test]
+fn every_way_to_open_a_connection_is_captured_or_refused() {
+    let world = World::new();
+    let mut wrong = Vec::new();
+    for way in WAYS {
+        let sniffer = Sniffer::start(&world.net, &world.enrolled);
+        let begin = Instant::now();
+        let said = world.python(&format!("{DIAL}{}", way.script));
+        let took = begin.elapsed();
+        let seen: Vec<Seen> = world.daemon.seen.try_iter().collect();
+        let outcome = match (&seen[..], said.contains("GOT b'outbound")) {
+            ([seen], true) if seen.kind == "outbound" && seen.to.port() == 7777 => Expect::Captured,
+            ([], false) => Expect::Refused,
+            _ => {
+                wrong.push(format!("{}: saw {seen:?}, said {said}", way.name));
+                continue;
+            }
+        };
+        if outcome != way.expect {
+            wrong.push(format!("{}: {outcome:?} after {took:?}, said {said}", way.name));
+        }
+        let found = sniffer.found();
+        if !found.is_empty() {
+            wrong.push(format!("{}: left the pod: {found:?}", way.name));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn an_io_uring_connect_is_captured() {
+    let world = World::new();
+    let to = at(world.plain.v4, 7777);
+    let stream = world.enrolled.ns.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+        let address = socket2::SockAddr::from(to);
+        let mut ring = io_uring::IoUring::new(2).expect("io_uring");
+        let entry = io_uring::opcode::Connect::new(
+            io_uring::types::Fd(socket.as_raw_fd()),
+            address.as_ptr().cast(),
+            address.len(),
+        )
+        .build();
+        #[expect(unsafe_code, reason = "the address and the socket outlive the wait below")]
+        // SAFETY: see the reason.
+        unsafe {
+            ring.submission().push(&entry).expect("room for one");
+        }
+        ring.submit_and_wait(1).expect("submits");
+        assert_eq!(ring.completion().next().expect("one").result(), 0);
+        TcpStream::from(socket)
+    });
+    assert_eq!(greeting(&stream), "outbound");
+    assert_eq!(world.daemon.next().to, to);
+}
+
+#[test]
+fn a_connection_that_changes_its_mark_is_stopped() {
+    let world = World::new();
+    let sniffer = Sniffer::start(&world.net, &world.enrolled);
+    let stream = connect(&world.enrolled, at(world.plain.v4, 7777)).expect("captured");
+    assert_eq!(greeting(&stream), "outbound");
+    socket2::SockRef::from(&stream).set_mark(BYPASS).expect("mark");
+    let mut writer = &stream;
+    writer.write_all(SECRET).expect("is queued");
+    let deadline = Instant::now() + PATIENCE;
+    while world.count(Counter::GuardLostMark) == 0 {
+        assert!(Instant::now() < deadline, "the guard sees it");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    sniffer.nothing_seen();
+}
+
+#[test]
+fn forwarded_connections_do_not_leave_the_pod() {
+    let world = World::new();
+    let pod = &world.enrolled.ns;
+    // A machine behind the pod.
+    pod.sh("ip netns exec 2>/dev/null; sysctl -qw net.ipv4.ip_forward=1");
+    let inner = format!("{}-vm", pod.0);
+    run(&format!("ip netns add {inner}"));
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        pod.ip(&format!("link add tap0 type veth peer name eth0 netns {inner}"));
+        pod.ip("addr add 10.98.0.1/24 dev tap0");
+        pod.ip("link set tap0 up");
+        for setup in ["addr add 10.98.0.2/24 dev eth0", "link set eth0 up", "route add default via 10.98.0.1"]
+        {
+            run(&format!("ip -n {inner} {setup}"));
+        }
+        let sniffer = Sniffer::start(&world.net, &world.enrolled);
+        let dial = format!("import socket; s=socket.create_connection((\"{}\",7777),0.5)", world.plain.v4);
+        let output = std::process::Command::new("ip")
+            .args(["netns", "exec", &inner, "python3", "-c", &dial])
+            .output()
+            .expect("python");
+        assert!(!output.status.success());
+        assert!(world.count(Counter::GuardSyn) >= 1);
+        sniffer.nothing_seen();
+    }));
+    run(&format!("ip netns del {inner}"));
+    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+#[test]
+fn open_connections_survive_enrolment_and_withdrawal() {
+    let mut net = Net::new();
+    let (enrolled, plain) = (net.pod(2), net.pod(3));
+    let _seen = application(&plain, 9090);
+    let early = connect(&enrolled, at(plain.v4, 9090)).expect("not captured yet");
+    assert_eq!(greeting(&early), "app");
+    // Opened before, connected after.
+    let socket = enrolled.ns.enter(|| Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket"));
+
+    let mut world = World::of(net, enrolled, plain);
+    echo(&early, b"still there").expect("goes on");
+    socket.connect_timeout(&at(world.plain.v4, 9090).into(), SECOND).expect("connects");
+    let late = TcpStream::from(socket);
+    assert_eq!(greeting(&late), "outbound");
+    echo(&late, b"captured").expect("echoes");
+    let inbound = connect(&world.plain, at(world.enrolled.v4, 80)).expect("captured");
+    assert_eq!(greeting(&inbound), "inbound");
+
+    let uid = world.uid();
+    world.node.withdraw(&uid).expect("withdraws");
+    let plain_again = connect(&world.enrolled, at(world.plain.v4, 9090)).expect("plain again");
+    assert_eq!(greeting(&plain_again), "app");
+    for (stream, name) in [(&early, "early"), (&late, "captured"), (&inbound, "inbound")] {
+        echo(stream, b"after withdrawal").unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+    // Enrolled again, then for good.
+    let captured = world.captured.take().expect("captured");
+    world.node.capture(&spec(&world.enrolled), &captured).expect("captures again");
+    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 9090)).expect("connects")), "outbound");
+    echo(&late, b"and again").expect("goes on");
+    world.node.withdraw(&uid).expect("withdraws");
+    world.node.forget(&uid).expect("forgets");
+    echo(&early, b"to the end").expect("goes on");
+    let rules = world.enrolled.ns.ip("rule");
+    assert!(!rules.contains("0x53"), "{rules}");
+    world.node.forget(&uid).expect_err("forgotten");
+}
+
+#[test]
+fn without_a_daemon_connections_are_refused() {
+    let mut world = World::new();
+    let _seen = application(&world.enrolled, 8080);
+    let _other = application(&world.plain, 9090);
+    let sniffer = Sniffer::start(&world.net, &world.enrolled);
+    let uid = world.uid();
+    world.node.close(&uid).expect("closes");
+    for attempt in [
+        connect(&world.enrolled, at(world.plain.v4, 9090)),
+        connect(&world.plain, at(world.enrolled.v6, 8080)),
+    ] {
+        attempt.expect_err("closed");
+    }
+    assert!(world.count(Counter::DroppedNoListener) >= 2);
+    assert_eq!(world.node.reconcile(), vec![], "closed on purpose");
+    // A probe does not need the daemon.
+    let probe = world.net.node.enter(|| TcpStream::connect_timeout(&at(world.enrolled.v4, 8080), SECOND));
+    assert_eq!(greeting(&probe.expect("probes")), "app");
+    sniffer.nothing_seen();
+}
+
+#[test]
+fn what_others_break_stays_closed_and_is_repaired() {
+    let mut world = World::new();
+    let _other = application(&world.plain, 9090);
+    let to = at(world.plain.v4, 9090);
+    assert_eq!(world.node.reconcile(), vec![], "nothing to repair at first");
+    let pins = world.net.pins.join("v1");
+    let attacks: [(&str, Box<dyn Fn(&World)>, &str); 7] = [
+        (
+            "rules flushed",
+            Box::new(|w| drop(w.enrolled.ns.sh("ip rule flush; ip rule add pref 32766 lookup main"))),
+            "rule for captured",
+        ),
+        (
+            "IPv6 rules flushed",
+            Box::new(|w| {
+                drop(w.enrolled.ns.sh("ip -6 rule flush; ip -6 rule add pref 32766 lookup main; ip -6 rule add pref 0 lookup local"))
+            }),
+            "rule for captured",
+        ),
+        (
+            "route flushed",
+            Box::new(|w| drop(w.enrolled.ns.ip("route flush table 100"))),
+            "route in table 100",
+        ),
+        (
+            "sysctl reset",
+            Box::new(|w| drop(w.enrolled.ns.sh("sysctl -qw net.ipv4.tcp_fwmark_accept=0"))),
+            "tcp_fwmark_accept",
+        ),
+        (
+            "pins removed",
+            Box::new(|w| std::fs::remove_dir_all(w.net.pins.join("v1")).expect("removes")),
+            "not pinned",
+        ),
+        (
+            "guard pin removed",
+            Box::new(|w| drop(run(&format!("rm {}/v1/pods/0/guard-*", w.net.pins.display())))),
+            "guard",
+        ),
+        (
+            "probe address removed",
+            Box::new(|w| drop(w.net.node.ip("addr del 169.254.7.127/32 dev lo"))),
+            "169.254.7.127",
+        ),
+    ];
+    for (name, attack, expect) in attacks {
+        let sniffer = Sniffer::start(&world.net, &world.enrolled);
+        attack(&world);
+        if let Ok(stream) = connect(&world.enrolled, to) {
+            assert_eq!(greeting(&stream), "outbound", "{name}");
+        }
+        let repairs = world.node.reconcile();
+        assert!(repairs.iter().any(|r| r.what.contains(expect) && r.repaired), "{name}: {repairs:?}");
+        assert!(repairs.iter().all(|r| r.repaired), "{name}: {repairs:?}");
+        let rest = world.node.reconcile();
+        assert_eq!(rest, vec![], "{name}");
+        assert!(pins.join("pods/0/lookup").exists(), "{name}");
+        let stream = connect(&world.enrolled, to).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(greeting(&stream), "outbound", "{name}");
+        sniffer.nothing_seen();
+    }
+    // A device that appears.
+    world.enrolled.ns.ip("link add dev2 type veth peer name dev3");
+    let repairs = world.node.reconcile();
+    assert!(repairs.iter().any(|r| r.what.contains("had no guard")), "{repairs:?}");
+    world.enrolled.ns.ip("link del dev2");
+    world.node.reconcile();
+    assert_eq!(std::fs::read_dir(pins.join("pods/0")).expect("lists").count(), 2);
+    // An address that appears.
+    world.enrolled.ns.ip("addr add 10.97.0.1/32 dev eth0");
+    assert_eq!(world.node.reconcile().len(), 1);
+}
+
+#[test]
+fn a_successor_takes_over_without_losing_a_connection() {
+    let mut world = World::new();
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = [
+        (world.enrolled.clone(), address("198.51.100.7:80")),
+        (world.plain.clone(), at(world.enrolled.v6, 80)),
+    ]
+    .into_iter()
+    .map(|(pod, to)| {
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            pod.ns.enter(|| {
+                let (mut done, mut failed) = (0_u32, Vec::new());
+                while !stop.load(Ordering::Relaxed) {
+                    let result = TcpStream::connect_timeout(&to, SECOND).and_then(|stream| {
+                        greeting(&stream);
+                        echo(&stream, b"hello")
+                    });
+                    done += 1;
+                    failed.extend(result.err());
+                }
+                (done, failed)
+            })
+        })
+    })
+    .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    for _ in 0..5 {
+        let mut successor = Node::open(config(&world.net)).expect("opens");
+        assert_eq!(successor.taken_over().pods, vec![world.uid()]);
+        let captured = successor.bind(&spec(&world.enrolled)).expect("binds");
+        successor.capture(&spec(&world.enrolled), &captured).expect("captures");
+        let daemon = Daemon::start(&captured);
+        assert!(!world.node.is_owner() && successor.is_owner());
+        assert_eq!(world.node.reconcile(), vec![], "the old one does nothing");
+        world.node.withdraw(&world.uid()).expect_err("nor that");
+        std::mem::replace(&mut world.daemon, daemon).stop();
+        world.node = successor;
+        world.captured = Some(captured);
+        assert_eq!(world.node.reconcile(), vec![]);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        let (done, failed) = client.join().expect("no panic");
+        assert!(done > 100 && failed.is_empty(), "{done} connections, failed: {failed:?}");
+    }
+}
+
+#[test]
+fn a_pod_without_ipv6_is_captured() {
+    let mut net = Net::new();
+    let (enrolled, plain) = (net.pod(2), net.pod(3));
+    enrolled.ns.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.lo.disable_ipv6=1");
+    let mut world = World::of(net, enrolled, plain);
+    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("connects")), "outbound");
+    assert_eq!(greeting(&connect(&world.plain, at(world.enrolled.v4, 15008)).expect("connects")), "hbone");
+    assert_eq!(world.node.reconcile(), vec![]);
+    world.enrolled.ns.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.lo.disable_ipv6=0");
+    assert!(!world.node.reconcile().is_empty(), "IPv6 has come back");
+}
+
+#[test]
+fn pods_that_are_gone_are_swept() {
+    let mut world = World::new();
+    // The daemon dies without a word; one pod is deleted, the other is no longer enrolled.
+    let third = world.net.pod(4);
+    let captured = world.node.bind(&spec(&third)).expect("binds");
+    world.node.capture(&spec(&third), &captured).expect("captures");
+    drop(captured);
+    let node = std::mem::replace(&mut world.node, Node::open(config(&world.net)).expect("opens"));
+    drop(node);
+    assert_eq!(world.node.taken_over().pods.len(), 2);
+    run(&format!("ip netns del {}", third.ns.0));
+    let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
+    world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
+    assert_eq!(world.node.sweep(&HashSet::new()), vec![spec(&third).uid]);
+    assert_eq!(world.node.taken_over().pods, vec![world.uid()]);
+    assert!(!world.net.pins.join("v1/pods/1").exists());
+    world.node = Node::open(config(&world.net)).expect("opens");
+    assert_eq!(world.node.sweep(&HashSet::from([world.uid()])), vec![]);
+    assert_eq!(world.node.sweep(&HashSet::new()), vec![world.uid()]);
+    assert_eq!(
+        connect(&world.enrolled, at(world.plain.v4, 9)).expect_err("plain").kind(),
+        ErrorKind::ConnectionRefused
+    );
+    let rules = world.enrolled.ns.ip("rule");
+    assert!(!rules.contains("0x53"), "{rules}");
+}
+
+#[test]
+fn a_pod_that_vanishes_is_reported_and_can_be_withdrawn() {
+    let mut world = World::new();
+    let third = world.net.pod(4);
+    let captured = world.node.bind(&spec(&third)).expect("binds");
+    world.node.capture(&spec(&third), &captured).expect("captures");
+    run(&format!("ip netns del {}", third.ns.0));
+    let repairs = world.node.reconcile();
+    assert_eq!(repairs.len(), 1);
+    assert!(repairs[0].to_string().contains("is gone: withdraw it"), "{}", repairs[0]);
+    world.node.withdraw(&spec(&third).uid).expect("withdraws");
+    world.node.forget(&spec(&third).uid).expect("forgets");
+    assert_eq!(world.node.reconcile(), vec![]);
+    let error = world.node.bind(&spec(&third)).expect_err("gone");
+    assert!(error.to_string().contains("is the pod gone?"), "{error}");
+}
+
+#[test]
+fn the_self_test_succeeds_and_leaves_nothing() {
+    let net = Net::new();
+    let begin = Instant::now();
+    let verdict = self_test(&config(&net));
+    let took = begin.elapsed();
+    assert!(verdict.works, "{verdict}");
+    assert!(!net.pins.exists());
+    println!("self-test: {took:?}");
+    let wrong = Config { cgroup_root: PathBuf::from("/tmp"), ..config(&net) };
+    let verdict = self_test(&wrong);
+    assert!(!verdict.works && verdict.reason.contains("root of cgroup v2"), "{verdict}");
+    assert!(!net.pins.exists());
+}

@@ -256,7 +256,12 @@ impl World {
 
     /// Watches the link between the nodes.
     pub fn watch_link(&self, name: &str) -> Result<Watch> {
-        Watch::start(&self.a.place, LINK, name)
+        Watch::start(&self.a.place, LINK, name, "")
+    }
+
+    /// Watches the link for anything that is not a tunnel: under load, tunnels are more than tcpdump can write.
+    pub fn watch_link_for_clear(&self, name: &str) -> Result<Watch> {
+        Watch::start(&self.a.place, LINK, name, "not tcp port 15008")
     }
 
     /// Writes all pods as they are at the start: enrolled by their namespace.

@@ -211,6 +211,7 @@ fn start_envoys(site: Site, mode: Mode) -> Result<Running> {
 }
 
 fn start_peers(site: Site, program: &Path) -> Result<Running> {
+    peer::redirect(&site)?;
     let mesh = peer::mesh_file(&site)?;
     let server = peer::start(&site, &site.b, &[&site.server], program, &mesh)?;
     let first = First::wait(&site, plain(&site.server).http)?;

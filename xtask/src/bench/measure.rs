@@ -80,7 +80,11 @@ fn accounted<T>(running: &Running, load: impl FnOnce() -> Result<T>) -> Result<(
     let before = cpu_seconds(&running.pids)?;
     let result = load()?;
     let used = cpu_seconds(&running.pids)? - before;
-    Ok((result, (!running.pids.is_empty()).then_some(used)))
+    if running.pids.is_empty() {
+        return Ok((result, None));
+    }
+    ensure!(used > 0.0, "the load went around the proxies: they have used no CPU time");
+    Ok((result, Some(used)))
 }
 
 fn idle(running: &Running) -> Result<Vec<Value>> {

@@ -76,11 +76,28 @@ pub(crate) fn mesh_file(site: &Site) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Redirects the pods of a node, and hands them to the program started on it.
-pub(crate) fn start(site: &Site, node: &Node, pods: &[&Pod], program: &Path, mesh: &Path) -> Result<Agent> {
-    for pod in pods {
-        redirect(site, pod).with_context(|| format!("redirecting pod {}", pod.name))?;
+/// Redirects all pods. Until a program listens in a pod, its connections are refused.
+pub(crate) fn redirect(site: &Site) -> Result<()> {
+    let path = site.run.path("state").join("iptables.rules");
+    fs::write(&path, RULES)?;
+    for pod in [&site.client, &site.near, &site.server] {
+        redirect_pod(pod, &path).with_context(|| format!("redirecting pod {}", pod.name))?;
     }
+    Ok(())
+}
+
+fn redirect_pod(pod: &Pod, rules: &Path) -> Result<()> {
+    let output = pod.place.run("iptables-restore", &[&rules.display().to_string()])?;
+    ensure!(output.status.success(), "iptables-restore: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let netns = &pod.place.netns;
+    netns.ip(&["rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"])?;
+    netns.ip(&["route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"])?;
+    // Closed connections would soon fill the table of connections in a load of new ones.
+    netns.set_sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")
+}
+
+/// Starts the program of a node and hands its pods to it; they are redirected already.
+pub(crate) fn start(site: &Site, node: &Node, pods: &[&Pod], program: &Path, mesh: &Path) -> Result<Agent> {
     let path = site.run.path("state").join(format!("zds-{}.sock", node.name));
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
     socket.bind(&SockAddr::unix(&path)?).with_context(|| format!("cannot bind {}", path.display()))?;
@@ -103,18 +120,6 @@ pub(crate) fn start(site: &Site, node: &Node, pods: &[&Pod], program: &Path, mes
             Err(error.context(format!("the peer's program said: {}", proxy.log().tail(3))))
         }
     }
-}
-
-fn redirect(site: &Site, pod: &Pod) -> Result<()> {
-    let path = site.run.path("state").join("iptables.rules");
-    fs::write(&path, RULES)?;
-    let output = pod.place.run("iptables-restore", &["--wait", &path.display().to_string()])?;
-    ensure!(output.status.success(), "iptables-restore: {}", String::from_utf8_lossy(&output.stderr).trim());
-    let netns = &pod.place.netns;
-    netns.ip(&["rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"])?;
-    netns.ip(&["route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"])?;
-    // Closed connections would soon fill the table of connections in a load of new ones.
-    netns.set_sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")
 }
 
 /// Takes the program's connection, adds the pods one by one, and ends the snapshot.

@@ -23,7 +23,7 @@ use crate::leftovers::{BpfMaps, Machine, Nothing};
 use crate::mesh::{Enrolment, MESHED, MeshFiles, PLAIN};
 use crate::place::Place;
 use crate::poll::eventually;
-use crate::process::Process;
+use crate::process::{Log, Process};
 use crate::run::{self, Run};
 use crate::topology::{LINK, Node, Pod, in_url};
 use crate::wire::Watch;
@@ -34,6 +34,8 @@ pub use traces::Traces;
 pub const HTTP: u16 = 8080;
 /// The port of the line server in the pods.
 pub const LINES: u16 = 9000;
+/// How long a daemon may take to read a change of the mesh and to carry it out.
+const CARRIED_OUT_WITHIN: Duration = Duration::from_secs(5);
 /// The cluster IPs of the service `server`.
 pub const SERVICE_IPS: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
@@ -275,6 +277,27 @@ impl World {
         Ok(())
     }
 
+    /// Waits until both daemons have carried out what the mesh directory says now, in their decisions and in the
+    /// kernel. Each reads it in its own time, so before that one may have and the other not.
+    pub fn wait_carried_out(&self) -> Result<()> {
+        let logs = BOTH.map(|on| self.setting(on).log());
+        let marks = logs.each_ref().map(Log::mark);
+        // An object that no daemon knows: who warns about it has read whatever was written before it.
+        let witness = format!("Witness{:08x}", rand::random::<u32>());
+        self.mesh.write("witness", &format!("apiVersion: v1\nkind: {witness}\n"))?;
+        for (log, mark) in logs.iter().zip(marks) {
+            eventually(CARRIED_OUT_WITHIN, || {
+                let said = log.since(mark);
+                let (_, after) = said.split_once(&witness).context("the change was not read")?;
+                let (_, after) = after.split_once("mesh applied").context("the change was not applied")?;
+                ensure!(after.contains("every pod is as the mesh says"), "pods are not as the mesh says");
+                Ok(())
+            })
+            .with_context(|| format!("{}: {}", log.path().display(), log.tail(3)))?;
+        }
+        self.mesh.remove("witness")
+    }
+
     /// Back to the state at the start: no policies, all pods enrolled, both daemons running.
     pub fn reset(&mut self) -> Result<()> {
         self.mesh.no_policies()?;
@@ -288,6 +311,7 @@ impl World {
                 self.start_daemon(on)?;
             }
         }
+        self.wait_carried_out()?;
         self.wait_settled()
     }
 

@@ -10,13 +10,14 @@ use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use ztunnel_tests::mesh::{Enrolment, MESHED};
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::throughout;
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{On, World, http, http_refused};
 
 const SEQUENCES: usize = 3;
 const STEPS: usize = 10;
-const SETTLE: Duration = Duration::from_secs(8);
+/// For how long what the model says must hold then.
+const STAYS: Duration = Duration::from_millis(400);
 
 /// What somebody does to the mesh.
 #[derive(Debug, Clone, Copy)]
@@ -140,9 +141,8 @@ fn any_sequence_of_changes_ends_as_the_model_says() {
                 let sofar = || format!("sequence {number}, after step {at} of {:?}", &steps[..=at]);
                 act(world, *step).with_context(sofar)?;
                 model.apply(*step);
-                eventually(SETTLE, || agrees(world, &model)).with_context(sofar)?;
-                // Settled means settled.
-                agrees(world, &model).with_context(sofar).context("and then not any more")?;
+                world.wait_carried_out().with_context(sofar)?;
+                throughout(STAYS, || agrees(world, &model)).with_context(sofar)?;
             }
             told.push(format!("{steps:?}"));
             world.reset()?;

@@ -41,6 +41,8 @@ pub struct Control {
     /// Held until every pod was captured for the first time.
     blocker: Option<Blocker>,
     serving: bool,
+    /// The last change of the mesh is not yet carried out in the kernel.
+    settling: bool,
     /// What was to be said about the version of the mesh in force.
     warned: HashSet<Diagnostic>,
 }
@@ -59,6 +61,7 @@ impl Control {
             wake: None,
             blocker: Some(blocker),
             serving: false,
+            settling: false,
             warned: HashSet::new(),
         }
     }
@@ -114,14 +117,12 @@ impl Control {
             tracing::warn!(%warning, "mesh file");
         }
         self.warned = loaded.warnings.into_iter().collect();
-        tracing::info!(
-            workloads = loaded.mesh.workloads().count(),
-            services = loaded.mesh.services().count(),
-            policies = loaded.mesh.policies().count(),
-            local = loaded.pods.len(),
-            "mesh applied"
-        );
+        let mesh = &loaded.mesh;
+        let (workloads, services) = (mesh.workloads().count(), mesh.services().count());
+        let (policies, local) = (mesh.policies().count(), loaded.pods.len());
         self.writer.publish(loaded.mesh);
+        tracing::info!(workloads, services, policies, local, "mesh applied");
+        self.settling = true;
         self.step(Event::Desired(loaded.pods)).await;
     }
 
@@ -133,6 +134,10 @@ impl Control {
                 Action::Release(uid) => self.kernel.release(uid, self.events.clone()).await,
                 Action::WakeAt(at) => self.wake = Some(at),
             }
+        }
+        if self.settling && self.pods.is_settled() {
+            self.settling = false;
+            tracing::info!(captured = self.pods.captured(), "every pod is as the mesh says");
         }
         self.lift_when_settled();
     }

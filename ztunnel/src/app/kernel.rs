@@ -142,7 +142,10 @@ impl Worker {
                 Command::Capture(pod, answer) => {
                     let uid = pod.uid.clone();
                     let event = match self.capture(&pod) {
-                        Ok(()) => Event::Captured(uid),
+                        Ok(()) => {
+                            tracing::info!(pod = %uid, namespace = %pod.namespace, name = %pod.name, "pod captured");
+                            Event::Captured(uid)
+                        }
                         Err(error) => {
                             tracing::error!(pod = %uid, error = chain(&error), "pod not captured, trying again");
                             Event::CaptureFailed(uid)
@@ -153,7 +156,10 @@ impl Worker {
                 }
                 Command::Release(uid, answer) => {
                     let event = match self.withdraw(&uid) {
-                        Ok(()) => Event::Released(uid),
+                        Ok(()) => {
+                            tracing::info!(pod = %uid, "pod released");
+                            Event::Released(uid)
+                        }
                         Err(error) => {
                             tracing::error!(pod = %uid, error = chain(&error), "pod not released, trying again");
                             Event::ReleaseFailed(uid)

@@ -153,6 +153,11 @@ impl Pods {
         self.pods.values().filter(|pod| pod.wanted.is_some() && pod.phase != Phase::Captured).count()
     }
 
+    /// Whether nothing is under way: every pod that should be captured is, and of no other anything is left.
+    pub fn is_settled(&self) -> bool {
+        self.pods.values().all(|pod| pod.phase == Phase::Captured)
+    }
+
     /// Pods of which something may be in the kernel.
     pub fn known(&self) -> impl Iterator<Item = &PodUid> {
         self.pods.keys()

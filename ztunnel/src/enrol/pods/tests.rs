@@ -228,5 +228,6 @@ proptest! {
         prop_assert_eq!(&kernel.captured, &intended);
         prop_assert_eq!(machine.pods.captured(), intended.len());
         prop_assert!(machine.pods.pending() == 0);
+        prop_assert!(machine.pods.is_settled());
     }
 }

@@ -151,7 +151,9 @@ pub(super) fn detach(path: &Path) -> io::Result<()> {
         let mut attributes = link.as_raw_fd() as u32;
         match bpf(LINK_DETACH, &mut attributes) {
             // What it was attached to is gone.
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EINVAL)) => {
+            Err(error)
+                if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EINVAL)) =>
+            {
                 return Err(error);
             }
             _ => {}

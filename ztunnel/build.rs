@@ -32,7 +32,6 @@ fn object(ebpf: &Path, out: &Path) -> anyhow::Result<PathBuf> {
     ztunnel_ebpf_build::build(&ebpf.join("programs"), out)
 }
 
-#[expect(clippy::print_stdout, reason = "how a build script talks to cargo")]
 fn tell(what: &str) {
     println!("cargo::{what}");
 }

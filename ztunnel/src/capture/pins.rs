@@ -175,7 +175,7 @@ fn ensure_bpffs(dir: &Path) -> io::Result<bool> {
 }
 
 fn existing(path: &Path) -> &Path {
-    path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"))
+    path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or_else(|| Path::new("/"))
 }
 
 fn mount_point(path: &Path) -> io::Result<PathBuf> {

@@ -436,7 +436,11 @@ fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
     let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
     let mapped = address(&format!("[::ffff:{}]:8080", world.enrolled.v4));
     for (to, source) in [(at(world.enrolled.v4, 8080), v4), (at(world.enrolled.v6, 8080), v6), (mapped, v4)] {
-        let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).unwrap_or_else(|error| panic!("{to}: {error}"));
+        let probe = world
+            .net
+            .node
+            .enter(|| TcpStream::connect_timeout(&to, SECOND))
+            .unwrap_or_else(|error| panic!("{to}: {error}"));
         assert_eq!(greeting(&probe), "app");
         let (from, _) = seen.recv_timeout(PATIENCE).expect("the application sees the probe");
         assert_eq!(from.ip(), source.parse::<IpAddr>().expect("ip"));
@@ -448,7 +452,10 @@ fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
     let in_pod = |script: &str| {
         let procs = nested.join("cgroup.procs");
         let script = format!("import socket\n{script}");
-        world.net.node.sh(&format!("echo $$ > {} && exec timeout 8 python3 - <<'END'\n{script}\nEND", procs.display()))
+        world
+            .net
+            .node
+            .sh(&format!("echo $$ > {} && exec timeout 8 python3 - <<'END'\n{script}\nEND", procs.display()))
     };
     let dial = format!("s=socket.create_connection(('{}',8080),2); print(s.recv(99))", world.enrolled.v4);
     let said = in_pod(&dial);

@@ -23,6 +23,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ztunnel_tests::binaries;
+use ztunnel_tests::run::end_here_if_interrupted;
 
 use crate::run::{Profile, build, cargo, visibly};
 use column::{Column, Running};
@@ -167,6 +168,7 @@ fn visit(results: &mut Results, column: Column, round: usize, peer: Option<&Path
             }
         }
     }
+    end_here_if_interrupted();
     running.remove().context("cannot remove everything")
 }
 
@@ -177,6 +179,8 @@ fn measured(running: &mut Running, work: Work, seconds: u64) -> Result<Vec<measu
 }
 
 fn fail(results: &mut Results, failure: String) {
+    // What fails while everything is being taken down is no result.
+    end_here_if_interrupted();
     // A daemon may have said pages.
     let failure: String = failure.chars().take(FAILURE_LIMIT).collect();
     eprintln!("  FAILED: {failure}");

@@ -49,8 +49,9 @@ impl Ns {
 
     /// A shell command inside, not started yet.
     pub fn command(&self, command: &str) -> Command {
-        let mut shell = Command::new("ip");
-        shell.args(["netns", "exec", &self.0, "sh", "-c", command]);
+        // Not `ip netns exec`, which hides the cgroups behind mounts of its own.
+        let mut shell = Command::new("nsenter");
+        shell.arg(format!("--net={}", self.path().display())).args(["sh", "-c", command]);
         shell
     }
 
@@ -110,6 +111,8 @@ impl Net {
             children: Vec::new(),
             cgroups: Vec::new(),
         };
+        // Link-local addresses are usable at once, as they are on a node that has been up for a while.
+        net.node.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0");
         for setup in [
             "link set lo up",
             "link add br0 type bridge",
@@ -128,6 +131,7 @@ impl Net {
         let ns = Ns(format!("{}-p{n}", self.id));
         run(&format!("ip netns add {}", ns.0));
         self.pods.push(ns.clone());
+        ns.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0");
         let veth = format!("v{n}");
         self.node.ip(&format!("link add {veth} type veth peer name eth0 netns {}", ns.0));
         self.node.ip(&format!("link set {veth} master br0 up"));

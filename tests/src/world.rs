@@ -12,12 +12,14 @@ mod programs;
 mod traces;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
-use crate::leftovers::{Compared, Machine};
+use crate::leftovers::{BpfMaps, Machine, Nothing};
 use crate::mesh::{Enrolment, MESHED, MeshFiles, PLAIN};
 use crate::place::Place;
 use crate::poll::eventually;
@@ -73,6 +75,7 @@ pub struct World {
     pub outside: Pod,
     traces: Vec<(Pod, Traces)>,
     before: Machine,
+    maps: BpfMaps,
     talk: bool,
     /// The run it all belongs to. Last: it removes what the others live in.
     pub run: Run,
@@ -102,12 +105,33 @@ impl World {
     /// Makes everything, starts both daemons, and waits until client and server can talk.
     pub fn start(options: Options) -> Result<Self> {
         let mut world = Self::without_daemons(options)?;
-        for on in BOTH {
-            world.say(&format!("starting the daemon of {}", world.node(on).name));
-            world.start_daemon(on)?;
+        match world.start_daemons() {
+            Ok(()) => Ok(world),
+            Err(error) => {
+                let logs = world.save_logs()?;
+                world.run.take_down_after_all();
+                Err(error.context(format!("logs are in {}", logs.display())))
+            }
         }
-        world.wait_settled()?;
-        Ok(world)
+    }
+
+    fn start_daemons(&mut self) -> Result<()> {
+        for on in BOTH {
+            self.say(&format!("starting the daemon of {}", self.node(on).name));
+            self.start_daemon(on)?;
+        }
+        self.note_maps();
+        self.wait_settled()
+    }
+
+    /// Copies logs and captures to where they outlive the run: `target/logs/<run>`.
+    pub fn save_logs(&self) -> Result<PathBuf> {
+        let to = binaries::target().join("logs").join(self.run.prefix());
+        std::fs::create_dir_all(&to)?;
+        for entry in std::fs::read_dir(self.run.path("logs"))?.flatten() {
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+        Ok(to)
     }
 
     /// Makes everything but does not start a daemon.
@@ -146,6 +170,7 @@ impl World {
             outside,
             traces: Vec::new(),
             before,
+            maps: BpfMaps::default(),
             talk: options.talk,
             run,
         };
@@ -231,7 +256,12 @@ impl World {
 
     /// Watches the link between the nodes.
     pub fn watch_link(&self, name: &str) -> Result<Watch> {
-        Watch::start(&self.a.place, LINK, name)
+        Watch::start(&self.a.place, LINK, name, "")
+    }
+
+    /// Watches the link for anything that is not a tunnel: under load, tunnels are more than tcpdump can write.
+    pub fn watch_link_for_clear(&self, name: &str) -> Result<Watch> {
+        Watch::start(&self.a.place, LINK, name, "not tcp port 15008")
     }
 
     /// Writes all pods as they are at the start: enrolled by their namespace.
@@ -283,6 +313,7 @@ impl World {
     /// Ends the daemons and everything they left in the kernel, their own way; returns what is wrong with it.
     pub fn stop_daemons(&mut self) -> Result<Vec<String>> {
         let mut said = Vec::new();
+        self.note_maps();
         for on in BOTH {
             if let Some(daemon) = self.daemons[on as usize].take() {
                 daemon.stop()?;
@@ -296,7 +327,15 @@ impl World {
             let addresses = extra_loopback(&self.node(on).place)?;
             ensure!(addresses.is_empty(), "addresses left on lo of {on:?}: {addresses:?}");
             let pins = &self.setting(on).pins;
-            let left: Vec<_> = std::fs::read_dir(pins).into_iter().flatten().flatten().collect();
+            // A bpffs has these two of itself; the run's end removes the mount.
+            let own = |name: &std::ffi::OsStr| name == "progs.debug" || name == "maps.debug";
+            let left: Vec<_> = std::fs::read_dir(pins)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.file_name())
+                .filter(|name| !own(name))
+                .collect();
             ensure!(left.is_empty(), "pins left in {}: {left:?}", pins.display());
         }
         Ok(said)
@@ -309,15 +348,22 @@ impl World {
     }
 
     /// Stops the daemons, removes everything, and compares the machine with how it was before.
-    pub fn end(mut self) -> Result<Compared> {
+    pub fn end(mut self) -> Result<Nothing> {
         let stopped = self.stop_daemons();
         self.programs.clear();
-        let Self { mut run, before, daemons, programs, .. } = self;
+        let Self { mut run, before, maps, daemons, programs, .. } = self;
         drop((daemons, programs));
         let removed = run.end();
         stopped.context("the daemons did not clean up behind themselves")?;
         removed?;
-        before.same_again()
+        before.nothing_left(run.prefix(), &maps)
+    }
+
+    /// Remembers which BPF maps are this world's, to look for them at the end.
+    fn note_maps(&mut self) {
+        for setting in &self.settings {
+            self.maps.add_pinned(&setting.pins);
+        }
     }
 
     /// Leaves everything standing and running.

@@ -990,6 +990,79 @@ fn a_pod_that_vanishes_is_reported_and_can_be_withdrawn() {
     assert!(error.to_string().contains("is the pod gone?"), "{error}");
 }
 
+/// A server that listens with multipath TCP, as Go's do: probes, captured connections and itself all work.
+#[test]
+fn a_multipath_listener_gets_its_connections() {
+    let mut world = World::new();
+    let script = "import socket\ns=socket.socket(2,1,262); s.bind(('0.0.0.0',8080)); s.listen(9)\n\
+                  while True:\n c,a=s.accept(); c.sendall(b'app\\n'); c.recv(9)";
+    let server = world.enrolled.ns.command(&format!("exec python3 -c \"{script}\""));
+    world.net.start(server);
+    let to = at(world.enrolled.v4, 8080);
+    let deadline = Instant::now() + PATIENCE;
+    let own = loop {
+        match connect(&world.enrolled, to) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(world.count(Counter::MultipathMarked) >= 1);
+    let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, SECOND)).expect("probes");
+    let delivered = world.enrolled.ns.enter(|| transparent_dial(world.plain.v4, to));
+    // One at a time: the server waits for each to end.
+    for stream in [own, probe, delivered] {
+        assert_eq!(greeting(&stream), "app");
+    }
+}
+
+#[test]
+fn enrolment_is_cheap() {
+    const PODS: usize = 200;
+    let mut net = Net::new();
+    let mut pods: Vec<Pod> = (0..PODS).map(|n| net.pod(n as u8 + 2)).collect();
+    let mut node = Node::open(config(&net)).expect("opens");
+    let before = (descriptors(), resident());
+    let begin = Instant::now();
+    let mut all = Vec::new();
+    for pod in &mut pods {
+        let captured = node.bind(&spec(pod)).expect("binds");
+        node.capture(&spec(pod), &captured).expect("captures");
+        all.push(captured);
+    }
+    let each = begin.elapsed() / PODS as u32;
+    let after = (descriptors(), resident());
+    let begin = Instant::now();
+    assert_eq!(node.reconcile(), vec![]);
+    let reconcile = begin.elapsed();
+    let begin = Instant::now();
+    let mut successor = Node::open(config(&net)).expect("opens");
+    let mut taken = Vec::new();
+    for pod in &pods {
+        let captured = successor.bind(&spec(pod)).expect("binds");
+        successor.capture(&spec(pod), &captured).expect("captures");
+        taken.push(captured);
+    }
+    let take_over = begin.elapsed() / PODS as u32;
+    let fds = (after.0 - before.0) / PODS;
+    let memory = (after.1.saturating_sub(before.1)) / PODS;
+    println!("{each:?} per enrolment, {take_over:?} per take-over, {fds} descriptors and {memory} bytes per pod, {reconcile:?} to reconcile {PODS}");
+    let removed = uninstall(&config(&net)).expect("uninstalls");
+    assert_eq!(removed.pods.len(), PODS);
+    assert!(fds <= 8, "{fds} descriptors per pod");
+    assert!(memory < 60_000, "{memory} bytes per pod");
+    assert!(each < Duration::from_millis(20), "{each:?} per enrolment");
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("proc").count()
+}
+
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("proc");
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).expect("pages") * 4096
+}
+
 #[test]
 fn the_self_test_succeeds_and_leaves_nothing() {
     let net = Net::new();

@@ -15,7 +15,7 @@ use ztunnel_tests::poll::eventually;
 use ztunnel_tests::process::Process;
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::HBONE_PORT;
-use ztunnel_tests::world::{HTTP, On, World, curl, http, http_refused};
+use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
 
 const ENTRANCE: u16 = 10000;
 const SETTLE: Duration = Duration::from_secs(10);
@@ -28,8 +28,9 @@ fn envoy_as_client_reaches_a_pod_of_the_mesh() {
         eventually(SETTLE, || http_refused(&pod.place, server.v4.into()))?;
         let mut evidence = Vec::new();
         for address in server.addresses() {
-            let own = signer(world)?.sign(&[&identity(PLAIN, "outsider")])?;
-            let config = client(&files(world, &own)?, address, &identity("demo", "server"));
+            let mesh = signer(world)?;
+            let own = mesh.sign(&[&identity(PLAIN, "outsider")])?;
+            let config = client(&files(world, &pod, &own, &mesh)?, address, &identity("demo", "server"));
             let mut envoy = start(world, &pod, &config)?;
             let entrance = format!("http://127.0.0.1:{ENTRANCE}/");
             let answer = eventually(SETTLE, || curl(&pod.place, &[&entrance]))
@@ -50,8 +51,9 @@ fn envoy_as_client_reaches_a_pod_of_the_mesh() {
 fn a_pod_of_the_mesh_reaches_envoy_as_server() {
     in_world("Envoy as server", |world| {
         let pod = world.outside.clone();
-        let own = signer(world)?.sign(&[&identity(PLAIN, "outside")])?;
-        let config = server(&files(world, &own)?, &identity("demo", "client"));
+        let mesh = signer(world)?;
+        let own = mesh.sign(&[&identity(PLAIN, "outside")])?;
+        let config = server(&files(world, &pod, &own, &mesh)?, &identity("demo", "client"));
         let envoy = start(world, &pod, &config)?;
         let yaml = std::fs::read_to_string(world.mesh.path().join("pod-outside.yaml"))?;
         let native =
@@ -79,6 +81,27 @@ fn a_pod_of_the_mesh_reaches_envoy_as_server() {
     });
 }
 
+/// A control: what the tests above tell Envoy is right, with Envoy on both ends and no daemon at all.
+#[test]
+fn envoy_understands_itself() -> Result<()> {
+    let world = World::without_daemons(Options::default())?;
+    let root = Signer::stranger()?;
+    let (from, to) = (world.outsider.clone(), world.outside.clone());
+    let [client_id, server_id] = [identity(PLAIN, "outsider"), identity(PLAIN, "outside")];
+    let own = root.sign(&[&server_id])?;
+    let served = start(&world, &to, &server(&files(&world, &to, &own, &root)?, &client_id))?;
+    for address in to.addresses() {
+        let own = root.sign(&[&client_id])?;
+        let mut dialled =
+            start(&world, &from, &client(&files(&world, &from, &own, &root)?, address, &server_id))?;
+        let answer = eventually(SETTLE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
+            .with_context(|| format!("{}; {}", served.log().tail(5), dialled.log().tail(5)))?;
+        ensure!(answer.body.starts_with("pod=outside client=127.0.0.1"), "{}", answer.body);
+        dialled.kill_9()?;
+    }
+    Ok(())
+}
+
 fn signer(world: &World) -> Result<Signer> {
     Signer::of_mesh(&world.setting(On::B).state)
 }
@@ -94,21 +117,21 @@ struct Files {
     root: String,
 }
 
-fn files(world: &World, own: &Signed) -> Result<Files> {
+fn files(world: &World, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files> {
     let write = |name: &str, text: &str| -> Result<String> {
-        let path = world.run.path("state").join(name);
+        let path = world.run.path("state").join(format!("{}-{name}", pod.name));
         std::fs::write(&path, text)?;
         Ok(path.display().to_string())
     };
     Ok(Files {
         chain: write("envoy-chain.pem", &own.chain_pem)?,
         key: write("envoy-key.pem", &own.key_pem)?,
-        root: write("envoy-root.pem", signer(world)?.root_pem())?,
+        root: write("envoy-root.pem", root.root_pem())?,
     })
 }
 
 fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join("envoy.json");
+    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
     std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
     let mut command = pod.place.command(binaries::envoy()?)?;
     command.arg("-c").arg(&path).args([
@@ -118,7 +141,7 @@ fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
         "--log-level",
         "warning",
     ]);
-    pod.place.start("envoy", command)
+    pod.place.start(&format!("envoy-{}", pod.name), command)
 }
 
 fn extension(name: &str, kind: &str, mut config: Value) -> Value {

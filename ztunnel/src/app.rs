@@ -4,71 +4,51 @@
 //! Two kinds of threads: this module's control runtime (mesh, certificates, enrolment, hand-over, metrics), and
 //! the data plane's own threads. Nothing here is on the way of a byte.
 
-use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::Domain;
-use socket2::Protocol;
-use socket2::Socket;
-use socket2::Type;
-use tokio::net::TcpListener;
 use tokio::signal::unix::Signal as UnixSignal;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 
-use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
-use crate::admin::server;
+use crate::app::control::Control;
 use crate::app::handover::Claim;
 use crate::app::handover::Found;
 use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
+use crate::app::ports::Admin;
 use crate::capture;
-use crate::capture::node::CounterReader;
 use crate::config::resolved::Run;
-use crate::enrol::pods::Action;
-use crate::enrol::pods::Event;
-use crate::enrol::pods::Pods;
 use crate::identity;
-use crate::identity::worker::Identities;
 use crate::mesh;
-use crate::mesh::MeshWriter;
-use crate::model::identity::SpiffeId;
 use crate::proxy::DataPlane;
 use crate::shutdown;
 use crate::standalone::authority::Authority;
 use crate::standalone::authority::AuthorityError;
 use crate::standalone::diagnostic::Diagnostic;
-use crate::standalone::file::Loaded;
 use crate::standalone::watch;
 use crate::telemetry;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
-use crate::telemetry::metrics::Families;
-use crate::telemetry::metrics::Sample;
 use crate::telemetry::writer;
 
 pub mod commands;
+pub mod control;
 pub mod handover;
 pub mod kernel;
+pub mod ports;
 
 /// How often the kernel is compared with what it should hold.
 const RECONCILE_EVERY: Duration = Duration::from_secs(2);
-/// How long the start waits for the local workloads' certificates, so that the first connections find them.
-const WARM_UP: Duration = Duration::from_secs(2);
-/// Answers of the capture thread on their way: more than pods can be under way, because the capture thread and
-/// this one must not both wait for the other.
-const EVENTS: usize = 2048;
 /// How long the end of the process waits for its last log lines to be written.
 const LOG_PATIENCE: Duration = Duration::from_secs(2);
 /// The socket at which daemons of one node meet.
@@ -100,6 +80,9 @@ pub enum RunError {
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
+    /// The self-test.
+    #[error("{0}")]
+    SelfTest(String),
     /// The log.
     #[error("cannot set up the log")]
     Log(#[from] logging::AlreadyInstalled),
@@ -151,11 +134,12 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let (trigger, signal) = shutdown::channel();
 
     let run_dir = &config.places.run_dir;
-    std::fs::create_dir_all(run_dir).map_err(|source| RunError::Path {
-        what: "the run directory",
-        path: run_dir.clone(),
-        source,
-    })?;
+    // Who can write here can tell the daemon to leave.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_dir)
+        .map_err(|source| RunError::Path { what: "the run directory", path: run_dir.clone(), source })?;
 
     let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
     let loaded = match updates.next().await {
@@ -169,6 +153,12 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let (writer, reader) = mesh::mesh();
     let ready = Readiness::new();
     let pods_pending = ready.block("pods");
+
+    let verdict = capture::selftest::self_test(&config.places.capture);
+    if !verdict.works {
+        return Err(RunError::SelfTest(verdict.to_string()));
+    }
+    tracing::info!(%verdict, "capture self-test");
 
     // From here on the node's other daemon, if there is one, changes nothing any more.
     let socket = run_dir.join(CONTROL_SOCKET);
@@ -196,48 +186,24 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let data_plane = Arc::new(
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
-    let counters = node.counter_reader()?;
-    telemetry.register(move |families: &mut Families<'_>| capture_metrics(families, &counters));
-    register_proxies(&telemetry, &data_plane);
+    ports::register_metrics(&telemetry, node.counter_reader()?, &data_plane);
     let kernel = Kernel::start(node, Arc::clone(&data_plane))
         .map_err(|source| RunError::System("cannot start the capture thread", source))?;
-
-    let (events, answers) = mpsc::channel(EVENTS);
-    let mut control = Control {
-        writer,
-        identities,
-        kernel: kernel.clone(),
-        pods: Pods::default(),
-        events,
-        answers,
-        wake: None,
-        blocker: None,
-    };
-    let warm = local_identities(&loaded);
-    control.apply(loaded).await;
-    control.warm_up(warm).await;
-    control.settle().await;
-    kernel.sweep(control.pods.known().cloned().collect()).await;
+    let mut control = Control::new(writer, identities, kernel.clone(), pods_pending);
+    control.start(loaded).await;
 
     let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
-    if let Some(predecessor) = predecessor {
-        if let Err(error) = predecessor.done().await {
-            tracing::warn!(%error, "the daemon before this one did not say goodbye");
-        }
+    if let Some(predecessor) = predecessor
+        && let Err(error) = predecessor.done().await
+    {
+        tracing::warn!(%error, "the daemon before this one did not say goodbye");
     }
     let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,
     })?;
-    control.blocker = Some(pods_pending);
-    control.lift_when_settled();
-    tracing::info!(
-        pods = control.pods.captured(),
-        pending = control.pods.pending(),
-        after = ?started.elapsed(),
-        "serving"
-    );
+    control.serving(started);
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -248,18 +214,14 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
                 Some(Err(diagnostics)) => report_rejected(&diagnostics),
                 None => break End::Signal,
             },
-            Some(event) = control.answers.recv() => control.step(event).await,
-            () = due(control.wake) => {
-                control.wake = None;
-                control.step(Event::Tick).await;
-            }
-            _ = reconcile.tick() => match control.kernel.reconcile().await {
+            event = control.next() => control.step(event).await,
+            _ = reconcile.tick() => match kernel.reconcile().await {
                 Reconciled::Repaired(repairs) => for repair in repairs {
                     tracing::warn!(%repair, "repaired what somebody else changed");
                 },
                 Reconciled::Superseded => break End::Superseded,
             },
-            claim = successors.next() => match hand_over(claim, &control.kernel, &mut signals).await {
+            claim = successors.next() => match hand_over(claim, &kernel, &mut signals).await {
                 Some(end) => break end,
                 None => tracing::warn!("the daemon that was taking over is gone; this one goes on"),
             },
@@ -271,7 +233,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     match end {
         End::Signal => {
             tracing::info!("stopping: captured pods are closed until a daemon is back");
-            control.kernel.close().await;
+            kernel.close().await;
         }
         End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
         End::HandedOver(claim) => {
@@ -291,7 +253,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
                 break;
             }
             // Whoever is still connected stays under the newest policy.
-            update = updates.next() => if let Some(Ok(loaded)) = update { control.writer.publish(loaded.mesh) },
+            update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
             () = signals.next() => {
                 tracing::warn!("told twice to stop; closing what is open");
                 break;
@@ -339,97 +301,6 @@ fn report_rejected(diagnostics: &[Diagnostic]) {
     }
 }
 
-/// Whose certificates this node needs.
-fn local_identities(loaded: &Loaded) -> HashSet<SpiffeId> {
-    let workloads = loaded.pods.iter().filter_map(|pod| loaded.mesh.workload(&pod.workload));
-    workloads.map(|workload| workload.identity.clone()).collect()
-}
-
-/// What the mesh says, carried out.
-struct Control {
-    writer: MeshWriter,
-    identities: Identities,
-    kernel: Kernel,
-    pods: Pods,
-    events: mpsc::Sender<Event>,
-    answers: mpsc::Receiver<Event>,
-    wake: Option<Instant>,
-    /// Held until every pod was captured for the first time.
-    blocker: Option<Blocker>,
-}
-
-impl Control {
-    /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
-    /// finds its workload.
-    async fn apply(&mut self, loaded: Loaded) {
-        for warning in &loaded.warnings {
-            tracing::warn!(%warning, "mesh file");
-        }
-        self.identities.retain(local_identities(&loaded));
-        tracing::info!(
-            workloads = loaded.mesh.workloads().count(),
-            services = loaded.mesh.services().count(),
-            policies = loaded.mesh.policies().count(),
-            local = loaded.pods.len(),
-            "mesh applied"
-        );
-        self.writer.publish(loaded.mesh);
-        self.step(Event::Desired(loaded.pods)).await;
-    }
-
-    async fn step(&mut self, event: Event) {
-        for action in self.pods.step(event, Instant::now()) {
-            match action {
-                Action::Capture(pod) => self.kernel.capture(pod, self.events.clone()).await,
-                Action::Release(uid) => self.kernel.release(uid, self.events.clone()).await,
-                Action::WakeAt(at) => self.wake = Some(at),
-            }
-        }
-        self.lift_when_settled();
-    }
-
-    fn lift_when_settled(&mut self) {
-        if self.pods.pending() == 0
-            && let Some(blocker) = self.blocker.take()
-        {
-            blocker.lift();
-            tracing::info!(pods = self.pods.captured(), "ready");
-        }
-    }
-
-    /// Waits until every pod was tried once, so that a predecessor is let go when there is somebody in its place.
-    async fn settle(&mut self) {
-        let mut left = self.pods.known().count();
-        while left > 0 {
-            let Some(event) = self.answers.recv().await else { return };
-            left -= 1;
-            self.step(event).await;
-        }
-    }
-
-    /// Waits a little for the certificates of this node's workloads.
-    async fn warm_up(&self, ids: HashSet<SpiffeId>) {
-        let all = async {
-            for id in &ids {
-                if let Err(error) = self.identities.credentials(id).await {
-                    tracing::warn!(%error, "a workload starts without a certificate");
-                }
-            }
-        };
-        if tokio::time::timeout(WARM_UP, all).await.is_err() {
-            tracing::warn!("not every workload has a certificate yet");
-        }
-    }
-}
-
-/// Waits for the next retry.
-async fn due(wake: Option<Instant>) {
-    match wake {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// SIGTERM and SIGINT, which mean the same.
 struct Signals {
     terminate: UnixSignal,
@@ -449,67 +320,4 @@ impl Signals {
             _ = self.interrupt.recv() => {}
         }
     }
-}
-
-/// What the programs in the kernel counted.
-fn capture_metrics(families: &mut Families<'_>, counters: &CounterReader) -> std::fmt::Result {
-    let counted = counters.read();
-    let labels: Vec<_> =
-        counted.iter().map(|(counter, value)| ([("event", counter.name())], value)).collect();
-    let samples: Vec<_> = labels.iter().map(|(labels, value)| Sample { labels, value: *value }).collect();
-    let help = "Connections and packets that the programs in the kernel captured, passed or refused.";
-    families.counter("ztunnel_capture_events", help, &samples)
-}
-
-/// What is known of the pods that are served.
-fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
-    let data_plane = Arc::downgrade(data_plane);
-    telemetry.register(move |families: &mut Families<'_>| {
-        let Some(data_plane) = data_plane.upgrade() else { return Ok(()) };
-        let live = data_plane.live();
-        let alone = |value| [Sample { labels: &[], value }];
-        let help = "Pods whose connections are taken.";
-        families.gauge("workload_manager_active_proxy_count", help, &alone(live.pods as f64))?;
-        let help = "Connections and streams that are open.";
-        families.gauge("ztunnel_connections_open", help, &alone(live.connections as f64))?;
-        let help = "Connections and streams turned away because their pod had too many.";
-        let turned_away = [Sample { labels: &[], value: live.turned_away as u64 }];
-        families.counter("ztunnel_connections_turned_away", help, &turned_away)
-    });
-}
-
-/// Metrics and readiness. Their ports are free again when this is dropped.
-struct Admin([JoinHandle<()>; 2]);
-
-impl Admin {
-    fn start(
-        config: &Run,
-        telemetry: &Telemetry,
-        ready: &Readiness,
-        signal: shutdown::Signal,
-    ) -> Result<Self, RunError> {
-        let metrics = server::serve_metrics(listen(config.metrics_addr)?, telemetry.clone(), signal.clone());
-        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal);
-        Ok(Self([shutdown::spawn(metrics), shutdown::spawn(readiness)]))
-    }
-}
-
-impl Drop for Admin {
-    fn drop(&mut self) {
-        self.0.iter().for_each(JoinHandle::abort);
-    }
-}
-
-/// A listening socket that a daemon of the same node may have as well, for the moment of a hand-over.
-fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
-    let bind = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(128)?;
-        TcpListener::from_std(socket.into())
-    };
-    bind().map_err(|source| RunError::Listen(address, source))
 }

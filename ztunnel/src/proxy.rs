@@ -77,6 +77,8 @@ pub struct Config {
     pub linger: Duration,
     /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
     pub pod_connections_max: usize,
+    /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset.
+    pub pod_tunnels_max: usize,
     /// TLS handshakes in progress with one pod as the server. Further connections to its HBONE port are reset:
     /// peers dial again, and whoever only connects and says nothing keeps nobody else's memory.
     pub pod_handshakes_max: usize,
@@ -96,6 +98,7 @@ impl Default for Config {
             connect_timeout: Duration::from_secs(10),
             linger: Duration::from_secs(3),
             pod_connections_max: 20_000,
+            pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
             handover_max: 1024,
             keepalive: Keepalive::default(),
@@ -145,7 +148,7 @@ pub struct Activity {
     pub pods: usize,
     /// Connections and streams open, those being dialled included.
     pub connections: usize,
-    /// Connections and streams turned away because their pod had too many.
+    /// Connections, streams and tunnels turned away because their pod had too many.
     pub turned_away: usize,
 }
 
@@ -259,7 +262,7 @@ impl DataPlane {
         self.handover.drain();
     }
 
-    /// Waits until no connection is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
+    /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
     /// removal of all pods makes that so.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
         let count = Arc::clone(&self.count);

@@ -20,8 +20,9 @@ pub(crate) fn in_world(name: &str, act: impl FnOnce(&mut World) -> Result<String
     let told = act(&mut world);
     if told.is_err() {
         // The logs are in the world's directory, which is about to be removed.
-        for on in ztunnel_tests::world::BOTH {
-            println!("the last words of {on:?}: {}", world.setting(on).log().tail(30).replace(" | ", "\n  "));
+        match world.save_logs() {
+            Ok(path) => println!("logs are in {}", path.display()),
+            Err(error) => println!("the logs are lost: {error:#}"),
         }
     }
     let ended = world.end();

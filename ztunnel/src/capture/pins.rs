@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::sys;
+
 /// Paths below the pin directory, for one version of the maps.
 #[derive(Debug, Clone)]
 pub(super) struct Pins {
@@ -96,8 +98,14 @@ impl Pins {
             .collect()
     }
 
-    /// Removes everything of this version; links and programs go with their last pin.
+    /// Detaches and removes everything of this version.
     pub(super) fn remove_all(&self) -> io::Result<()> {
+        let pods = std::fs::read_dir(self.versioned.join("pods")).into_iter().flatten().flatten();
+        for dir in pods.map(|entry| entry.path()).chain([self.links()]) {
+            for link in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                sys::detach(&link.path())?;
+            }
+        }
         gone(std::fs::remove_dir_all(&self.versioned))
     }
 

@@ -231,8 +231,7 @@ impl Node {
     /// The reverse of `redirect` as far as new connections are concerned.
     fn open_up(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
         for device in self.pins.guarded(slot) {
-            gone(std::fs::remove_file(self.pins.guard(slot, device)))
-                .map_err(WithdrawError::step("the guard"))?;
+            sys::detach(&self.pins.guard(slot, device)).map_err(WithdrawError::step("the guard"))?;
         }
         let removed = match self.maps.pods.remove(&record.cookie) {
             Err(aya::maps::MapError::SyscallError(error))
@@ -244,8 +243,7 @@ impl Node {
         };
         removed.map_err(WithdrawError::step("the connect program's entry"))?;
         self.maps.set_pod_ips(slot, &[]).map_err(WithdrawError::step("the map of pods"))?;
-        gone(std::fs::remove_file(self.pins.lookup(slot)))
-            .map_err(WithdrawError::step("the lookup program"))?;
+        sys::detach(&self.pins.lookup(slot)).map_err(WithdrawError::step("the lookup program"))?;
         self.maps.set_addresses(slot, &[]).map_err(WithdrawError::step("the map of addresses"))?;
         self.maps.clear_listeners(slot);
         let record = Record { withdrawn: 1, ..*record };

@@ -15,6 +15,7 @@ const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 /// Where a program is attached (`enum bpf_attach_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,6 +142,27 @@ pub(super) fn replace(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Resu
         ..LinkUpdate::default()
     };
     bpf(LINK_UPDATE, &mut attributes).map(drop)
+}
+
+/// Detaches a pinned link now and removes its pin. Without that it would end only later, or not at all while
+/// another daemon holds it too. What is gone already is fine.
+pub(super) fn detach(path: &Path) -> io::Result<()> {
+    if let Ok(link) = open(path) {
+        let mut attributes = link.as_raw_fd() as u32;
+        match bpf(LINK_DETACH, &mut attributes) {
+            // What it was attached to is gone.
+            Err(error)
+                if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EINVAL)) =>
+            {
+                return Err(error);
+            }
+            _ => {}
+        }
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 #[repr(C)]

@@ -63,8 +63,11 @@ pub struct Pool {
 struct Peer {
     tunnels: Vec<(Arc<Credentials>, Arc<Tunnel>)>,
     /// While a dial is under way: who waits for it.
-    dialling: Option<Vec<oneshot::Sender<Result<(), Arc<DialError>>>>>,
+    dialling: Option<Vec<oneshot::Sender<Shared>>>,
 }
+
+/// What all who waited for a dial are told.
+type Shared = Result<(), Arc<DialError>>;
 
 /// A stream's room, and whether the tunnel was there before.
 #[derive(Debug)]
@@ -77,7 +80,7 @@ pub struct Leased {
 
 enum Next {
     Leased(Lease),
-    Wait(oneshot::Receiver<Result<(), Arc<DialError>>>),
+    Wait(oneshot::Receiver<Shared>),
     Busy(usize),
 }
 

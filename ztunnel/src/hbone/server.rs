@@ -76,6 +76,7 @@ pub async fn accept(
     tls: Arc<ServerConfig>,
     config: &Config,
 ) -> Result<Accepted, ServeError> {
+    config.tune(&socket);
     let limit = config.handshake_timeout;
     let tls = timeout(limit, TlsAcceptor::from(tls).accept(ReadAhead::new(socket)))
         .await
@@ -227,5 +228,13 @@ impl Incoming {
         *response.status_mut() = refusal.status();
         // It fails only for a stream that is gone.
         let _sent = self.respond.send_response(response, true);
+    }
+}
+
+#[cfg(test)]
+impl Incoming {
+    /// Waits for what the client says before it is answered.
+    pub(crate) async fn first_data(&mut self) {
+        let _data = self.body.data().await;
     }
 }

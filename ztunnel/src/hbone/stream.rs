@@ -72,6 +72,9 @@ impl From<h2::Error> for TunnelError {
         if error.is_io()
             && let Some(io) = error.get_io()
         {
+            if io.kind() == io::ErrorKind::UnexpectedEof {
+                return Self::Io(io.kind().into());
+            }
             // The error is shared between all streams of the tunnel, so each gets its own copy.
             return match (io.get_ref(), io.raw_os_error()) {
                 (_, Some(code)) => Self::Io(io::Error::from_raw_os_error(code)),

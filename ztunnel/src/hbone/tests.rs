@@ -571,3 +571,24 @@ async fn strangers_on_the_hbone_port_get_nothing() {
         assert!(rest.len() < 16, "nothing but an alert: {rest:?}");
     }
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_ask_for_http2_gets_no_tunnel() {
+    let ca = TestCa::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut tls = (*ca.certify(&id("client")).client_config(&[id("server")])).clone();
+    tls.alpn_protocols.clear();
+    let client = shutdown::spawn(async move {
+        let socket = TcpStream::connect(address).await.unwrap();
+        let name = rustls::pki_types::ServerName::IpAddress(address.ip().into());
+        let mut tls = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, socket).await.unwrap();
+        tls.read(&mut [0; 1]).await
+    });
+    let (socket, _) = listener.accept().await.unwrap();
+    let server = ca.certify(&id("server")).server_config();
+    let accepted = server::accept(socket, server, &Config::default()).await;
+    assert!(matches!(accepted, Err(ServeError::NotHttp2)));
+    // It hears an end, and nothing before.
+    assert!(!matches!(client.await.unwrap(), Ok(1..)));
+}

@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::future::poll_fn;
 use std::io;
 use std::io::IoSlice;
 use std::pin::Pin;
@@ -57,48 +56,69 @@ pub fn is_reset(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
 }
 
-/// Relays until both directions have ended. When either side breaks, or this future is dropped before the
-/// end, both are reset.
-pub async fn relay(
-    mut client: ResetUnlessDone,
-    mut server: ResetUnlessDone,
-    meter: &impl Meter,
-) -> Result<(), CopyError> {
-    let (mut up, mut down) = (Direction::default(), Direction::default());
-    let mut watch = Watch::default();
-    let done = poll_fn(|cx| {
-        let up_done = up.poll(&mut client.socket, &mut server.socket, cx, |bytes| meter.up(bytes)).map_err(
-            |broken| match broken {
+/// One relayed connection: all there is of it. A future that resolves when both directions have ended; when
+/// either side breaks, or it is dropped before, both are reset.
+#[derive(Debug)]
+pub struct Relay<M> {
+    client: ResetUnlessDone,
+    server: ResetUnlessDone,
+    up: Direction,
+    down: Direction,
+    watch: Watch,
+    meter: M,
+}
+
+impl<M: Meter> Relay<M> {
+    /// Joins who dialled and who was dialled.
+    pub fn new(client: ResetUnlessDone, server: ResetUnlessDone, meter: M) -> Self {
+        let (up, down) = (Direction::default(), Direction::default());
+        Self { client, server, up, down, watch: Watch::default(), meter }
+    }
+
+    /// What counted; the rest is dropped.
+    pub fn into_meter(self) -> M {
+        self.meter
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
+        let Self { client, server, up, down, watch, meter } = self;
+        let (client, server) = (&mut client.socket, &mut server.socket);
+        let up_done =
+            up.poll(client, server, cx, |bytes| meter.up(bytes)).map_err(|broken| match broken {
                 Broken::From(error) => CopyError::Client(error),
                 Broken::To(error) => CopyError::Server(error),
-            },
-        )?;
-        let down_done = down
-            .poll(&mut server.socket, &mut client.socket, cx, |bytes| meter.down(bytes))
-            .map_err(|broken| match broken {
+            })?;
+        let down_done =
+            down.poll(server, client, cx, |bytes| meter.down(bytes)).map_err(|broken| match broken {
                 Broken::From(error) => CopyError::Server(error),
                 Broken::To(error) => CopyError::Client(error),
             })?;
         if up_done.is_ready() && down_done.is_ready() {
             return Poll::Ready(Ok(()));
         }
-        let unread = !up.is_reading() || !down.is_reading();
-        if watch.is_due(unread, cx) {
-            if let Ok(Some(error)) = client.socket.take_error() {
+        if watch.is_due(!up.is_reading() || !down.is_reading(), cx) {
+            if let Ok(Some(error)) = client.take_error() {
                 return Poll::Ready(Err(CopyError::Client(error)));
             }
-            if let Ok(Some(error)) = server.socket.take_error() {
+            if let Ok(Some(error)) = server.take_error() {
                 return Poll::Ready(Err(CopyError::Server(error)));
             }
         }
         Poll::Pending
-    })
-    .await;
-    if done.is_ok() {
-        client.done();
-        server.done();
     }
-    done
+}
+
+impl<M: Meter + Unpin> Future for Relay<M> {
+    type Output = Result<(), CopyError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = ready!(self.poll_both(cx));
+        if ended.is_ok() {
+            self.client.done();
+            self.server.done();
+        }
+        Poll::Ready(ended)
+    }
 }
 
 /// A socket that is reset when it is dropped, unless it came to its proper end.
@@ -321,7 +341,7 @@ mod tests {
         down: Cell<u64>,
     }
 
-    impl Meter for Count {
+    impl Meter for &Count {
         fn up(&self, bytes: u64) {
             self.up.set(self.up.get() + bytes);
         }
@@ -332,7 +352,7 @@ mod tests {
 
     /// Relays between two plain sockets.
     async fn relayed(client: TcpStream, server: TcpStream, count: &Count) -> Result<(), CopyError> {
-        relay(ResetUnlessDone::new(client), ResetUnlessDone::new(server), count).await
+        Relay::new(ResetUnlessDone::new(client), ResetUnlessDone::new(server), count).await
     }
 
     async fn pair() -> (TcpStream, TcpStream) {

@@ -21,6 +21,7 @@ use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::shutdown;
+use crate::telemetry::AcceptedSocket;
 use crate::telemetry::events::Reporter;
 
 /// Connections taken from one listener before others get a turn.
@@ -46,41 +47,32 @@ pub struct Arrival {
     pod: Arc<Pod>,
     socket: TcpStream,
     client: ClientAddr,
+    /// From here on, so that a drain does not overlook what is between two threads.
+    entered: Entered,
 }
 
 impl Arrival {
     /// Serves the connection on `shard`, which is the current thread's.
     pub(super) fn serve(self, shard: &Arc<Shard>) {
-        let Self { kind, pod, socket, client } = self;
-        let shard_ = Arc::clone(shard);
+        let Self { kind, pod, socket, client, entered } = self;
+        let (shard_, connection) = (Arc::clone(shard), (socket, client));
+        let counted = |reporter| (entered, shard.telemetry.accepted(reporter));
         match kind {
             Kind::Outbound => {
-                let counted = (shard.count.connection(), shard.telemetry.accepted(Reporter::Source));
-                spawn_with(counted, outbound::serve(shard_, pod, socket, client));
+                shutdown::spawn(outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
             }
             Kind::Inbound => {
-                let counted = (shard.count.connection(), shard.telemetry.accepted(Reporter::Destination));
-                spawn_with(counted, passthrough::serve(shard_, pod, socket, client));
+                shutdown::spawn(passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
-            // A tunnel is no connection: it ends with its streams, and those are counted.
             Kind::Hbone => {
-                let counted = shard.telemetry.accepted(Reporter::Destination);
-                spawn_with(counted, inbound::serve(shard_, pod, socket, client));
+                shutdown::spawn(inbound::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
         }
     }
 }
 
-/// Spawns what serves a connection; `counted` lives as long.
-pub(super) fn spawn_with(
-    counted: impl Send + 'static,
-    connection: impl Future<Output = ()> + Send + 'static,
-) {
-    shutdown::spawn(async move {
-        connection.await;
-        drop(counted);
-    });
-}
+/// Counts a connection for as long as it lives: for the drain, and for telemetry.
+pub(super) type Counted = (Entered, AcceptedSocket);
 
 /// A listener of a pod, on its home thread.
 pub struct Listener {
@@ -129,7 +121,12 @@ impl Listener {
     }
 
     fn dispatch(&self, shard: &Arc<Shard>, pod: &Arc<Pod>, socket: TcpStream, client: SocketAddr) {
-        shard.spread(Arrival { kind: self.kind, pod: Arc::clone(pod), socket, client: ClientAddr(client) });
+        let entered = match self.kind {
+            Kind::Outbound | Kind::Inbound => shard.count.connection(),
+            Kind::Hbone => shard.count.tunnel(),
+        };
+        let (pod, client) = (Arc::clone(pod), ClientAddr(client));
+        shard.spread(Arrival { kind: self.kind, pod, socket, client, entered });
     }
 }
 

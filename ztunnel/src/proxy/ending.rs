@@ -1,6 +1,43 @@
-//! How connections end, in words.
+//! What is told of a connection: its bytes while it lasts, and how it ended.
 
 use std::error::Error;
+
+use crate::net::copy::Meter;
+use crate::telemetry::OpenConnection;
+use crate::telemetry::events::ResponseFlag;
+
+/// A connection as telemetry knows it, counting what a relay moves.
+#[derive(Debug)]
+pub struct Tally(pub OpenConnection);
+
+impl Meter for Tally {
+    fn up(&self, bytes: u64) {
+        self.0.received(bytes);
+    }
+
+    fn down(&self, bytes: u64) {
+        self.0.sent(bytes);
+    }
+}
+
+/// What an error means to telemetry.
+pub trait Ending: Error {
+    /// How it reads in the `response_flags` label.
+    fn flag(&self) -> ResponseFlag;
+
+    /// Whether one of the two applications reset the connection, as applications do: that is no failure.
+    fn is_reset(&self) -> bool;
+}
+
+impl Tally {
+    /// Tells how the connection ended.
+    pub fn close<E: Ending>(self, ended: Result<(), E>) {
+        match ended {
+            Err(error) if !error.is_reset() => self.0.close(error.flag(), Some(told(&error))),
+            Ok(()) | Err(_) => self.0.close(ResponseFlag::None, None),
+        }
+    }
+}
 
 /// An error with its causes, in one line.
 pub fn told(error: &dyn Error) -> String {

@@ -19,26 +19,29 @@ use crate::hbone::stream::StreamError;
 use crate::identity::worker::Unavailable;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::canonical;
-use crate::model::workload::Workload;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::authorize;
-use crate::proxy::accept::spawn_with;
+use crate::proxy::accept::Counted;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
 use crate::proxy::ending::told;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
 use crate::proxy::passthrough::DeliveryError;
 use crate::proxy::passthrough::deliver;
+use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
 use crate::proxy::pod::UnknownWorkload;
-use crate::proxy::relay::Counter;
+use crate::proxy::relay::Application;
 use crate::proxy::relay::Read;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
+use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::route::plan::RESERVED_PORTS;
-use crate::telemetry::OpenConnection;
+use crate::shutdown;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
@@ -55,6 +58,8 @@ enum NoTunnel {
     UnknownWorkload(UnknownWorkload),
     #[error(transparent)]
     Identity(Unavailable),
+    #[error("the pod already has {0} tunnels, the most it may have")]
+    TooManyTunnels(usize),
     #[error("the pod already has {0} handshakes in progress, the most it may have")]
     TooManyHandshakes(usize),
     #[error(transparent)]
@@ -65,14 +70,20 @@ enum NoTunnel {
 
 /// A tunnel, as its streams see it.
 pub(super) struct Tunnel {
+    _admitted: Admitted,
     client: ClientAddr,
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
     peer: VerifiedPeer,
 }
 
-/// Serves one connection to `pod`'s HBONE port.
-pub(super) async fn serve(shard: Arc<Shard>, pod: Arc<Pod>, socket: TcpStream, client: ClientAddr) {
+/// Serves one connection to `pod`'s HBONE port. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: Counted,
+) {
     let Ok(local) = socket.local_addr().map(canonical) else { return };
     let Ok(socket) = tokio::net::TcpStream::from_std(socket) else { return };
     let (tunnel, accepted) = match Box::pin(accept(&shard, &pod, socket, client, local)).await {
@@ -86,12 +97,14 @@ pub(super) async fn serve(shard: Arc<Shard>, pod: Arc<Pod>, socket: TcpStream, c
     let drain = drain(&shard, &pod);
     let served = server::serve(accepted, &shard.config.hbone, drain, |incoming| {
         let (shard_, pod, tunnel) = (Arc::clone(&shard), Arc::clone(&pod), Arc::clone(&tunnel));
-        spawn_with(shard.count.connection(), stream(shard_, pod, tunnel, incoming));
+        let counted = shard.count.connection();
+        shutdown::spawn(stream(shard_, pod, (tunnel, incoming), counted));
     })
     .await;
     if let Err(error) = served {
         tracing::debug!(client = %client.0, pod = %pod.uid, error = &error as &dyn Error, "tunnel broke");
     }
+    drop(counted);
 }
 
 async fn accept(
@@ -101,12 +114,18 @@ async fn accept(
     client: ClientAddr,
     local: SocketAddr,
 ) -> Result<(Tunnel, server::Accepted), NoTunnel> {
-    // Whatever fails here is a reset for the client, which then need not wait for more.
-    let limit = shard.config.pod_handshakes_max;
-    let Some(_handshake) = pod.admit_handshake(limit) else {
+    let turn_away = |socket, why: fn(usize) -> NoTunnel, limit| {
         shard.count.turn_away();
         drop(ResetUnlessDone::new(socket));
-        return Err(NoTunnel::TooManyHandshakes(limit));
+        Err(why(limit))
+    };
+    let limit = shard.config.pod_tunnels_max;
+    let Some(admitted) = pod.admit_tunnel(limit) else {
+        return turn_away(socket, NoTunnel::TooManyTunnels, limit);
+    };
+    let limit = shard.config.pod_handshakes_max;
+    let Some(_handshake) = pod.admit_handshake(limit) else {
+        return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
     let mesh = shard.mesh.snapshot();
     let workload = mesh
@@ -119,7 +138,7 @@ async fn accept(
         .await
         .map_err(NoTunnel::Serve)?;
     let peer = verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
-    Ok((Tunnel { client, local, peer }, accepted))
+    Ok((Tunnel { _admitted: admitted, client, local, peer }, accepted))
 }
 
 /// An error with its causes, and what they mean to whoever runs the mesh.
@@ -188,7 +207,9 @@ impl StreamFailure {
             Self::Delivery(DeliveryError::Copy(_)) | Self::Abandoned(_) | Self::Relay(_) => None,
         }
     }
+}
 
+impl Ending for StreamFailure {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::Delivery(error) => error.flag(),
@@ -196,38 +217,64 @@ impl StreamFailure {
             Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) => ResponseFlag::None,
         }
     }
-}
 
-/// Counts for the server's side: what goes to the application came from the client.
-struct Server<'a>(&'a OpenConnection);
-
-impl Counter for Server<'_> {
-    fn from_application(&self, bytes: u64) {
-        self.0.sent(bytes);
-    }
-
-    fn to_application(&self, bytes: u64) {
-        self.0.received(bytes);
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Relay(error) => error.is_reset(),
+            Self::Delivery(error) => error.is_reset(),
+            Self::Abandoned(_) => true,
+            Self::BadRequest | Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => false,
+        }
     }
 }
 
-/// Serves one stream.
-pub(super) async fn stream(shard: Arc<Shard>, pod: Arc<Pod>, tunnel: Arc<Tunnel>, incoming: Incoming) {
-    let refuse_early = |incoming: Incoming, asked: Option<SocketAddr>, failure: StreamFailure| {
+/// A stream and its application: all there is of the connection.
+struct Connected {
+    relay: Relay<Tally>,
+    registered: Registered,
+    admitted: Admitted,
+}
+
+/// Serves one stream. `counted` lives as long.
+pub(super) async fn stream(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (tunnel, incoming): (Arc<Tunnel>, Incoming),
+    counted: Entered,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, tunnel, incoming)).await else { return };
+    let Connected { relay, registered, .. } = &mut connected;
+    let ended = match registered.run(relay).await {
+        Ok(ended) => ended.map_err(StreamFailure::Relay),
+        Err(cut) => Err(DeliveryError::from(cut).into()),
+    };
+    // What was cut is dropped here, and so reset at both ends.
+    connected.relay.into_meter().close(ended);
+    drop((connected.registered, connected.admitted, counted));
+}
+
+/// Decides, dials and answers. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    tunnel: Arc<Tunnel>,
+    mut incoming: Incoming,
+) -> Option<Connected> {
+    let refuse = |incoming: Incoming, asked: Option<SocketAddr>, failure: StreamFailure| {
         let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: asked };
         shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
-        if let Some(refusal) = failure.refusal() {
-            incoming.refuse(refusal);
-        }
+        answer(incoming, &failure);
+        None
     };
     let to = match destination(&incoming, &pod, &tunnel) {
         Ok(to) => to,
-        Err(failure) => return refuse_early(incoming, None, failure),
+        Err(failure) => return refuse(incoming, None, failure),
     };
     let limit = shard.config.pod_connections_max;
-    let Some(_admitted) = pod.admit(limit) else {
+    let Some(admitted) = pod.admit(limit) else {
         shard.count.turn_away();
-        return refuse_early(incoming, Some(to), StreamFailure::TooMany(TooMany(limit)));
+        return refuse(incoming, Some(to), StreamFailure::TooMany(TooMany(limit)));
     };
     let facts = Facts {
         workload: Arc::clone(&pod.workload),
@@ -239,7 +286,7 @@ pub(super) async fn stream(shard: Arc<Shard>, pod: Arc<Pod>, tunnel: Arc<Tunnel>
     let mesh = shard.mesh.snapshot();
     let Some(workload) = mesh.workload(&pod.workload).cloned() else {
         let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload)));
-        return refuse_early(incoming, Some(to), unknown);
+        return refuse(incoming, Some(to), unknown);
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
     let parties = Parties {
@@ -253,22 +300,58 @@ pub(super) async fn stream(shard: Arc<Shard>, pod: Arc<Pod>, tunnel: Arc<Tunnel>
     };
     drop(mesh);
     let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: Some(to) };
-    let connection = shard.telemetry.open(parties, addresses);
-    let ended = match permit {
-        Ok(permit) => {
-            let route = Route { shard: &shard, pod: &pod, tunnel: &tunnel, to, workload };
-            route.relay(permit, incoming, &mut registered, &connection).await
-        }
-        Err(denial) => {
-            incoming.refuse(Refusal::Denied);
-            Err(DeliveryError::Denied(denial).into())
+    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let delivered = match permit {
+        Ok(permit) => registered
+            .run(dial(permit, &shard, &pod, &tunnel, to, &mut incoming))
+            .await
+            .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
+        Err(denial) => Err(DeliveryError::from(denial).into()),
+    };
+    let application = match delivered {
+        Ok(application) => ResetUnlessDone::new(application),
+        Err(failure) => {
+            answer(incoming, &failure);
+            tally.close(Err(failure));
+            return None;
         }
     };
-    match ended {
-        Ok(()) => connection.close(ResponseFlag::None, None),
-        Err(StreamFailure::Relay(error)) if error.is_reset() => connection.close(ResponseFlag::None, None),
-        Err(error) => connection.close(error.flag(), Some(told(&error))),
+    match incoming.connect(Some(pod.baggage(&workload))) {
+        Ok(halves) => {
+            let application = (application, Application::Server);
+            let relay = Relay::new(application, halves, Read::default(), tally);
+            Some(Connected { relay, registered, admitted })
+        }
+        Err(error) => {
+            tally.close(Err(StreamFailure::Abandoned(error)));
+            None
+        }
     }
+}
+
+fn answer(incoming: Incoming, failure: &StreamFailure) {
+    if let Some(refusal) = failure.refusal() {
+        incoming.refuse(refusal);
+    }
+}
+
+/// Dials the application, unless the client gives up meanwhile.
+async fn dial(
+    permit: Permit,
+    shard: &Shard,
+    pod: &Pod,
+    tunnel: &Tunnel,
+    to: SocketAddr,
+    incoming: &mut Incoming,
+) -> Result<tokio::net::TcpStream, StreamFailure> {
+    let mut dial = pin!(deliver(permit, shard, pod, tunnel.client.0, to));
+    poll_fn(|cx| {
+        if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
+            return Poll::Ready(dialled.map_err(StreamFailure::from));
+        }
+        incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
+    })
+    .await
 }
 
 /// Where a stream goes: the address of the pod its tunnel was dialled at or another one of it, and a port that
@@ -284,61 +367,4 @@ fn destination(incoming: &Incoming, pod: &Pod, tunnel: &Tunnel) -> Result<Socket
         return Err(StreamFailure::SelfCall(asked));
     }
     Ok(asked)
-}
-
-struct Route<'a> {
-    shard: &'a Shard,
-    pod: &'a Pod,
-    tunnel: &'a Tunnel,
-    to: SocketAddr,
-    workload: Arc<Workload>,
-}
-
-impl Route<'_> {
-    /// Dials the application, answers, and relays; until the end, or until policy says otherwise.
-    async fn relay(
-        &self,
-        permit: Permit,
-        mut incoming: Incoming,
-        registered: &mut Registered,
-        connection: &OpenConnection,
-    ) -> Result<(), StreamFailure> {
-        // On the heap, and gone once connected: a relay must not carry the room its dial needed.
-        let dialled = match registered.run(Box::pin(self.dial(permit, &mut incoming))).await {
-            Ok(dialled) => dialled,
-            Err(cut) => Err(DeliveryError::from(cut).into()),
-        };
-        let application = match dialled {
-            Ok(application) => ResetUnlessDone::new(application),
-            Err(failure) => {
-                if let Some(refusal) = failure.refusal() {
-                    incoming.refuse(refusal);
-                }
-                return Err(failure);
-            }
-        };
-        let baggage = self.pod.baggage(&self.workload);
-        let halves = incoming.connect(Some(baggage)).map_err(StreamFailure::Abandoned)?;
-        let relay = Relay::new(application, halves, Read::default(), Server(connection));
-        match registered.run(relay).await {
-            Ok(ended) => ended.map_err(StreamFailure::Relay),
-            // The relay is dropped, and so resets both ends.
-            Err(cut) => Err(DeliveryError::from(cut).into()),
-        }
-    }
-
-    async fn dial(
-        &self,
-        permit: Permit,
-        incoming: &mut Incoming,
-    ) -> Result<tokio::net::TcpStream, StreamFailure> {
-        let mut dial = pin!(deliver(permit, self.shard, self.pod, self.tunnel.client.0, self.to));
-        poll_fn(|cx| {
-            if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
-                return Poll::Ready(dialled.map_err(StreamFailure::from));
-            }
-            incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
-        })
-        .await
-    }
 }

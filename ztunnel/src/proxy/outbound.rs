@@ -1,5 +1,6 @@
 //! What a pod dials: through a tunnel to a peer in the mesh, or on as it is.
 
+use std::fmt;
 use std::future::Future;
 use std::future::poll_fn;
 use std::io;
@@ -39,12 +40,14 @@ use crate::model::workload::Workload;
 use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::ResetUnlessDone;
-use crate::proxy::ending::told;
-use crate::proxy::passthrough::Plain;
+use crate::proxy::accept::Counted;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
+use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
 use crate::proxy::pod::UnknownWorkload;
-use crate::proxy::relay::Counter;
+use crate::proxy::relay::Application;
 use crate::proxy::relay::Early;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
@@ -52,7 +55,6 @@ use crate::proxy::shard::Shard;
 use crate::route::plan::NoRoute;
 use crate::route::plan::Plan;
 use crate::route::plan::plan;
-use crate::telemetry::OpenConnection;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
@@ -116,9 +118,8 @@ pub enum OutboundError {
     Copy(CopyError),
 }
 
-impl OutboundError {
-    /// How it reads in the `response_flags` label.
-    pub fn flag(&self) -> ResponseFlag {
+impl Ending for OutboundError {
+    fn flag(&self) -> ResponseFlag {
         match self {
             Self::NoRoute(_) | Self::Refused { .. } | Self::Connect { .. } | Self::Timeout { .. } => {
                 ResponseFlag::Connect
@@ -141,89 +142,149 @@ impl OutboundError {
             Self::Abandoned(_) | Self::Relay(_) | Self::Copy(_) => ResponseFlag::None,
         }
     }
+
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Abandoned(error) => copy::is_reset(error),
+            Self::Relay(error) => error.is_reset(),
+            Self::Copy(error) => error.is_reset(),
+            Self::NoRoute(_)
+            | Self::Identity(_)
+            | Self::Dial(_)
+            | Self::Unanswered { .. }
+            | Self::Refused { .. }
+            | Self::Connect { .. }
+            | Self::Timeout { .. } => false,
+        }
+    }
 }
 
 fn is_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
 
-/// Serves one connection that `pod` dialled.
-pub(super) async fn serve(shard: Arc<Shard>, pod: Arc<Pod>, socket: TcpStream, client: ClientAddr) {
+/// A connection in both directions: all there is of it.
+enum Connected {
+    /// Through a tunnel, whose room it holds.
+    Tunnelled { relay: Relay<Tally>, lease: Lease, admitted: Admitted },
+    /// On as it is.
+    Plain { relay: copy::Relay<Tally>, admitted: Admitted },
+}
+
+/// Serves one connection that `pod` dialled. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: Counted,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
+    // In place, as moving it would reserve its room twice.
+    let ended = match &mut connected {
+        Connected::Tunnelled { relay, .. } => relay.await.map_err(OutboundError::Relay),
+        Connected::Plain { relay, .. } => relay.await.map_err(OutboundError::Copy),
+    };
+    match connected {
+        Connected::Tunnelled { relay, lease, admitted } => {
+            relay.into_meter().close(ended);
+            drop((lease, admitted));
+        }
+        Connected::Plain { relay, admitted } => {
+            relay.into_meter().close(ended);
+            drop(admitted);
+        }
+    }
+    drop(counted);
+}
+
+/// Decides and dials. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    client: ClientAddr,
+) -> Option<Connected> {
     let dst = pod.network.original_dst(&socket);
-    let Ok(socket) = tokio::net::TcpStream::from_std(socket) else { return };
-    let application = ResetUnlessDone::new(socket);
+    let mut application = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
+    let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
+        let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
+        shard.telemetry.refused_early(addresses, Reporter::Source, error);
+        None
+    };
     let dst = match dst {
         Ok(dst) => dst,
-        Err(error) => return refuse(&shard, client, OriginalDst(client.0), &error),
+        Err(error) => return refuse(OriginalDst(client.0), &error),
     };
-    let Some(_admitted) = pod.admit(shard.config.pod_connections_max) else {
+    let Some(admitted) = pod.admit(shard.config.pod_connections_max) else {
         shard.count.turn_away();
-        return refuse(&shard, client, dst, &TooMany(shard.config.pod_connections_max));
+        return refuse(dst, &TooMany(shard.config.pod_connections_max));
     };
     // What is captured never goes to the pod itself, so this dialled the listener.
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
-        return refuse(&shard, client, dst, &NoRoute::SelfCall(dst.0));
+        return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
     let mesh = shard.mesh.snapshot();
     let Some(source) = mesh.workload(&pod.workload).cloned() else {
-        return refuse(&shard, client, dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
     };
     let planned = plan(&mesh, &source, dst, rand::random());
     drop(mesh);
+    let told = |parties: Parties, destination, hbone| {
+        let addresses = Addresses { source: client.0, destination, hbone };
+        Tally(shard.telemetry.open(parties, addresses))
+    };
     match planned {
         Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
-            let route = Route { pod, source, client, peer, expect, target, destination, service };
-            through_tunnel(shard, route, application).await;
+            let parties = Parties {
+                reporter: Reporter::Source,
+                source: Some(Arc::clone(&source)),
+                source_identity: Some(source.identity.clone()),
+                destination: Some(destination),
+                destination_identity: expect.first().cloned(),
+                service: service.clone(),
+            };
+            let tally = told(parties, peer.0, Some(target));
+            let route = Route { pod, source, client, peer, expect, target, service };
+            match open(&shard, route, &mut application).await {
+                Ok(Opened { lease, halves, early }) => {
+                    tally.0.received(early.bytes() as u64);
+                    let application = (application, Application::Client);
+                    let relay = Relay::new(application, halves, early.into_read(), tally);
+                    return Some(Connected::Tunnelled { relay, lease, admitted });
+                }
+                Err(error) => tally.close(Err(error)),
+            }
         }
         Ok(Plan::Plain { to, destination, service }) => {
-            let parties =
-                Parties { source: Some(source), destination, service, ..Parties::unknown(Reporter::Source) };
-            let addresses = Addresses { source: client.0, destination: to, hbone: None };
-            let connection = shard.telemetry.open(parties, addresses);
-            let ended = on_as_it_is(&shard, &pod, to, application, &connection).await;
-            close(connection, ended);
+            let (source, unknown) = (Some(source), Parties::unknown(Reporter::Source));
+            let tally = told(Parties { source, destination, service, ..unknown }, to, None);
+            match dial(&shard, &pod, to).await {
+                Ok(server) => {
+                    let relay = copy::Relay::new(application, ResetUnlessDone::new(server), tally);
+                    return Some(Connected::Plain { relay, admitted });
+                }
+                Err(error) => tally.close(Err(error)),
+            }
         }
-        Err(error @ NoRoute::SelfCall(_)) => refuse(&shard, client, dst, &error),
+        Err(error @ NoRoute::SelfCall(_)) => return refuse(dst, &error),
         Err(error) => {
             let parties = Parties { source: Some(source), ..Parties::unknown(Reporter::Source) };
-            let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-            close(shard.telemetry.open(parties, addresses), Err(OutboundError::NoRoute(error)));
+            told(parties, dst.0, None).close(Err(OutboundError::NoRoute(error)));
         }
     }
+    None
 }
 
-fn refuse(shard: &Shard, client: ClientAddr, dst: OriginalDst, error: &dyn std::fmt::Display) {
-    let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    shard.telemetry.refused_early(addresses, Reporter::Source, error);
-}
-
-fn close(connection: OpenConnection, ended: Result<(), OutboundError>) {
-    match ended {
-        Ok(()) => connection.close(ResponseFlag::None, None),
-        Err(OutboundError::Relay(error)) if error.is_reset() => connection.close(ResponseFlag::None, None),
-        Err(OutboundError::Copy(error)) if error.is_reset() => connection.close(ResponseFlag::None, None),
-        Err(error) => connection.close(error.flag(), Some(told(&error))),
-    }
-}
-
-async fn on_as_it_is(
-    shard: &Shard,
-    pod: &Pod,
-    to: SocketAddr,
-    application: ResetUnlessDone,
-    connection: &OpenConnection,
-) -> Result<(), OutboundError> {
+async fn dial(shard: &Shard, pod: &Pod, to: SocketAddr) -> Result<tokio::net::TcpStream, OutboundError> {
     let after = shard.config.connect_timeout;
-    let server = timeout(after, pod.network.leave(to))
+    timeout(after, pod.network.leave(to))
         .await
         .map_err(|_elapsed| OutboundError::Timeout { to, after })?
-        .map_err(|source| OutboundError::Connect { to, source })?;
-    copy::relay(application, ResetUnlessDone::new(server), &Plain(connection))
-        .await
-        .map_err(OutboundError::Copy)
+        .map_err(|source| OutboundError::Connect { to, source })
 }
 
-/// One connection through a tunnel: who, from where, to whom.
+/// One connection through a tunnel: whose, from where, to whom.
 struct Route {
     pod: Arc<Pod>,
     source: Arc<Workload>,
@@ -231,51 +292,10 @@ struct Route {
     peer: HbonePeer,
     expect: Vec<SpiffeId>,
     target: SocketAddr,
-    destination: Arc<Workload>,
     service: Option<Arc<Service>>,
 }
 
-/// Counts for the client's side: what comes from the application comes from the client.
-struct Client(OpenConnection);
-
-impl Counter for Client {
-    fn from_application(&self, bytes: u64) {
-        self.0.received(bytes);
-    }
-
-    fn to_application(&self, bytes: u64) {
-        self.0.sent(bytes);
-    }
-}
-
-async fn through_tunnel(shard: Arc<Shard>, route: Route, mut application: ResetUnlessDone) {
-    let parties = Parties {
-        reporter: Reporter::Source,
-        source: Some(Arc::clone(&route.source)),
-        source_identity: Some(route.source.identity.clone()),
-        destination: Some(Arc::clone(&route.destination)),
-        destination_identity: route.expect.first().cloned(),
-        service: route.service.clone(),
-    };
-    let addresses =
-        Addresses { source: route.client.0, destination: route.peer.0, hbone: Some(route.target) };
-    let connection = shard.telemetry.open(parties, addresses);
-    // On the heap, and gone once connected: a relay must not carry the room its dial needed.
-    let stream = match Box::pin(open(&shard, route, &mut application)).await {
-        Ok(stream) => stream,
-        Err(error) => return close(connection, Err(error)),
-    };
-    drop(shard);
-    let Connected { lease, halves, early } = stream;
-    connection.received(early.len() as u64);
-    let mut relay = Relay::new(application, halves, early.into_read(), Client(connection));
-    let ended = (&mut relay).await;
-    let Client(connection) = relay.into_counter();
-    drop(lease);
-    close(connection, ended.map_err(OutboundError::Relay));
-}
-
-struct Connected {
+struct Opened {
     lease: Lease,
     halves: (SendHalf, RecvHalf),
     early: Early,
@@ -287,7 +307,7 @@ async fn open(
     shard: &Arc<Shard>,
     route: Route,
     application: &mut ResetUnlessDone,
-) -> Result<Connected, OutboundError> {
+) -> Result<Opened, OutboundError> {
     let peer = route.peer;
     let credentials =
         shard.identities.credentials(&route.source.identity).await.map_err(OutboundError::Identity)?;
@@ -312,7 +332,7 @@ async fn open(
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
         let source = match ask(&mut leased.lease, &connect, application, &mut early).await? {
             Asked::Connected(send, recv) => {
-                return Ok(Connected { lease: leased.lease, halves: (send, recv), early });
+                return Ok(Opened { lease: leased.lease, halves: (send, recv), early });
             }
             Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
             Asked::Unanswered(source) => source,

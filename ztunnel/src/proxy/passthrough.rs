@@ -1,5 +1,6 @@
 //! Plain connections to a pod: from outside the mesh, judged without an identity, delivered as they are.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::net::TcpStream;
@@ -12,21 +13,23 @@ use crate::model::addr::ClientAddr;
 use crate::model::addr::OriginalDst;
 use crate::net::copy;
 use crate::net::copy::CopyError;
-use crate::net::copy::Meter;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::authorize;
-use crate::proxy::ending::told;
+use crate::proxy::accept::Counted;
+use crate::proxy::ending::Ending;
+use crate::proxy::ending::Tally;
 use crate::proxy::live::Cut;
 use crate::proxy::live::Facts;
+use crate::proxy::live::Registered;
+use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
 use crate::proxy::pod::UnknownWorkload;
 use crate::proxy::shard::Shard;
 use crate::route::plan::NoRoute;
 use crate::route::plan::RESERVED_PORTS;
-use crate::telemetry::OpenConnection;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
@@ -63,26 +66,20 @@ pub enum DeliveryError {
     Copy(CopyError),
 }
 
-impl DeliveryError {
-    pub(super) fn flag(&self) -> ResponseFlag {
+impl Ending for DeliveryError {
+    fn flag(&self) -> ResponseFlag {
         match self {
             Self::Denied(_) | Self::Cut(_) => ResponseFlag::Denied,
             Self::Connect { .. } | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Copy(_) => ResponseFlag::None,
         }
     }
-}
 
-/// Counts for a connection whose client is at the front.
-pub(super) struct Plain<'a>(pub(super) &'a OpenConnection);
-
-impl Meter for Plain<'_> {
-    fn up(&self, bytes: u64) {
-        self.0.received(bytes);
-    }
-
-    fn down(&self, bytes: u64) {
-        self.0.sent(bytes);
+    fn is_reset(&self) -> bool {
+        match self {
+            Self::Copy(error) => error.is_reset(),
+            Self::Denied(_) | Self::Cut(_) | Self::Connect { .. } | Self::Timeout { .. } => false,
+        }
     }
 }
 
@@ -101,20 +98,51 @@ pub(super) async fn deliver(
         .map_err(|source| DeliveryError::Connect { to, source })
 }
 
-/// Serves one plain connection to `pod`.
-pub(super) async fn serve(shard: Arc<Shard>, pod: Arc<Pod>, socket: TcpStream, client: ClientAddr) {
+/// A connection in both directions: all there is of it.
+struct Connected {
+    relay: copy::Relay<Tally>,
+    registered: Registered,
+    admitted: Admitted,
+}
+
+/// Serves one plain connection to `pod`. `counted` lives as long.
+pub(super) async fn serve(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    (socket, client): (TcpStream, ClientAddr),
+    counted: Counted,
+) {
+    // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
+    let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
+    let Connected { relay, registered, .. } = &mut connected;
+    let ended = match registered.run(relay).await {
+        Ok(ended) => ended.map_err(DeliveryError::Copy),
+        Err(cut) => Err(DeliveryError::Cut(cut)),
+    };
+    // What was cut is dropped here, and so reset.
+    connected.relay.into_meter().close(ended);
+    drop((connected.registered, connected.admitted, counted));
+}
+
+/// Decides and dials. `None` when it came to nothing, which has been told then.
+async fn establish(
+    shard: Arc<Shard>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    client: ClientAddr,
+) -> Option<Connected> {
     let dst = pod.network.original_dst(&socket);
-    let Ok(socket) = tokio::net::TcpStream::from_std(socket) else { return };
-    let front = ResetUnlessDone::new(socket);
-    let refuse = |dst: OriginalDst, error: &dyn std::fmt::Display| {
+    let front = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
+    let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
         let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
         shard.telemetry.refused_early(addresses, Reporter::Destination, error);
+        None
     };
     let dst = match dst {
         Ok(dst) => dst,
         Err(error) => return refuse(OriginalDst(client.0), &error),
     };
-    let Some(_admitted) = pod.admit(shard.config.pod_connections_max) else {
+    let Some(admitted) = pod.admit(shard.config.pod_connections_max) else {
         shard.count.turn_away();
         return refuse(dst, &TooMany(shard.config.pod_connections_max));
     };
@@ -140,25 +168,22 @@ pub(super) async fn serve(shard: Arc<Shard>, pod: Arc<Pod>, socket: TcpStream, c
     };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    let connection = shard.telemetry.open(parties, addresses);
-    let ended = match permit {
-        Ok(permit) => {
-            let delivery = async {
-                let application = Box::pin(deliver(permit, &shard, &pod, client.0, dst.0)).await?;
-                copy::relay(front, ResetUnlessDone::new(application), &Plain(&connection))
-                    .await
-                    .map_err(DeliveryError::Copy)
-            };
-            registered.run(delivery).await.unwrap_or_else(|cut| Err(cut.into()))
-        }
-        Err(denial) => {
-            drop(front);
-            Err(DeliveryError::Denied(denial))
-        }
+    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let delivered = match permit {
+        Ok(permit) => registered
+            .run(deliver(permit, &shard, &pod, client.0, dst.0))
+            .await
+            .unwrap_or_else(|cut| Err(cut.into())),
+        Err(denial) => Err(denial.into()),
     };
-    match ended {
-        Ok(()) => connection.close(ResponseFlag::None, None),
-        Err(DeliveryError::Copy(error)) if error.is_reset() => connection.close(ResponseFlag::None, None),
-        Err(error) => connection.close(error.flag(), Some(told(&error))),
+    match delivered {
+        Ok(application) => {
+            let relay = copy::Relay::new(front, ResetUnlessDone::new(application), tally);
+            Some(Connected { relay, registered, admitted })
+        }
+        Err(error) => {
+            tally.close(Err(error));
+            None
+        }
     }
 }

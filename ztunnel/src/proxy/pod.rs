@@ -30,6 +30,7 @@ pub struct Pod {
     stopped: Signal,
     handing_over: Signal,
     connections: AtomicUsize,
+    tunnels: AtomicUsize,
     handshakes: AtomicUsize,
     /// Rendered once per version of the workload, not once per connection.
     baggage: Mutex<Option<(Arc<Workload>, HeaderValue)>>,
@@ -53,6 +54,7 @@ impl Pod {
             stopped,
             handing_over,
             connections: AtomicUsize::new(0),
+            tunnels: AtomicUsize::new(0),
             handshakes: AtomicUsize::new(0),
             baggage: Mutex::new(None),
         }
@@ -76,6 +78,11 @@ impl Pod {
     /// One more connection, unless `max` are open.
     pub fn admit(self: &Arc<Self>, max: usize) -> Option<Admitted> {
         Admitted::new(self, |pod| &pod.connections, max)
+    }
+
+    /// One more tunnel to the pod, unless `max` are open.
+    pub fn admit_tunnel(self: &Arc<Self>, max: usize) -> Option<Admitted> {
+        Admitted::new(self, |pod| &pod.tunnels, max)
     }
 
     /// One more handshake, unless `max` are in progress.

@@ -18,6 +18,7 @@ use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::net::buffer::poll_read_chunk;
+use crate::net::copy::Meter;
 use crate::net::copy::Outflow;
 use crate::net::copy::ResetUnlessDone;
 use crate::net::copy::Watch;
@@ -45,12 +46,13 @@ impl RelayError {
     }
 }
 
-/// Counts bytes by where they go.
-pub trait Counter {
-    /// So many bytes came from the application.
-    fn from_application(&self, bytes: u64);
-    /// So many bytes went to the application.
-    fn to_application(&self, bytes: u64);
+/// Which end of the connection the application is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Application {
+    /// It dialled.
+    Client,
+    /// It was dialled.
+    Server,
 }
 
 /// One relayed connection: all there is of it. A future that resolves when both directions have ended; when one
@@ -58,8 +60,9 @@ pub trait Counter {
 ///
 /// From the application: reading → ending (the rest and the end are being sent) → ended.
 /// To the application: the same, the other way.
-pub struct Relay<C> {
+pub struct Relay<M> {
     application: ResetUnlessDone,
+    role: Application,
     send: SendHalf,
     recv: RecvHalf,
     /// What was read and not yet sent. While there is any, nothing more is read.
@@ -69,7 +72,7 @@ pub struct Relay<C> {
     outflow: Outflow,
     to: To,
     watch: Watch,
-    counter: C,
+    meter: M,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -95,16 +98,17 @@ pub struct Read {
     pub ended: bool,
 }
 
-impl<C: Counter> Relay<C> {
+impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
-        application: ResetUnlessDone,
+        (application, role): (ResetUnlessDone, Application),
         (send, recv): (SendHalf, RecvHalf),
         read: Read,
-        counter: C,
+        meter: M,
     ) -> Self {
         Self {
             application,
+            role,
             send,
             recv,
             chunk: read.unsent,
@@ -112,13 +116,27 @@ impl<C: Counter> Relay<C> {
             outflow: Outflow::default(),
             to: To::Receiving,
             watch: Watch::default(),
-            counter,
+            meter,
         }
     }
 
     /// What counted; the rest is dropped.
-    pub fn into_counter(self) -> C {
-        self.counter
+    pub fn into_meter(self) -> M {
+        self.meter
+    }
+
+    fn count_read(&self, bytes: usize) {
+        match self.role {
+            Application::Client => self.meter.up(bytes as u64),
+            Application::Server => self.meter.down(bytes as u64),
+        }
+    }
+
+    fn count_written(&self, bytes: usize) {
+        match self.role {
+            Application::Client => self.meter.down(bytes as u64),
+            Application::Server => self.meter.up(bytes as u64),
+        }
     }
 
     fn poll_from(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
@@ -130,7 +148,7 @@ impl<C: Counter> Relay<C> {
                 From::Reading => {
                     let read = ready!(poll_read_chunk(&mut self.application.socket, cx));
                     self.chunk = read.map_err(RelayError::Application)?;
-                    self.counter.from_application(self.chunk.len() as u64);
+                    self.count_read(self.chunk.len());
                     if self.chunk.is_empty() {
                         self.from = From::Ending;
                     }
@@ -166,7 +184,7 @@ impl<C: Counter> Relay<C> {
                     Poll::Ready(written) => {
                         let written = written.map_err(RelayError::Application)?;
                         self.recv.release(written);
-                        self.counter.to_application(written as u64);
+                        self.count_written(written);
                     }
                     Poll::Pending => stalled = true,
                 }
@@ -209,7 +227,7 @@ impl<C: Counter> Relay<C> {
     }
 }
 
-impl<C: Counter + Unpin> Future for Relay<C> {
+impl<M: Meter + Unpin> Future for Relay<M> {
     type Output = Result<(), RelayError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -239,8 +257,8 @@ impl Early {
         self.kept.is_some()
     }
 
-    /// How much was taken.
-    pub fn len(&self) -> usize {
+    /// How many bytes were taken.
+    pub fn bytes(&self) -> usize {
         self.kept.as_ref().map_or(0, Bytes::len)
     }
 

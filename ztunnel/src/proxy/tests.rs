@@ -2,6 +2,7 @@
 //! real: threads, sockets, TLS, HTTP/2, policies, log lines.
 
 use std::collections::HashMap;
+use std::future::pending;
 use std::future::poll_fn;
 use std::io;
 use std::io::Write;
@@ -26,6 +27,7 @@ use crate::hbone::address::TraceParent;
 use crate::hbone::client::Answered;
 use crate::hbone::client::Connect;
 use crate::hbone::client::handshake;
+use crate::hbone::server;
 use crate::hbone::tests::TestCa;
 use crate::hbone::tests::id;
 use crate::identity::ca::CertificateAuthority;
@@ -96,7 +98,11 @@ struct Net {
 impl Net {
     fn dial(&self, to: SocketAddr) -> Dial {
         let place = self.places.lock().unwrap().get(&to).copied();
-        Box::pin(async move { TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await })
+        Box::pin(async move {
+            let socket = TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await?;
+            socket.set_nodelay(true)?;
+            Ok(socket)
+        })
     }
 }
 
@@ -237,7 +243,8 @@ impl Node {
     }
 
     fn add(&self, name: &str, address: &str, netns: u64) -> [SocketAddr; 3] {
-        let listeners = Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
+        let listeners =
+            Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
         let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
             .map(|listener| listener.local_addr().unwrap());
         let spec = PodSpec {
@@ -572,6 +579,116 @@ async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
     }
 }
 
+/// When a peer breaks its tunnel: at the request, or once something was said on it.
+#[derive(Clone, Copy, PartialEq)]
+enum Breaks {
+    AtRequest,
+    AtData,
+}
+
+/// A peer that answers the first stream of its first tunnel, and breaks that tunnel at the second; later tunnels
+/// answer all. What an application says is sent back.
+async fn breaking_peer(node: &Node, at: Breaks) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    let credentials = node.ca.certify(&id("server"));
+    shutdown::spawn(async move {
+        let mut first = true;
+        while let Ok((socket, _)) = listener.accept().await {
+            let (tls, breaks) = (credentials.server_config(), std::mem::take(&mut first));
+            shutdown::spawn(async move {
+                let config = hbone::Config::default();
+                let accepted = server::accept(socket, tls, &config).await.unwrap();
+                let (broken, mut breaking) = tokio::sync::mpsc::unbounded_channel();
+                let mut streams = 0;
+                let serving = server::serve(accepted, &config, pending(), |mut incoming| {
+                    streams += 1;
+                    if breaks && streams == 2 {
+                        let broken = broken.clone();
+                        shutdown::spawn(async move {
+                            if at == Breaks::AtData {
+                                incoming.first_data().await;
+                            }
+                            broken.send(()).unwrap();
+                            pending::<()>().await;
+                            drop(incoming);
+                        });
+                        return;
+                    }
+                    let (mut send, mut recv) = incoming.connect(None).unwrap();
+                    shutdown::spawn(async move {
+                        while let Some(Ok(mut data)) = poll_fn(|cx| recv.poll_data(cx)).await {
+                            recv.release(data.len());
+                            poll_fn(|cx| send.poll_send(cx, &mut data)).await.unwrap();
+                        }
+                        let _gone = send.finish();
+                    });
+                });
+                tokio::select! {
+                    _ended = serving => {}
+                    _broken = breaking.recv() => {}
+                }
+            });
+        }
+    });
+}
+
+async fn echoed(socket: &mut TcpStream) {
+    socket.write_all(b"echo").await.unwrap();
+    let mut heard = [0; 4];
+    timeout(PATIENCE, socket.read_exact(&mut heard)).await.expect("an answer").unwrap();
+    assert_eq!(&heard, b"echo");
+}
+
+#[tokio::test]
+async fn a_stream_on_a_tunnel_that_broke_is_opened_again_if_nothing_was_said_on_it() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    breaking_peer(&node, Breaks::AtRequest).await;
+    let mut first = TcpStream::connect(node.outbound).await.unwrap();
+    echoed(&mut first).await;
+    let mut second = TcpStream::connect(node.outbound).await.unwrap();
+    // Its tunnel breaks, and the first connection with it.
+    assert_reset(&mut first).await;
+    echoed(&mut second).await;
+}
+
+#[tokio::test]
+async fn what_an_application_said_is_not_said_twice() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    breaking_peer(&node, Breaks::AtData).await;
+    let mut first = TcpStream::connect(node.outbound).await.unwrap();
+    echoed(&mut first).await;
+    let mut second = TcpStream::connect(node.outbound).await.unwrap();
+    second.write_all(b"once").await.unwrap();
+    assert_reset(&mut second).await;
+    node.logged(&["direction=\"outbound\"", "HBONE peer 10.0.0.2:15008 did not answer", "tunnel broke"])
+        .await;
+}
+
+#[tokio::test]
+async fn somebody_elses_server_is_no_peer() {
+    let node = Node::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    // Of this mesh, but not who should be there.
+    let credentials = node.ca.certify(&id("intruder"));
+    let accepting = shutdown::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        server::accept(socket, credentials.server_config(), &hbone::Config::default()).await.is_err()
+    });
+    node.refused(node.outbound).await;
+    assert!(accepting.await.unwrap());
+    node.logged(&["direction=\"outbound\"", "the TLS handshake with HBONE peer 10.0.0.2:15008 failed"]).await;
+}
+
+#[tokio::test]
+async fn a_pod_has_only_so_many_tunnels() {
+    let node = Node::start_with(Config { pod_tunnels_max: 1, ..Config::default() }).await;
+    let _through = node.connect().await;
+    assert_reset(&mut TcpStream::connect(node.hbone).await.unwrap()).await;
+    node.logged(&["connection failed", "already has 1 tunnels"]).await;
+}
+
 #[tokio::test]
 async fn a_peer_can_ask_only_for_what_is_the_pods() {
     let node = Node::start().await;
@@ -626,5 +743,5 @@ fn size<A, B, C, D, F>(_connection: impl Fn(A, B, C, D) -> F) -> usize {
 fn connections_stay_small() {
     // What an idle connection costs besides its sockets and its stream.
     let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
-    assert!(sizes.iter().all(|size| *size <= 2048), "{sizes:?}");
+    assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
 }

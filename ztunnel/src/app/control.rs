@@ -1,0 +1,167 @@
+//! What the mesh says, carried out: published to the data plane, and pod by pod in the kernel.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::admin::ready::Blocker;
+use crate::app::kernel::Kernel;
+use crate::enrol::pods::Action;
+use crate::enrol::pods::Event;
+use crate::enrol::pods::Pods;
+use crate::identity::worker::Identities;
+use crate::mesh::MeshWriter;
+use crate::model::identity::SpiffeId;
+use crate::standalone::file::Loaded;
+
+/// How long the start waits for the local workloads' certificates, so that the first connections find them.
+const WARM_UP: Duration = Duration::from_secs(2);
+/// Answers of the capture thread on their way: more than pods can be under way, because the capture thread and
+/// the control runtime must not both wait for the other.
+const EVENTS: usize = 2048;
+
+/// Whose certificates this node needs.
+fn local_identities(loaded: &Loaded) -> HashSet<SpiffeId> {
+    let workloads = loaded.pods.iter().filter_map(|pod| loaded.mesh.workload(&pod.workload));
+    workloads.map(|workload| workload.identity.clone()).collect()
+}
+
+/// What the mesh says, carried out.
+pub struct Control {
+    writer: MeshWriter,
+    identities: Identities,
+    kernel: Kernel,
+    pods: Pods,
+    events: mpsc::Sender<Event>,
+    answers: mpsc::Receiver<Event>,
+    wake: Option<Instant>,
+    /// Held until every pod was captured for the first time.
+    blocker: Option<Blocker>,
+    serving: bool,
+}
+
+impl Control {
+    /// Carries out nothing yet. `blocker` is lifted when every pod was captured for the first time.
+    pub fn new(writer: MeshWriter, identities: Identities, kernel: Kernel, blocker: Blocker) -> Self {
+        let (events, answers) = mpsc::channel(EVENTS);
+        Self {
+            writer,
+            identities,
+            kernel,
+            pods: Pods::default(),
+            events,
+            answers,
+            wake: None,
+            blocker: Some(blocker),
+            serving: false,
+        }
+    }
+
+    /// The first version of the mesh: returns when every pod was tried once, so that a predecessor is let go only
+    /// when there is somebody in its place, and what earlier daemons left is swept.
+    pub async fn start(&mut self, loaded: Loaded) {
+        let identities = local_identities(&loaded);
+        self.apply(loaded).await;
+        self.warm_up(identities).await;
+        self.settle().await;
+        self.kernel.sweep(self.pods.known().cloned().collect()).await;
+    }
+
+    /// From now on the daemon serves: it is ready as soon as no pod is missing.
+    pub fn serving(&mut self, started: Instant) {
+        self.serving = true;
+        let (pods, pending) = (self.pods.captured(), self.pods.pending());
+        tracing::info!(pods, pending, after = ?started.elapsed(), "serving");
+        self.lift_when_settled();
+    }
+
+    /// Waits for what is next to be done here: an answer of the capture thread, or the time of a retry.
+    pub async fn next(&mut self) -> Event {
+        let due = async {
+            match self.wake {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // `events` is kept here, so there is always another answer to wait for.
+            Some(event) = self.answers.recv() => event,
+            () = due => {
+                self.wake = None;
+                Event::Tick
+            }
+        }
+    }
+
+    /// Publishes a version of the mesh without touching the kernel: whoever is still connected to a daemon that
+    /// stops stays under the newest policy.
+    pub fn publish(&mut self, loaded: Loaded) {
+        self.writer.publish(loaded.mesh);
+    }
+
+    /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
+    /// finds its workload.
+    pub async fn apply(&mut self, loaded: Loaded) {
+        for warning in &loaded.warnings {
+            tracing::warn!(%warning, "mesh file");
+        }
+        self.identities.retain(local_identities(&loaded));
+        tracing::info!(
+            workloads = loaded.mesh.workloads().count(),
+            services = loaded.mesh.services().count(),
+            policies = loaded.mesh.policies().count(),
+            local = loaded.pods.len(),
+            "mesh applied"
+        );
+        self.writer.publish(loaded.mesh);
+        self.step(Event::Desired(loaded.pods)).await;
+    }
+
+    /// Advances enrolment by one event.
+    pub async fn step(&mut self, event: Event) {
+        for action in self.pods.step(event, Instant::now()) {
+            match action {
+                Action::Capture(pod) => self.kernel.capture(pod, self.events.clone()).await,
+                Action::Release(uid) => self.kernel.release(uid, self.events.clone()).await,
+                Action::WakeAt(at) => self.wake = Some(at),
+            }
+        }
+        self.lift_when_settled();
+    }
+
+    fn lift_when_settled(&mut self) {
+        if self.serving
+            && self.pods.pending() == 0
+            && let Some(blocker) = self.blocker.take()
+        {
+            blocker.lift();
+            tracing::info!(pods = self.pods.captured(), "ready");
+        }
+    }
+
+    /// Waits until every pod was tried once, so that a predecessor is let go when there is somebody in its place.
+    async fn settle(&mut self) {
+        let mut left = self.pods.known().count();
+        while left > 0 {
+            let Some(event) = self.answers.recv().await else { return };
+            left -= 1;
+            self.step(event).await;
+        }
+    }
+
+    /// Waits a little for the certificates of this node's workloads.
+    async fn warm_up(&self, ids: HashSet<SpiffeId>) {
+        let all = async {
+            for id in &ids {
+                if let Err(error) = self.identities.credentials(id).await {
+                    tracing::warn!(%error, "a workload starts without a certificate");
+                }
+            }
+        };
+        if tokio::time::timeout(WARM_UP, all).await.is_err() {
+            tracing::warn!("not every workload has a certificate yet");
+        }
+    }
+}

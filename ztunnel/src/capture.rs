@@ -96,7 +96,8 @@ pub struct Node {
     vouch: Arc<vouch::Vouch>,
     /// Our number; a higher one in the map means another daemon owns the node.
     generation: u64,
-    /// The programs differ from those the last daemon left, so links are given the new ones.
+    loader: programs::Loader,
+    /// The programs differ from those the last daemon left, so each link is given the new ones, once.
     renew: bool,
     /// Our own hold on the node-wide programs, by name.
     links: HashMap<&'static str, OwnedFd>,
@@ -111,6 +112,8 @@ struct Enrolled {
     cookie: u64,
     netns: Arc<Netns>,
     spec: PodSpec,
+    /// The links are still to be given new programs.
+    renew: bool,
     /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
     listeners: Option<Arc<Listeners>>,
     /// Our own hold on the programs, so that they stay attached when their pins are deleted.

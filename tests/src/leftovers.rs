@@ -1,66 +1,90 @@
-//! What the machine looks like, to compare before and after.
+//! What a run may leave behind, and looking for it.
+//!
+//! The machine may be doing other things meanwhile, so what is looked for is what can be told to be the run's:
+//! whatever carries its prefix, BPF objects by the maps they use, and what is the host's alone (its rules, routes,
+//! addresses and sysctls), which must be as before.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
+use aya::maps::{MapInfo, loaded_maps};
+use aya::programs::{loaded_links, loaded_programs};
 
 use crate::poll::eventually;
 use crate::process::sh;
 use crate::run::DIRECTORY;
 use crate::{cgroup, netns};
 
-/// Everything a run may leave behind, one entry per thing.
+/// The host's own network settings, one entry per thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine(BTreeSet<String>);
 
-/// How many things of each kind were compared.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Compared {
-    /// Things of the machine that were there before and are now.
-    pub same: usize,
+/// The BPF maps of a run. Programs and links are known by them: they outlive restarts, programs don't.
+#[derive(Debug, Clone, Default)]
+pub struct BpfMaps(BTreeSet<u32>);
+
+/// What was looked for and not found.
+#[derive(Debug, Clone)]
+pub struct Nothing {
+    prefix: String,
+    maps: usize,
+    same: usize,
 }
 
-impl fmt::Display for Compared {
+impl fmt::Display for Nothing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "namespaces, control groups, BPF programs and links, pins, mounts, rules, routes, addresses, sysctls and \
-             processes are as before ({} compared)",
-            self.same
+            "no namespace, control group, mount, pin, process or file of {}, none of its {} BPF maps, no program or link \
+             that uses them; {} rules, routes, addresses and sysctls of the host as before",
+            self.prefix, self.maps, self.same
         )
     }
 }
 
-impl Machine {
-    /// Looks at the machine now.
-    pub fn look() -> Result<Self> {
-        let mut things = BTreeSet::new();
-        for netns in netns::named("") {
-            things.insert(format!("namespace {}", netns.name()));
-        }
-        folders(&cgroup::root()?, 0, &mut |path| {
-            things.insert(format!("cgroup {}", path.display()));
-        });
-        for program in aya::programs::loaded_programs().flatten() {
-            things.insert(format!(
-                "BPF program {} {}",
-                program.id(),
-                program.name_as_str().unwrap_or_default()
-            ));
-        }
-        for link in aya::programs::loaded_links().flatten() {
-            things.insert(format!("BPF link {}", link.id()));
-        }
-        pins(Path::new("/sys/fs/bpf"), &mut things);
-        for line in fs::read_to_string("/proc/mounts")?.lines() {
-            if line.contains(" bpf ") || line.contains(DIRECTORY) || line.contains("nsfs") {
-                things.insert(format!("mount {line}"));
+impl BpfMaps {
+    /// Adds the maps that are pinned below this directory.
+    pub fn add_pinned(&mut self, directory: &Path) {
+        let Ok(entries) = fs::read_dir(directory) else { return };
+        for entry in entries.flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                self.add_pinned(&entry.path());
+            } else if let Ok(map) = MapInfo::from_pin(entry.path()) {
+                self.0.insert(map.id());
             }
         }
+    }
+
+    /// What is still loaded of them, and of what uses them.
+    fn loaded(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for map in loaded_maps().flatten().filter(|map| self.0.contains(&map.id())) {
+            found.push(format!("BPF map {} {}", map.id(), map.name_as_str().unwrap_or_default()));
+        }
+        let uses = |ids: Option<Vec<u32>>| ids.unwrap_or_default().iter().any(|id| self.0.contains(id));
+        let programs: Vec<_> = loaded_programs()
+            .flatten()
+            .filter(|program| program.map_ids().is_ok_and(uses))
+            .map(|program| (program.id(), program.name_as_str().unwrap_or_default().to_owned()))
+            .collect();
+        for link in loaded_links().flatten() {
+            if programs.iter().any(|(id, _)| *id == link.program_id()) {
+                found.push(format!("BPF link {}", link.id()));
+            }
+        }
+        found.extend(programs.into_iter().map(|(id, name)| format!("BPF program {id} {name}")));
+        found
+    }
+}
+
+impl Machine {
+    /// Looks at the host's settings now.
+    pub fn look() -> Result<Self> {
+        let mut things = BTreeSet::new();
         for args in [
             &["rule"][..],
             &["-6", "rule"],
@@ -79,71 +103,55 @@ impl Machine {
             let value = fs::read_to_string(Path::new("/proc/sys").join(key)).unwrap_or_default();
             things.insert(format!("sysctl {key}={}", value.trim()));
         }
-        things.extend(processes());
-        things.extend(run_files());
         Ok(Self(things))
     }
 
-    /// Waits, a few seconds at most, until nothing is there that was not there before, and nothing is gone. The
-    /// kernel frees programs and namespaces in its own time.
-    pub fn same_again(&self) -> Result<Compared> {
+    /// Waits, a few seconds at most, until nothing is left of the run: the kernel frees programs and namespaces in
+    /// its own time.
+    pub fn nothing_left(&self, prefix: &str, maps: &BpfMaps) -> Result<Nothing> {
         eventually(Duration::from_secs(8), || {
             let now = Self::look()?;
-            let new: Vec<_> = now.0.difference(&self.0).map(String::as_str).collect();
-            // Programs and links that others remove meanwhile are none of our business.
-            let gone: Vec<_> = self
-                .0
-                .difference(&now.0)
-                .filter(|thing| !thing.starts_with("BPF "))
-                .map(String::as_str)
-                .collect();
-            if new.is_empty() && gone.is_empty() {
-                return Ok(Compared { same: now.0.len() });
-            }
-            bail!("left behind: {new:?}; gone: {gone:?}")
+            let changed: Vec<_> = now.0.symmetric_difference(&self.0).collect();
+            ensure!(changed.is_empty(), "changed on the host: {changed:?}");
+            let mut left = named(prefix)?;
+            left.extend(maps.loaded());
+            ensure!(left.is_empty(), "left behind: {left:?}");
+            Ok(Nothing { prefix: prefix.to_owned(), maps: maps.0.len(), same: now.0.len() })
         })
     }
 }
 
-fn folders(path: &Path, depth: usize, found: &mut impl FnMut(&Path)) {
-    let Ok(entries) = fs::read_dir(path) else { return };
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            found(&entry.path());
-            if depth < 4 {
-                folders(&entry.path(), depth + 1, found);
-            }
-        }
-    }
-}
-
-fn pins(path: &Path, things: &mut BTreeSet<String>) {
-    let Ok(entries) = fs::read_dir(path) else { return };
-    for entry in entries.flatten() {
-        things.insert(format!("pin {}", entry.path().display()));
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            pins(&entry.path(), things);
-        }
-    }
-}
-
-fn processes() -> Vec<String> {
-    const OURS: [&str; 6] = ["ztunnel", "ztunnel-peer", "tcpdump", "nginx", "envoy", "curl"];
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+/// Everything on the machine that carries this prefix.
+fn named(prefix: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        // An orphan that has ended waits for init, which takes its time.
-        let ended = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'));
-        if OURS.contains(&name.trim()) && !ended {
-            found.push(format!("process {} {}", entry.file_name().to_string_lossy(), name.trim()));
+    for netns in netns::named(&format!("{prefix}-")) {
+        found.push(format!("namespace {}", netns.name()));
+    }
+    let group = cgroup::root()?.join(prefix);
+    if group.exists() {
+        found.push(format!("cgroup {}", group.display()));
+    }
+    for line in fs::read_to_string("/proc/mounts")?.lines().filter(|line| line.contains(prefix)) {
+        found.push(format!("mount {line}"));
+    }
+    for folder in [Path::new(DIRECTORY), Path::new("/sys/fs/bpf"), Path::new("/sys/fs/bpf/ztunnel")] {
+        found.extend(entries_named(folder, prefix).map(|path| path.display().to_string()));
+    }
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let read = |file: &str| fs::read(entry.path().join(file)).unwrap_or_default();
+        let ours = |text: Vec<u8>| String::from_utf8_lossy(&text).contains(&format!("{prefix}/"));
+        if ours(read("cgroup")) || ours(read("cmdline")) {
+            let name = String::from_utf8_lossy(&read("comm")).trim().to_owned();
+            found.push(format!("process {} {name}", entry.file_name().to_string_lossy()));
         }
     }
-    found
+    Ok(found)
 }
 
-fn run_files() -> Vec<String> {
-    let Ok(entries) = fs::read_dir(DIRECTORY) else { return Vec::new() };
-    entries.flatten().map(|entry| format!("file {}", entry.path().display())).collect()
+fn entries_named(folder: &Path, prefix: &str) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let prefix = prefix.to_owned();
+    entries
+        .filter(move |entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+        .map(|entry| entry.path())
 }

@@ -197,7 +197,13 @@ fn ipv6(ip: &[u8]) -> Option<(IpAddr, IpAddr, u8, &[u8])> {
     let from: [u8; 16] = ip.get(8..24)?.try_into().ok()?;
     let to: [u8; 16] = ip.get(24..40)?.try_into().ok()?;
     let end = if length == 0 { ip.len() } else { 40 + length };
-    Some((Ipv6Addr::from(from).into(), Ipv6Addr::from(to).into(), *ip.get(6)?, ip.get(40..end)?))
+    let (mut kind, mut payload) = (*ip.get(6)?, ip.get(40..end)?);
+    // Multicast listener reports carry a hop-by-hop header before ICMP (RFC 3810).
+    if kind == 0 {
+        let length = 8 + 8 * usize::from(*payload.get(1)?);
+        (kind, payload) = (*payload.first()?, payload.get(length..)?);
+    }
+    Some((Ipv6Addr::from(from).into(), Ipv6Addr::from(to).into(), kind, payload))
 }
 
 fn tcp(from: IpAddr, to: IpAddr, tcp: &[u8]) -> Option<Segment> {

@@ -21,8 +21,9 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts to capture everything on one device; it is capturing when this returns.
-    pub fn start(place: &Place, device: &str, name: &str) -> Result<Self> {
+    /// Starts to capture on one device what passes `filter` (tcpdump's language; empty for everything); it is
+    /// capturing when this returns.
+    pub fn start(place: &Place, device: &str, name: &str, filter: &str) -> Result<Self> {
         let file = place.logs.join(format!("{name}.pcap"));
         let mut command = place.command("tcpdump")?;
         // -Z root: the file is in a directory of root's.
@@ -40,7 +41,7 @@ impl Watch {
             "root",
             "-w",
         ]);
-        command.arg(&file);
+        command.arg(&file).args(filter.split_whitespace());
         let name = format!("tcpdump-{name}");
         let mark = crate::process::Log::at(place.logs.join(format!("{name}.log"))).mark();
         let process = place.start(&name, command)?;

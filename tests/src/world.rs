@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
-use crate::leftovers::{Compared, Machine};
+use crate::leftovers::{BpfMaps, Machine, Nothing};
 use crate::mesh::{Enrolment, MESHED, MeshFiles, PLAIN};
 use crate::place::Place;
 use crate::poll::eventually;
@@ -75,6 +75,7 @@ pub struct World {
     pub outside: Pod,
     traces: Vec<(Pod, Traces)>,
     before: Machine,
+    maps: BpfMaps,
     talk: bool,
     /// The run it all belongs to. Last: it removes what the others live in.
     pub run: Run,
@@ -119,6 +120,7 @@ impl World {
             self.say(&format!("starting the daemon of {}", self.node(on).name));
             self.start_daemon(on)?;
         }
+        self.note_maps();
         self.wait_settled()
     }
 
@@ -168,6 +170,7 @@ impl World {
             outside,
             traces: Vec::new(),
             before,
+            maps: BpfMaps::default(),
             talk: options.talk,
             run,
         };
@@ -253,7 +256,12 @@ impl World {
 
     /// Watches the link between the nodes.
     pub fn watch_link(&self, name: &str) -> Result<Watch> {
-        Watch::start(&self.a.place, LINK, name)
+        Watch::start(&self.a.place, LINK, name, "")
+    }
+
+    /// Watches the link for anything that is not a tunnel: under load, tunnels are more than tcpdump can write.
+    pub fn watch_link_for_clear(&self, name: &str) -> Result<Watch> {
+        Watch::start(&self.a.place, LINK, name, "not tcp port 15008")
     }
 
     /// Writes all pods as they are at the start: enrolled by their namespace.
@@ -305,6 +313,7 @@ impl World {
     /// Ends the daemons and everything they left in the kernel, their own way; returns what is wrong with it.
     pub fn stop_daemons(&mut self) -> Result<Vec<String>> {
         let mut said = Vec::new();
+        self.note_maps();
         for on in BOTH {
             if let Some(daemon) = self.daemons[on as usize].take() {
                 daemon.stop()?;
@@ -339,15 +348,22 @@ impl World {
     }
 
     /// Stops the daemons, removes everything, and compares the machine with how it was before.
-    pub fn end(mut self) -> Result<Compared> {
+    pub fn end(mut self) -> Result<Nothing> {
         let stopped = self.stop_daemons();
         self.programs.clear();
-        let Self { mut run, before, daemons, programs, .. } = self;
+        let Self { mut run, before, maps, daemons, programs, .. } = self;
         drop((daemons, programs));
         let removed = run.end();
         stopped.context("the daemons did not clean up behind themselves")?;
         removed?;
-        before.same_again()
+        before.nothing_left(run.prefix(), &maps)
+    }
+
+    /// Remembers which BPF maps are this world's, to look for them at the end.
+    fn note_maps(&mut self) {
+        for setting in &self.settings {
+            self.maps.add_pinned(&setting.pins);
+        }
     }
 
     /// Leaves everything standing and running.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use ztunnel_tests::leftovers::BpfMaps;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::world::{HTTP, Options, World, http, lines_at};
@@ -38,8 +39,9 @@ fn pods_talk_in_clear_without_a_daemon_and_the_capture_sees_it() -> Result<()> {
 
     drop(held);
     world.write_pods()?;
-    let before = world.machine_before().clone();
+    let (before, prefix) = (world.machine_before().clone(), world.run.prefix().to_owned());
+    ensure!(before.nothing_left(&prefix, &BpfMaps::default()).is_err(), "the standing world was not seen");
     drop(world);
-    before.same_again()?;
+    before.nothing_left(&prefix, &BpfMaps::default())?;
     Ok(())
 }

@@ -8,6 +8,7 @@ mod column;
 mod envoy;
 mod load;
 mod measure;
+mod peer;
 mod picture;
 mod results;
 mod rows;
@@ -15,15 +16,16 @@ mod site;
 mod table;
 mod usage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ztunnel_tests::binaries;
+use ztunnel_tests::run::end_here_if_interrupted;
 
-use crate::run::{Profile, build, cargo, visibly};
+use crate::run::{cargo, visibly};
 use column::{Column, Running};
 use results::Results;
 use rows::{ROWS, Row, Work};
@@ -31,8 +33,25 @@ use rows::{ROWS, Row, Work};
 /// The longest failure in a report, in characters.
 const FAILURE_LIMIT: usize = 800;
 
+/// What a reader of the numbers has to know.
+const CONDITIONS: &str = "\
+Load, servers and proxies share this machine's cores: a throughput is what the whole of it carries, and the CPU rows
+count the proxies alone (user and system time of all their threads). Pods have namespaces of their own on two nodes, one
+link between them. The same wrk, iperf3, nginx and fixed-rate client (its times count from when a request was due) run
+through every column; in each round every column gets a new site and new proxies, and a ratio is taken within a round.
+
+ztunnel     the release build (or ZTUNNEL_BIN) with its defaults: capture, STRICT policy, metrics, access log
+envoy_tcp   Envoy as sidecars with its defaults: one mutual TLS connection for each connection
+envoy_http  Envoy as sidecars with its defaults: HTTP/1.1, pooled HTTP/2 over mutual TLS, HTTP/1.1; no streams
+peer        as a node agent starts it: iptables in the pods, ZDS, a local mesh file, FAKE_CA
+
+All use TLS 1.3 with P-256 certificates and AES-GCM; Envoy's library takes 128 bit, ours 256. The client dials Envoy's
+listener itself, so Envoy pays nothing for redirection; it writes no access log. Memory is VmRSS, the mean of the two
+proxies. Results on a busy machine are worth little: the report says how busy it was.";
+
 /// `cargo xtask bench`
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = CONDITIONS)]
 pub(crate) struct Arguments {
     /// Fewer rows, two rounds of two seconds: under three minutes
     #[arg(long)]
@@ -49,6 +68,9 @@ pub(crate) struct Arguments {
     /// Rows to measure; `open_*` means all that start so
     #[arg(long, value_delimiter = ',', value_name = "ROW,...")]
     rows: Vec<String>,
+    /// Another ztunnel-compatible program (one that knows FAKE_CA), as the column `peer`; needs iptables
+    #[arg(long, value_name = "PATH")]
+    peer_binary: Option<PathBuf>,
     /// Write the results for programs
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -64,12 +86,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let mut results = arguments.plan()?;
     let own = results.columns.contains(&Column::Ztunnel);
-    if own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none() {
-        binaries::use_daemon(build(Profile::Release)?);
+    build(own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
+    require_programs()?;
+    if results.columns.iter().any(|column| matches!(column, Column::EnvoyTcp | Column::EnvoyHttp)) {
+        binaries::envoy()?;
     }
-    let mut command = cargo();
-    command.args(["build", "--release", "--package", "ztunnel-tests", "--bin", "ztunnel-peer"]);
-    visibly(command.stdout(std::io::stderr()))?;
     raise_file_limit();
     results.facts = facts()?;
     let start = Instant::now();
@@ -80,7 +101,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             results.columns.iter().cycle().skip(shift).take(results.columns.len()).copied().collect();
         for column in order {
             eprintln!("round {} of {}: {}", round + 1, results.rounds, column.name());
-            if let Err(error) = visit(&mut results, column, round) {
+            if let Err(error) = visit(&mut results, column, round, arguments.peer_binary.as_deref()) {
                 fail(&mut results, format!("round {}: {}: {error:#}", round + 1, column.name()));
             }
         }
@@ -111,7 +132,11 @@ impl Arguments {
             (true, true) => ROWS.into_iter().filter(|row| row.quick).collect(),
             (true, false) => ROWS.to_vec(),
         };
-        let asked = |column: &Column| self.columns.is_empty() || self.columns.contains(column);
+        let asked = |column: &Column| match (self.columns.is_empty(), column) {
+            (true, Column::Peer) => self.peer_binary.is_some(),
+            (true, _) => true,
+            (false, _) => self.columns.contains(column),
+        };
         let columns = Column::ALL.into_iter().filter(asked).collect();
         let (rounds, seconds) = if self.quick { (2, 2) } else { (5, 4) };
         let rounds = self.rounds.unwrap_or(rounds).max(1);
@@ -120,8 +145,8 @@ impl Arguments {
 }
 
 /// One column in one round.
-fn visit(results: &mut Results, column: Column, round: usize) -> Result<()> {
-    let mut running = column.start().context("cannot start")?;
+fn visit(results: &mut Results, column: Column, round: usize, peer: Option<&Path>) -> Result<()> {
+    let mut running = column.start(peer).context("cannot start")?;
     for work in rows::works(&results.rows) {
         if !column.carries(work) {
             continue;
@@ -138,6 +163,7 @@ fn visit(results: &mut Results, column: Column, round: usize) -> Result<()> {
             }
         }
     }
+    end_here_if_interrupted();
     running.remove().context("cannot remove everything")
 }
 
@@ -148,10 +174,44 @@ fn measured(running: &mut Running, work: Work, seconds: u64) -> Result<Vec<measu
 }
 
 fn fail(results: &mut Results, failure: String) {
+    // What fails while everything is being taken down is no result.
+    end_here_if_interrupted();
     // A daemon may have said pages.
     let failure: String = failure.chars().take(FAILURE_LIMIT).collect();
     eprintln!("  FAILED: {failure}");
     results.failures.push(failure);
+}
+
+/// Builds what is measured, and with what, as it is shipped.
+fn build(daemon: bool) -> Result<()> {
+    let mut command = cargo();
+    command.args(["build", "--release", "--package", "ztunnel-tests", "--bin", "ztunnel-peer"]);
+    if daemon {
+        command.args(["--package", "ztunnel", "--bin", "ztunnel"]);
+    }
+    // Standard output is the report's.
+    visibly(command.stdout(std::io::stderr()))?;
+    if daemon {
+        binaries::use_daemon(binaries::target().join("release/ztunnel"));
+    }
+    Ok(())
+}
+
+/// Says at once what would otherwise fail in the middle.
+fn require_programs() -> Result<()> {
+    for (program, package) in [
+        ("wrk", "wrk"),
+        ("iperf3", "iperf3"),
+        ("nginx", "nginx-light"),
+        ("openssl", "openssl"),
+        ("ip", "iproute2"),
+    ] {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        if !std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+            bail!("{program} is missing; on Debian: apt-get install {package}");
+        }
+    }
+    Ok(())
 }
 
 /// Thousands of connections need as many files, in the proxies and in nginx, which inherit this limit.

@@ -262,7 +262,7 @@ impl DataPlane {
         self.handover.drain();
     }
 
-    /// Waits until no connection is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
+    /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
     /// removal of all pods makes that so.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
         let count = Arc::clone(&self.count);

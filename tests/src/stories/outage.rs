@@ -82,7 +82,7 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
         const ROUNDS: u32 = 20;
         let (client, server) = (world.client.clone(), world.server.clone());
         let marker = marker();
-        let watch = world.watch_link("killed-any")?;
+        let watch = world.watch_link_for_clear("killed-any")?;
         let mut delays = Vec::new();
         for round in 0..ROUNDS {
             let on = BOTH[round as usize % 2];

@@ -123,7 +123,8 @@ fn files_below(directory: &std::path::Path) -> Result<Vec<std::path::PathBuf>> {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             files.extend(files_below(&entry.path())?);
-        } else {
+        } else if !matches!(entry.file_name().to_str(), Some("progs.debug" | "maps.debug")) {
+            // Those two are the file system's own.
             files.push(entry.path());
         }
     }

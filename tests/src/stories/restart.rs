@@ -33,7 +33,7 @@ pub const TWENTY_RESTARTS: Story = Story {
 fn restarts(world: &mut World, count: u32) -> Result<String> {
     let (client, server) = (world.client.clone(), world.server.clone());
     let targets: Vec<SocketAddr> = server.addresses().map(|address| SocketAddr::new(address, HTTP)).to_vec();
-    let watch = world.watch_link("restarts")?;
+    let watch = world.watch_link_for_clear("restarts")?;
     let load = Load::start(&client.place, RATE, &targets)?;
     std::thread::sleep(BEFORE_AND_AFTER);
     let mut slowest = Duration::ZERO;

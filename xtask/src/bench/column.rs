@@ -1,6 +1,7 @@
 //! The columns: what stands between client and server.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -11,6 +12,7 @@ use ztunnel_tests::topology::{Node, Pod};
 
 use super::envoy::{self, Mode};
 use super::load;
+use super::peer::{self, Agent};
 use super::rows::Work;
 use super::site::{HTTP, STREAM, Site};
 
@@ -28,6 +30,8 @@ pub(crate) enum Column {
     EnvoyTcp,
     /// Envoy as sidecars that proxy HTTP
     EnvoyHttp,
+    /// The program of --peer-binary on each node
+    Peer,
 }
 
 /// The address of each kind of server, as the client has to dial it.
@@ -60,11 +64,13 @@ enum Proxies {
     None,
     Daemons([Daemon; 2]),
     Programs(Vec<Process>),
+    Agents([Agent; 2]),
 }
 
 impl Column {
     /// All of them, in the order of the report.
-    pub(crate) const ALL: [Self; 4] = [Self::Bare, Self::Ztunnel, Self::EnvoyTcp, Self::EnvoyHttp];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Bare, Self::Ztunnel, Self::Peer, Self::EnvoyTcp, Self::EnvoyHttp];
 
     /// Its name in reports.
     pub(crate) fn name(self) -> &'static str {
@@ -73,6 +79,7 @@ impl Column {
             Self::Ztunnel => "ztunnel",
             Self::EnvoyTcp => "envoy_tcp",
             Self::EnvoyHttp => "envoy_http",
+            Self::Peer => "peer",
         }
     }
 
@@ -82,7 +89,7 @@ impl Column {
     }
 
     /// Builds a site and starts the proxies on it; an answer has come through them when this returns.
-    pub(crate) fn start(self) -> Result<Running> {
+    pub(crate) fn start(self, peer_binary: Option<&Path>) -> Result<Running> {
         let site = Site::build().context("the site")?;
         match self {
             Self::Bare => {
@@ -92,6 +99,7 @@ impl Column {
             Self::Ztunnel => start_daemons(site),
             Self::EnvoyTcp => start_envoys(site, Mode::Tcp),
             Self::EnvoyHttp => start_envoys(site, Mode::Http),
+            Self::Peer => start_peers(site, peer_binary.context("say which program with --peer-binary")?),
         }
     }
 }
@@ -107,6 +115,7 @@ impl Running {
                 }
             }
             Proxies::Programs(programs) => programs.iter_mut().try_for_each(Process::must_run)?,
+            Proxies::Agents(agents) => agents.iter_mut().try_for_each(|agent| agent.proxy().must_run())?,
         }
         self.site.must_run()
     }
@@ -199,4 +208,16 @@ fn start_envoys(site: Site, mode: Mode) -> Result<Running> {
     let pids = vec![client.pid(), server.pid()];
     let proxies = Proxies::Programs(vec![client, server, near]);
     Ok(Running { far, near: near_way, ..running(site, proxies, pids, Some(first_byte)) })
+}
+
+fn start_peers(site: Site, program: &Path) -> Result<Running> {
+    peer::redirect(&site)?;
+    let mesh = peer::mesh_file(&site)?;
+    let server = peer::start(&site, &site.b, &[&site.server], program, &mesh)?;
+    let first = First::wait(&site, plain(&site.server).http)?;
+    let client = peer::start(&site, &site.a, &[&site.client, &site.near], program, &mesh)?;
+    let first_byte = first.came().context("through the peer's program")?;
+    let mut agents = [client, server];
+    let pids = agents.iter_mut().map(|agent| agent.proxy().pid()).collect();
+    Ok(running(site, Proxies::Agents(agents), pids, Some(first_byte)))
 }

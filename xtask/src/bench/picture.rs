@@ -92,6 +92,7 @@ fn bar(body: &mut String, column: Column, x: f64, y: f64, width: f64) {
     let fill = match column {
         Column::Bare => "#b8bcc2",
         Column::Ztunnel => "#1b6ef3",
+        Column::Peer => "#2f9e72",
         Column::EnvoyTcp => "#ac6199",
         Column::EnvoyHttp => "#d9a3cb",
     };

@@ -1,5 +1,7 @@
 //! Network namespaces by descriptor, and running code inside one.
 
+use std::cell::Cell;
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -43,16 +45,34 @@ impl Netns {
     /// Runs `inside` with this thread in the namespace. What it opens (sockets, `/proc/sys/net`) belongs there.
     /// The process ends if the thread cannot come back: it would work in a pod unknowingly.
     pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
-        let home = Self::current()?;
+        if INSIDE.get() {
+            // Within another `run` this thread is not at home, and has to come back to where it is.
+            return self.run_from(&Self::current()?, inside);
+        }
+        HOME.with(|home| match home.get() {
+            Some(home) => self.run_from(home, inside),
+            None => {
+                let current = Self::current()?;
+                self.run_from(home.get_or_init(|| current), inside)
+            }
+        })
+    }
+
+    fn run_from<T>(&self, home: &Self, inside: impl FnOnce() -> T) -> io::Result<T> {
         if home.id == self.id {
             return Ok(inside());
         }
-        let back = Back(home);
+        let _back = Back { home, nested: INSIDE.replace(true) };
         setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
-        let result = inside();
-        drop(back);
-        Ok(result)
+        Ok(inside())
     }
+}
+
+thread_local! {
+    /// Where this thread is when it is not inside [`Netns::run`]: opened once, because every dial comes by here.
+    static HOME: OnceCell<Netns> = const { OnceCell::new() };
+    /// Whether it is inside.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 impl AsFd for Netns {
@@ -62,20 +82,43 @@ impl AsFd for Netns {
 }
 
 /// Returns on drop, so that a panic inside does not leave the thread there either.
-struct Back(Netns);
+struct Back<'a> {
+    home: &'a Netns,
+    /// Whether that is inside another namespace than the thread's own.
+    nested: bool,
+}
 
-impl Drop for Back {
+impl Drop for Back<'_> {
     fn drop(&mut self) {
-        if let Err(error) = setns(&self.0.fd, CloneFlags::CLONE_NEWNET) {
+        if let Err(error) = setns(&self.home.fd, CloneFlags::CLONE_NEWNET) {
             tracing::error!(%error, "cannot leave a pod's network namespace");
             std::process::abort();
         }
+        INSIDE.set(self.nested);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_within_a_run_comes_back_to_where_it_was() {
+        let fresh = || {
+            std::thread::spawn(|| {
+                nix::sched::unshare(CloneFlags::CLONE_NEWNET).expect("needs root");
+                Netns::current().expect("open")
+            })
+            .join()
+            .expect("no panic")
+        };
+        let (outer, inner) = (fresh(), fresh());
+        let home = Netns::current().expect("open").id();
+        let here = || Netns::current().expect("open").id();
+        let seen = outer.run(|| (here(), inner.run(here).expect("enter"), here())).expect("enter");
+        assert_eq!(seen, (outer.id(), inner.id(), outer.id()));
+        assert_eq!(here(), home);
+    }
 
     #[test]
     fn the_current_namespace_has_one_identity() {

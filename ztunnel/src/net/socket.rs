@@ -25,21 +25,14 @@ use socket2::Type;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpSocket;
+use ztunnel_ebpf_abi::BYPASS;
+use ztunnel_ebpf_abi::REPLY;
 
 use crate::model::addr::OriginalDst;
 use crate::model::addr::canonical;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::origdst::original_dst;
-
-/// The bits of a packet mark that are ours.
-pub const MARK_MASK: u32 = 0xfff;
-/// Marks what the daemon itself sends out of a pod (the mark Istio uses, so that its rules agree).
-pub const BYPASS: u32 = 0x539;
-/// Marks what the daemon delivers to an application, and through `tcp_fwmark_accept` the application's answers.
-pub const REPLY: u32 = 0x53a;
-/// Marks what an application sends and the daemon is to receive.
-pub const CAPTURE: u32 = 0x53c;
 
 /// Probes that find dead peers of idle connections.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -47,14 +47,16 @@ pub struct Arrival {
     pod: Arc<Pod>,
     socket: TcpStream,
     client: ClientAddr,
+    /// From here on, so that a drain does not overlook what is between two threads.
+    entered: Entered,
 }
 
 impl Arrival {
     /// Serves the connection on `shard`, which is the current thread's.
     pub(super) fn serve(self, shard: &Arc<Shard>) {
-        let Self { kind, pod, socket, client } = self;
+        let Self { kind, pod, socket, client, entered } = self;
         let (shard_, connection) = (Arc::clone(shard), (socket, client));
-        let counted = |reporter| (shard.count.connection(), shard.telemetry.accepted(reporter));
+        let counted = |reporter| (entered, shard.telemetry.accepted(reporter));
         match kind {
             Kind::Outbound => {
                 shutdown::spawn(outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
@@ -62,10 +64,8 @@ impl Arrival {
             Kind::Inbound => {
                 shutdown::spawn(passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
-            // A tunnel is no connection: it ends with its streams, and those are counted.
             Kind::Hbone => {
-                let counted = shard.telemetry.accepted(Reporter::Destination);
-                shutdown::spawn(inbound::serve(shard_, pod, connection, counted));
+                shutdown::spawn(inbound::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
         }
     }
@@ -121,7 +121,12 @@ impl Listener {
     }
 
     fn dispatch(&self, shard: &Arc<Shard>, pod: &Arc<Pod>, socket: TcpStream, client: SocketAddr) {
-        shard.spread(Arrival { kind: self.kind, pod: Arc::clone(pod), socket, client: ClientAddr(client) });
+        let entered = match self.kind {
+            Kind::Outbound | Kind::Inbound => shard.count.connection(),
+            Kind::Hbone => shard.count.tunnel(),
+        };
+        let (pod, client) = (Arc::clone(pod), ClientAddr(client));
+        shard.spread(Arrival { kind: self.kind, pod, socket, client, entered });
     }
 }
 

@@ -22,6 +22,7 @@ use crate::model::addr::canonical;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::authorize;
+use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
 use crate::proxy::ending::told;
@@ -41,7 +42,6 @@ use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::route::plan::RESERVED_PORTS;
 use crate::shutdown;
-use crate::telemetry::AcceptedSocket;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
@@ -82,7 +82,7 @@ pub(super) async fn serve(
     shard: Arc<Shard>,
     pod: Arc<Pod>,
     (socket, client): (TcpStream, ClientAddr),
-    counted: AcceptedSocket,
+    counted: Counted,
 ) {
     let Ok(local) = socket.local_addr().map(canonical) else { return };
     let Ok(socket) = tokio::net::TcpStream::from_std(socket) else { return };

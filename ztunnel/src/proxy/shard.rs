@@ -114,6 +114,7 @@ impl Shard {
 pub struct Count {
     listeners: AtomicUsize,
     connections: AtomicUsize,
+    tunnels: AtomicUsize,
     turned_away: AtomicUsize,
     left: Notify,
 }
@@ -127,6 +128,12 @@ impl Count {
     /// One more connection or stream.
     pub fn connection(self: &Arc<Self>) -> Entered {
         Entered::new(self, |count| &count.connections)
+    }
+
+    /// One more tunnel to a pod. A drain waits for it too, as its next stream may be on the way: a drained tunnel
+    /// ends with its last stream.
+    pub fn tunnel(self: &Arc<Self>) -> Entered {
+        Entered::new(self, |count| &count.tunnels)
     }
 
     /// One connection more that its pod had no room for.
@@ -157,7 +164,10 @@ impl Count {
     }
 
     fn all(&self) -> usize {
-        self.listeners.load(Ordering::SeqCst) + self.connections.load(Ordering::SeqCst)
+        [&self.listeners, &self.connections, &self.tunnels]
+            .iter()
+            .map(|count| count.load(Ordering::SeqCst))
+            .sum()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Needs root and Linux 6.6.
 
-#![expect(clippy::print_stdout, reason = "measurements")]
+#![expect(clippy::print_stdout, reason = "what was measured is shown with the test")]
 
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -21,6 +21,9 @@ use ztunnel::capture::{Captured, Config, Listeners, Node, PodSpec};
 use ztunnel::model::addr::{PodUid, canonical};
 use ztunnel_ebpf_abi::{BYPASS, Counter, REPLY};
 use ztunnel_tests::raw_netns::{Net, Pod, run};
+
+/// What somebody does to a pod.
+type Attack = Box<dyn Fn(&World)>;
 
 const SECOND: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -816,7 +819,6 @@ fn what_others_break_stays_closed_and_is_repaired() {
     let to = at(world.plain.v4, 9090);
     assert_eq!(world.node.reconcile(), vec![], "nothing to repair at first");
     let pins = world.net.pins.join("v1");
-    type Attack = Box<dyn Fn(&World)>;
     let attacks: [(&str, Attack, &str); 7] = [
         (
             "rules flushed",
@@ -1083,4 +1085,26 @@ fn the_self_test_succeeds_and_leaves_nothing() {
     let verdict = self_test(&wrong);
     assert!(!verdict.works && verdict.reason.contains("root of cgroup v2"), "{verdict}");
     assert!(!net.pins.exists());
+}
+
+#[test]
+fn what_a_killed_self_test_left_is_removed() {
+    let net = Net::new();
+    let leave = || {
+        // No process ever has this id.
+        let left = net.pins.join(format!("self-test-{}", u32::MAX));
+        let node = Node::open(Config { pin_dir: left.clone(), ..config(&net) }).expect("opens");
+        drop(node);
+        assert!(left.join("v1/links").exists(), "nothing is left in the first place");
+        left
+    };
+    let left = leave();
+    let verdict = self_test(&config(&net));
+    assert!(verdict.works, "{verdict}");
+    assert!(!left.exists(), "the next self-test does not remove it");
+    leave();
+    uninstall(&config(&net)).expect("uninstalls");
+    assert!(!net.pins.exists(), "uninstall does not remove it");
+    let mounts = std::fs::read_to_string("/proc/mounts").expect("mounts");
+    assert!(!mounts.contains(&*net.pins.to_string_lossy()), "{mounts}");
 }

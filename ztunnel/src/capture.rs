@@ -13,7 +13,7 @@
 //! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
 //! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
 //!
-//! Needs Linux 5.15; the guard needs 6.6 (tcx) and enrolment fails without it.
+//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
 
 pub mod error;
 pub mod host;

@@ -68,7 +68,7 @@ mod tests {
         let (proxy, mesh) = (readiness.block("proxy"), readiness.block("mesh"));
         assert_eq!(readiness.pending(), ["mesh", "proxy"]);
         mesh.lift();
-        assert_eq!(readiness.clone().pending(), ["proxy"]);
+        assert_eq!(readiness.pending(), ["proxy"]);
         proxy.lift();
         assert!(readiness.pending().is_empty());
         readiness.block("mesh").lift();

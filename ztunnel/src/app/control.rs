@@ -14,6 +14,7 @@ use crate::enrol::pods::Pods;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshWriter;
 use crate::model::identity::SpiffeId;
+use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file::Loaded;
 
 /// How long the start waits for the local workloads' certificates, so that the first connections find them.
@@ -40,6 +41,8 @@ pub struct Control {
     /// Held until every pod was captured for the first time.
     blocker: Option<Blocker>,
     serving: bool,
+    /// What was to be said about the version of the mesh in force.
+    warned: HashSet<Diagnostic>,
 }
 
 impl Control {
@@ -56,6 +59,7 @@ impl Control {
             wake: None,
             blocker: Some(blocker),
             serving: false,
+            warned: HashSet::new(),
         }
     }
 
@@ -104,10 +108,12 @@ impl Control {
     /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
     /// finds its workload.
     pub async fn apply(&mut self, loaded: Loaded) {
-        for warning in &loaded.warnings {
+        self.identities.retain(local_identities(&loaded));
+        // What was said when the last version was applied needs no repetition.
+        for warning in loaded.warnings.iter().filter(|warning| !self.warned.contains(warning)) {
             tracing::warn!(%warning, "mesh file");
         }
-        self.identities.retain(local_identities(&loaded));
+        self.warned = loaded.warnings.into_iter().collect();
         tracing::info!(
             workloads = loaded.mesh.workloads().count(),
             services = loaded.mesh.services().count(),

@@ -183,8 +183,12 @@ impl Node {
             return Ok(repaired);
         }
         let no_pins = |source| OpenError::Pins { path: self.config.pin_dir.clone(), source };
-        self.pins.create().map_err(no_pins)?;
+        let mounted = self.pins.create().map_err(no_pins)?;
         self.maps.pin(&self.pins).map_err(no_pins)?;
+        if mounted {
+            let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
+            self.maps.state.set(STATE_MOUNTED, 1, 0).map_err(failed)?;
+        }
         let mut object = self.loader.object(0).map_err(OpenError::Load)?;
         for name in self.load_guards(&mut object, false)? {
             repaired.push(format!("program {name} was not pinned"));

@@ -5,6 +5,7 @@
 //! <pin_dir>/v1/links/<program>        node-wide links
 //! <pin_dir>/v1/programs/<program>     the guards, loaded once
 //! <pin_dir>/v1/pods/<slot>/{lookup,guard-<device>}
+//! <pin_dir>/self-test-<pid>/v1/...    the same for the self-test of a process, while that lasts
 //! ```
 
 use std::io;
@@ -15,6 +16,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::sys;
+
+const SELF_TEST: &str = "self-test-";
 
 /// Paths below the pin directory, for one version of the maps.
 #[derive(Debug, Clone)]
@@ -109,6 +112,32 @@ impl Pins {
         gone(std::fs::remove_dir_all(&self.versioned))
     }
 
+    /// Where this process' self-test keeps its pins.
+    pub(super) fn self_test(&self) -> PathBuf {
+        self.root.join(format!("{SELF_TEST}{}", std::process::id()))
+    }
+
+    /// Detaches and removes what self-tests left whose process was killed; names it. A process id that is our own
+    /// is another's, from another namespace of ids or from before: not to be called during the own self-test.
+    pub(super) fn remove_dead_self_tests(&self) -> io::Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for entry in std::fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let pid = name.strip_prefix(SELF_TEST).and_then(|pid| pid.parse::<u32>().ok());
+            let Some(pid) = pid.filter(|pid| *pid == std::process::id() || !is_alive(*pid)) else { continue };
+            tracing::debug!(pid, "a self-test was killed: its pins are removed");
+            let path = entry.path();
+            let left = Self::new(&path);
+            left.remove_all()?;
+            for version in left.other_versions() {
+                Self::of_version(&path, &version).remove_all()?;
+            }
+            left.remove_root(path.metadata()?.dev() != self.root.metadata()?.dev())?;
+            removed.push(name);
+        }
+        Ok(removed)
+    }
+
     /// Removes the pin directory when nothing is left in it, and the mount if `mounted` and empty.
     pub(super) fn remove_root(&self, mounted: bool) -> io::Result<()> {
         let point = mounted.then(|| mount_point(&self.root)).transpose()?;
@@ -128,6 +157,10 @@ impl Pins {
         }
         Ok(())
     }
+}
+
+fn is_alive(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 /// Whether a bpf file system holds no pins; what the kernel itself puts there has a dot in its name.

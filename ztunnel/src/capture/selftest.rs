@@ -24,6 +24,7 @@ use nix::sched::{CloneFlags, unshare};
 use ztunnel_ebpf_abi::Counter;
 
 use super::netlink::Netlink;
+use super::pins::Pins;
 use super::reconcile::chain;
 use super::uninstall::uninstall;
 use super::{Config, Node, PodSpec};
@@ -54,10 +55,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// of a daemon that may be running on the node.
 pub fn self_test(config: &Config) -> Verdict {
     let (parent, had_parent) = (config.pin_dir.clone(), config.pin_dir.exists());
-    let config = Config {
-        pin_dir: config.pin_dir.join(format!("self-test-{}", std::process::id())),
-        ..config.clone()
-    };
+    let pins = Pins::new(&config.pin_dir);
+    if let Err(error) = pins.remove_dead_self_tests() {
+        tracing::warn!(%error, "something is left of a self-test that was killed");
+    }
+    let config = Config { pin_dir: pins.self_test(), ..config.clone() };
     // On a thread of its own, whose namespace ends with it.
     let outcome = std::thread::scope(|scope| scope.spawn(|| in_new_netns(&config)).join());
     if !had_parent {

@@ -89,6 +89,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
             removed.pods.push(pod);
         }
     }
+    current.remove_dead_self_tests().map_err(failed("the pins of a self-test"))?;
     for version in current.other_versions() {
         Pins::of_version(&config.pin_dir, &version).remove_all().map_err(failed("the pins"))?;
         removed.versions.push(version);

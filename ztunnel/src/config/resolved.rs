@@ -132,7 +132,7 @@ pub struct Run {
 pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
     let places = places(&typed.kernel)?;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = typed.threads.unwrap_or((cores / 2).max(1));
+    let threads = typed.threads.unwrap_or_else(|| (cores / 2).max(1));
     if threads == 0 {
         return Err(Invalid::NoThreads);
     }

@@ -246,7 +246,7 @@ mod oracle {
                 StringMatch::Suffix(text) => {
                     reversed(actual).iter().take(text.len()).eq(reversed(text).iter())
                 }
-                StringMatch::Presence => actual != "",
+                StringMatch::Presence => !actual.is_empty(),
             })
         };
         wanted.iter().map(hit).collect()

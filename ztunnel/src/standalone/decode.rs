@@ -85,6 +85,9 @@ impl Kind {
     }
 }
 
+/// Kinds that a mesh file has for its pods' sake: nothing is read from them, and nothing is said about that.
+const SILENTLY_SKIPPED: [(&str, &str); 1] = [("ServiceAccount", "v1")];
+
 /// What an object says it is.
 struct Claim<'a> {
     kind: &'a str,
@@ -244,6 +247,9 @@ impl Collector {
     }
 
     fn skip(&mut self, claim: &Claim<'_>, source: Source) {
+        if SILENTLY_SKIPPED.contains(&(claim.kind, claim.api_version)) {
+            return;
+        }
         let key = (claim.kind.to_owned(), claim.api_version.to_owned());
         self.skipped.entry(key).or_insert((0, source)).0 += 1;
     }
@@ -457,6 +463,15 @@ status:
                 "m.yaml:7: warning: kind Pods (v1) is not read: skipped (if Pod is meant, write that)",
                 "m.yaml:10: warning: kind Service (serving.knative.dev/v1) is not read: skipped",
             ],
+        );
+    }
+
+    #[test]
+    fn service_accounts_are_expected_and_not_read() {
+        check_said("kind: ServiceAccount\napiVersion: v1\nmetadata: {name: a}\n", &[]);
+        check_said(
+            "kind: ServiceAccount\napiVersion: v2\n",
+            &["m.yaml:1: warning: kind ServiceAccount (v2) is not read: skipped"],
         );
     }
 

@@ -25,7 +25,7 @@ impl fmt::Display for Severity {
 
 /// One remark on one place of the mesh file. Reads
 /// `mesh/shop.yaml:12: error: spec.selektor is not a field of ServiceSpec (write selector instead)`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Diagnostic {
     /// How bad it is.
     pub severity: Severity,

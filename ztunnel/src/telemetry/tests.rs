@@ -185,7 +185,7 @@ fn idle_series_that_were_scraped_give_way() {
     connection.close(ResponseFlag::None, None);
 
     // Scraped (just above) and idle: it gives way.
-    let connection = local.open(second.clone(), addresses());
+    let connection = local.open(second, addresses());
     assert_eq!(opened("destination_workload=\"a\""), None);
     assert_eq!(opened("destination_workload=\"b\""), Some(1));
 

@@ -55,6 +55,7 @@ impl Run {
             bail!("network namespaces, control groups and eBPF need root: run this with sudo");
         }
         interrupt::clean_up_on_signals()?;
+        end_here_if_interrupted();
         let directory = Path::new(DIRECTORY).join(prefix);
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
         fs::write(directory.join(OWNER), owner_mark(std::process::id()).unwrap_or_default())?;
@@ -64,6 +65,8 @@ impl Run {
         if let Ok(mut active) = ACTIVE.lock() {
             active.push(prefix.to_owned());
         }
+        // The signal may have come before the line above.
+        end_here_if_interrupted();
         Ok(Self { prefix: prefix.to_owned(), directory, keep })
     }
 
@@ -110,6 +113,12 @@ impl Drop for Run {
             eprintln!("{}: not everything could be removed: {error:#}", self.prefix);
         }
     }
+}
+
+/// Does not return once a signal has come: everything is being taken down, and the process ends after it. For
+/// loops that would otherwise go on with the next thing.
+pub fn end_here_if_interrupted() {
+    interrupt::wait_for_end();
 }
 
 fn forget(prefix: &str) {

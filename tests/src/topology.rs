@@ -18,7 +18,7 @@ use crate::cgroup::Cgroup;
 use crate::netns::Netns;
 use crate::place::Place;
 use crate::process::sh;
-use crate::run::Run;
+use crate::run::{Run, end_here_if_interrupted};
 
 /// The device of the link between the nodes, on both.
 pub const LINK: &str = "link0";
@@ -70,6 +70,7 @@ pub fn in_url(address: IpAddr) -> String {
 impl Node {
     /// Makes a node without links.
     pub fn create(run: &Run, name: &str, number: u8) -> Result<Self> {
+        end_here_if_interrupted();
         let prefix = run.prefix();
         let group = Cgroup::create(format!("{prefix}/{name}"))?;
         let netns = Netns::create(&format!("{prefix}-{name}"))?;
@@ -109,6 +110,7 @@ impl Node {
 
     /// Makes a pod on this node.
     pub fn add_pod(&self, run: &Run, name: &str) -> Result<Pod> {
+        end_here_if_interrupted();
         let host = self.pods.fetch_add(1, Ordering::Relaxed);
         let number = self.number;
         let (v4, v6) = (format!("10.80.{number}.{host}"), format!("fd80:{number}::{host}"));

@@ -23,8 +23,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ztunnel_tests::binaries;
+use ztunnel_tests::run::end_here_if_interrupted;
 
-use crate::run::{Profile, build, cargo, visibly};
+use crate::run::{cargo, visibly};
 use column::{Column, Running};
 use results::Results;
 use rows::{ROWS, Row, Work};
@@ -85,12 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let mut results = arguments.plan()?;
     let own = results.columns.contains(&Column::Ztunnel);
-    if own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none() {
-        binaries::use_daemon(build(Profile::Release)?);
-    }
-    let mut command = cargo();
-    command.args(["build", "--release", "--package", "ztunnel-tests", "--bin", "ztunnel-peer"]);
-    visibly(command.stdout(std::io::stderr()))?;
+    build(own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
     require_programs()?;
     if results.columns.iter().any(|column| matches!(column, Column::EnvoyTcp | Column::EnvoyHttp)) {
         binaries::envoy()?;
@@ -167,6 +163,7 @@ fn visit(results: &mut Results, column: Column, round: usize, peer: Option<&Path
             }
         }
     }
+    end_here_if_interrupted();
     running.remove().context("cannot remove everything")
 }
 
@@ -177,10 +174,27 @@ fn measured(running: &mut Running, work: Work, seconds: u64) -> Result<Vec<measu
 }
 
 fn fail(results: &mut Results, failure: String) {
+    // What fails while everything is being taken down is no result.
+    end_here_if_interrupted();
     // A daemon may have said pages.
     let failure: String = failure.chars().take(FAILURE_LIMIT).collect();
     eprintln!("  FAILED: {failure}");
     results.failures.push(failure);
+}
+
+/// Builds what is measured, and with what, as it is shipped.
+fn build(daemon: bool) -> Result<()> {
+    let mut command = cargo();
+    command.args(["build", "--release", "--package", "ztunnel-tests", "--bin", "ztunnel-peer"]);
+    if daemon {
+        command.args(["--package", "ztunnel", "--bin", "ztunnel"]);
+    }
+    // Standard output is the report's.
+    visibly(command.stdout(std::io::stderr()))?;
+    if daemon {
+        binaries::use_daemon(binaries::target().join("release/ztunnel"));
+    }
+    Ok(())
 }
 
 /// Says at once what would otherwise fail in the middle.

@@ -168,8 +168,12 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             tracing::info!(pid = predecessor.pid, "taking over from a running daemon");
             Some(predecessor)
         }
-        Found::Silent(error) => {
-            tracing::warn!(%error, "the running daemon does not answer; taking over without it");
+        Found::Late(predecessor) => {
+            tracing::warn!("the running daemon does not answer; taking over without it");
+            Some(predecessor)
+        }
+        Found::Stranger(error) => {
+            tracing::warn!(%error, path = %socket.display(), "not a daemon of ours; taking over without it");
             None
         }
     };
@@ -241,6 +245,8 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             claim.bye().await;
         }
     }
+    // The data plane has its own hold on the listeners, and lets go of them after its linger.
+    kernel.end().await;
     trigger.drain();
     data_plane.stop_accepting();
     let deadline = tokio::time::sleep(config.drain_deadline);

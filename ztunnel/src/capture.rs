@@ -13,7 +13,7 @@
 //! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
 //! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
 //!
-//! Needs Linux 5.15; the guard needs 6.6 (tcx) and enrolment fails without it.
+//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
 
 pub mod error;
 pub mod host;
@@ -96,7 +96,8 @@ pub struct Node {
     vouch: Arc<vouch::Vouch>,
     /// Our number; a higher one in the map means another daemon owns the node.
     generation: u64,
-    /// The programs differ from those the last daemon left, so links are given the new ones.
+    loader: programs::Loader,
+    /// The programs differ from those the last daemon left, so each link is given the new ones, once.
     renew: bool,
     /// Our own hold on the node-wide programs, by name.
     links: HashMap<&'static str, OwnedFd>,
@@ -111,6 +112,8 @@ struct Enrolled {
     cookie: u64,
     netns: Arc<Netns>,
     spec: PodSpec,
+    /// The links are still to be given new programs.
+    renew: bool,
     /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
     listeners: Option<Arc<Listeners>>,
     /// Our own hold on the programs, so that they stay attached when their pins are deleted.

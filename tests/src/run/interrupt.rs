@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Once;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -13,6 +13,14 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use super::{ACTIVE, take_down};
 
 static WAKE: AtomicI32 = AtomicI32::new(-1);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Does not return once a signal has come: this process is about to end, and must not make anything new.
+pub(super) fn wait_for_end() {
+    while INTERRUPTED.load(Ordering::Acquire) {
+        thread::park();
+    }
+}
 
 extern "C" fn wake(signal: libc::c_int) {
     let byte = signal as u8;
@@ -36,13 +44,16 @@ fn install() -> Result<()> {
     thread::spawn(move || {
         let mut byte = [0; 1];
         if std::fs::File::from(reader).read_exact(&mut byte).is_ok() {
+            INTERRUPTED.store(true, Ordering::Release);
             eprintln!("\ninterrupted: taking everything down");
             let active = ACTIVE.lock().map(|runs| runs.clone()).unwrap_or_default();
-            for prefix in active {
-                if let Err(error) = take_down(&prefix) {
+            for prefix in &active {
+                if let Err(error) = take_down(prefix) {
                     eprintln!("{prefix}: {error:#}");
                 }
             }
+            // What another thread was just making is there by now.
+            let _told_above: Vec<_> = active.iter().map(|prefix| take_down(prefix)).collect();
             std::process::exit(128 + i32::from(byte[0]));
         }
     });

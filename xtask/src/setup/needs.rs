@@ -121,10 +121,10 @@ const NEEDS: &[Need] = &[
         present: || cgroup::root().is_ok(),
     },
     Need {
-        what: "Linux 5.15 or newer",
-        why: "the socket hooks the capture needs",
+        what: "Linux 6.6 or newer",
+        why: "the hooks the capture needs, tcx the newest of them",
         remedy: Remedy::Nothing("boot a newer kernel"),
-        present: || kernel().is_none_or(|version| version >= (5, 15)),
+        present: || kernel().is_none_or(|version| version >= (6, 6)),
     },
 ];
 

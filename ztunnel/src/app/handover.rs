@@ -12,8 +12,9 @@
 //! ```
 //!
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
-//! while it starts costs nothing. A predecessor that does not answer is overruled: the generation in the
-//! pinned maps tells it later that it is no longer the owner (see [`crate::capture`]).
+//! while it starts costs nothing. A predecessor that does not answer in time is overruled: the generation in the
+//! pinned maps tells it that it is no longer the owner (see [`crate::capture`]). Its successor stays connected all
+//! the same, so that when it wakes up it does not take the node back.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -76,8 +77,10 @@ pub enum Found {
     Nobody,
     /// A daemon that yielded.
     Yielded(Predecessor),
-    /// Something that did not answer as agreed: it is overruled.
-    Silent(io::Error),
+    /// A daemon that has not answered in time: it is overruled, and told so when it is back.
+    Late(Predecessor),
+    /// Something that does not answer as agreed: it is overruled.
+    Stranger(io::Error),
 }
 
 /// Asks the daemon that owns the node, if there is one, to yield.
@@ -87,19 +90,20 @@ pub async fn ask(socket: &Path) -> Found {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             return Found::Nobody;
         }
-        Err(error) => return Found::Silent(error),
+        Err(error) => return Found::Stranger(error),
     };
     let mut line = Line(BufReader::new(stream));
     let answer = timeout(ANSWER_WITHIN, async {
         line.write(&format!("yield {VERSION}")).await?;
         line.read().await
     });
-    match answer.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into())) {
-        Ok(answer) => match answer.strip_prefix("yielded ") {
+    match answer.await {
+        Ok(Ok(answer)) => match answer.strip_prefix("yielded ") {
             Some(pid) => Found::Yielded(Predecessor { pid: pid.to_owned(), line }),
-            None => Found::Silent(io::Error::other(format!("unexpected answer {answer:?}"))),
+            None => Found::Stranger(io::Error::other(format!("unexpected answer {answer:?}"))),
         },
-        Err(error) => Found::Silent(error),
+        Ok(Err(error)) => Found::Stranger(error),
+        Err(_elapsed) => Found::Late(Predecessor { pid: "unknown".to_owned(), line }),
     }
 }
 
@@ -108,9 +112,11 @@ impl Predecessor {
     pub async fn done(mut self) -> io::Result<()> {
         let bye = timeout(ANSWER_WITHIN, async {
             self.line.write("done").await?;
-            self.line.read().await
+            // A late one may still have to say that it yields.
+            while self.line.read().await? != "bye" {}
+            Ok(())
         });
-        bye.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into())).map(drop)
+        bye.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -278,7 +284,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_predecessor_that_hangs_is_overruled() {
         let (_dir, path) = socket();
-        let _hung = Successors::listen(&path).unwrap();
-        assert!(matches!(ask(&path).await, Found::Silent(_)));
+        let hung = Successors::listen(&path).unwrap();
+        let Found::Late(predecessor) = ask(&path).await else { panic!("not late") };
+        // It wakes up, finds what it was asked, and that all is done.
+        let (done, outcome) = tokio::join!(predecessor.done(), async {
+            let mut claim = hung.next().await;
+            let outcome = claim.outcome().await;
+            claim.bye().await;
+            outcome
+        });
+        done.unwrap();
+        assert_eq!(outcome, Outcome::Done);
     }
 }

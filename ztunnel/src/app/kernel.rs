@@ -38,6 +38,7 @@ enum Command {
     Yield(oneshot::Sender<()>),
     Reclaim(oneshot::Sender<Result<(), EnrolError>>),
     Close(oneshot::Sender<()>),
+    End,
 }
 
 /// What a look at the kernel gave.
@@ -98,8 +99,13 @@ impl Kernel {
         let _ended = self.ask(Command::Close).await;
     }
 
+    /// Ends the thread and leaves the kernel as it is. Nothing asked for afterwards is done.
+    pub async fn end(&self) {
+        self.send(Command::End).await;
+    }
+
     async fn send(&self, command: Command) {
-        // The thread only ends when every handle is gone.
+        // The thread is gone after `end`, when nothing is to be changed any more.
         let _ended = self.0.send(command).await;
     }
 
@@ -182,6 +188,7 @@ impl Worker {
                 Command::Reclaim(answer) => {
                     let _gone = answer.send(self.reclaim());
                 }
+                Command::End => return,
                 Command::Close(answer) => {
                     self.yielded = true;
                     self.node.close_all();

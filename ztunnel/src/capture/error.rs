@@ -22,7 +22,7 @@ pub enum OpenError {
     },
     /// The kernel does not take the programs.
     #[error(
-        "the kernel refused the programs (Linux 5.15 with BTF, and CAP_BPF and CAP_NET_ADMIN, are needed)"
+        "the kernel refused the programs (Linux 6.6 with BTF, and CAP_BPF and CAP_NET_ADMIN, are needed)"
     )]
     Load(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A program cannot be attached to the cgroup.

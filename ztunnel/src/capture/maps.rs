@@ -28,13 +28,17 @@ pub(super) struct Maps {
     pub sockets: OwnedFd,
     /// All of them again, to pin them anew.
     fds: Vec<(&'static str, OwnedFd)>,
+    /// What is in `addresses` by slot, so that nobody has to walk through it: read once, then kept.
+    written_addresses: std::collections::HashMap<u32, Vec<Address>>,
+    /// The same of `pod_ips`.
+    written_pod_ips: std::collections::HashMap<u32, Vec<Address>>,
 }
 
 impl Maps {
     /// Opens all of them.
     pub(super) fn open(pins: &Pins) -> Result<Self, OpenError> {
         let mut fds = Vec::new();
-        Ok(Self {
+        let mut maps = Self {
             pods: open(pins, "PODS", &mut fds)?,
             addresses: open(pins, "ADDRESSES", &mut fds)?,
             pod_ips: open(pins, "POD_IPS", &mut fds)?,
@@ -50,7 +54,16 @@ impl Maps {
                 sockets
             },
             fds,
-        })
+            written_addresses: Default::default(),
+            written_pod_ips: Default::default(),
+        };
+        for key in maps.addresses.keys().flatten() {
+            maps.written_addresses.entry(key.slot).or_default().push(key.address);
+        }
+        for (address, slot) in maps.pod_ips.iter().flatten() {
+            maps.written_pod_ips.entry(slot).or_default().push(address);
+        }
+        Ok(maps)
     }
 
     /// Opens the counters alone.
@@ -98,48 +111,43 @@ impl Maps {
 
     /// Makes a pod's own addresses exactly `wanted`; true if anything changed.
     pub(super) fn set_addresses(&mut self, slot: u32, wanted: &[IpAddr]) -> Result<bool, MapError> {
-        let mut stale: Vec<SlotAddress> =
-            self.addresses.keys().flatten().filter(|key| key.slot == slot).collect();
+        let wanted: Vec<Address> = wanted.iter().map(|ip| words(*ip)).collect();
+        let known = self.written_addresses.entry(slot).or_default();
         let mut changed = false;
-        for ip in wanted {
-            let key = SlotAddress { slot, address: words(*ip) };
-            match stale.iter().position(|old| *old == key) {
-                Some(known) => drop(stale.swap_remove(known)),
-                None => {
-                    self.addresses.insert(key, 1, 0)?;
-                    changed = true;
-                }
+        for address in &wanted {
+            let key = SlotAddress { slot, address: *address };
+            if self.addresses.get(&key, 0).is_err() {
+                self.addresses.insert(key, 1, 0)?;
+                changed = true;
             }
         }
-        for key in stale {
-            self.addresses.remove(&key)?;
+        for stale in known.iter().filter(|address| !wanted.contains(address)) {
+            absent(self.addresses.remove(&SlotAddress { slot, address: *stale }))?;
             changed = true;
         }
+        *known = wanted;
         Ok(changed)
     }
 
     /// Makes the addresses the node may probe this pod at exactly `wanted`; true if anything changed. An
     /// address that now belongs to another pod's slot stays with it.
     pub(super) fn set_pod_ips(&mut self, slot: u32, wanted: &[IpAddr]) -> Result<bool, MapError> {
-        let mut changed = false;
         let wanted: Vec<Address> = wanted.iter().map(|ip| words(*ip)).collect();
-        let stale: Vec<Address> = self
-            .pod_ips
-            .iter()
-            .flatten()
-            .filter(|(address, owner)| *owner == slot && !wanted.contains(address))
-            .map(|(address, _)| address)
-            .collect();
-        for address in wanted {
-            if self.pod_ips.get(&address, 0).is_err() {
+        let known = self.written_pod_ips.entry(slot).or_default();
+        let mut changed = false;
+        for address in &wanted {
+            if self.pod_ips.get(address, 0).is_err() {
                 self.pod_ips.insert(address, slot, 0)?;
                 changed = true;
             }
         }
-        for address in stale {
-            self.pod_ips.remove(&address)?;
-            changed = true;
+        for stale in known.iter().filter(|address| !wanted.contains(address)) {
+            if self.pod_ips.get(stale, 0).is_ok_and(|owner| owner == slot) {
+                absent(self.pod_ips.remove(stale))?;
+                changed = true;
+            }
         }
+        *known = wanted;
         Ok(changed)
     }
 
@@ -175,6 +183,15 @@ where
     fds.push((name, duplicate(name, &map)?));
     let map = Map::from_map_data(map).map_err(|source| failed(name, source))?;
     M::try_from(map).map_err(|source| failed(name, source))
+}
+
+/// An entry that is gone already is as good as removed.
+pub(super) fn absent(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
 }
 
 /// An address as the programs see it.

@@ -76,7 +76,8 @@ impl Node {
             pins.create().map_err(|source| OpenError::Pins { path: config.pin_dir.clone(), source })?;
         let no_host = |source| OpenError::HostNetns { path: config.host_netns.clone(), source };
         let host = Netns::open(&config.host_netns).map_err(no_host)?;
-        let mut object = programs::object(&pins, 0).map_err(OpenError::Load)?;
+        let mut loader = programs::Loader::new(&pins);
+        let mut object = loader.object(0).map_err(OpenError::Load)?;
         let maps = Maps::open(&pins)?;
         let vouch = maps
             .sockets
@@ -90,6 +91,7 @@ impl Node {
             host,
             vouch: Arc::new(vouch),
             generation: 0,
+            loader,
             renew: false,
             links: HashMap::new(),
             pods: HashMap::new(),
@@ -105,7 +107,8 @@ impl Node {
         let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
         let state = &mut self.maps.state;
         self.generation = state.get(&STATE_GENERATION, 0).map_err(failed)? + 1;
-        self.renew = state.get(&STATE_PROGRAMS, 0).map_err(failed)? != programs::fingerprint();
+        let programs = state.get(&STATE_PROGRAMS, 0).map_err(failed)?;
+        self.renew = programs != 0 && programs != programs::fingerprint();
         state.set(STATE_GENERATION, self.generation, 0).map_err(failed)?;
         if mounted {
             state.set(STATE_MOUNTED, 1, 0).map_err(failed)?;
@@ -186,7 +189,7 @@ impl Node {
             let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
             self.maps.state.set(STATE_MOUNTED, 1, 0).map_err(failed)?;
         }
-        let mut object = programs::object(&self.pins, 0).map_err(OpenError::Load)?;
+        let mut object = self.loader.object(0).map_err(OpenError::Load)?;
         for name in self.load_guards(&mut object, false)? {
             repaired.push(format!("program {name} was not pinned"));
         }

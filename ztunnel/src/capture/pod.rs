@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ztunnel_ebpf_abi::{PodEntry, Record};
 
 use super::error::{EnrolError, WithdrawError};
-use super::maps::{pack, unpack};
+use super::maps::{absent, pack, unpack};
 use super::netlink::Netlink;
 use super::node::uid_of;
 use super::pins::{Pins, gone};
@@ -36,9 +36,12 @@ impl Node {
         let spec = pod.clone();
         // Bound again (it was withdrawn, or its listeners are to be replaced): what is in the kernel stays.
         let known = self.pods.remove(&pod.uid).filter(|known| known.cookie == cookie);
-        let (listening, links) = known.map_or_else(Default::default, |known| (known.listeners, known.links));
+        let (renew, listening, links) = known.map_or_else(
+            || (self.renew, None, Links::default()),
+            |known| (known.renew, known.listeners, known.links),
+        );
         let enrolled =
-            Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, listeners: listening, links };
+            Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, renew, listeners: listening, links };
         self.pods.insert(pod.uid.clone(), enrolled);
         Ok(Captured { listeners: Arc::new(listeners), netns })
     }
@@ -101,9 +104,9 @@ impl Node {
 
     /// Everything of `capture` but the listeners, for the reconciler as well; names what was not there.
     pub(super) fn redirect(&mut self, uid: &PodUid) -> Result<Vec<String>, EnrolError> {
-        let Self { pods, maps, pins, renew, .. } = self;
+        let Self { pods, maps, pins, loader, .. } = self;
         let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
-        let Enrolled { slot, cookie, netns, spec, links, .. } = known;
+        let Enrolled { slot, cookie, netns, spec, links, renew, .. } = known;
         let (slot, cookie) = (*slot, *cookie);
         let entered = |source| EnrolError::Netns { path: spec.netns.clone(), source };
         let found = netns
@@ -118,7 +121,7 @@ impl Node {
         let lookup = sys::ensure_link(
             &wanted,
             &mut links.lookup,
-            || programs::object(pins, slot).and_then(|mut object| programs::load(&mut object, "steer")),
+            || loader.object(slot).and_then(|mut object| programs::load(&mut object, "steer")),
             |program| sys::attach(program, netns.as_fd().as_raw_fd() as u32, Attach::SkLookup),
         );
         match lookup.map_err(EnrolError::step("the lookup program"))? {
@@ -145,6 +148,7 @@ impl Node {
             .map_err(entered)?
             .map_err(EnrolError::step("the guard (it needs Linux 6.6)"))?;
         changed.extend(guarded);
+        *renew = false;
         Ok(changed)
     }
 
@@ -233,15 +237,8 @@ impl Node {
         for device in self.pins.guarded(slot) {
             sys::detach(&self.pins.guard(slot, device)).map_err(WithdrawError::step("the guard"))?;
         }
-        let removed = match self.maps.pods.remove(&record.cookie) {
-            Err(aya::maps::MapError::SyscallError(error))
-                if error.io_error.raw_os_error() != Some(libc::ENOENT) =>
-            {
-                Err(error)
-            }
-            _ => Ok(()),
-        };
-        removed.map_err(WithdrawError::step("the connect program's entry"))?;
+        absent(self.maps.pods.remove(&record.cookie))
+            .map_err(WithdrawError::step("the connect program's entry"))?;
         self.maps.set_pod_ips(slot, &[]).map_err(WithdrawError::step("the map of pods"))?;
         sys::detach(&self.pins.lookup(slot)).map_err(WithdrawError::step("the lookup program"))?;
         self.maps.set_addresses(slot, &[]).map_err(WithdrawError::step("the map of addresses"))?;
@@ -261,15 +258,7 @@ impl Node {
             undone.and_then(|result| result).map_err(WithdrawError::step("rules and routes"))?;
         }
         gone(std::fs::remove_dir_all(self.pins.pod(slot))).map_err(WithdrawError::step("the pins"))?;
-        match self.maps.records.remove(&slot) {
-            Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
-            Err(aya::maps::MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(WithdrawError::step("the record")(error)),
-        }
+        absent(self.maps.records.remove(&slot)).map_err(WithdrawError::step("the record"))
     }
 
     /// The pod's namespace if it still exists (or we hold it).

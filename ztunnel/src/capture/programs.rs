@@ -1,10 +1,13 @@
 //! The eBPF object inside the daemon, and loading programs from it.
 
+#![expect(unsafe_code, reason = "giving memory back to the system has no safe wrapper")]
+
 use std::error::Error;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use aya::programs::{CgroupSock, CgroupSockAddr, Program, SchedClassifier, SkLookup};
 use aya::{Ebpf, EbpfLoader};
+use ztunnel_ebpf_abi::SLOTS;
 
 use super::pins::Pins;
 use super::sys::Attach;
@@ -37,16 +40,54 @@ pub(super) fn fingerprint() -> u64 {
     }) | 1
 }
 
-/// Parses the object and opens or makes the pinned maps; `slot` is for the lookup program.
-pub(super) fn object(pins: &Pins, slot: u32) -> Result<Ebpf, Failure> {
-    let mut loader = EbpfLoader::new();
-    loader
-        // The programs need no kernel types; reading those would cost more than all the rest.
-        .btf(None)
-        .default_map_pin_directory(pins.maps())
-        .map_pin_path("SOCKETS", pins.map("SOCKETS"))
-        .override_global("SLOT", &slot, true);
-    Ok(loader.load(OBJECT)?)
+/// Parses the object and opens or makes the pinned maps. Kept once it was used: for each new one aya reads all
+/// of the kernel's type information, some 15 ms.
+pub(super) struct Loader {
+    pins: Pins,
+    loader: Option<EbpfLoader<'static>>,
+}
+
+/// Every value the lookup program's `SLOT` can have: the loader keeps a reference.
+static SLOT_VALUES: [u32; SLOTS as usize] = {
+    let mut values = [0; SLOTS as usize];
+    let mut slot = 0;
+    while slot < SLOTS {
+        values[slot as usize] = slot;
+        slot += 1;
+    }
+    values
+};
+
+impl Loader {
+    pub(super) fn new(pins: &Pins) -> Self {
+        Self { pins: pins.clone(), loader: None }
+    }
+
+    /// The object with everything in it but what is in the kernel; `slot` is for the lookup program.
+    pub(super) fn object(&mut self, slot: u32) -> Result<Ebpf, Failure> {
+        let value = SLOT_VALUES.get(slot as usize).ok_or("no such slot")?;
+        let loader = self.loader.get_or_insert_with(|| {
+            let mut loader = EbpfLoader::new();
+            // The programs need no kernel types.
+            loader
+                .btf(None)
+                .default_map_pin_directory(self.pins.maps())
+                .map_pin_path("SOCKETS", self.pins.map("SOCKETS"));
+            give_back();
+            loader
+        });
+        Ok(loader.override_global("SLOT", value, true).load(OBJECT)?)
+    }
+}
+
+/// Gives freed memory back to the system: making a loader reads the kernel's types, tens of megabytes that are
+/// not needed again.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim(3) may be called at any time, from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Loads one program into the kernel and returns it alone.

@@ -9,6 +9,7 @@ use super::error::WithdrawError;
 use super::maps::Maps;
 use super::node::uid_of;
 use super::pins::Pins;
+use super::programs::Loader;
 use super::vouch::Vouch;
 use super::{Config, Node, host};
 use crate::model::addr::PodUid;
@@ -70,6 +71,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
         let mut node = Node {
             config: config.clone(),
             pins: current.clone(),
+            loader: Loader::new(&current),
             generation: maps.state.get(&STATE_GENERATION, 0).unwrap_or(0) + 1,
             maps,
             host: own,

@@ -351,16 +351,10 @@ impl World {
             let addresses = extra_loopback(&self.node(on).place)?;
             ensure!(addresses.is_empty(), "addresses left on lo of {on:?}: {addresses:?}");
             let pins = &self.setting(on).pins;
-            // A bpffs has these two of itself; the run's end removes the mount.
-            let own = |name: &std::ffi::OsStr| name == "progs.debug" || name == "maps.debug";
-            let left: Vec<_> = std::fs::read_dir(pins)
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|entry| entry.file_name())
-                .filter(|name| !own(name))
-                .collect();
-            ensure!(left.is_empty(), "pins left in {}: {left:?}", pins.display());
+            ensure!(!pins.exists(), "the pin directory {} is left", pins.display());
+            let mounts = std::fs::read_to_string("/proc/mounts")?;
+            let mounted = mounts.lines().find(|line| line.contains(&*pins.to_string_lossy()));
+            ensure!(mounted.is_none(), "a mount is left: {mounted:?}");
         }
         Ok(said)
     }

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 
 use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
@@ -338,9 +339,13 @@ impl World {
     pub fn stop_daemons(&mut self) -> Result<Vec<String>> {
         let mut said = Vec::new();
         self.note_maps();
+        // Both at once: each takes its time for clients that have begun to connect.
+        for daemon in self.daemons.iter_mut().flatten() {
+            daemon.process().signal(Signal::SIGTERM);
+        }
         for on in BOTH {
-            if let Some(daemon) = self.daemons[on as usize].take() {
-                daemon.stop()?;
+            if let Some(mut daemon) = self.daemons[on as usize].take() {
+                daemon.ended()?;
             }
             said.push(self.setting(on).uninstall()?);
         }

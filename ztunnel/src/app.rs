@@ -20,6 +20,7 @@ use tokio::time::MissedTickBehavior;
 use crate::admin::ready::Readiness;
 use crate::app::control::Control;
 use crate::app::handover::Claim;
+use crate::app::handover::Departing;
 use crate::app::handover::Found;
 use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
@@ -28,6 +29,7 @@ use crate::app::kernel::Reconciled;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
+use crate::enrol::pods::Event;
 use crate::identity;
 use crate::mesh;
 use crate::proxy::DataPlane;
@@ -36,6 +38,7 @@ use crate::standalone::authority::Authority;
 use crate::standalone::authority::AuthorityError;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::watch;
+use crate::standalone::watch::Updates;
 use crate::telemetry;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
@@ -49,6 +52,8 @@ pub mod ports;
 
 /// How often the kernel is compared with what it should hold.
 const RECONCILE_EVERY: Duration = Duration::from_secs(2);
+/// How long a successor may take from its first word to its last.
+const TAKE_OVER_WITHIN: Duration = Duration::from_secs(60);
 /// How long the end of the process waits for its last log lines to be written.
 const LOG_PATIENCE: Duration = Duration::from_secs(2);
 /// The socket at which daemons of one node meet.
@@ -148,7 +153,8 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         None => return Ok(()),
     };
 
-    let authority = Authority::open(&config.state_dir, &config.places.node, loaded.mesh.trust_domain())?;
+    let trust_domain = loaded.mesh.trust_domain().clone();
+    let authority = Authority::open(&config.state_dir, &config.places.node, &trust_domain)?;
     let identities = identity::worker::start(Arc::new(authority), signal.clone());
     let (writer, reader) = mesh::mesh();
     let ready = Readiness::new();
@@ -193,20 +199,20 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     ports::register_metrics(&telemetry, node.counter_reader()?, &data_plane);
     let kernel = Kernel::start(node, Arc::clone(&data_plane))
         .map_err(|source| RunError::System("cannot start the capture thread", source))?;
-    let mut control = Control::new(writer, identities, kernel.clone(), pods_pending);
+    let mut control = Control::new(writer, trust_domain, identities, kernel.clone(), pods_pending);
     control.start(loaded).await;
 
     let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
-    if let Some(predecessor) = predecessor
-        && let Err(error) = predecessor.done().await
-    {
-        tracing::warn!(%error, "the daemon before this one did not say goodbye");
-    }
+    let mut departing = match predecessor {
+        Some(predecessor) => Some(predecessor.done().await),
+        None => None,
+    };
     let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,
     })?;
+    control.own(departing.is_some()).await;
     control.serving(started);
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
@@ -220,29 +226,52 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             },
             event = control.next() => control.step(event).await,
             _ = reconcile.tick() => match kernel.reconcile().await {
-                Reconciled::Repaired(repairs) => for repair in repairs {
-                    tracing::warn!(%repair, "repaired what somebody else changed");
-                },
+                Reconciled::Repaired { repairs, lost } => {
+                    for repair in repairs {
+                        tracing::warn!(%repair, "the kernel was not as it should be");
+                    }
+                    for uid in lost {
+                        control.step(Event::Lost(uid)).await;
+                    }
+                }
                 Reconciled::Superseded => break End::Superseded,
             },
-            claim = successors.next() => match hand_over(claim, &kernel, &mut signals).await {
-                Some(end) => break end,
-                None => tracing::warn!("the daemon that was taking over is gone; this one goes on"),
-            },
+            () = gone(&mut departing) => {
+                departing = None;
+                control.sweep().await;
+            }
+            mut claim = successors.next() => {
+                kernel.yield_node().await;
+                match claimed(&mut claim, &mut control, &mut updates, &mut signals).await {
+                    Outcome::Done => break End::HandedOver(claim),
+                    // Another successor has come and gone by since then, or rather has stayed.
+                    Outcome::Abandoned if !successors.is_current() => break End::Superseded,
+                    Outcome::Abandoned => {
+                        tracing::warn!("the daemon that was taking over is gone; this one goes on");
+                        // It must not be told that all is well should it wake up.
+                        drop(claim);
+                        if let Err(error) = kernel.reclaim().await {
+                            tracing::error!(%error, "some pods could not be taken back, trying again");
+                        }
+                    }
+                }
+            }
             () = signals.next() => break End::Signal,
         }
     };
-    drop(successors);
     drop(admin);
+    // Held to the end of the process: see `Claim::bye`.
+    let mut held = None;
     match end {
         End::Signal => {
             tracing::info!("stopping: captured pods are closed until a daemon is back");
             kernel.close().await;
         }
         End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
-        End::HandedOver(claim) => {
+        End::HandedOver(mut claim) => {
             tracing::info!("stopping: the node is handed over");
             claim.bye().await;
+            held = Some(claim);
         }
     }
     // The data plane has its own hold on the listeners, and lets go of them after its linger.
@@ -260,6 +289,16 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             }
             // Whoever is still connected stays under the newest policy.
             update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
+            // A daemon that starts now learns that this one still has connections.
+            mut claim = successors.next() => {
+                shutdown::spawn(async move {
+                    if claim.outcome().await == Outcome::Done {
+                        claim.bye().await;
+                        // Held to the end of the process.
+                        std::future::pending::<()>().await;
+                    }
+                });
+            }
             () = signals.next() => {
                 tracing::warn!("told twice to stop; closing what is open");
                 break;
@@ -268,6 +307,12 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     }
     trigger.close();
     data_plane.join();
+    // Whoever waits for this daemon to be gone must not take that for the end of the one before it.
+    if departing.is_some() && tokio::time::timeout(config.drain_deadline, gone(&mut departing)).await.is_err()
+    {
+        tracing::warn!("the daemon before this one is still there");
+    }
+    drop((held, successors));
     tracing::info!("stopped");
     Ok(())
 }
@@ -282,22 +327,37 @@ enum End {
     HandedOver(Claim),
 }
 
-/// Lets a successor have the node. `None` if it died before it was ready, and everything is as it was.
-async fn hand_over(mut claim: Claim, kernel: &Kernel, signals: &mut Signals) -> Option<End> {
-    kernel.yield_node().await;
-    let outcome = tokio::select! {
-        outcome = claim.outcome() => outcome,
-        // Told to stop in the middle: the successor has what it has, and takes the rest.
-        () = signals.next() => Outcome::Done,
-    };
-    match outcome {
-        Outcome::Done => Some(End::HandedOver(claim)),
-        Outcome::Abandoned => {
-            if let Err(error) = kernel.reclaim().await {
-                tracing::error!(%error, "some pods could not be taken back, trying again");
+/// Waits until a successor serves the node, or is gone, or has taken too long.
+async fn claimed(
+    claim: &mut Claim,
+    control: &mut Control,
+    updates: &mut Updates,
+    signals: &mut Signals,
+) -> Outcome {
+    let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
+    tokio::pin!(deadline);
+    let outcome = claim.outcome();
+    tokio::pin!(outcome);
+    loop {
+        tokio::select! {
+            outcome = &mut outcome => return outcome,
+            // This daemon still serves, under the newest policy.
+            update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
+            () = &mut deadline => {
+                tracing::error!("the daemon that was taking over does not get ready; taking the node back");
+                return Outcome::Abandoned;
             }
-            None
+            // Told to stop in the middle: the successor has what it has, and takes the rest.
+            () = signals.next() => return Outcome::Done,
         }
+    }
+}
+
+/// Waits for the end of the daemon before this one; for ever if there is none.
+async fn gone(departing: &mut Option<Departing>) {
+    match departing {
+        Some(departing) => departing.gone().await,
+        None => std::future::pending().await,
     }
 }
 

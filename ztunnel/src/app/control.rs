@@ -14,6 +14,7 @@ use crate::enrol::pods::Pods;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshWriter;
 use crate::model::identity::SpiffeId;
+use crate::model::identity::TrustDomain;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file::Loaded;
 
@@ -32,6 +33,8 @@ fn local_identities(loaded: &Loaded) -> HashSet<SpiffeId> {
 /// What the mesh says, carried out.
 pub struct Control {
     writer: MeshWriter,
+    /// Of the first version of the mesh; it cannot change while the daemon runs.
+    trust_domain: TrustDomain,
     identities: Identities,
     kernel: Kernel,
     pods: Pods,
@@ -49,10 +52,17 @@ pub struct Control {
 
 impl Control {
     /// Carries out nothing yet. `blocker` is lifted when every pod was captured for the first time.
-    pub fn new(writer: MeshWriter, identities: Identities, kernel: Kernel, blocker: Blocker) -> Self {
+    pub fn new(
+        writer: MeshWriter,
+        trust_domain: TrustDomain,
+        identities: Identities,
+        kernel: Kernel,
+        blocker: Blocker,
+    ) -> Self {
         let (events, answers) = mpsc::channel(EVENTS);
         Self {
             writer,
+            trust_domain,
             identities,
             kernel,
             pods: Pods::default(),
@@ -67,12 +77,27 @@ impl Control {
     }
 
     /// The first version of the mesh: returns when every pod was tried once, so that a predecessor is let go only
-    /// when there is somebody in its place, and what earlier daemons left is swept.
+    /// when there is somebody in its place.
     pub async fn start(&mut self, loaded: Loaded) {
         let identities = local_identities(&loaded);
         self.apply(loaded).await;
         self.warm_up(identities).await;
         self.settle().await;
+    }
+
+    /// From here on nobody else changes the kernel. What earlier daemons captured and the mesh no longer names is
+    /// withdrawn; if one of them is still `departing`, what its open connections need stays for now.
+    pub async fn own(&mut self, departing: bool) {
+        self.kernel.hold(departing).await;
+        self.kernel.withdraw_others(self.pods.known().cloned().collect()).await;
+        if !departing {
+            self.sweep().await;
+        }
+    }
+
+    /// No earlier daemon is left: nor shall be what they left.
+    pub async fn sweep(&mut self) {
+        self.kernel.hold(false).await;
         self.kernel.sweep(self.pods.known().cloned().collect()).await;
     }
 
@@ -102,15 +127,33 @@ impl Control {
         }
     }
 
+    /// Whether a new version of the mesh can be applied: the authority's root vouches for one trust domain.
+    fn accepts(&self, loaded: &Loaded) -> bool {
+        let (new, old) = (loaded.mesh.trust_domain(), &self.trust_domain);
+        if new != old {
+            tracing::error!(
+                %new, %old,
+                "the changed mesh file is not applied: its trust domain is another one; stop all daemons, remove the \
+                 root of the old one from the state directory, and start them again"
+            );
+        }
+        new == old
+    }
+
     /// Publishes a version of the mesh without touching the kernel: whoever is still connected to a daemon that
     /// stops stays under the newest policy.
     pub fn publish(&mut self, loaded: Loaded) {
-        self.writer.publish(loaded.mesh);
+        if self.accepts(&loaded) {
+            self.writer.publish(loaded.mesh);
+        }
     }
 
     /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
     /// finds its workload.
     pub async fn apply(&mut self, loaded: Loaded) {
+        if !self.accepts(&loaded) {
+            return;
+        }
         self.identities.retain(local_identities(&loaded));
         // What was said when the last version was applied needs no repetition.
         for warning in loaded.warnings.iter().filter(|warning| !self.warned.contains(warning)) {

@@ -9,6 +9,7 @@
 //!     │   swaps its sockets in, pod by pod │
 //!     │ ── "done" ───────────────────────▶ │  closes its ports, drains, exits
 //!     │ ◀───────────────────────── "bye" ──│
+//!     │ ◀───────────────────── (closes) ───│  its process is gone
 //! ```
 //!
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
@@ -108,15 +109,32 @@ pub async fn ask(socket: &Path) -> Found {
 }
 
 impl Predecessor {
-    /// Tells the predecessor that everything is taken over, and waits until it has closed its ports.
-    pub async fn done(mut self) -> io::Result<()> {
-        let bye = timeout(ANSWER_WITHIN, async {
+    /// Tells the predecessor that everything is taken over, and waits a little until it has closed its ports.
+    pub async fn done(mut self) -> Departing {
+        let bye: io::Result<()> = timeout(ANSWER_WITHIN, async {
             self.line.write("done").await?;
             // A late one may still have to say that it yields.
             while self.line.read().await? != "bye" {}
             Ok(())
-        });
-        bye.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
+        })
+        .await
+        .unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
+        if let Err(error) = bye {
+            tracing::warn!(%error, "the daemon before this one did not say goodbye");
+        }
+        Departing(self.line)
+    }
+}
+
+/// A predecessor that is finishing its open connections.
+#[derive(Debug)]
+pub struct Departing(Line);
+
+impl Departing {
+    /// Waits until its process is gone, and with it every connection that it had.
+    pub async fn gone(&mut self) {
+        // It holds its end of the connection for as long as it lives.
+        while self.0.read().await.is_ok() {}
     }
 }
 
@@ -140,6 +158,11 @@ impl Successors {
         Ok(Self { listener, path: path.to_owned(), inode: inode(path)? })
     }
 
+    /// Whether this is still the socket that successors find.
+    pub fn is_current(&self) -> bool {
+        inode(&self.path).is_ok_and(|inode| inode == self.inode)
+    }
+
     /// The next daemon that wants the node. Whoever calls without the agreed line is ignored.
     pub async fn next(&self) -> Claim {
         loop {
@@ -161,7 +184,7 @@ impl Successors {
 impl Drop for Successors {
     fn drop(&mut self) {
         // A successor may already have its own socket under the same name.
-        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+        if self.is_current() {
             let _gone = std::fs::remove_file(&self.path);
         }
     }
@@ -197,8 +220,9 @@ impl Claim {
         }
     }
 
-    /// Says that this daemon's ports are free.
-    pub async fn bye(mut self) {
+    /// Says that this daemon's ports are free. The claim is to be kept until the process ends: that tells the
+    /// successor that no connection of this daemon needs anything in the kernel any more.
+    pub async fn bye(&mut self) {
         // The successor goes on without it, after a time-out.
         let _gone = self.0.write("bye").await;
     }
@@ -238,13 +262,17 @@ mod tests {
         let successor = async {
             let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
             assert_eq!(predecessor.pid, std::process::id().to_string());
-            predecessor.done().await.unwrap();
-            Successors::listen(&path).unwrap()
+            let mut departing = predecessor.done().await;
+            let new = Successors::listen(&path).unwrap();
+            departing.gone().await;
+            new
         };
         let predecessor = async {
             let mut claim = old.next().await;
             assert_eq!(claim.outcome().await, Outcome::Done);
             claim.bye().await;
+            assert!(old.is_current());
+            drop(claim);
         };
         let (new, ()) = tokio::join!(successor, predecessor);
         drop(old);
@@ -291,9 +319,13 @@ mod tests {
             let mut claim = hung.next().await;
             let outcome = claim.outcome().await;
             claim.bye().await;
-            outcome
+            (outcome, claim)
         });
-        done.unwrap();
-        assert_eq!(outcome, Outcome::Done);
+        let mut departing = done;
+        assert_eq!(outcome.0, Outcome::Done);
+        let early = timeout(Duration::from_secs(1), departing.gone()).await;
+        assert!(early.is_err(), "gone while the old process still holds its claim");
+        drop(outcome);
+        departing.gone().await;
     }
 }

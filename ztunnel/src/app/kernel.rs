@@ -34,6 +34,8 @@ enum Command {
     Capture(LocalPod, mpsc::Sender<Event>),
     Release(PodUid, mpsc::Sender<Event>),
     Reconcile(oneshot::Sender<Reconciled>),
+    WithdrawOthers(HashSet<PodUid>),
+    Hold(bool),
     Sweep(HashSet<PodUid>),
     Yield(oneshot::Sender<()>),
     Reclaim(oneshot::Sender<Result<(), EnrolError>>),
@@ -44,8 +46,13 @@ enum Command {
 /// What a look at the kernel gave.
 #[derive(Debug)]
 pub enum Reconciled {
-    /// It is as it should be, after these repairs.
-    Repaired(Vec<Repair>),
+    /// It is as it should be, after these repairs; these pods are not what they were and must be captured again.
+    Repaired {
+        /// What was repaired, and what was not.
+        repairs: Vec<Repair>,
+        /// Pods whose network namespace is gone or another one.
+        lost: Vec<PodUid>,
+    },
     /// Another daemon owns the node now.
     Superseded,
 }
@@ -58,8 +65,15 @@ impl Kernel {
     /// Starts the thread with a node that this daemon owns.
     pub fn start(node: Node, data_plane: Arc<DataPlane>) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let worker =
-            Worker { node, data_plane, pods: HashMap::new(), leaving: HashMap::new(), yielded: false };
+        let worker = Worker {
+            node,
+            data_plane,
+            pods: HashMap::new(),
+            leaving: HashMap::new(),
+            failed: HashMap::new(),
+            yielded: false,
+            hold: false,
+        };
         std::thread::Builder::new().name("capture".to_owned()).spawn(move || worker.run(receiver))?;
         Ok(Self(sender))
     }
@@ -77,6 +91,17 @@ impl Kernel {
     /// Compares the kernel with what it should hold, and repairs it.
     pub async fn reconcile(&self) -> Reconciled {
         self.ask(Command::Reconcile).await.unwrap_or(Reconciled::Superseded)
+    }
+
+    /// Makes new connections plain of pods that an earlier daemon captured and that are not among `keep`.
+    pub async fn withdraw_others(&self, keep: HashSet<PodUid>) {
+        self.send(Command::WithdrawOthers(keep)).await;
+    }
+
+    /// While `hold` is true, what withdrawn pods' open connections need stays in the kernel: another daemon may
+    /// have such connections.
+    pub async fn hold(&self, hold: bool) {
+        self.send(Command::Hold(hold)).await;
     }
 
     /// Removes what a dead daemon left for pods that are not among `keep`.
@@ -137,8 +162,12 @@ struct Worker {
     pods: HashMap<PodUid, (PodSpec, Captured)>,
     /// Withdrawn pods with connections that are still open.
     leaving: HashMap<PodUid, Leaving>,
+    /// Pods whose last capture failed, and how: the same failure is not logged at every try.
+    failed: HashMap<PodUid, String>,
     /// Another daemon changes the kernel now.
     yielded: bool,
+    /// Another daemon may still have connections of withdrawn pods.
+    hold: bool,
 }
 
 impl Worker {
@@ -149,11 +178,16 @@ impl Worker {
                     let uid = pod.uid.clone();
                     let event = match self.capture(&pod) {
                         Ok(()) => {
+                            self.failed.remove(&uid);
                             tracing::info!(pod = %uid, namespace = %pod.namespace, name = %pod.name, "pod captured");
                             Event::Captured(uid)
                         }
                         Err(error) => {
-                            tracing::error!(pod = %uid, error = chain(&error), "pod not captured, trying again");
+                            let error = chain(&error);
+                            if self.failed.get(&uid) != Some(&error) {
+                                tracing::error!(pod = %uid, error, "pod not captured, trying again every second");
+                                self.failed.insert(uid.clone(), error);
+                            }
                             Event::CaptureFailed(uid)
                         }
                     };
@@ -176,6 +210,8 @@ impl Worker {
                 Command::Reconcile(answer) => {
                     let _gone = answer.send(self.reconcile());
                 }
+                Command::WithdrawOthers(keep) => self.withdraw_others(&keep),
+                Command::Hold(hold) => self.hold = hold,
                 Command::Sweep(keep) => {
                     for pod in self.node.sweep(&keep) {
                         tracing::info!(%pod, "removed what an earlier daemon left of a pod");
@@ -224,10 +260,29 @@ impl Worker {
         Ok(())
     }
 
+    fn withdraw_others(&mut self, keep: &HashSet<PodUid>) {
+        for uid in self.node.taken_over().pods {
+            if keep.contains(&uid) || self.pods.contains_key(&uid) {
+                continue;
+            }
+            match self.node.withdraw(&uid) {
+                Ok(()) => tracing::info!(pod = %uid, "pod of an earlier daemon withdrawn"),
+                Err(error) => {
+                    tracing::warn!(pod = %uid, error = chain(&error), "a pod of an earlier daemon stays captured");
+                }
+            }
+        }
+    }
+
     /// New connections are plain from here on; open ones go on, and what they need in the kernel stays.
     fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
-        self.node.withdraw(uid)?;
+        match self.node.withdraw(uid) {
+            // Nothing of it is in the kernel.
+            Ok(()) | Err(WithdrawError::Unknown(_)) => {}
+            Err(error) => return Err(error),
+        }
         self.pods.remove(uid);
+        self.failed.remove(uid);
         if let Some(leaving) = self.data_plane.remove_pod(uid) {
             self.leaving.insert(uid.clone(), leaving);
         }
@@ -237,6 +292,9 @@ impl Worker {
 
     /// Removes the rest of withdrawn pods whose last connection has ended.
     fn release_ended(&mut self) {
+        if self.hold {
+            return;
+        }
         let ended: Vec<PodUid> = self
             .leaving
             .iter()
@@ -257,13 +315,16 @@ impl Worker {
 
     fn reconcile(&mut self) -> Reconciled {
         if self.yielded {
-            return Reconciled::Repaired(Vec::new());
+            return Reconciled::Repaired { repairs: Vec::new(), lost: Vec::new() };
         }
         if !self.node.is_owner() {
             return Reconciled::Superseded;
         }
         self.release_ended();
-        Reconciled::Repaired(self.node.reconcile())
+        let repairs = self.node.reconcile();
+        let lost =
+            repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
+        Reconciled::Repaired { repairs, lost }
     }
 
     fn reclaim(&mut self) -> Result<(), EnrolError> {

@@ -122,6 +122,12 @@ impl Node {
         let (node, added) = host::describe(&self.config, &self.host)
             .and_then(|node| Ok((node, host::add_probe_addresses(&self.host)?)))
             .map_err(failed)?;
+        if node.kubepods == 0 {
+            tracing::warn!(
+                "no cgroup of pods was found: every process in the node's network namespace counts as the node's \
+                 own, whose probes pass (see --kubepods-cgroup)"
+            );
+        }
         tracing::debug!(
             ?added,
             kubepods = node.kubepods,
@@ -137,8 +143,17 @@ impl Node {
         for (name, hook) in programs::CGROUP {
             self.attach_to_cgroup(object, name, hook, self.renew)?;
         }
+        // While pods still have links of another build, that is what is attached: a daemon that is killed
+        // before it has renewed them must not look as if it had.
+        if self.renew { Ok(()) } else { self.note_programs() }
+    }
+
+    /// Writes down that every program attached is of this build.
+    pub(super) fn note_programs(&mut self) -> Result<(), OpenError> {
         let failed = |source: aya::maps::MapError| OpenError::Map { map: "STATE", source: source.into() };
-        self.maps.state.set(STATE_PROGRAMS, programs::fingerprint(), 0).map_err(failed)
+        self.maps.state.set(STATE_PROGRAMS, programs::fingerprint(), 0).map_err(failed)?;
+        self.renew = false;
+        Ok(())
     }
 
     fn attach_to_cgroup(

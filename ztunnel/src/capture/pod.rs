@@ -115,6 +115,10 @@ impl Node {
             .map_err(EnrolError::step("rules, routes and the tcp_fwmark_accept setting"))?;
         let mut changed: Vec<String> = found.added.iter().map(|what| format!("{what} was missing")).collect();
 
+        // Before the lookup program, which tells by them what the pod says to itself.
+        if maps.set_addresses(slot, &found.own).map_err(EnrolError::step("the map of addresses"))? {
+            changed.push("its addresses in the map were not current".to_owned());
+        }
         std::fs::create_dir_all(pins.pod(slot)).map_err(EnrolError::step("the pins"))?;
         let wanted =
             Wanted { path: &pins.lookup(slot), hook: Attach::SkLookup, target: netns.id().1, renew: *renew };
@@ -130,9 +134,6 @@ impl Node {
             Ensured::Attached => changed.push("the lookup program was not attached".to_owned()),
         }
 
-        if maps.set_addresses(slot, &found.own).map_err(EnrolError::step("the map of addresses"))? {
-            changed.push("its addresses in the map were not current".to_owned());
-        }
         let probed: Vec<IpAddr> = spec.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
         if maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
             changed.push("its addresses for probes were not current".to_owned());
@@ -218,6 +219,11 @@ impl Node {
                 Ok(()) => swept.push(uid),
                 Err(error) => tracing::warn!(pod = %uid, %error, "cannot sweep a pod that is gone"),
             }
+        }
+        if self.renew
+            && let Err(error) = self.note_programs()
+        {
+            tracing::warn!(%error, "the programs will be renewed once more");
         }
         for version in self.pins.other_versions() {
             if let Err(error) = Pins::of_version(&self.config.pin_dir, &version).remove_all() {

@@ -16,6 +16,9 @@ pub struct Repair {
     pub what: String,
     /// Whether it is repaired; if not, `what` says why and the next call tries again.
     pub repaired: bool,
+    /// The pod's network namespace is not the one that was captured: withdraw it, and capture it again if it is
+    /// still wanted.
+    pub lost: bool,
 }
 
 impl fmt::Display for Repair {
@@ -50,7 +53,8 @@ impl Node {
     }
 
     fn reconcile_node(&mut self, repairs: &mut Vec<Repair>) {
-        let mut note = |what: String, repaired| repairs.push(Repair { pod: None, what, repaired });
+        let mut note =
+            |what: String, repaired| repairs.push(Repair { pod: None, what, repaired, lost: false });
         match self.reattach() {
             Ok(missing) => {
                 missing.into_iter().for_each(|what| note(what, true));
@@ -75,13 +79,15 @@ impl Node {
     fn reconcile_pod(&mut self, uid: &PodUid, repairs: &mut Vec<Repair>) {
         let Some(known) = self.pods.get(uid) else { return };
         let (spec, netns) = (known.spec.clone(), Arc::clone(&known.netns));
-        let mut note =
-            |what: String, repaired| repairs.push(Repair { pod: Some(uid.clone()), what, repaired });
+        let pod = Some(uid.clone());
         // Our descriptor keeps the namespace; the path tells whether the pod still has it.
         if !Netns::open(&spec.netns).is_ok_and(|current| current.id() == netns.id()) {
-            note(format!("its network namespace {} is gone: withdraw it", spec.netns.display()), false);
+            let what = format!("its network namespace {} is gone or another one", spec.netns.display());
+            repairs.push(Repair { pod, what, repaired: false, lost: true });
             return;
         }
+        let mut note =
+            |what: String, repaired| repairs.push(Repair { pod: pod.clone(), what, repaired, lost: false });
         if let Some(listeners) = &known.listeners
             && self.maps.refill_listeners(known.slot, listeners)
         {

@@ -24,8 +24,8 @@ use crate::model::addr::PodUid;
 
 /// First wait after a failed capture or release.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// Longest wait.
-const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// Longest wait: a network namespace that comes late is not captured until then.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// What can happen to enrolment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub enum Event {
     Captured(PodUid),
     /// It could not be captured.
     CaptureFailed(PodUid),
+    /// What was captured is gone; another network namespace may be there under the same path.
+    Lost(PodUid),
     /// Nothing of the daemon is left in the pod.
     Released(PodUid),
     /// Something of the daemon may be left in the pod.
@@ -114,6 +116,13 @@ impl Pods {
                 {
                     pod.phase = Phase::Retrying { at: now + pod.backoff, backoff: pod.backoff };
                     settle(&uid, pod, &mut actions);
+                }
+            }
+            Event::Lost(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid)
+                    && pod.phase == Phase::Captured
+                {
+                    release(&uid, pod, &mut actions);
                 }
             }
             Event::Released(uid) => {

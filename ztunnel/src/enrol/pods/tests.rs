@@ -100,6 +100,17 @@ fn another_network_namespace_is_a_release_and_a_capture() {
 }
 
 #[test]
+fn a_pod_whose_namespace_was_made_again_is_captured_again() {
+    let mut machine = Machine::new();
+    let a = pod("a", "/a");
+    machine.step(Event::Desired(vec![a.clone()]));
+    machine.step(Event::Captured(uid("a")));
+    assert_eq!(machine.step(Event::Lost(uid("a"))), [Action::Release(uid("a"))]);
+    assert_eq!(machine.step(Event::Lost(uid("a"))), []);
+    assert_eq!(machine.step(Event::Released(uid("a"))), [Action::Capture(a)]);
+}
+
+#[test]
 fn a_failed_capture_is_retried_later_and_later() {
     let mut machine = Machine::new();
     let a = pod("a", "/a");
@@ -114,7 +125,7 @@ fn a_failed_capture_is_retried_later_and_later() {
     }
     assert_eq!(waits[0], Duration::from_millis(100));
     assert_eq!(waits[1], Duration::from_millis(200));
-    assert_eq!(waits[9], Duration::from_secs(15));
+    assert_eq!(waits[9], Duration::from_secs(1));
 }
 
 #[test]

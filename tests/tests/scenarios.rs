@@ -29,6 +29,8 @@ stories! {
     an_open_connection_survives_a_restart => restart::OPEN_CONNECTIONS_DRAIN;
     enrolling_and_withdrawing_keep_open_connections => enrolment::OPEN_CONNECTIONS;
     a_withdrawn_pod_is_clean => enrolment::WITHDRAWN_CLEAN;
+    a_withdrawn_pod_keeps_its_tunnel_over_a_restart => restart::WITHDRAWN_THEN_RESTARTED;
+    a_namespace_made_again_is_captured_again => enrolment::NAMESPACE_REMADE;
     a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
     a_damaged_pod_is_repaired => repair::DAMAGED_POD;
     deleted_pins_are_restored => repair::PINS_DELETED;

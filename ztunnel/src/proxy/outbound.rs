@@ -301,8 +301,12 @@ struct Opened {
     early: Early,
 }
 
-/// Opens a stream. Once more on another tunnel if the first did not take it, or if it broke before anything of
-/// the application's was put on it: never if the peer may already have delivered some.
+/// How many tunnels a stream is tried on. A peer that drains or dies may leave several behind, and each may be
+/// met before the news of it.
+const TRIES_MAX: usize = 16;
+
+/// Opens a stream. Again on another tunnel if one did not take it, or if one that was there before broke before
+/// anything of the application's was put on it: never if the peer may already have delivered some.
 async fn open(
     shard: &Arc<Shard>,
     route: Route,
@@ -327,8 +331,9 @@ async fn open(
     };
     let dialer = TunnelDialer { shard, pod: &route.pod, peer, expect: &route.expect, first: credentials };
     let mut early = Early::default();
-    let mut retried = false;
+    let mut tries = 0;
     loop {
+        tries += 1;
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
         let source = match ask(&mut leased.lease, &connect, application, &mut early).await? {
             Asked::Connected(send, recv) => {
@@ -342,10 +347,9 @@ async fn open(
             StreamError::Tunnel(_) => leased.reused && !early.is_taken(),
             StreamError::Finished | StreamError::Reset(_) => false,
         };
-        if !again || retried {
+        if !again || tries >= TRIES_MAX {
             return Err(OutboundError::Unanswered { peer, source });
         }
-        retried = true;
         leased.lease.retire();
         early.rewind();
     }

@@ -568,6 +568,33 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
 }
 
 #[tokio::test]
+async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
+    let hbone = hbone::Config { client_streams_max: 2, ..hbone::Config::default() };
+    let mut node = Node::start_with(Config { threads: 1, hbone, ..Config::default() }).await;
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        open.push(node.connect().await);
+    }
+    assert_eq!(node.plane.shards[0].pool.tunnels(), 4);
+    // Every tunnel has a stream, and room for another.
+    for ended in [6, 4, 2, 0] {
+        drop(open.remove(ended));
+    }
+    while node.plane.live().connections > 8 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    node.plane.remove_pod(&PodUid::from("server"));
+    node.add_server();
+    for _ in 0..10 {
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"hello").await;
+    }
+    for (client, server) in &mut open {
+        say(client, server, b"still here").await;
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
     let mut node = Node::start().await;
     drop(node.connect().await);

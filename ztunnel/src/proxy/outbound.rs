@@ -7,11 +7,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::net::TcpStream;
 use std::pin::Pin;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use http::StatusCode;
+use tokio::time::Instant;
+use tokio::time::sleep;
 use tokio::time::timeout;
 
 use crate::hbone::address::Forwarded;
@@ -82,6 +85,14 @@ pub enum OutboundError {
         #[source]
         source: StreamError,
     },
+    /// There is a tunnel, but the peer says nothing to the request.
+    #[error("HBONE peer {} did not answer in {after:?}", peer.0)]
+    Silent {
+        /// Who was asked.
+        peer: HbonePeer,
+        /// How long was waited.
+        after: Duration,
+    },
     /// The peer answered that it will not connect.
     #[error("HBONE peer {} refused the connection: http status: {status}", peer.0)]
     Refused {
@@ -121,9 +132,11 @@ pub enum OutboundError {
 impl Ending for OutboundError {
     fn flag(&self) -> ResponseFlag {
         match self {
-            Self::NoRoute(_) | Self::Refused { .. } | Self::Connect { .. } | Self::Timeout { .. } => {
-                ResponseFlag::Connect
-            }
+            Self::NoRoute(_)
+            | Self::Silent { .. }
+            | Self::Refused { .. }
+            | Self::Connect { .. }
+            | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Identity(_) => ResponseFlag::Identity,
             Self::Dial(error) => match &**error {
                 DialError::Timeout { .. } => ResponseFlag::NetworkPolicy,
@@ -152,6 +165,7 @@ impl Ending for OutboundError {
             | Self::Identity(_)
             | Self::Dial(_)
             | Self::Unanswered { .. }
+            | Self::Silent { .. }
             | Self::Refused { .. }
             | Self::Connect { .. }
             | Self::Timeout { .. } => false,
@@ -335,11 +349,13 @@ async fn open(
     loop {
         tries += 1;
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
-        let source = match ask(&mut leased.lease, &connect, application, &mut early).await? {
+        let after = shard.config.answer_timeout;
+        let source = match ask(&mut leased.lease, &connect, application, &mut early, after).await? {
             Asked::Connected(send, recv) => {
                 return Ok(Opened { lease: leased.lease, halves: (send, recv), early });
             }
             Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
+            Asked::Silent => return Err(OutboundError::Silent { peer, after }),
             Asked::Unanswered(source) => source,
         };
         let again = match source {
@@ -358,32 +374,52 @@ async fn open(
 enum Asked {
     Connected(SendHalf, RecvHalf),
     Refused(StatusCode),
+    Silent,
     Unanswered(StreamError),
 }
 
-/// Asks for the stream and waits for the answer. Meanwhile the application's first words are sent: a peer
-/// delivers nothing before it has decided, and the round trip is saved.
+/// How long an application may be gone before it is noticed, where it is not being read.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
+
+/// Asks for the stream and waits for the answer, `limit` at most. Meanwhile the application's first words are
+/// sent: a peer delivers nothing before it has decided, and the round trip is saved.
 async fn ask(
     lease: &mut Lease,
     connect: &Connect<'_>,
     application: &mut ResetUnlessDone,
     early: &mut Early,
+    limit: Duration,
 ) -> Result<Asked, OutboundError> {
     let Opening { mut send, mut answer } = match lease.open(connect).await {
         Ok(opening) => opening,
         Err(error) => return Ok(Asked::Unanswered(error)),
     };
-    let answered = poll_fn(|cx| match answer.poll(cx) {
-        Poll::Ready(answered) => Poll::Ready(Ok(answered)),
-        Poll::Pending => early.poll(&mut application.socket, &mut send, cx).map(Err),
+    let (deadline, period) = (Instant::now() + limit, LOOK_PERIOD.min(limit));
+    let mut look = pin!(sleep(period));
+    poll_fn(|cx| {
+        if let Poll::Ready(answered) = answer.poll(cx) {
+            return Poll::Ready(Ok(Some(answered)));
+        }
+        while look.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= deadline {
+                return Poll::Ready(Ok(None));
+            }
+            // Once its first words were taken the application is not read, and its reset would go unseen.
+            if let Ok(Some(error)) = application.socket.take_error() {
+                return Poll::Ready(Err(error));
+            }
+            look.as_mut().reset(deadline.min(Instant::now() + period));
+        }
+        early.poll(&mut application.socket, &mut send, cx).map(Err)
     })
     .await
-    .map_err(OutboundError::Abandoned)?;
-    Ok(match answered {
-        Ok(Answered::Connected { recv, .. }) => Asked::Connected(send, recv),
-        Ok(Answered::Refused(status)) => Asked::Refused(status),
-        Err(error) => Asked::Unanswered(error),
+    .map(|answered| match answered {
+        Some(Ok(Answered::Connected { recv, .. })) => Asked::Connected(send, recv),
+        Some(Ok(Answered::Refused(status))) => Asked::Refused(status),
+        Some(Err(error)) => Asked::Unanswered(error),
+        None => Asked::Silent,
     })
+    .map_err(OutboundError::Abandoned)
 }
 
 /// Dials the peer from inside the pod.

@@ -18,6 +18,7 @@ stories! {
     only_tls_1_3_goes_over_the_link => tunnel::ONLY_TLS;
     both_sides_verify_an_identity => tunnel::IDENTITIES;
     a_denied_service_account_is_refused_and_logged => policy::DENIED;
+    an_open_connection_is_cut_by_a_new_policy => policy::OPEN_CONNECTION_CUT;
     strict_refuses_plaintext_and_permissive_takes_it => policy::STRICT;
     outside_the_mesh_nothing_changes => policy::OUTSIDE_UNTOUCHED;
     only_the_node_may_probe => probes::ONLY_THE_NODE;

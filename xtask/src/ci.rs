@@ -6,27 +6,31 @@ use anyhow::Result;
 use ztunnel_tests::binaries::repository;
 
 use crate::run::{cargo, visibly};
+use crate::test::tally::Tally;
 use crate::{setup, test};
 
 /// The command.
 pub(crate) fn run() -> Result<ExitCode> {
     setup::ensure()?;
-    let mut failures = Vec::new();
-    let mut step = |name: &str, command: &mut Command| {
-        if let Err(error) = visibly(command) {
-            eprintln!("error: {error:#}");
-            failures.push(name.to_owned());
+    let mut tally = checks();
+    tally.add(test::all(&test::Arguments::default())?);
+    println!("{tally}");
+    Ok(if tally.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Format, lints, documentation and dependencies, each counted like a test.
+pub(crate) fn checks() -> Tally {
+    let mut tally = Tally::default();
+    let mut step = |name: &str, command: &mut Command| match visibly(command) {
+        Ok(()) => tally.passed += 1,
+        Err(error) => {
+            eprintln!("error: {name}: {error:#}");
+            tally.failed += 1;
         }
     };
     step("format", cargo().args(["fmt", "--all", "--", "--check"]));
     let programs = repository().join("ebpf/programs/Cargo.toml");
-    if programs.exists() {
-        let mut command = cargo();
-        step(
-            "format of the eBPF programs",
-            command.args(["fmt", "--check", "--manifest-path"]).arg(programs),
-        );
-    }
+    step("format of the eBPF programs", cargo().args(["fmt", "--check", "--manifest-path"]).arg(programs));
     step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
     let mut doc = cargo();
     doc.args(["doc", "--package", "ztunnel", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
@@ -39,13 +43,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             "note: cargo-deny is not installed: licences and advisories are not checked (cargo install cargo-deny)"
         );
     }
-    let mut tally = test::all(&test::Arguments::default())?;
-    for name in &failures {
-        eprintln!("error: {name} did not pass");
-    }
-    tally.failed += failures.len();
-    println!("{tally}");
-    Ok(if tally.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    tally
 }
 
 fn has_cargo_deny() -> bool {

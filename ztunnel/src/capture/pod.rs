@@ -292,7 +292,7 @@ fn inside(pod: &PodSpec) -> io::Result<Inside> {
     let ensured = routes::ensure(&mut netlink, &routes::families(&pod.addresses));
     let mut added = ensured.map_err(|error| match error.raw_os_error() {
         // What the kernel says of a source address that is nobody's.
-        Some(libc::EINVAL) => std::io::Error::new(
+        Some(libc::EINVAL) => io::Error::new(
             error.kind(),
             format!("{error}: does a device of the pod have its addresses {:?}?", pod.addresses),
         ),

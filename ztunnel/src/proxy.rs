@@ -252,7 +252,7 @@ impl DataPlane {
     }
 
     /// Takes no new connections of the pod, and lets those that are open go on until their end. Peers are told
-    /// to open no new streams on their tunnels to it.
+    /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         let (pod, stop) = self.pods().remove(uid)?;
         stop.drain();

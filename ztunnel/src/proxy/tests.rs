@@ -626,6 +626,23 @@ async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
 }
 
 #[tokio::test]
+async fn who_is_connecting_when_its_pod_is_removed_gets_through() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    node.plane.remove_pod(&PodUid::from("client"));
+    // Later than any that had begun before.
+    for _ in 0..10 {
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"just in time").await;
+    }
+    let closed = async {
+        while TcpStream::connect(node.outbound).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, closed).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
     let mut node = Node::start().await;
     drop(node.connect().await);

@@ -251,8 +251,9 @@ impl DataPlane {
         Ok(())
     }
 
-    /// Takes no new connections of the pod, and lets those that are open go on until their end. Peers are told
-    /// to open no new streams on their tunnels to it.
+    /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
+    /// they begin, and lets those that are open go on until their end. Peers are told
+    /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         let (pod, stop) = self.pods().remove(uid)?;
         stop.drain();

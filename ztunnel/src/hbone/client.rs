@@ -161,7 +161,13 @@ async fn shake(
         backlog.drive(handshake).await.map_err(|_| DialError::NotHttp2 { peer })?;
     let tunnel = Arc::new(Tunnel {
         streams_max: config.client_streams_max,
-        state: Mutex::new(State { sender: Some(sender), streams: 0, idle_since: Instant::now() }),
+        state: Mutex::new(State {
+            sender: Some(sender),
+            streams: 0,
+            idle_since: Instant::now(),
+            used: false,
+            leaving: false,
+        }),
     });
     let mut keepalive = connection.ping_pong().map(|pings| Keepalive::new(pings, config));
     let (idle_timeout, idle) = (config.idle_timeout, Arc::downgrade(&tunnel));
@@ -236,6 +242,16 @@ struct State {
     sender: Option<SendRequest<Bytes>>,
     streams: usize,
     idle_since: Instant,
+    /// Whether it ever had a stream.
+    used: bool,
+    /// Whether it is retired as soon as it has none.
+    leaving: bool,
+}
+
+impl State {
+    fn is_over(&self) -> bool {
+        self.leaving && self.used && self.streams == 0
+    }
 }
 
 impl Tunnel {
@@ -260,6 +276,18 @@ impl Tunnel {
         drop(sender);
     }
 
+    /// Retires the tunnel as soon as it has no streams: at once, or when the last of them ends. One that was dialled
+    /// only now waits for the stream it was dialled for.
+    pub fn retire_when_idle(&self) {
+        let mut state = self.state();
+        state.leaving = true;
+        let over = state.is_over();
+        drop(state);
+        if over {
+            self.retire();
+        }
+    }
+
     /// Room for one stream, if there is: fewer are open than this side wants and the peer takes now.
     pub fn lease(self: &Arc<Self>) -> Option<Lease> {
         let mut state = self.state();
@@ -269,6 +297,7 @@ impl Tunnel {
         }
         let sender = sender.clone();
         state.streams += 1;
+        state.used = true;
         Some(Lease { tunnel: Arc::clone(self), sender: Some(sender) })
     }
 
@@ -309,6 +338,11 @@ impl Drop for Lease {
         let mut state = self.tunnel.state();
         state.streams -= 1;
         state.idle_since = Instant::now();
+        let over = state.is_over();
+        drop(state);
+        if over {
+            self.tunnel.retire();
+        }
     }
 }
 

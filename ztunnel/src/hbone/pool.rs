@@ -47,6 +47,10 @@ pub trait Dialer: Sync {
 
     /// Dials with `credentials`. It runs apart from who asked, as others wait for it as well.
     fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>>;
+
+    /// Resolves when the source is going: from then on a tunnel without streams is closed. Each keeps the source's
+    /// network namespace alive.
+    fn over(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 /// How often one request may find that others were quicker before it gives up.
@@ -136,16 +140,22 @@ impl Pool {
             Some(waiters) => waiters.push(sender),
             None => {
                 peer.dialling = Some(vec![sender]);
-                let dial = dialer.dial(Arc::clone(&credentials));
+                let (dial, over) = (dialer.dial(Arc::clone(&credentials)), dialer.over());
                 let (pool, key) = (self.clone(), key.clone());
-                shutdown::spawn(async move { pool.run(key, credentials, dial).await });
+                shutdown::spawn(async move { pool.run(key, credentials, dial, over).await });
             }
         }
         Next::Wait(receiver)
     }
 
     /// Dials, tells who waits, and stays with the tunnel until it is closed.
-    async fn run(&self, key: Key, made_with: Arc<Credentials>, dial: impl Future<Output = Dialled>) {
+    async fn run(
+        &self,
+        key: Key,
+        made_with: Arc<Credentials>,
+        dial: impl Future<Output = Dialled>,
+        over: Pin<Box<dyn Future<Output = ()> + Send>>,
+    ) {
         let mut dialled = dial.await;
         let waiters = {
             let mut peers = self.peers();
@@ -156,11 +166,18 @@ impl Pool {
             peer.dialling.take().unwrap_or_default()
         };
         match dialled {
-            Ok((tunnel, driver)) => {
+            Ok((tunnel, mut driver)) => {
                 for waiter in waiters {
                     let _gone = waiter.send(Ok(()));
                 }
-                if let Err(error) = driver.await {
+                let ended = tokio::select! {
+                    ended = &mut driver => ended,
+                    () = over => {
+                        tunnel.retire_when_idle();
+                        driver.await
+                    }
+                };
+                if let Err(error) = ended {
                     tracing::debug!(peer = %key.peer.0, error = &error as &dyn std::error::Error, "tunnel broke");
                 }
                 self.forget(&key, Some(&tunnel));

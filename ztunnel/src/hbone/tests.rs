@@ -101,6 +101,9 @@ struct Mesh {
     config: Config,
     dials: Arc<AtomicUsize>,
     stop: shutdown::Trigger,
+    /// Ends the source.
+    leave: shutdown::Trigger,
+    over: shutdown::Signal,
 }
 
 type Handle = Arc<dyn Fn(Incoming) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
@@ -118,6 +121,7 @@ impl Mesh {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let peer = HbonePeer(listener.local_addr().unwrap());
         let (stop, signal) = shutdown::channel();
+        let (leave, over) = shutdown::channel();
         let serving = config.clone();
         shutdown::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
@@ -142,6 +146,8 @@ impl Mesh {
             config,
             dials: Arc::default(),
             stop,
+            leave,
+            over,
         }
     }
 
@@ -185,6 +191,11 @@ impl Dialer for Mesh {
             let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await?;
             handshake(socket, peer, credentials.client_config(&[id("server")]), &config).await
         })
+    }
+
+    fn over(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut over = self.over.clone();
+        Box::pin(async move { over.draining().await })
     }
 }
 
@@ -424,6 +435,9 @@ async fn who_waits_shares_the_failure_and_too_many_do_not_wait() {
                 Err(DialError::Timeout { peer, after: Duration::from_secs(10) })
             })
         }
+        fn over(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+            Box::pin(pending())
+        }
     }
     let peer = HbonePeer("10.0.0.1:15008".parse().unwrap());
     let credentials = Arc::new(TestCa::new().certify(&id("client")));
@@ -504,6 +518,35 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn tunnels_of_a_source_that_is_over_close_with_their_last_stream() {
+    let config = Config { client_streams_max: 1, ..Config::default() };
+    let mesh = Mesh::start(config, echo()).await;
+    let (_lease, mut forth, mut recv) = mesh.connected().await;
+    drop(mesh.connected().await);
+    assert_eq!(mesh.pool.tunnels(), 2);
+    let left = async |tunnels| {
+        let fewer = async {
+            while mesh.pool.tunnels() > tunnels {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
+    };
+    mesh.leave.drain();
+    left(1).await;
+    // A straggler still gets through.
+    let straggler = mesh.connected().await;
+    assert_eq!((mesh.dials(), mesh.pool.tunnels()), (3, 2));
+    drop(straggler);
+    left(1).await;
+    send(&mut forth, "still there").await.unwrap();
+    forth.finish().unwrap();
+    assert_eq!(receive(&mut recv).await.unwrap(), b"still there");
+    drop((_lease, forth, recv));
+    left(0).await;
 }
 
 #[tokio::test]

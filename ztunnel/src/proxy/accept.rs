@@ -30,6 +30,10 @@ const BATCH: usize = 64;
 /// How long to wait when the process has no descriptors or memory for another connection. They stay queued.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long listeners of a removed pod go on accepting, unless the drain's linger is shorter. Nothing new arrives
+/// by then, but handshakes in progress end in a connection, which a closed listener would reset.
+const REMOVAL_LINGER: Duration = Duration::from_secs(1);
+
 /// What a listener takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -86,7 +90,7 @@ impl Listener {
         Ok(Self { kind, acceptor: Acceptor::new(listener)? })
     }
 
-    /// Accepts until the pod is removed, or until the drain has lasted for the linger. What is queued at that
+    /// Accepts until the pod has been removed or the drain has lasted for their lingers. What is queued at that
     /// moment is still taken; then the socket closes.
     pub(super) async fn run(self, shard: Arc<Shard>, pod: Arc<Pod>, _counted: Entered) {
         let take = |listener: &TcpListener| self.take(listener, &shard, &pod);
@@ -134,7 +138,10 @@ fn end<'a>(shard: &'a Shard, pod: &'a Pod) -> impl Future<Output = ()> + 'a {
     let mut signal = shard.signal.clone();
     async move {
         tokio::select! {
-            () = pod.removed() => {}
+            () = async {
+                pod.removed().await;
+                sleep(REMOVAL_LINGER.min(shard.config.linger)).await;
+            } => {}
             () = async {
                 tokio::select! {
                     () = signal.draining() => {}

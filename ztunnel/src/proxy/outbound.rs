@@ -446,4 +446,8 @@ impl Dialer for TunnelDialer<'_> {
             handshake(socket, peer, tls, &config.hbone).await
         })
     }
+
+    fn over(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(self.pod.removed())
+    }
 }

@@ -1,5 +1,6 @@
 //! What the connections of one pod share.
 
+use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -65,9 +66,10 @@ impl Pod {
         self.addresses.contains(&ip)
     }
 
-    /// Waits for the pod's removal.
-    pub async fn removed(&self) {
-        self.stopped.clone().draining().await;
+    /// Waits for the pod's removal, without keeping the pod meanwhile.
+    pub fn removed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut stopped = self.stopped.clone();
+        async move { stopped.draining().await }
     }
 
     /// Waits for another process to take over.

@@ -569,6 +569,36 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
 }
 
 #[tokio::test]
+async fn a_removed_pod_leaves_no_tunnels_behind() {
+    let hbone = hbone::Config { client_streams_max: 1, ..hbone::Config::default() };
+    let node = Node::start_with(Config { threads: 1, hbone, ..Config::default() }).await;
+    let tunnels = || node.plane.shards[0].pool.tunnels();
+    let (mut client, mut server) = node.connect().await;
+    drop(node.connect().await);
+    node.logged(&["connection complete", "direction=\"outbound\""]).await;
+    assert_eq!(tunnels(), 2);
+    let leaving = node.plane.remove_pod(&PodUid::from("client")).unwrap();
+    let left = async |most| {
+        let fewer = async {
+            while tunnels() > most {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, fewer).await.unwrap();
+    };
+    left(1).await;
+    say(&mut client, &mut server, b"still here").await;
+    drop((client, server));
+    left(0).await;
+    let over = async {
+        while !leaving.is_over() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, over).await.unwrap();
+}
+
+#[tokio::test]
 async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
     let hbone = hbone::Config { client_streams_max: 2, ..hbone::Config::default() };
     let mut node = Node::start_with(Config { threads: 1, hbone, ..Config::default() }).await;
@@ -593,6 +623,23 @@ async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
     for (client, server) in &mut open {
         say(client, server, b"still here").await;
     }
+}
+
+#[tokio::test]
+async fn who_is_connecting_when_its_pod_is_removed_gets_through() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    node.plane.remove_pod(&PodUid::from("client"));
+    // Later than any that had begun before.
+    for _ in 0..10 {
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"just in time").await;
+    }
+    let closed = async {
+        while TcpStream::connect(node.outbound).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, closed).await.unwrap();
 }
 
 #[tokio::test]

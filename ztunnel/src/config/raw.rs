@@ -46,7 +46,7 @@ pub enum Command {
 /// Where things are in the kernel and the file system.
 #[derive(Debug, Clone, Args)]
 pub struct Kernel {
-    /// Where programs and maps are pinned, so that they outlive the daemon [default: /sys/fs/bpf/ztunnel/<node>]
+    /// Where programs and maps are pinned, so that they outlive the daemon [default: /sys/fs/bpf/ztunnel/NODE]
     #[arg(long, value_name = "DIR")]
     pub pin_dir: Option<PathBuf>,
     /// The cgroup v2 directory whose processes are captured [default: the root of the mounted hierarchy]
@@ -61,7 +61,7 @@ pub struct Kernel {
     /// This node's name, as in the pods' spec.nodeName [default: the host name]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: Option<String>,
-    /// Where daemons of this node meet to hand over [default: /run/ztunnel/<node>]
+    /// Where daemons of this node meet to hand over [default: /run/ztunnel/NODE]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
 }

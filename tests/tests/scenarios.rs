@@ -18,6 +18,7 @@ stories! {
     only_tls_1_3_goes_over_the_link => tunnel::ONLY_TLS;
     both_sides_verify_an_identity => tunnel::IDENTITIES;
     a_denied_service_account_is_refused_and_logged => policy::DENIED;
+    an_open_connection_is_cut_by_a_new_policy => policy::OPEN_CONNECTION_CUT;
     strict_refuses_plaintext_and_permissive_takes_it => policy::STRICT;
     outside_the_mesh_nothing_changes => policy::OUTSIDE_UNTOUCHED;
     only_the_node_may_probe => probes::ONLY_THE_NODE;
@@ -29,6 +30,8 @@ stories! {
     an_open_connection_survives_a_restart => restart::OPEN_CONNECTIONS_DRAIN;
     enrolling_and_withdrawing_keep_open_connections => enrolment::OPEN_CONNECTIONS;
     a_withdrawn_pod_is_clean => enrolment::WITHDRAWN_CLEAN;
+    a_withdrawn_pod_keeps_its_tunnel_over_a_restart => restart::WITHDRAWN_THEN_RESTARTED;
+    a_namespace_made_again_is_captured_again => enrolment::NAMESPACE_REMADE;
     a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
     a_damaged_pod_is_repaired => repair::DAMAGED_POD;
     deleted_pins_are_restored => repair::PINS_DELETED;

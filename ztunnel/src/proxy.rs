@@ -73,6 +73,9 @@ pub struct Config {
     pub threads: usize,
     /// A dial that takes longer is given up.
     pub connect_timeout: Duration,
+    /// A peer that has not answered a request after so long will not: longer than peers take to dial an
+    /// application that does not answer them.
+    pub answer_timeout: Duration,
     /// How long listeners go on accepting once the drain has begun: who has begun to connect gets through.
     pub linger: Duration,
     /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
@@ -96,6 +99,7 @@ impl Default for Config {
         Self {
             threads: (cores / 2).max(1),
             connect_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(15),
             linger: Duration::from_secs(3),
             pod_connections_max: 20_000,
             pod_tunnels_max: 10_000,

@@ -1,11 +1,13 @@
 //! Pods come into the mesh and leave it while they work.
 
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Story;
 use crate::mesh::{Enrolment, MESHED};
+use crate::netns::Netns;
 use crate::peer::hold::Held;
 use crate::poll::eventually;
 use crate::topology::Pod;
@@ -111,6 +113,33 @@ pub const POD_DELETED: Story = Story {
             }
         }
         Ok("two pods came, were captured and went, in both orders; the others went on".to_owned())
+    },
+};
+
+/// A pod whose network namespace is made again under the same name, as a restarted container's is.
+pub const NAMESPACE_REMADE: Story = Story {
+    name: "a network namespace that is made again under the name of an enrolled one is captured too",
+    tell: |world| {
+        let pod = world.a.add_pod(&world.run, "remade")?;
+        world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
+        let captured = || match crate::world::Traces::look(&pod.place.netns)?.is_captured() {
+            true => Ok(()),
+            false => bail!("not captured"),
+        };
+        eventually(SETTLE, captured).context("at first")?;
+        let old = std::fs::metadata(pod.place.netns.path())?.ino();
+        pod.place.netns.remove()?;
+        let again = Netns::create(pod.place.netns.name())?;
+        again.ip(&["addr", "add", &format!("{}/32", pod.v4), "dev", "lo"])?;
+        again.ip(&["addr", "add", &format!("{}/128", pod.v6), "dev", "lo", "nodad"])?;
+        let new = std::fs::metadata(pod.place.netns.path())?.ino();
+        ensure!(old != new, "it is the same namespace");
+        eventually(SETTLE, captured).context("after it was made again")?;
+        world.mesh.remove("pod-remade")?;
+        pod.place.netns.remove()?;
+        http(&world.client.place, world.server.v4.into(), "")
+            .context("another pod of the node, afterwards")?;
+        Ok(format!("namespace {old} was captured, and {new} in its place"))
     },
 };
 

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Story;
 use super::basics::sees_client;
+use crate::peer::hold::Held;
 use crate::poll::eventually;
 use crate::wire::HBONE_PORT;
-use crate::world::{On, World, http, http_refused};
+use crate::world::{On, World, http, http_refused, lines_at};
 
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -83,3 +84,39 @@ fn untouched(world: &World) -> Result<()> {
     }
     Ok(())
 }
+
+/// A policy that changes while a connection is open.
+pub const OPEN_CONNECTION_CUT: Story = Story {
+    name: "a connection that a new policy refuses is cut at once, and others are not",
+    tell: |world| {
+        let log = world.setting(On::B).log();
+        let targets = world.server.addresses().map(lines_at);
+        let open = |place| targets.iter().map(|to| Held::open(place, *to)).collect::<Result<Vec<_>>>();
+        let (mut refused, mut allowed) = (open(&world.other.place)?, open(&world.client.place)?);
+        let mut plain = open(&world.outsider.place)?;
+        let mark = log.mark();
+        world.mesh.deny("no-other", "server", "other")?;
+        for held in &mut refused {
+            eventually(SETTLE, || match held.say() {
+                Ok(_) => bail!("still answered"),
+                Err(_) => Ok(()),
+            })?;
+        }
+        let line = log.wait_line(mark, SETTLE, "the reason", |line| line.contains("due to policy change"))?;
+        for held in allowed.iter_mut().chain(&mut plain) {
+            held.say().context("the policy does not name it")?;
+        }
+        world.mesh.peer_authentication("STRICT")?;
+        for held in &mut plain {
+            eventually(SETTLE, || match held.say() {
+                Ok(_) => bail!("plaintext still answered under STRICT"),
+                Err(_) => Ok(()),
+            })?;
+        }
+        for held in &mut allowed {
+            held.say().context("STRICT must not touch the mesh")?;
+        }
+        let error = super::tunnel::field(&line, "error").unwrap_or(&line);
+        Ok(format!("2 tunnelled cut by DENY (\"{error}\"), 2 plain ones by STRICT; 2 others went on"))
+    },
+};

@@ -1,17 +1,19 @@
 //! A restart that nobody notices.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::Story;
+use super::enrolment::wait_for_port;
 use super::outage::nothing_in_clear;
+use crate::mesh::{Enrolment, MESHED};
 use crate::peer::hold::Held;
 use crate::peer::load::Load;
 use crate::poll::throughout;
-use crate::world::{BOTH, HTTP, On, World, lines_at};
+use crate::world::{BOTH, HTTP, LINES, On, World, lines_at};
 
 /// New connections per second.
 const RATE: u64 = 600;
@@ -86,6 +88,39 @@ pub const OPEN_CONNECTIONS_DRAIN: Story = Story {
         first.ended().context("the first daemon was to end with its last connection")?;
         Ok(format!(
             "the server still saw {seen} after the take-over; the first daemon ended with the connection"
+        ))
+    },
+};
+
+/// What a withdrawn pod's open connection needs in the kernel outlives the daemon that withdrew it.
+pub const WITHDRAWN_THEN_RESTARTED: Story = Story {
+    name: "a pod is withdrawn and the daemon restarted: what was open stays in its tunnel to the end, never in clear",
+    tell: |world| {
+        let client = world.client.clone();
+        let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
+        world.mesh.pod(MESHED, &client, Enrolment::None)?;
+        wait_for_port(world, &client, HTTP).context("after the client was withdrawn")?;
+        let watch = world.watch_link("withdrawn-restarted")?;
+        let mut next = world.setting(On::A).start()?;
+        next.wait_ready()?;
+        let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        let began = Instant::now();
+        let mut said = 0;
+        // Longer than the second daemon takes to look at the kernel, twice.
+        while began.elapsed() < Duration::from_secs(5) {
+            held.say().context("while the first daemon still has the connection")?;
+            said += 1;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        first.ended().context("the first daemon was to end at its deadline")?;
+        ensure!(held.say().is_err(), "the connection was to end with its daemon");
+        let packets = watch.finish()?;
+        let clear = packets.segments_by_port().get(&LINES).copied().unwrap_or_default();
+        ensure!(clear == 0, "{clear} packets of the connection were on the link in clear");
+        world.traces_before(&client)?.same_again(&client.place.netns)?;
+        Ok(format!(
+            "{said} lines answered after the take-over, 0 packets to port {LINES} on the link; when the first daemon \
+             had gone nothing was left in the pod"
         ))
     },
 };

@@ -289,7 +289,15 @@ struct Inside {
 /// Rules, routes, the sysctl; and a look at addresses and devices. Runs in the pod's namespace.
 fn inside(pod: &PodSpec) -> io::Result<Inside> {
     let mut netlink = Netlink::open()?;
-    let mut added = routes::ensure(&mut netlink, &routes::families(&pod.addresses))?;
+    let ensured = routes::ensure(&mut netlink, &routes::families(&pod.addresses));
+    let mut added = ensured.map_err(|error| match error.raw_os_error() {
+        // What the kernel says of a source address that is nobody's.
+        Some(libc::EINVAL) => io::Error::new(
+            error.kind(),
+            format!("{error}: does a device of the pod have its addresses {:?}?", pod.addresses),
+        ),
+        _ => error,
+    })?;
     if routes::accepts_marks()? != 1 {
         routes::accept_marks(1)?;
         added.push("the tcp_fwmark_accept setting");

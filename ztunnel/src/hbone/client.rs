@@ -177,6 +177,9 @@ async fn shake(
             return Poll::Ready(Err(TunnelEnd::Dead));
         }
         let ended = Pin::new(&mut connection).poll(cx).map_err(TunnelEnd::Http2);
+        if let Some(tunnel) = idle.upgrade() {
+            tunnel.retire_if_told(cx);
+        }
         if let Poll::Ready(Err(error)) = backlog.poll_drain(cx)
             && ended.is_pending()
         {
@@ -267,6 +270,18 @@ impl Tunnel {
         let sender = sender.clone();
         state.streams += 1;
         Some(Lease { tunnel: Arc::clone(self), sender: Some(sender) })
+    }
+
+    /// Retires the tunnel if the peer has told it to open no more streams (GOAWAY), whatever streams it still has.
+    fn retire_if_told(&self, cx: &mut Context<'_>) {
+        let mut state = self.state();
+        // Never pending, as no request goes out through this clone of the sender.
+        let told =
+            state.sender.as_mut().is_some_and(|sender| matches!(sender.poll_ready(cx), Poll::Ready(Err(_))));
+        drop(state);
+        if told {
+            self.retire();
+        }
     }
 
     /// Retires the tunnel if it has been idle for `limit`; otherwise says when to ask again.

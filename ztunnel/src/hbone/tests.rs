@@ -472,13 +472,15 @@ async fn a_drained_server_finishes_its_streams_and_the_next_stream_goes_elsewher
     let mesh = Mesh::start(Config::default(), echo()).await;
     let (_lease, mut forth, mut recv) = mesh.connected().await;
     mesh.stop.drain();
-    // Answered by the server's side of the drain: it ends the tunnel's use, not its streams.
-    loop {
+    // The news of the drain ends the tunnel's use, not its streams.
+    while mesh.dials() == 1 {
         let mut lease = mesh.lease().await;
-        let Ok(mut opening) = lease.open(&connect_to("10.0.0.1:80")).await else { break };
+        let Ok(mut opening) = lease.open(&connect_to("10.0.0.1:80")).await else {
+            panic!("told, and still used")
+        };
         match poll_fn(|cx| opening.answer.poll(cx)).await {
-            Err(StreamError::NotTaken) => break,
-            Ok(_) => tokio::task::yield_now().await,
+            // What crosses the news.
+            Ok(_) | Err(StreamError::NotTaken) => tokio::task::yield_now().await,
             Err(error) => panic!("{error}"),
         }
     }

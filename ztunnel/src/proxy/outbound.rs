@@ -7,11 +7,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::net::TcpStream;
 use std::pin::Pin;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use http::StatusCode;
+use tokio::time::Instant;
+use tokio::time::sleep;
 use tokio::time::timeout;
 
 use crate::hbone::address::Forwarded;
@@ -82,6 +85,14 @@ pub enum OutboundError {
         #[source]
         source: StreamError,
     },
+    /// There is a tunnel, but the peer says nothing to the request.
+    #[error("HBONE peer {} did not answer in {after:?}", peer.0)]
+    Silent {
+        /// Who was asked.
+        peer: HbonePeer,
+        /// How long was waited.
+        after: Duration,
+    },
     /// The peer answered that it will not connect.
     #[error("HBONE peer {} refused the connection: http status: {status}", peer.0)]
     Refused {
@@ -121,9 +132,11 @@ pub enum OutboundError {
 impl Ending for OutboundError {
     fn flag(&self) -> ResponseFlag {
         match self {
-            Self::NoRoute(_) | Self::Refused { .. } | Self::Connect { .. } | Self::Timeout { .. } => {
-                ResponseFlag::Connect
-            }
+            Self::NoRoute(_)
+            | Self::Silent { .. }
+            | Self::Refused { .. }
+            | Self::Connect { .. }
+            | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Identity(_) => ResponseFlag::Identity,
             Self::Dial(error) => match &**error {
                 DialError::Timeout { .. } => ResponseFlag::NetworkPolicy,
@@ -152,6 +165,7 @@ impl Ending for OutboundError {
             | Self::Identity(_)
             | Self::Dial(_)
             | Self::Unanswered { .. }
+            | Self::Silent { .. }
             | Self::Refused { .. }
             | Self::Connect { .. }
             | Self::Timeout { .. } => false,
@@ -301,8 +315,12 @@ struct Opened {
     early: Early,
 }
 
-/// Opens a stream. Once more on another tunnel if the first did not take it, or if it broke before anything of
-/// the application's was put on it: never if the peer may already have delivered some.
+/// How many tunnels a stream is tried on. A peer that drains or dies may leave several behind, and each may be
+/// met before the news of it.
+const TRIES_MAX: usize = 16;
+
+/// Opens a stream. Again on another tunnel if one did not take it, or if one that was there before broke before
+/// anything of the application's was put on it: never if the peer may already have delivered some.
 async fn open(
     shard: &Arc<Shard>,
     route: Route,
@@ -327,14 +345,17 @@ async fn open(
     };
     let dialer = TunnelDialer { shard, pod: &route.pod, peer, expect: &route.expect, first: credentials };
     let mut early = Early::default();
-    let mut retried = false;
+    let mut tries = 0;
     loop {
+        tries += 1;
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
-        let source = match ask(&mut leased.lease, &connect, application, &mut early).await? {
+        let after = shard.config.answer_timeout;
+        let source = match ask(&mut leased.lease, &connect, application, &mut early, after).await? {
             Asked::Connected(send, recv) => {
                 return Ok(Opened { lease: leased.lease, halves: (send, recv), early });
             }
             Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
+            Asked::Silent => return Err(OutboundError::Silent { peer, after }),
             Asked::Unanswered(source) => source,
         };
         let again = match source {
@@ -342,10 +363,9 @@ async fn open(
             StreamError::Tunnel(_) => leased.reused && !early.is_taken(),
             StreamError::Finished | StreamError::Reset(_) => false,
         };
-        if !again || retried {
+        if !again || tries >= TRIES_MAX {
             return Err(OutboundError::Unanswered { peer, source });
         }
-        retried = true;
         leased.lease.retire();
         early.rewind();
     }
@@ -354,32 +374,52 @@ async fn open(
 enum Asked {
     Connected(SendHalf, RecvHalf),
     Refused(StatusCode),
+    Silent,
     Unanswered(StreamError),
 }
 
-/// Asks for the stream and waits for the answer. Meanwhile the application's first words are sent: a peer
-/// delivers nothing before it has decided, and the round trip is saved.
+/// How long an application may be gone before it is noticed, where it is not being read.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
+
+/// Asks for the stream and waits for the answer, `limit` at most. Meanwhile the application's first words are
+/// sent: a peer delivers nothing before it has decided, and the round trip is saved.
 async fn ask(
     lease: &mut Lease,
     connect: &Connect<'_>,
     application: &mut ResetUnlessDone,
     early: &mut Early,
+    limit: Duration,
 ) -> Result<Asked, OutboundError> {
     let Opening { mut send, mut answer } = match lease.open(connect).await {
         Ok(opening) => opening,
         Err(error) => return Ok(Asked::Unanswered(error)),
     };
-    let answered = poll_fn(|cx| match answer.poll(cx) {
-        Poll::Ready(answered) => Poll::Ready(Ok(answered)),
-        Poll::Pending => early.poll(&mut application.socket, &mut send, cx).map(Err),
+    let (deadline, period) = (Instant::now() + limit, LOOK_PERIOD.min(limit));
+    let mut look = pin!(sleep(period));
+    poll_fn(|cx| {
+        if let Poll::Ready(answered) = answer.poll(cx) {
+            return Poll::Ready(Ok(Some(answered)));
+        }
+        while look.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= deadline {
+                return Poll::Ready(Ok(None));
+            }
+            // Once its first words were taken the application is not read, and its reset would go unseen.
+            if let Ok(Some(error)) = application.socket.take_error() {
+                return Poll::Ready(Err(error));
+            }
+            look.as_mut().reset(deadline.min(Instant::now() + period));
+        }
+        early.poll(&mut application.socket, &mut send, cx).map(Err)
     })
     .await
-    .map_err(OutboundError::Abandoned)?;
-    Ok(match answered {
-        Ok(Answered::Connected { recv, .. }) => Asked::Connected(send, recv),
-        Ok(Answered::Refused(status)) => Asked::Refused(status),
-        Err(error) => Asked::Unanswered(error),
+    .map(|answered| match answered {
+        Some(Ok(Answered::Connected { recv, .. })) => Asked::Connected(send, recv),
+        Some(Ok(Answered::Refused(status))) => Asked::Refused(status),
+        Some(Err(error)) => Asked::Unanswered(error),
+        None => Asked::Silent,
     })
+    .map_err(OutboundError::Abandoned)
 }
 
 /// Dials the peer from inside the pod.

@@ -19,6 +19,7 @@ use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::hbone;
@@ -568,6 +569,33 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
 }
 
 #[tokio::test]
+async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
+    let hbone = hbone::Config { client_streams_max: 2, ..hbone::Config::default() };
+    let mut node = Node::start_with(Config { threads: 1, hbone, ..Config::default() }).await;
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        open.push(node.connect().await);
+    }
+    assert_eq!(node.plane.shards[0].pool.tunnels(), 4);
+    // Every tunnel has a stream, and room for another.
+    for ended in [6, 4, 2, 0] {
+        drop(open.remove(ended));
+    }
+    while node.plane.live().connections > 8 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    node.plane.remove_pod(&PodUid::from("server"));
+    node.add_server();
+    for _ in 0..10 {
+        let (mut client, mut server) = node.connect().await;
+        say(&mut client, &mut server, b"hello").await;
+    }
+    for (client, server) in &mut open {
+        say(client, server, b"still here").await;
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
     let mut node = Node::start().await;
     drop(node.connect().await);
@@ -599,7 +627,7 @@ async fn breaking_peer(node: &Node, at: Breaks) {
             shutdown::spawn(async move {
                 let config = hbone::Config::default();
                 let accepted = server::accept(socket, tls, &config).await.unwrap();
-                let (broken, mut breaking) = tokio::sync::mpsc::unbounded_channel();
+                let (broken, mut breaking) = mpsc::unbounded_channel();
                 let mut streams = 0;
                 let serving = server::serve(accepted, &config, pending(), |mut incoming| {
                     streams += 1;
@@ -631,6 +659,57 @@ async fn breaking_peer(node: &Node, at: Breaks) {
             });
         }
     });
+}
+
+/// A peer that takes streams and answers none. Told of each stream when its first data is there, and of its end.
+async fn silent_peer(node: &Node) -> mpsc::UnboundedReceiver<&'static str> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    let credentials = node.ca.certify(&id("server"));
+    let (tell, told) = mpsc::unbounded_channel();
+    shutdown::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        let config = hbone::Config::default();
+        let accepted = server::accept(socket, credentials.server_config(), &config).await.unwrap();
+        server::serve(accepted, &config, pending(), |mut incoming| {
+            let tell = tell.clone();
+            shutdown::spawn(async move {
+                incoming.first_data().await;
+                tell.send("data").unwrap();
+                poll_fn(|cx| incoming.poll_gone(cx)).await;
+                tell.send("gone").unwrap();
+            });
+        })
+        .await
+    });
+    told
+}
+
+#[tokio::test]
+async fn a_peer_that_never_answers_is_given_up() {
+    let answer_timeout = Duration::from_millis(100);
+    let node = Node::start_with(Config { threads: 1, answer_timeout, ..Config::default() }).await;
+    let mut peer = silent_peer(&node).await;
+    let mut client = TcpStream::connect(node.outbound).await.unwrap();
+    client.write_all(b"anybody there?").await.unwrap();
+    assert_eq!(peer.recv().await, Some("data"));
+    assert_reset(&mut client).await;
+    assert_eq!(peer.recv().await, Some("gone"));
+    node.logged(&["direction=\"outbound\"", "HBONE peer 10.0.0.2:15008 did not answer in 100ms"]).await;
+}
+
+#[tokio::test]
+async fn an_application_that_gives_up_before_the_answer_is_noticed() {
+    let answer_timeout = Duration::from_secs(3600);
+    let node = Node::start_with(Config { threads: 1, answer_timeout, ..Config::default() }).await;
+    let mut peer = silent_peer(&node).await;
+    let mut client = TcpStream::connect(node.outbound).await.unwrap();
+    client.write_all(b"anybody there?").await.unwrap();
+    assert_eq!(peer.recv().await, Some("data"));
+    reset_on_close(&client);
+    drop(client);
+    let gone = timeout(PATIENCE, peer.recv()).await.expect("noticed");
+    assert_eq!(gone, Some("gone"));
 }
 
 async fn echoed(socket: &mut TcpStream) {

@@ -285,7 +285,7 @@ impl World {
         let marks = logs.each_ref().map(Log::mark);
         // An object that no daemon knows: who warns about it has read whatever was written before it.
         let witness = format!("Witness{:08x}", rand::random::<u32>());
-        self.mesh.write("witness", &format!("apiVersion: v1\nkind: {witness}\n"))?;
+        self.mesh.write("witness", &format!("apiVersion: ztunnel-tests/v1\nkind: {witness}\n"))?;
         for (log, mark) in logs.iter().zip(marks) {
             eventually(CARRIED_OUT_WITHIN, || {
                 let said = log.since(mark);

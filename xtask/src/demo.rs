@@ -75,8 +75,10 @@ fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<Stri
         rows.push(row);
     };
     let mut world = World::start(options).context("cannot set the scene")?;
+    // The last line is about what is left, and there is none when everything is.
+    let lines = if options.keep { DEMO.len() } else { DEMO.len() + 1 };
     for (number, story) in DEMO.iter().enumerate() {
-        world.say(&format!("{} of {}: {}", number + 1, DEMO.len() + 1, story.name));
+        world.say(&format!("{} of {lines}: {}", number + 1, story.name));
         let mut row = story.row(&mut world);
         if let Err(error) = world.reset() {
             row.ok = false;
@@ -97,27 +99,35 @@ fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<Stri
     Ok(None)
 }
 
+/// A mesh file in one line, for a shell.
+const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, \
+    metadata: {name: strict, namespace: demo}, spec: {mtls: {mode: STRICT}}}";
+
 fn hints(world: &World) -> String {
     let prefix = world.run.prefix();
     let server = world.server.v4;
     let in_pod = |pod: &Pod| {
         let procs = pod.place.cgroup.procs();
-        format!("sudo sh -c 'echo $$ > {}; exec ip netns exec {}", procs.display(), pod.place.netns.name())
+        format!("sh -c 'echo $$ > {}; exec ip netns exec {}", procs.display(), pod.place.netns.name())
     };
     let client = in_pod(&world.client);
     let outsider = in_pod(&world.outsider);
     format!(
-        "Still standing. Try:
+        "Still standing. As root, try:
   # from a pod in the mesh, to the server, its IPv6 address, and the service
   {client} curl -s http://{server}:{HTTP}/'
   {client} curl -s -g http://{v6}:{HTTP}/'
   {client} curl -s http://{service}/'
-  # from a pod outside the mesh; write a PeerAuthentication with mode STRICT into {mesh} and try again
-  {outsider} curl -s -m 5 http://{server}:{HTTP}/'
+  # from a pod outside the mesh
+  {outsider} curl -sS -m 5 http://{server}:{HTTP}/'
+  # the same once plaintext is refused
+  echo '{STRICT}' > {mesh}/strict.yaml; sleep 1
+  {outsider} curl -sS -m 5 http://{server}:{HTTP}/'
+  tail -n 1 {logs}/daemon-node-b.log; rm {mesh}/strict.yaml
   # what goes over the link
-  sudo ip netns exec {prefix}-node-a tcpdump -n -i link0 port 15008
+  ip netns exec {prefix}-node-a tcpdump -n -i link0 port 15008
   # metrics of a daemon
-  sudo ip netns exec {prefix}-node-a curl -s localhost:15020/metrics
+  ip netns exec {prefix}-node-a curl -s localhost:15020/metrics
 Logs: {logs}/daemon-node-a.log, {logs}/daemon-node-b.log
 Take it down: cargo xtask demo --down",
         v6 = in_url(world.server.v6.into()),

@@ -260,6 +260,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         }
     };
     drop(admin);
+    let mut told = matches!(end, End::Signal);
     // Held to the end of the process: see `Claim::bye`.
     let mut held = None;
     match end {
@@ -300,8 +301,13 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
                 });
             }
             () = signals.next() => {
-                tracing::warn!("told twice to stop; closing what is open");
-                break;
+                if told {
+                    tracing::warn!("told twice to stop; closing what is open");
+                    break;
+                }
+                // Whoever replaced this daemon stops it now: that is no reason to cut connections off.
+                told = true;
+                tracing::info!("told to stop: stopping already, once the open connections have ended");
             }
         }
     }

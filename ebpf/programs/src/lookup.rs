@@ -89,9 +89,12 @@ fn addresses(lookup: *mut bpf_sk_lookup) -> (Address, Address) {
     // SAFETY: the context is valid for the run of the program; it may be read by words only.
     unsafe {
         let family = (&raw const (*lookup).family).read_volatile();
-        let (local4, remote4) =
-            ((&raw const (*lookup).local_ip4).read_volatile(), (&raw const (*lookup).remote_ip4).read_volatile());
-        let (local6, remote6) = (words(&raw const (*lookup).local_ip6), words(&raw const (*lookup).remote_ip6));
+        let (local4, remote4) = (
+            (&raw const (*lookup).local_ip4).read_volatile(),
+            (&raw const (*lookup).remote_ip4).read_volatile(),
+        );
+        let (local6, remote6) =
+            (words(&raw const (*lookup).local_ip6), words(&raw const (*lookup).remote_ip6));
         if family == AF_INET { (mapped(local4), mapped(remote4)) } else { (local6, remote6) }
     }
 }

@@ -7,8 +7,8 @@ use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, SockMap};
 use ztunnel_ebpf_abi::{
-    Address, COUNTERS as COUNTER_ENTRIES, Counter, LISTENERS_PER_SLOT, MAPPED, NodeConfig, OUTBOUND, PodEntry, Record,
-    SLOTS, STATE_ENTRIES, SlotAddress,
+    Address, COUNTERS as COUNTER_ENTRIES, Counter, LISTENERS_PER_SLOT, MAPPED, NodeConfig, OUTBOUND,
+    PodEntry, Record, SLOTS, STATE_ENTRIES, SlotAddress,
 };
 
 /// Enrolled pods by netns cookie.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::Story;
 use super::enrolment::wait_for_port;
@@ -11,6 +12,7 @@ use super::outage::nothing_in_clear;
 use crate::mesh::{Enrolment, MESHED};
 use crate::peer::hold::Held;
 use crate::peer::load::Load;
+use crate::poll::throughout;
 use crate::world::{BOTH, HTTP, LINES, On, World, lines_at};
 
 /// New connections per second.
@@ -72,9 +74,17 @@ pub const OPEN_CONNECTIONS_DRAIN: Story = Story {
         let mut next = world.setting(On::A).start()?;
         next.wait_ready()?;
         let first = world.replace_daemon(On::A, next).context("no first daemon")?;
-        let seen = held.say().context("after the second daemon took over")?;
-        drop(held);
+        held.say().context("after the second daemon took over")?;
         let mut first = first;
+        // As a service manager would that replaces one daemon by another. In a second it must not have acted on it.
+        first.process().signal(Signal::SIGTERM);
+        let mut seen = None;
+        throughout(Duration::from_secs(1), || {
+            seen = Some(held.say().context("after the first daemon was also told to stop")?);
+            Ok(())
+        })?;
+        let seen = seen.context("nothing was said")?;
+        drop(held);
         first.ended().context("the first daemon was to end with its last connection")?;
         Ok(format!(
             "the server still saw {seen} after the take-over; the first daemon ended with the connection"

@@ -986,7 +986,8 @@ fn a_pod_that_vanishes_is_reported_and_can_be_withdrawn() {
     run(&format!("ip netns del {}", third.ns.0));
     let repairs = world.node.reconcile();
     assert_eq!(repairs.len(), 1);
-    assert!(repairs[0].to_string().contains("is gone: withdraw it"), "{}", repairs[0]);
+    assert!(repairs[0].lost && !repairs[0].repaired, "{:?}", repairs[0]);
+    assert!(repairs[0].to_string().contains("is gone or another one"), "{}", repairs[0]);
     world.node.withdraw(&spec(&third).uid).expect("withdraws");
     world.node.forget(&spec(&third).uid).expect("forgets");
     assert_eq!(world.node.reconcile(), vec![]);

@@ -138,18 +138,21 @@ impl Pins {
         Ok(removed)
     }
 
-    /// Removes the pin directory when nothing is left in it, and the mount if `mounted` and empty.
+    /// Removes the pin directory when nothing is left in it, the empty ones above it on the same file system, and
+    /// the mount if `mounted` and empty.
     pub(super) fn remove_root(&self, mounted: bool) -> io::Result<()> {
-        let point = mounted.then(|| mount_point(&self.root)).transpose()?;
-        if point.as_deref() != Some(&*self.root) {
-            match std::fs::remove_dir(&self.root) {
+        if !self.root.exists() {
+            return Ok(());
+        }
+        let point = mount_point(&self.root)?;
+        let inside = self.root.ancestors().take_while(|dir| *dir != point);
+        for dir in inside {
+            match std::fs::remove_dir(dir) {
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(()),
                 other => gone(other)?,
             }
         }
-        if let Some(point) = point
-            && is_empty(&point)?
-        {
+        if mounted && is_empty(&point)? {
             umount2(&point, MntFlags::empty())?;
             if point == self.root {
                 gone(std::fs::remove_dir(&point))?;

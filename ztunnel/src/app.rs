@@ -185,6 +185,12 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     };
 
     let node = capture::Node::open(config.places.capture.clone())?;
+    if !node.knows_pods() {
+        tracing::warn!(
+            "no cgroup of pods was found: every process in the node's network namespace counts as the node's own, \
+             whose probes pass (see --kubepods-cgroup)"
+        );
+    }
     let data_plane = DataPlane::start(
         config.proxy.clone(),
         reader,

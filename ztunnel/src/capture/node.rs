@@ -122,12 +122,6 @@ impl Node {
         let (node, added) = host::describe(&self.config, &self.host)
             .and_then(|node| Ok((node, host::add_probe_addresses(&self.host)?)))
             .map_err(failed)?;
-        if node.kubepods == 0 {
-            tracing::warn!(
-                "no cgroup of pods was found: every process in the node's network namespace counts as the node's \
-                 own, whose probes pass (see --kubepods-cgroup)"
-            );
-        }
         tracing::debug!(
             ?added,
             kubepods = node.kubepods,
@@ -252,6 +246,12 @@ impl Node {
     /// For the sockets of the data plane.
     pub fn vouch(&self) -> Arc<dyn Bypass> {
         Arc::<Vouch>::clone(&self.vouch)
+    }
+
+    /// Whether pods' processes in the node's own network namespace can be told from the node's: without a cgroup of
+    /// pods, the probes of every process there pass.
+    pub fn knows_pods(&self) -> bool {
+        self.maps.node.get(&0, 0).is_ok_and(|node| node.kubepods != 0)
     }
 
     /// What the programs counted.

@@ -11,9 +11,10 @@ use crate::topology::Pod;
 use crate::world::{On, World, http};
 
 const PODS: usize = 200;
-/// Generous bounds, to notice a leak or a quadratic step rather than to measure.
-const MEMORY_PER_POD: u64 = 2 << 20;
-const DESCRIPTORS_PER_POD: usize = 40;
+/// What a pod may cost the daemon, in bytes of resident memory and in descriptors.
+const MEMORY_PER_POD: u64 = 60_000;
+const DESCRIPTORS_PER_POD: usize = 8;
+/// Generous, to notice a quadratic step: how long it takes depends on what else the machine does.
 const ENROLLED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Two hundred pods.

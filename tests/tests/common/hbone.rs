@@ -23,6 +23,9 @@ use super::certificates::Signed;
 
 const LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a peer that says nothing sensible may be kept: the daemon gives a handshake ten seconds.
+const CLOSED_WITHIN: Duration = Duration::from_secs(20);
+
 /// What came of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Came {
@@ -36,7 +39,9 @@ pub(crate) enum Came {
 pub(crate) fn inside<T: Send>(netns: &Netns, act: impl Future<Output = Result<T>> + Send) -> Result<T> {
     netns.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async { tokio::time::timeout(LIMIT * 3, act).await.context("left waiting")? })
+        runtime.block_on(async {
+            tokio::time::timeout(CLOSED_WITHIN + LIMIT, act).await.context("left waiting")?
+        })
     })
 }
 
@@ -98,7 +103,7 @@ pub(crate) async fn until_closed(
     // It may be closed before all of it is sent.
     let _closed = stream.write_all(bytes).await;
     let mut answer = Vec::new();
-    match tokio::time::timeout(LIMIT * 2, stream.read_to_end(&mut answer)).await {
+    match tokio::time::timeout(CLOSED_WITHIN, stream.read_to_end(&mut answer)).await {
         Ok(_closed_or_reset) => Ok(answer),
         Err(_) => bail!("the connection stays open"),
     }

@@ -98,6 +98,15 @@ pub struct Read {
     pub ended: bool,
 }
 
+/// What was already received from the stream.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// How much of it was written to the application.
+    pub sent: usize,
+    /// The rest.
+    pub unsent: Bytes,
+}
+
 impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
@@ -118,6 +127,16 @@ impl<M: Meter> Relay<M> {
             watch: Watch::default(),
             meter,
         }
+    }
+
+    /// The same, with what was received before: counted from here on.
+    pub fn after(mut self, received: Received) -> Self {
+        if received.sent > 0 {
+            self.recv.release(received.sent);
+            self.count_written(received.sent);
+        }
+        self.outflow.push(received.unsent);
+        self
     }
 
     /// What counted; the rest is dropped.

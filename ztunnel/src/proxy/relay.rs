@@ -199,7 +199,11 @@ impl<M: Meter> Relay<M> {
                 return Poll::Pending;
             }
             if !self.outflow.is_empty() {
-                match self.outflow.poll_write(&mut self.application.socket, cx) {
+                let written = match self.to {
+                    To::Ending => self.outflow.poll_write_last(&self.application.socket, cx),
+                    To::Receiving | To::Ended => self.outflow.poll_write(&mut self.application.socket, cx),
+                };
+                match written {
                     Poll::Ready(written) => {
                         let written = written.map_err(RelayError::Application)?;
                         self.recv.release(written);
@@ -212,8 +216,11 @@ impl<M: Meter> Relay<M> {
             match self.to {
                 To::Receiving => return Poll::Pending,
                 To::Ending => {
-                    let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
-                    ready!(ended).map_err(RelayError::Application)?;
+                    // Where the other direction has ended, too, the close that follows says it.
+                    if self.from != From::Ended {
+                        let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
+                        ready!(ended).map_err(RelayError::Application)?;
+                    }
                     self.to = To::Ended;
                 }
                 To::Ended => return Poll::Ready(Ok(())),

@@ -16,7 +16,9 @@ use std::time::Duration;
 use bytes::Buf;
 use bytes::Bytes;
 use bytes::BytesMut;
+use socket2::SockRef;
 use tokio::io::AsyncWrite;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
@@ -307,6 +309,32 @@ impl Outflow {
         Poll::Ready(Ok(written))
     }
 
+    /// The same, where the end comes right after all of this: it goes with the last of it, in one packet, once `to`
+    /// is shut down or closed.
+    pub fn poll_write_last(&mut self, to: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.push_tail();
+        let mut slices = [IoSlice::new(&[]); GATHER_MAX];
+        let mut count = 0;
+        for (slice, piece) in slices.iter_mut().zip(&self.pieces) {
+            *slice = IoSlice::new(piece);
+            count += 1;
+        }
+        let (slices, flags) = (&slices[..count], libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        let written = loop {
+            ready!(to.poll_write_ready(cx))?;
+            let send = || match slices {
+                [only] => SockRef::from(to).send_with_flags(only, flags),
+                _ => SockRef::from(to).send_vectored_with_flags(slices, flags),
+            };
+            match to.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => break written?,
+            }
+        };
+        self.consume(written);
+        Poll::Ready(Ok(written))
+    }
+
     fn consume(&mut self, written: usize) {
         self.bytes -= written;
         let mut left = written;
@@ -423,6 +451,24 @@ mod tests {
         let (done, ()) = tokio::join!(relayed(front, back, &count), fill);
         assert!(matches!(done.unwrap_err(), CopyError::Client(_)));
         drop(server);
+    }
+
+    #[tokio::test]
+    async fn an_end_goes_with_the_last_data_and_all_of_it_arrives() {
+        for pieces in [1, 3, 2 * GATHER_MAX] {
+            let (near, mut far) = pair().await;
+            let mut outflow = Outflow::default();
+            for _ in 0..pieces {
+                outflow.push(Bytes::from(vec![7; JOIN_MAX]));
+            }
+            while !outflow.is_empty() {
+                std::future::poll_fn(|cx| outflow.poll_write_last(&near, cx)).await.unwrap();
+            }
+            drop(near);
+            let mut got = Vec::new();
+            far.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, vec![7; pieces * JOIN_MAX]);
+        }
     }
 
     #[test]

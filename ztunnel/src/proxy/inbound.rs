@@ -36,6 +36,7 @@ use crate::proxy::pod::TooMany;
 use crate::proxy::pod::UnknownWorkload;
 use crate::proxy::relay::Application;
 use crate::proxy::relay::Read;
+use crate::proxy::relay::Received;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Entered;
@@ -301,9 +302,10 @@ async fn establish(
     drop(mesh);
     let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: Some(to) };
     let tally = Tally(shard.telemetry.open(parties, addresses));
+    let mut first = Received::default();
     let delivered = match permit {
         Ok(permit) => registered
-            .run(dial(permit, &shard, &pod, &tunnel, to, &mut incoming))
+            .run(dial(permit, &shard, &pod, &tunnel, to, (&mut incoming, &mut first)))
             .await
             .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
         Err(denial) => Err(DeliveryError::from(denial).into()),
@@ -319,7 +321,7 @@ async fn establish(
     match incoming.connect(Some(pod.baggage(&workload))) {
         Ok(halves) => {
             let application = (application, Application::Server);
-            let relay = Relay::new(application, halves, Read::default(), tally);
+            let relay = Relay::new(application, halves, Read::default(), tally).after(first);
             Some(Connected { relay, registered, admitted })
         }
         Err(error) => {
@@ -335,23 +337,32 @@ fn answer(incoming: Incoming, failure: &StreamFailure) {
     }
 }
 
-/// Dials the application, unless the client gives up meanwhile.
+/// Dials the application, unless the client gives up meanwhile. What the client has said already goes with it.
 async fn dial(
     permit: Permit,
     shard: &Shard,
     pod: &Pod,
     tunnel: &Tunnel,
     to: SocketAddr,
-    incoming: &mut Incoming,
+    (incoming, first): (&mut Incoming, &mut Received),
 ) -> Result<tokio::net::TcpStream, StreamFailure> {
-    let mut dial = pin!(deliver(permit, shard, pod, tunnel.client.0, to));
-    poll_fn(|cx| {
-        if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
-            return Poll::Ready(dialled.map_err(StreamFailure::from));
-        }
-        incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
-    })
-    .await
+    // Policy has spoken: from here on the client's words may be looked at.
+    if let Some(said) = poll_fn(|cx| Poll::Ready(incoming.first_words(cx))).await {
+        first.unsent = said.map_err(StreamFailure::Abandoned)?;
+    }
+    let said = first.unsent.len();
+    let dialled = {
+        let mut dial = pin!(deliver(permit, shard, pod, tunnel.client.0, to, &mut first.unsent));
+        poll_fn(|cx| {
+            if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
+                return Poll::Ready(dialled.map_err(StreamFailure::from));
+            }
+            incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
+        })
+        .await
+    };
+    first.sent = said - first.unsent.len();
+    dialled
 }
 
 /// Where a stream goes: the address of the pod its tunnel was dialled at or another one of it, and a port that

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::HeaderValue;
 use tokio::io::AsyncReadExt;
@@ -53,6 +54,7 @@ use crate::model::policy::StringMatch;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
+use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::reset_on_close;
@@ -117,8 +119,8 @@ impl PodNetwork for TestPod {
         self.0.dial(to)
     }
 
-    fn deliver(&self, _client: IpAddr, to: SocketAddr) -> Dial {
-        self.0.dial(to)
+    fn deliver(&self, _client: IpAddr, to: SocketAddr, _first: &mut Bytes) -> io::Result<Delivery> {
+        Ok(Delivery::Waiting(self.0.dial(to)))
     }
 }
 

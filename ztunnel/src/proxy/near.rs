@@ -274,3 +274,97 @@ fn poll_error(
     }
     Poll::Pending
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::hbone::tests::TestCa;
+    use crate::hbone::tests::id;
+    use crate::model::addr::ClientAddr;
+    use crate::model::addr::HbonePeer;
+    use crate::proxy::tests::pod;
+    use crate::proxy::tests::workload;
+
+    fn route() -> Route {
+        Route {
+            pod: pod("client", &["10.0.0.1", "fd00::1"]),
+            source: workload("client", "10.0.0.1"),
+            client: ClientAddr("10.0.0.1:4000".parse().unwrap()),
+            peer: HbonePeer("10.0.0.2:15008".parse().unwrap()),
+            expect: vec![id("server")],
+            target: "10.0.0.2:80".parse().unwrap(),
+            destination: workload("server", "10.0.0.2"),
+            service: None,
+        }
+    }
+
+    #[test]
+    fn only_what_would_come_out_of_the_tunnel_unchanged_is_handed_over() {
+        let to = pod("server", &["10.0.0.2", "fd00::2"]);
+        let check = |what: &str, route: Route, identity: &SpiffeId, expect| {
+            assert_eq!(is_neighbour(&Asked { route: &route, identity }, &to), expect, "{what}");
+        };
+        let (server, other) = (id("server"), id("other"));
+        let at = |peer: &str, target: &str| Route {
+            peer: HbonePeer(peer.parse().unwrap()),
+            target: target.parse().unwrap(),
+            ..route()
+        };
+        let from = |client: &str| Route { client: ClientAddr(client.parse().unwrap()), ..route() };
+
+        check("the other pod", route(), &server, Ok(()));
+        let both = vec![other.clone(), server.clone()];
+        check("one of several identities", Route { expect: both, ..route() }, &server, Ok(()));
+        let v6 = at("[fd00::2]:15008", "[fd00::2]:80");
+        let v6 = Route { client: ClientAddr("[fd00::1]:4000".parse().unwrap()), ..v6 };
+        check("IPv6", v6, &server, Ok(()));
+
+        check("a gateway", at("10.0.0.9:15008", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
+        check("another HBONE port", at("10.0.0.2:15009", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
+        check("not its address", at("10.0.0.3:15008", "10.0.0.3:80"), &server, Err(Far::OtherAddress));
+        check("somebody else by now", route(), &other, Err(Far::OtherIdentity));
+        check("nobody expected", Route { expect: vec![], ..route() }, &server, Err(Far::OtherIdentity));
+        check("a made up source", from("10.0.0.7:4000"), &server, Err(Far::ForeignSource));
+        check("the server's own as source", from("10.0.0.2:4000"), &server, Err(Far::ForeignSource));
+        check("families", at("[fd00::2]:15008", "[fd00::2]:80"), &server, Err(Far::OtherFamily));
+    }
+
+    #[test]
+    fn certificates_must_be_acceptable_to_each_other_now() {
+        let (ca, other) = (TestCa::new(), TestCa::new());
+        let (client, server) = (ca.certify(&id("client")), ca.certify(&id("server")));
+        let now = client.not_before().max(server.not_before());
+        assert_eq!(agree(&client, &server, now), Ok(()));
+        assert_eq!(agree(&client, &client, now), Ok(()));
+        let end = client.not_after().min(server.not_after());
+        assert_eq!(agree(&client, &server, end), Err(Far::NotValid));
+        let early = client.not_before() - Duration::from_secs(1);
+        assert_eq!(agree(&client, &server, early), Err(Far::NotValid));
+        assert_eq!(agree(&client, &other.certify(&id("server")), now), Err(Far::OtherRoots));
+        let foreign = "spiffe://elsewhere/ns/test/sa/server".parse().unwrap();
+        assert_eq!(agree(&client, &ca.certify(&foreign), now), Err(Far::OtherTrustDomain));
+    }
+
+    #[test]
+    fn who_is_a_neighbour_is_known_by_its_incarnation() {
+        let neighbours = Neighbours::default();
+        let (old, new) = (pod("server", &["10.0.0.2"]), pod("server", &["10.0.0.2"]));
+        assert!(neighbours.find("server").is_none());
+        neighbours.add(&old);
+        assert!(neighbours.find("server").is_some_and(|found| Arc::ptr_eq(&found, &old)));
+        neighbours.add(&new);
+        assert!(neighbours.find("server").is_some_and(|found| Arc::ptr_eq(&found, &new)));
+        neighbours.remove(&PodUid::from("another"));
+        assert!(neighbours.find("server").is_some());
+        drop(new);
+        assert!(neighbours.find("server").is_none(), "it keeps no pod alive");
+        neighbours.add(&old);
+        neighbours.remove(&old.uid);
+        assert!(neighbours.find("server").is_none());
+        neighbours.add(&old);
+        neighbours.clear();
+        assert!(neighbours.find("server").is_none());
+    }
+}

@@ -8,6 +8,7 @@
 //! thread, which spreads what it accepts over all of them.
 //!
 //! * [`outbound`]: what the pod dials.
+//! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
 //! * [`relay`]: moving bytes between an application and a stream.
@@ -44,6 +45,7 @@ use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
 use crate::proxy::accept::Listener;
+use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -56,6 +58,7 @@ pub mod accept;
 pub mod ending;
 pub mod inbound;
 pub mod live;
+pub mod near;
 pub mod outbound;
 pub mod passthrough;
 pub mod pod;
@@ -87,6 +90,9 @@ pub struct Config {
     pub pod_handshakes_max: usize,
     /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
     pub handover_max: usize,
+    /// Whether connections between two pods of this daemon are handed over inside the process, see [`near`].
+    /// Otherwise they go through a tunnel as all others do.
+    pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
     /// Tunnels.
@@ -105,6 +111,7 @@ impl Default for Config {
             pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
             handover_max: 1024,
+            near: true,
             keepalive: Keepalive::default(),
             hbone: hbone::Config::default(),
         }
@@ -163,6 +170,7 @@ pub struct DataPlane {
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
+    neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     /// Ends the accepting of all pods, as a drain does, without one.
     handover: Trigger,
@@ -181,7 +189,7 @@ impl DataPlane {
         signal: Signal,
     ) -> io::Result<Self> {
         let config = Arc::new(config);
-        let count = Arc::new(Count::default());
+        let (neighbours, count) = (Arc::new(Neighbours::default()), Arc::new(Count::default()));
         let mut channels: Vec<_> =
             (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
@@ -194,6 +202,7 @@ impl DataPlane {
                 mesh.clone(),
                 identities.clone(),
                 telemetry.local(),
+                Arc::clone(&neighbours),
                 Arc::clone(&count),
                 signal.clone(),
                 runtime.handle().clone(),
@@ -208,7 +217,8 @@ impl DataPlane {
         }
         let (handover, handing_over) = shutdown::channel();
         let threads = Mutex::new(threads);
-        Ok(Self { config, bypass, shards, threads, pods: Mutex::default(), count, handover, handing_over })
+        let pods = Mutex::default();
+        Ok(Self { config, bypass, shards, threads, pods, neighbours, count, handover, handing_over })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
@@ -251,10 +261,31 @@ impl DataPlane {
         Ok(())
     }
 
+    /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
+    /// it directly ([`near`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
+    /// must not reach a pod past what the kernel says of it.
+    pub fn neighbour(&self, uid: &PodUid) {
+        if let Some((pod, _)) = self.pods().get(uid) {
+            self.neighbours.add(pod);
+        }
+    }
+
+    /// The pod's traffic is about to be redirected here no longer. Connections that are being handed over get
+    /// through, further ones take the way over the wire.
+    pub fn no_neighbour(&self, uid: &PodUid) {
+        self.neighbours.remove(uid);
+    }
+
+    /// [`Self::no_neighbour`] for all pods: another process may redirect any of them from now on.
+    pub fn no_neighbours(&self) {
+        self.neighbours.clear();
+    }
+
     /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
     /// they begin, and lets those that are open go on until their end. Peers are told
     /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
+        self.neighbours.remove(uid);
         let (pod, stop) = self.pods().remove(uid)?;
         stop.drain();
         Some(Leaving(Arc::downgrade(&pod)))
@@ -264,6 +295,7 @@ impl DataPlane {
     /// [`Config::linger`] what has already been queued here, then closes the listeners and lets what is open
     /// finish. The drain signal does the same.
     pub fn stop_accepting(&self) {
+        self.neighbours.clear();
         self.handover.drain();
     }
 

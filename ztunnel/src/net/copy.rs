@@ -22,8 +22,10 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
 use crate::net::socket::reset_on_close;
+use crate::net::splice::Pipe;
 
 /// Counts what a relay moves, while it moves it.
 pub trait Meter {
@@ -182,11 +184,24 @@ enum Broken {
 }
 
 /// One direction: reading → ending (the source has ended, the rest is being written) → done.
+///
+/// What comes in small pieces is copied. Where one large piece follows another ([`BULK_AFTER`]) the bytes are spliced,
+/// until less comes at a time than copying is worth.
 #[derive(Debug, Default)]
 struct Direction {
     outflow: Outflow,
     state: State,
+    /// Large pieces in a row.
+    large: u8,
+    /// Lent while there is something in it, which comes before whatever is read next.
+    pipe: Option<Pipe>,
 }
+
+/// A piece is large if it fills what one read takes.
+const LARGE: usize = READ_SIZE;
+
+/// Large pieces in a row after which bytes are spliced.
+const BULK_AFTER: u8 = 4;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {
@@ -199,7 +214,28 @@ enum State {
 impl Direction {
     /// Whether the source is waited on for data, so that its errors are seen at once.
     fn is_reading(&self) -> bool {
-        self.state == State::Reading && self.outflow.is_empty()
+        self.state == State::Reading && self.outflow.is_empty() && self.pipe.is_none()
+    }
+
+    /// Takes what the source has. Nothing more than that it is there to be written has changed until then.
+    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let taken = if self.large >= BULK_AFTER
+            && let Some(mut pipe) = Pipe::lend()
+        {
+            let taken = ready!(pipe.poll_fill(from, cx))?;
+            self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
+            taken
+        } else {
+            let chunk = ready!(poll_read_chunk(from, cx))?;
+            let taken = chunk.len();
+            self.outflow.push(chunk);
+            taken
+        };
+        self.large = if taken >= LARGE { self.large.saturating_add(1) } else { 0 };
+        if taken == 0 {
+            self.state = State::Ending;
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll(
@@ -214,15 +250,15 @@ impl Direction {
                 let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
                 count(written as u64);
             }
-            match self.state {
-                State::Reading => {
-                    let chunk = ready!(poll_read_chunk(from, cx)).map_err(Broken::From)?;
-                    if chunk.is_empty() {
-                        self.state = State::Ending;
-                    } else {
-                        self.outflow.push(chunk);
-                    }
+            while let Some(pipe) = &mut self.pipe {
+                let written = ready!(pipe.poll_drain(to, cx)).map_err(Broken::To)?;
+                count(written as u64);
+                if pipe.is_empty() {
+                    self.pipe = None;
                 }
+            }
+            match self.state {
+                State::Reading => ready!(self.poll_take(from, cx)).map_err(Broken::From)?,
                 State::Ending => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
                     self.state = State::Done;
@@ -419,6 +455,56 @@ mod tests {
         let (done, ()) = tokio::join!(relayed(front, back, &count), talk);
         done.unwrap();
         assert_eq!((count.up.get(), count.down.get()), (8, 3_000_000));
+    }
+
+    /// Sends `size` bytes one way and as many other ones back, while a receiver takes its time now and then.
+    async fn echo_in_bulk(size: usize) {
+        let (client, front) = pair().await;
+        let (back, server) = pair().await;
+        let count = Count::default();
+        let data: Vec<u8> = (0..size).map(|n| (n % 251) as u8).collect();
+        let talk = async {
+            let ((mut from_server, mut to_server), (mut from_client, mut to_client)) =
+                (client.into_split(), server.into_split());
+            let send = async |to: &mut tokio::net::tcp::OwnedWriteHalf| {
+                to.write_all(&data).await.unwrap();
+                to.shutdown().await.unwrap();
+            };
+            let receive = async |from: &mut tokio::net::tcp::OwnedReadHalf| {
+                let mut got = Vec::new();
+                while from.read_buf(&mut got).await.unwrap() > 0 {
+                    if got.len() % 7 == 0 {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                assert!(got == data);
+            };
+            tokio::join!(
+                send(&mut to_server),
+                receive(&mut from_client),
+                send(&mut to_client),
+                receive(&mut from_server)
+            );
+        };
+        let (done, ()) = tokio::join!(relayed(front, back, &count), talk);
+        done.unwrap();
+        assert_eq!((count.up.get(), count.down.get()), (size as u64, size as u64));
+    }
+
+    #[tokio::test]
+    async fn bulk_arrives_whole_and_is_counted() {
+        for size in [READ_SIZE * (usize::from(BULK_AFTER) + 1) - 1, 5_000_000, 50_000_001] {
+            echo_in_bulk(size).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn bulk_arrives_whole_when_no_pipe_can_be_had() {
+        let taken: Vec<Pipe> = std::iter::from_fn(Pipe::lend).collect();
+        assert!(!taken.is_empty());
+        echo_in_bulk(5_000_000).await;
+        drop(taken);
+        echo_in_bulk(5_000_000).await;
     }
 
     #[tokio::test]

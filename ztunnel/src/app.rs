@@ -26,6 +26,7 @@ use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
+use crate::app::memory::Housekeeping;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
@@ -48,6 +49,7 @@ pub mod commands;
 pub mod control;
 pub mod handover;
 pub mod kernel;
+pub mod memory;
 pub mod ports;
 
 /// How often the kernel is compared with what it should hold.
@@ -223,6 +225,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
             update = updates.next() => match update {
@@ -233,6 +236,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             event = control.next() => control.step(event).await,
             _ = reconcile.tick() => match kernel.reconcile().await {
                 Reconciled::Repaired { repairs, lost } => {
+                    housekeeping.look(RECONCILE_EVERY);
                     for repair in repairs {
                         tracing::warn!(%repair, "the kernel was not as it should be");
                     }

@@ -325,7 +325,7 @@ impl Worker {
             return Reconciled::Superseded;
         }
         self.release_ended();
-        let repairs = self.node.reconcile();
+        let repairs = self.node.reconcile_changed();
         let lost =
             repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
         Reconciled::Repaired { repairs, lost }

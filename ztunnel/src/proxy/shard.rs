@@ -59,7 +59,7 @@ impl Shard {
         others: Vec<mpsc::Sender<Arrival>>,
     ) -> Self {
         Self {
-            pool: Pool::new(config.hbone.waiters_max),
+            pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
             live: Live::default(),
             turn: AtomicUsize::new(0),
             config,

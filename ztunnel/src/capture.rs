@@ -27,6 +27,7 @@ mod pod;
 mod programs;
 pub mod reconcile;
 mod routes;
+pub mod rules;
 pub mod selftest;
 mod sys;
 pub mod uninstall;

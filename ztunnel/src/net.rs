@@ -9,4 +9,5 @@ pub mod bypass;
 pub mod copy;
 pub mod netns;
 pub mod origdst;
+pub mod redirected;
 pub mod socket;

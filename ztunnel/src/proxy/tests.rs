@@ -50,12 +50,15 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
+use crate::model::workload::Named;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
 use crate::net::socket::Dial;
+use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
+use crate::net::socket::prepare_listener;
 use crate::net::socket::reset_on_close;
 use crate::proxy::Config;
 use crate::proxy::DataPlane;
@@ -250,11 +253,14 @@ impl Node {
             .map(|listener| listener.local_addr().unwrap());
         let spec = PodSpec {
             uid: PodUid::from(name),
-            workload: name.into(),
+            workload: Named::Uid(name.into()),
             addresses: vec![address.parse().unwrap()],
         };
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &Keepalive::default()).unwrap();
+        }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, None).unwrap();
         places
     }
 

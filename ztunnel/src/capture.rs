@@ -13,7 +13,8 @@
 //! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
 //! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
 //!
-//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
+//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled. All of this but the listeners is left
+//! out where a node agent redirects pods' traffic itself: see [`rules`].
 
 pub mod error;
 pub mod host;

@@ -316,6 +316,12 @@ impl DataPlane {
         self.handover.drain();
     }
 
+    /// Hands over to another process that has the same listening sockets: stops accepting at once, as whatever is
+    /// queued is that process's to take, and lets what is open finish.
+    pub fn hand_over_sockets(&self) {
+        self.handover.close();
+    }
+
     /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
     /// removal of all pods makes that so.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {

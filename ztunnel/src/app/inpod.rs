@@ -235,16 +235,18 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     // Held to the end of the process: see `Claim::bye`.
     let mut held = None;
     match end {
+        // Until the linger is over the listeners share their ports with whoever else has them.
         End::Signal => tracing::info!("stopping: pods are refused until a daemon is back"),
         End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
         End::HandedOver(mut claim) => {
             tracing::info!("stopping: the node is handed over");
+            // Before anybody is told that the node's streams are to go elsewhere.
+            data_plane.hand_over_sockets();
             claim.bye().await;
             held = Some(claim);
         }
     }
     trigger.drain();
-    data_plane.stop_accepting();
     let deadline = tokio::time::sleep(config.drain_deadline);
     tokio::pin!(deadline);
     loop {

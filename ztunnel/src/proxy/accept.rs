@@ -164,6 +164,8 @@ fn end<'a>(shard: &'a Shard, pod: &'a Pod) -> impl Future<Output = ()> + 'a {
                 }
                 sleep(shard.config.linger).await;
             } => {}
+            // Somebody else has the same sockets: what is queued on them is not lost.
+            () = pod.sockets_handed_over() => {}
         }
     }
 }

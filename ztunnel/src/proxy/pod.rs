@@ -97,6 +97,11 @@ impl Pod {
         self.handing_over.clone().draining().await;
     }
 
+    /// Waits for another process to take over on the same listening sockets.
+    pub async fn sockets_handed_over(&self) {
+        self.handing_over.clone().closing().await;
+    }
+
     /// One more connection, unless `max` are open.
     pub fn admit(self: &Arc<Self>, max: usize) -> Option<Admitted> {
         Admitted::new(self, |pod| &pod.connections, max)
@@ -135,7 +140,7 @@ pub struct TooMany(pub usize);
 
 /// The mesh does not know the pod.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to fetch information about local workload: {0}: the mesh does not know it")]
+#[error("failed to fetch information about local workload: {0}")]
 pub struct UnknownWorkload(pub Named);
 
 /// A connection waits no longer for its pod to become known to the mesh.

@@ -497,7 +497,7 @@ async fn what_was_not_captured_goes_nowhere() {
     node.mesh.publish(Mesh::default());
     node.toward(SERVICE);
     node.refused(node.outbound).await;
-    node.logged(&["connection failed", "the mesh does not know workload client"]).await;
+    node.logged(&["connection failed", "information about local workload: client"]).await;
 }
 
 #[tokio::test]

@@ -81,7 +81,7 @@ impl Node {
     /// A connected node that serves these, each in a namespace of its own.
     fn serving(names: &[&str]) -> Self {
         let mut node = Self::connected();
-        for (netns, name) in (0..).zip(names) {
+        for (netns, name) in (0..=255).cycle().zip(names) {
             node.step(add(name, netns));
             node.step(Event::Captured(uid(name)));
         }

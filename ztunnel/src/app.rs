@@ -7,6 +7,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,7 @@ use crate::telemetry::writer;
 pub mod commands;
 pub mod control;
 pub mod handover;
+pub mod inpod;
 pub mod kernel;
 pub mod memory;
 pub mod ports;
@@ -84,6 +86,9 @@ pub enum RunError {
     /// The certificate authority.
     #[error("the certificate authority does not start")]
     Authority(#[from] AuthorityError),
+    /// A privilege is missing.
+    #[error(transparent)]
+    NotPermitted(#[from] capture::rules::NotPermitted),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -122,7 +127,12 @@ fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError>
         .enable_all()
         .build()
         .map_err(|source| RunError::System("cannot start the control runtime", source))?;
-    runtime.block_on(serve(config, telemetry))
+    runtime.block_on(async {
+        match config.zds.clone() {
+            Some(zds) => inpod::serve(config, zds, telemetry).await,
+            None => serve(config, telemetry).await,
+        }
+    })
 }
 
 /// Every connection is two or three sockets: the default soft limit is for programs that use select(2).
@@ -141,12 +151,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let (trigger, signal) = shutdown::channel();
 
     let run_dir = &config.places.run_dir;
-    // Who can write here can tell the daemon to leave.
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(run_dir)
-        .map_err(|source| RunError::Path { what: "the run directory", path: run_dir.clone(), source })?;
+    make_run_dir(run_dir)?;
 
     let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
     let loaded = match updates.next().await {
@@ -303,7 +308,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             // A daemon that starts now learns that this one still has connections.
             mut claim = successors.next() => {
                 shutdown::spawn(async move {
-                    if claim.outcome().await == Outcome::Done {
+                    if claim.outcome(&[]).await == Outcome::Done {
                         claim.bye().await;
                         // Held to the end of the process.
                         std::future::pending::<()>().await;
@@ -333,6 +338,15 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     Ok(())
 }
 
+/// Who can write to it can tell the daemon to leave.
+fn make_run_dir(path: &Path) -> Result<(), RunError> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| RunError::Path {
+        what: "the run directory",
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Why the daemon stops serving.
 enum End {
     /// It was told to, and nobody has taken over.
@@ -352,7 +366,7 @@ async fn claimed(
 ) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
     tokio::pin!(deadline);
-    let outcome = claim.outcome();
+    let outcome = claim.outcome(&[]);
     tokio::pin!(outcome);
     loop {
         tokio::select! {

@@ -13,7 +13,8 @@
 //! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
 //! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
 //!
-//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
+//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled. All of this but the listeners is left
+//! out where a node agent redirects pods' traffic itself: see [`rules`].
 
 mod changes;
 pub mod error;
@@ -28,6 +29,7 @@ mod pod;
 mod programs;
 pub mod reconcile;
 mod routes;
+pub mod rules;
 pub mod selftest;
 mod sys;
 pub mod uninstall;

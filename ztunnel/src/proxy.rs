@@ -38,8 +38,11 @@ use crate::hbone;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
 use crate::model::addr::PodUid;
+use crate::model::workload::Named;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
+use crate::net::redirected::RedirectedPod;
+use crate::net::redirected::Settings;
 use crate::net::socket::CapturedPod;
 use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
@@ -123,8 +126,8 @@ impl Default for Config {
 pub struct PodSpec {
     /// This incarnation of the pod.
     pub uid: PodUid,
-    /// The unique name of its workload in the mesh.
-    pub workload: Arc<str>,
+    /// Which workload of the mesh it is.
+    pub workload: Named,
     /// Its addresses, in canonical form.
     pub addresses: Vec<IpAddr>,
 }
@@ -152,6 +155,35 @@ impl Leaving {
     }
 }
 
+/// How long the connections of a removed pod whose traffic was redirected may go on: peers get to know of it first.
+const CUT_AFTER: Duration = Duration::from_secs(1);
+
+/// A pod whose connections are taken.
+struct Served {
+    home: runtime::Handle,
+    pod: Arc<Pod>,
+    stop: Trigger,
+    /// Where what is open ends soon after the pod's removal.
+    cut: Option<Trigger>,
+}
+
+impl Served {
+    /// Takes no new connections. Peers are told to open no new streams.
+    fn leave(self) -> Leaving {
+        self.stop.drain();
+        let leaving = Leaving(Arc::downgrade(&self.pod));
+        if let Some(cut) = self.cut {
+            // Tasks go to the runtime whose context this is: the home thread's.
+            let _context = self.home.enter();
+            shutdown::spawn(async move {
+                tokio::time::sleep(CUT_AFTER).await;
+                cut.close();
+            });
+        }
+        leaving
+    }
+}
+
 /// How much is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Activity {
@@ -169,7 +201,7 @@ pub struct DataPlane {
     bypass: Arc<dyn Bypass>,
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
+    pods: Mutex<HashMap<PodUid, Served>>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     /// Ends the accepting of all pods, as a drain does, without one.
@@ -226,7 +258,24 @@ impl DataPlane {
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
         let network = CapturedPod::new(netns, Arc::clone(&self.bypass), self.config.keepalive.clone());
-        self.add(pod, listeners, id, Arc::new(network))
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &self.config.keepalive)?;
+        }
+        self.add(pod, listeners, id, Arc::new(network), None)
+    }
+
+    /// [`Self::add_pod`] for a pod whose traffic is redirected by a node agent's rules, to listeners that hand down
+    /// `settings`. When it is removed, what is open is cut.
+    pub fn add_redirected_pod(
+        &self,
+        pod: PodSpec,
+        listeners: Listeners,
+        netns: Arc<Netns>,
+        settings: Arc<Settings>,
+    ) -> io::Result<()> {
+        let id = netns.id();
+        let network = RedirectedPod::new(netns, settings);
+        self.add(pod, listeners, id, Arc::new(network), Some(shutdown::channel()))
     }
 
     fn add(
@@ -235,13 +284,12 @@ impl DataPlane {
         listeners: Listeners,
         netns: (u64, u64),
         network: Arc<dyn PodNetwork>,
+        cut: Option<(Trigger, Signal)>,
     ) -> io::Result<()> {
-        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
-            prepare_listener(listener, &self.config.keepalive)?;
-        }
+        let (cut, when_cut) = cut.unzip();
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
-        let pod = Arc::new(Pod::new(spec, netns, network, stopped, self.handing_over.clone()));
+        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));
         let mut hasher = DefaultHasher::new();
         uid.hash(&mut hasher);
         let home = &self.shards[hasher.finish() as usize % self.shards.len()];
@@ -255,8 +303,10 @@ impl DataPlane {
             let listener = Listener::new(kind, listener)?;
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
-        if let Some((_, replaced)) = self.pods().insert(uid, (pod, stop)) {
-            replaced.drain();
+        let served = Served { home: home.runtime.clone(), pod, stop, cut };
+        let replaced = self.pods().insert(uid, served);
+        if let Some(replaced) = replaced {
+            replaced.leave();
         }
         Ok(())
     }
@@ -265,8 +315,8 @@ impl DataPlane {
     /// it directly ([`near`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
     /// must not reach a pod past what the kernel says of it.
     pub fn neighbour(&self, uid: &PodUid) {
-        if let Some((pod, _)) = self.pods().get(uid) {
-            self.neighbours.add(pod);
+        if let Some(served) = self.pods().get(uid) {
+            self.neighbours.add(&served.pod);
         }
     }
 
@@ -286,9 +336,8 @@ impl DataPlane {
     /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         self.neighbours.remove(uid);
-        let (pod, stop) = self.pods().remove(uid)?;
-        stop.drain();
-        Some(Leaving(Arc::downgrade(&pod)))
+        let served = self.pods().remove(uid)?;
+        Some(served.leave())
     }
 
     /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
@@ -297,6 +346,13 @@ impl DataPlane {
     pub fn stop_accepting(&self) {
         self.neighbours.clear();
         self.handover.drain();
+    }
+
+    /// Hands over to another process that has the same listening sockets: stops accepting at once, as whatever is
+    /// queued is that process's to take, and lets what is open finish.
+    pub fn hand_over_sockets(&self) {
+        self.neighbours.clear();
+        self.handover.close();
     }
 
     /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
@@ -325,7 +381,7 @@ impl DataPlane {
         }
     }
 
-    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, (Arc<Pod>, Trigger)>> {
+    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

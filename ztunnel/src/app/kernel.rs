@@ -23,6 +23,7 @@ use crate::capture::reconcile::Repair;
 use crate::enrol::pod::LocalPod;
 use crate::enrol::pods::Event;
 use crate::model::addr::PodUid;
+use crate::model::workload::Named;
 use crate::proxy;
 use crate::proxy::DataPlane;
 use crate::proxy::Leaving;
@@ -245,7 +246,7 @@ impl Worker {
         let captured = self.node.bind(&spec)?;
         let served = proxy::PodSpec {
             uid: pod.uid.clone(),
-            workload: Arc::clone(&pod.workload),
+            workload: Named::Uid(Arc::clone(&pod.workload)),
             addresses: pod.addresses.clone(),
         };
         let listeners = proxy::Listeners {

@@ -12,6 +12,7 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -63,7 +64,7 @@ impl Default for Keepalive {
 }
 
 impl Keepalive {
-    fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
+    pub(super) fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
         let probes =
             TcpKeepalive::new().with_time(self.time).with_interval(self.interval).with_retries(self.retries);
         socket.set_tcp_keepalive(&probes)
@@ -95,6 +96,12 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     let stream = unsafe { TcpStream::from_raw_fd(fd) };
     let peer = peer.as_socket().ok_or_else(|| io::Error::other("a TCP peer without an IP address"))?;
     Ok((stream, canonical(peer)))
+}
+
+/// Watches a socket of another kind on the current runtime.
+pub fn readable(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives, and it is not replaced.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 /// A listener whose connections are taken on the current runtime.
@@ -314,7 +321,7 @@ impl PodNetwork for CapturedPod {
     }
 }
 
-fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
+pub(super) fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
     Box::pin(async move { TcpSocket::from_std_stream(socket?.into()).connect(to).await })
 }
 

@@ -23,6 +23,7 @@ use crate::identity::worker::Unavailable;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
+use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Permit;
@@ -150,10 +151,11 @@ async fn accept(
     let Some(_handshake) = pod.admit_handshake(limit) else {
         return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
+    let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
     let mesh = shard.mesh.snapshot();
     let workload = mesh
-        .workload(&pod.workload)
-        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload))))?;
+        .workload(&uid)
+        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid)))))?;
     let identity = workload.identity.clone();
     drop(mesh);
     let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
@@ -370,16 +372,20 @@ pub(super) async fn admit(
         shard.count.turn_away();
         return refuse(Some(to), StreamFailure::TooMany(TooMany(limit)));
     };
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(Some(to), StreamFailure::UnknownWorkload(unknown)),
+    };
     let facts = Facts {
-        workload: Arc::clone(&pod.workload),
+        workload: Arc::clone(&uid),
         identity: Some(caller.identity.clone()),
         source: caller.client.0.ip(),
         destination: to,
     };
     let mut registered = shard.live.register(facts.clone());
     let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
-        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload)));
+    let Some(workload) = mesh.workload(&uid).cloned() else {
+        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
         return refuse(Some(to), unknown);
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());

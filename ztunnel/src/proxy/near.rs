@@ -32,6 +32,8 @@ use crate::hbone::stream::StreamError;
 use crate::model::addr::HBONE_PORT;
 use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
+use crate::model::workload::Named;
+use crate::model::workload::Workload;
 use crate::net::copy::Meter;
 use crate::net::copy::Relay;
 use crate::net::copy::ResetUnlessDone;
@@ -51,22 +53,39 @@ use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::tls::configs::Credentials;
 
-/// The pods whose traffic is redirected to this daemon now, by the names of their workloads. Written by who
-/// redirects it; read without a lock.
+/// The pods whose traffic is redirected to this daemon now, by what they are known by. Written by who redirects it;
+/// read without a lock.
 #[derive(Default)]
-pub struct Neighbours(ArcSwap<HashMap<Arc<str>, Weak<Pod>>>);
+pub struct Neighbours(ArcSwap<Known>);
+
+#[derive(Clone, Default)]
+struct Known {
+    /// By the unique names of their workloads.
+    by_uid: HashMap<Arc<str>, Weak<Pod>>,
+    /// By namespace and name.
+    by_name: HashMap<(Arc<str>, Arc<str>), Weak<Pod>>,
+}
 
 impl Neighbours {
     /// The pod's traffic is redirected to its listeners from now on.
     pub(super) fn add(&self, pod: &Arc<Pod>) {
-        self.change(|pods| {
-            pods.insert(Arc::clone(&pod.workload), Arc::downgrade(pod));
+        self.change(|known| {
+            match pod.named() {
+                Named::Uid(uid) => known.by_uid.insert(Arc::clone(uid), Arc::downgrade(pod)),
+                Named::Pod { name, namespace, .. } => {
+                    known.by_name.insert((Arc::clone(namespace), Arc::clone(name)), Arc::downgrade(pod))
+                }
+            };
         });
     }
 
     /// The pod's traffic will no longer be. Another one of the same workload stays.
     pub(super) fn remove(&self, uid: &PodUid) {
-        self.change(|pods| pods.retain(|_, pod| pod.upgrade().is_some_and(|pod| pod.uid != *uid)));
+        let stays = |pod: &Weak<Pod>| pod.upgrade().is_some_and(|pod| pod.uid != *uid);
+        self.change(|known| {
+            known.by_uid.retain(|_, pod| stays(pod));
+            known.by_name.retain(|_, pod| stays(pod));
+        });
     }
 
     /// No pod's traffic will be.
@@ -74,16 +93,24 @@ impl Neighbours {
         self.0.store(Arc::default());
     }
 
-    fn change(&self, change: impl Fn(&mut HashMap<Arc<str>, Weak<Pod>>)) {
-        self.0.rcu(|pods| {
-            let mut pods = HashMap::clone(pods);
-            change(&mut pods);
-            pods
+    fn change(&self, change: impl Fn(&mut Known)) {
+        self.0.rcu(|known| {
+            let mut known = Known::clone(known);
+            change(&mut known);
+            known
         });
     }
 
-    fn find(&self, workload: &str) -> Option<Arc<Pod>> {
-        self.0.load().get(workload)?.upgrade()
+    fn find(&self, workload: &Workload) -> Option<Arc<Pod>> {
+        let known = self.0.load();
+        let pod = known.by_uid.get(&workload.uid).or_else(|| {
+            // Nobody is looked for by name unless a node agent has named somebody.
+            let named = !known.by_name.is_empty();
+            named
+                .then(|| (Arc::clone(&workload.namespace), Arc::clone(&workload.name)))
+                .and_then(|name| known.by_name.get(&name))
+        })?;
+        pod.upgrade().filter(|pod| pod.named().is(workload))
     }
 }
 
@@ -165,8 +192,10 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     if !shard.config.near || shard.signal.is_draining() {
         return None;
     }
-    let to = shard.neighbours.find(&route.destination.uid).filter(|pod| !pod.is_leaving())?;
-    let identity = shard.mesh.snapshot().workload(&to.workload)?.identity.clone();
+    // As it is now, and not as it was when the connection was planned.
+    let destination = shard.mesh.snapshot().workload(&route.destination.uid)?.clone();
+    let to = shard.neighbours.find(&destination).filter(|pod| !pod.is_leaving())?;
+    let identity = destination.identity.clone();
     is_neighbour(&Asked { route, identity: &identity }, &to).ok()?;
     let held = |identity| shard.identities.current(identity);
     agree(&*held(&route.source.identity)?, &*held(&identity)?, SystemTime::now()).ok()?;
@@ -358,21 +387,22 @@ mod tests {
     #[test]
     fn who_is_a_neighbour_is_known_by_its_incarnation() {
         let neighbours = Neighbours::default();
+        let server = Workload { uid: "server".into(), ..Workload::sample("test", "server") };
         let (old, new) = (pod("server", &["10.0.0.2"]), pod("server", &["10.0.0.2"]));
-        assert!(neighbours.find("server").is_none());
+        assert!(neighbours.find(&server).is_none());
         neighbours.add(&old);
-        assert!(neighbours.find("server").is_some_and(|found| Arc::ptr_eq(&found, &old)));
+        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &old)));
         neighbours.add(&new);
-        assert!(neighbours.find("server").is_some_and(|found| Arc::ptr_eq(&found, &new)));
+        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &new)));
         neighbours.remove(&PodUid::from("another"));
-        assert!(neighbours.find("server").is_some());
+        assert!(neighbours.find(&server).is_some());
         drop(new);
-        assert!(neighbours.find("server").is_none(), "it keeps no pod alive");
+        assert!(neighbours.find(&server).is_none(), "it keeps no pod alive");
         neighbours.add(&old);
         neighbours.remove(&old.uid);
-        assert!(neighbours.find("server").is_none());
+        assert!(neighbours.find(&server).is_none());
         neighbours.add(&old);
         neighbours.clear();
-        assert!(neighbours.find("server").is_none());
+        assert!(neighbours.find(&server).is_none());
     }
 }

@@ -39,6 +39,7 @@ use crate::model::addr::HbonePeer;
 use crate::model::addr::OriginalDst;
 use crate::model::identity::SpiffeId;
 use crate::model::service::Service;
+use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy;
 use crate::net::copy::CopyError;
@@ -250,9 +251,13 @@ async fn establish(
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(dst, &unknown),
+    };
     let mesh = shard.mesh.snapshot();
-    let Some(source) = mesh.workload(&pod.workload).cloned() else {
-        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    let Some(source) = mesh.workload(&uid).cloned() else {
+        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
     let planned = plan(&mesh, &source, dst, rand::random());
     drop(mesh);

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::model::addr::ClientAddr;
 use crate::model::addr::OriginalDst;
+use crate::model::workload::Named;
 use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::ResetUnlessDone;
@@ -159,16 +160,16 @@ async fn establish(
     if RESERVED_PORTS.contains(&dst.0.port()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
-    let facts = Facts {
-        workload: Arc::clone(&pod.workload),
-        identity: None,
-        source: client.0.ip(),
-        destination: dst.0,
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(dst, &unknown),
     };
+    let facts =
+        Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
     let mut registered = shard.live.register(facts.clone());
     let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
-        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    let Some(workload) = mesh.workload(&uid).cloned() else {
+        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();

@@ -51,12 +51,15 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
+use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
 use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
+use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
+use crate::net::socket::prepare_listener;
 use crate::net::socket::reset_on_close;
 use crate::proxy::Config;
 use crate::proxy::DataPlane;
@@ -164,13 +167,13 @@ pub(super) fn pod(name: &str, addresses: &[&str]) -> Arc<Pod> {
     let net = Net { places: Mutex::default(), dst: Mutex::new(SERVICE.parse().unwrap()) };
     let spec = PodSpec {
         uid: PodUid::from(name),
-        workload: name.into(),
+        workload: Named::Uid(name.into()),
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
     };
     let (trigger, signal) = shutdown::channel();
     // A trigger that is gone means the end.
     std::mem::forget(trigger);
-    Arc::new(Pod::new(spec, (0, 0), Arc::new(TestPod(net.into())), signal.clone(), signal))
+    Arc::new(Pod::new(spec, (0, 0), Arc::new(TestPod(net.into())), signal.clone(), None, signal))
 }
 
 pub(super) fn workload(name: &str, address: &str) -> Arc<Workload> {
@@ -292,11 +295,14 @@ impl Node {
             .map(|listener| listener.local_addr().unwrap());
         let spec = PodSpec {
             uid: PodUid::from(name),
-            workload: name.into(),
+            workload: Named::Uid(name.into()),
             addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         };
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &Keepalive::default()).unwrap();
+        }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, None).unwrap();
         places
     }
 
@@ -541,7 +547,7 @@ async fn what_was_not_captured_goes_nowhere() {
     node.mesh.publish(Mesh::default());
     node.toward(SERVICE);
     node.refused(node.outbound).await;
-    node.logged(&["connection failed", "the mesh does not know workload client"]).await;
+    node.logged(&["connection failed", "information about local workload: client"]).await;
 }
 
 #[tokio::test]
@@ -995,7 +1001,7 @@ async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
         node.logged(&["direction=\"outbound\"", &asked, "http status: 503"]).await;
     }
     node.toward(SERVICE);
-    let server = node.plane.pods().get(&PodUid::from("server")).unwrap().0.clone();
+    let server = node.plane.pods().get(&PodUid::from("server")).unwrap().pod.clone();
     let full = server.admit(1);
     node.refused(node.outbound).await;
     node.logged(&["connection failed", "direction=\"inbound\"", "already has 1 connections"]).await;

@@ -16,6 +16,31 @@ const PER_REQUEST: f64 = 6.5;
 /// there is room above what was seen.
 const PER_MIB: f64 = 40.0;
 
+/// For one connection after the other, each with a request and its answer. Seen: 20.1 for the client's daemon, whose
+/// part is to wait, accept and watch, to move request, answer and both ends between application and tunnel, and to
+/// close; 25.2 for the server's, which has no accept but a socket to make (eight calls) and to connect (two).
+const PER_CONNECTION: [f64; 2] = [21.5, 27.0];
+const CONNECTIONS: u32 = 300;
+
+/// New connections, one after the other.
+pub const NEW_CONNECTIONS: Story = Story {
+    name: "a new connection with a request costs the daemons a bounded number of system calls",
+    tell: |world| {
+        let urls = format!("http://{}:{HTTP}/?[1-{CONNECTIONS}]", world.server.v4);
+        let place = world.client.place.clone();
+        let (counted, ()) = counting(world, "connections", || {
+            let arguments = ["-q", "-sS", "-m", "50", "-o", "/dev/null", "-w", "%{num_connects}\n"];
+            let output =
+                place.run("curl", &[&arguments[..], &["-H", "Connection: close", &urls]].concat())?;
+            let made = String::from_utf8_lossy(&output.stdout).lines().filter(|line| *line == "1").count();
+            let words = String::from_utf8_lossy(&output.stderr);
+            ensure!(made == CONNECTIONS as usize, "{made} of {CONNECTIONS} connections were made: {words}");
+            Ok(())
+        })?;
+        hold_to(&counted, f64::from(CONNECTIONS), PER_CONNECTION, "connection")
+    },
+};
+
 /// Requests over one connection, one after the other.
 pub const REQUESTS: Story = Story {
     name: "a request costs each daemon six system calls: wait, read and write, in each direction",
@@ -31,7 +56,7 @@ pub const REQUESTS: Story = Story {
             ensure!(outcome.answered == outcome.due, "{} of {} answered", outcome.answered, outcome.due);
             Ok(outcome)
         })?;
-        hold_to(&counted, outcome.answered as f64, PER_REQUEST, "request")
+        hold_to(&counted, outcome.answered as f64, [PER_REQUEST; 2], "request")
     },
 };
 
@@ -49,7 +74,7 @@ pub const BULK: Story = Story {
             ensure!(got == all, "got {got} of {all}: {}", String::from_utf8_lossy(&output.stderr));
             Ok(())
         })?;
-        hold_to(&counted, LARGE_MIB as f64, PER_MIB, "MiB")
+        hold_to(&counted, LARGE_MIB as f64, [PER_MIB; 2], "MiB")
     },
 };
 
@@ -66,7 +91,8 @@ fn counting<T>(world: &mut World, name: &str, load: impl FnOnce() -> Result<T>) 
     Ok(([a.finish()?, b.finish()?], result))
 }
 
-fn hold_to(counted: &[Calls; 2], units: f64, limit: f64, unit: &str) -> Result<String> {
+/// `limits`: the client's daemon, the server's.
+fn hold_to(counted: &[Calls; 2], units: f64, limits: [f64; 2], unit: &str) -> Result<String> {
     let [a, b] = counted;
     let said = format!(
         "per {unit}, the client's daemon: {:.2} ({}); the server's: {:.2} ({})",
@@ -75,7 +101,7 @@ fn hold_to(counted: &[Calls; 2], units: f64, limit: f64, unit: &str) -> Result<S
         b.total() as f64 / units,
         b.per(units),
     );
-    for calls in counted {
+    for (calls, limit) in counted.iter().zip(limits) {
         ensure!(calls.total() as f64 / units <= limit, "more than {limit}: {said}");
     }
     Ok(said)

@@ -84,12 +84,10 @@ pub const POLICY_AND_CHANGE: Story = Story {
         world.mesh.remove("policy-no-other")?;
 
         world.mesh.pod(MESHED, &near, Enrolment::None)?;
-        eventually(SETTLE, || in_clear(world).and_then(|clear| Ok(ensure!(clear, "still captured"))))
-            .context("after the server was withdrawn")?;
+        eventually(SETTLE, || seen(world, true)).context("after the server was withdrawn")?;
         all_answer(&mut kept, "after the server was withdrawn")?;
         world.mesh.pod(MESHED, &near, Enrolment::Inherit)?;
-        eventually(SETTLE, || in_clear(world).and_then(|clear| Ok(ensure!(!clear, "not captured"))))
-            .context("after the server was enrolled again")?;
+        eventually(SETTLE, || seen(world, false)).context("after the server was enrolled again")?;
         all_answer(&mut kept, "after the server was enrolled again")?;
 
         let mut next = world.setting(On::A).start()?;
@@ -141,14 +139,16 @@ fn watch_devices(world: &World, name: &str, filter: &str) -> Result<Vec<Watch>> 
     pods.map(|pod| Watch::start(&pod.place, "eth0", &format!("{name}-{}", pod.name), filter)).collect()
 }
 
-/// Whether a new connection from the client to the server on its node is in clear on the server's device.
-fn in_clear(world: &World) -> Result<bool> {
+/// Checks whether a new connection from the client to the server on its node is in clear on the server's device.
+fn seen(world: &World, clear: bool) -> Result<()> {
     let said = marker();
     let watch = Watch::start(&world.near.place, "eth0", "near-clear", "tcp")?;
     for address in world.near.addresses() {
         http(&world.client.place, address, &format!("?marker={said}"))?;
     }
-    Ok(watch.finish()?.with_marker(&said) > 0)
+    let seen = watch.finish()?.with_marker(&said) > 0;
+    ensure!(seen == clear, "on the device in clear: {seen}, expected {clear}");
+    Ok(())
 }
 
 fn all_answer(held: &mut [Held], when: &'static str) -> Result<()> {

@@ -6,6 +6,7 @@
 pub mod basics;
 pub mod cost;
 pub mod enrolment;
+pub mod near;
 pub mod outage;
 pub mod policy;
 pub mod probes;
@@ -58,7 +59,7 @@ impl Story {
 pub const DEMO: &[Story] = &[
     basics::BOTH_FAMILIES,
     basics::SERVICE,
-    basics::SAME_NODE,
+    near::SAME_NODE,
     tunnel::ONLY_TLS,
     tunnel::IDENTITIES,
     policy::DENIED,

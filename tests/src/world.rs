@@ -3,7 +3,7 @@
 //! | pod | node | in the mesh | runs |
 //! |---|---|---|---|
 //! | `client`, `other` | node-a | yes, each with a service account of its own | curl |
-//! | `near` | node-a | yes | nginx |
+//! | `near` | node-a | yes | nginx on 8080, a line server on 9000 |
 //! | `outsider` | node-a | no | curl, nginx |
 //! | `server` | node-b | yes | nginx on 8080, a line server on 9000 |
 //! | `outside` | node-b | no | nginx on 8080, a line server on 9000 |
@@ -408,7 +408,7 @@ impl World {
         for pod in [&self.server, &self.outside, &self.near, &self.outsider] {
             programs.push(programs::nginx(pod, &self.run.path("state"))?);
         }
-        for pod in [&self.server, &self.outside] {
+        for pod in [&self.server, &self.outside, &self.near] {
             programs.push(programs::line_server(pod)?);
         }
         for pod in [&self.server, &self.outside, &self.near, &self.outsider] {
@@ -432,6 +432,7 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         meeting: run.path("meeting").join(&node.name),
         pins: run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
+        further: Vec::new(),
     }
 }
 

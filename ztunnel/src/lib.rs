@@ -51,7 +51,8 @@
 //! * `model`, `route` and `policy` never await and never read the clock.
 //! * Only `tls` makes a `VerifiedPeer`, only `policy` a `Permit`. Bytes reach an application, tunnelled or plain,
 //!   only with a `Permit` in hand.
-//! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails.
+//! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails. To a pod whose
+//!   traffic is redirected to the same daemon it is not sent at all, but handed over (`proxy::near`).
 //! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
 //! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire).
 //! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first

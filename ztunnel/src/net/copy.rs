@@ -26,6 +26,7 @@ use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
 use crate::net::socket::reset_on_close;
 use crate::net::splice::Pipe;
+use crate::net::splice::cannot_splice;
 
 /// Counts what a relay moves, while it moves it.
 pub trait Meter {
@@ -217,25 +218,38 @@ impl Direction {
         self.state == State::Reading && self.outflow.is_empty() && self.pipe.is_none()
     }
 
-    /// Takes what the source has. Nothing more than that it is there to be written has changed until then.
+    /// Takes what the source has: it is in `outflow` or `pipe` then, or the source has ended.
     fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let taken = if self.large >= BULK_AFTER
-            && let Some(mut pipe) = Pipe::lend()
-        {
-            let taken = ready!(pipe.poll_fill(from, cx))?;
-            self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
-            taken
-        } else {
-            let chunk = ready!(poll_read_chunk(from, cx))?;
-            let taken = chunk.len();
-            self.outflow.push(chunk);
-            taken
+        let taken = match self.poll_splice(from, cx) {
+            Some(spliced) => ready!(spliced)?,
+            None => {
+                let chunk = ready!(poll_read_chunk(from, cx))?;
+                let taken = chunk.len();
+                self.outflow.push(chunk);
+                taken
+            }
         };
         self.large = if taken >= LARGE { self.large.saturating_add(1) } else { 0 };
         if taken == 0 {
             self.state = State::Ending;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// The same into a pipe; `None` where there is no reason to, or no way.
+    fn poll_splice(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Option<Poll<io::Result<usize>>> {
+        if self.large < BULK_AFTER {
+            return None;
+        }
+        let mut pipe = Pipe::lend()?;
+        match pipe.poll_fill(from, cx) {
+            Poll::Ready(Err(error)) if cannot_splice(&error) => None,
+            Poll::Ready(Ok(taken)) => {
+                self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
+                Some(Poll::Ready(Ok(taken)))
+            }
+            other => Some(other),
+        }
     }
 
     fn poll(

@@ -25,8 +25,9 @@ const SPLICE_SIZE: usize = 512 * 1024;
 /// Pieces a pipe takes, in pages: each may be as large as the sender's buffer is.
 const PIPE_SIZE: i32 = 64 * 4096;
 
-/// Pipes of one thread. Each is two descriptors, and a connection whose receiver takes nothing keeps one.
-const PIPES_MAX: usize = 64;
+/// Pipes of one thread. Each is two descriptors, and a connection whose receiver takes nothing keeps one with up to
+/// [`SPLICE_SIZE`] bytes: 16 MiB, should nobody take anything.
+const PIPES_MAX: usize = 32;
 
 thread_local! {
     static PIPES: RefCell<Pipes> = const { RefCell::new(Pipes { spare: Vec::new(), lent: 0 }) };
@@ -81,7 +82,8 @@ impl Pipe {
         self.bytes == 0
     }
 
-    /// Takes what `from` has, into an empty pipe; 0 at the end of the stream.
+    /// Takes what `from` has, into an empty pipe; 0 at the end of the stream. What is no fault of the connection
+    /// ([`cannot_splice`]) has left it as it was.
     pub fn poll_fill(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         debug_assert!(self.is_empty(), "a full pipe and an empty socket could not be told apart");
         let Some(ends) = &self.ends else { return Poll::Ready(Ok(0)) };
@@ -120,6 +122,12 @@ impl Drop for Pipe {
             }
         });
     }
+}
+
+/// Whether an error says that this socket, or this process, may not splice at all.
+pub fn cannot_splice(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
+    matches!(error.kind(), InvalidInput | PermissionDenied | Unsupported)
 }
 
 fn poll_move(

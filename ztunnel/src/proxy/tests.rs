@@ -926,6 +926,9 @@ fn connections_stay_small() {
     // What an idle connection costs besides its sockets and its stream.
     let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
     assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
+    // Instead of a tunnel's two ends.
+    let near = size_of::<super::near::Connection>();
+    assert!(near <= 1024, "{near}");
 }
 
 #[tokio::test]
@@ -1001,7 +1004,7 @@ async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
         node.logged(&["direction=\"outbound\"", &asked, "http status: 503"]).await;
     }
     node.toward(SERVICE);
-    let server = node.plane.pods().get(&PodUid::from("server")).unwrap().pod.clone();
+    let server = Arc::clone(&node.plane.pods().get(&PodUid::from("server")).unwrap().pod);
     let full = server.admit(1);
     node.refused(node.outbound).await;
     node.logged(&["connection failed", "direction=\"inbound\"", "already has 1 connections"]).await;

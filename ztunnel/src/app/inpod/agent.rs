@@ -294,6 +294,7 @@ fn serve(
     data_plane
         .add_redirected_pod(spec, taken, Arc::clone(&pod.netns), settings)
         .map_err(|error| format!("the data plane does not take the pod's listeners: {error}"))?;
+    data_plane.neighbour(&pod.uid);
     Ok(listeners)
 }
 

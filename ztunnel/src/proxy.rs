@@ -74,8 +74,8 @@ mod tests;
 /// How the data plane behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Data-plane threads. Where they share their cores with the applications, more of them than half the
-    /// cores makes all slower.
+    /// Data-plane threads. By default half as many as there are cores, so that the pods have the others, but two
+    /// as soon as there are two cores: on one thread alone each connection waits for the cryptography of all.
     pub threads: usize,
     /// A dial that takes longer is given up.
     pub connect_timeout: Duration,
@@ -106,7 +106,7 @@ impl Default for Config {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
-            threads: (cores / 2).max(1),
+            threads: (cores / 2).max(2).min(cores),
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(15),
             linger: Duration::from_secs(3),

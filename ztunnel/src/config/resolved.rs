@@ -1,7 +1,6 @@
 //! From what was typed to what each module is given.
 
 use std::net::SocketAddr;
-use std::num::NonZero;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -175,8 +174,8 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         Some(_) => places_with(&typed.kernel, Some(Path::new("/")))?,
         None => places(&typed.kernel)?,
     };
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = typed.threads.unwrap_or_else(|| (cores / 2).max(1));
+    let defaults = proxy::Config::default();
+    let threads = typed.threads.unwrap_or(defaults.threads);
     if threads == 0 {
         return Err(Invalid::NoThreads);
     }
@@ -188,7 +187,7 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
-        proxy: proxy::Config { threads, near: !typed.encrypt_same_node, ..proxy::Config::default() },
+        proxy: proxy::Config { threads, near: !typed.encrypt_same_node, ..defaults },
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

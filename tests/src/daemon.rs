@@ -36,6 +36,8 @@ pub struct Setting {
     pub meeting: PathBuf,
     /// `--kubepods-cgroup`
     pub kubepods: PathBuf,
+    /// `--zds`: where the node agent is that enrols the pods, if one does.
+    pub agent: Option<PathBuf>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -62,6 +64,9 @@ impl Setting {
             ("--log-format", "plain".to_owned()),
         ] {
             arguments.extend([flag.to_owned(), value]);
+        }
+        if let Some(agent) = &self.agent {
+            arguments.extend(["--zds".to_owned(), path(agent)]);
         }
         arguments
     }

@@ -76,8 +76,8 @@ fn in_pod_nft() -> String {
 table inet istio-ambient-mangle {{
   chain prerouting {{ type filter hook prerouting priority -150; policy accept; jump istio-prerouting; }}
   chain output {{ type route hook output priority -150; policy accept; jump istio-output; }}
-  chain istio-prerouting {{ meta mark and 0xfff == 0x539 ct mark set ct mark and 0xfffff000 or 0x111 }}
-  chain istio-output {{ ct mark and 0xfff == 0x111 meta mark set ct mark }}
+  chain istio-prerouting {{ meta mark and 0xfff == 0x539 ct mark set ct mark and 0xfffff000 or 0x111; }}
+  chain istio-output {{ ct mark and 0xfff == 0x111 meta mark set ct mark; }}
 }}
 "
     )

@@ -38,6 +38,8 @@ pub struct Setting {
     pub kubepods: PathBuf,
     /// What else is typed.
     pub further: Vec<String>,
+    /// `--zds`: where the node agent is that enrols the pods, if one does.
+    pub agent: Option<PathBuf>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -66,6 +68,9 @@ impl Setting {
             arguments.extend([flag.to_owned(), value]);
         }
         arguments.extend(self.further.iter().cloned());
+        if let Some(agent) = &self.agent {
+            arguments.extend(["--zds".to_owned(), path(agent)]);
+        }
         arguments
     }
 

@@ -8,6 +8,7 @@
 //! | `server` | node-b | yes | nginx on 8080, a line server on 9000 |
 //! | `outside` | node-b | no | nginx on 8080, a line server on 9000 |
 
+mod agents;
 mod programs;
 mod traces;
 
@@ -18,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use crate::agent::NodeAgent;
 use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
 use crate::leftovers::{BpfMaps, Machine, Nothing};
@@ -58,6 +60,7 @@ pub const BOTH: [On; 2] = [On::A, On::B];
 #[derive(Debug)]
 pub struct World {
     daemons: [Option<Daemon>; 2],
+    agents: [Option<NodeAgent>; 2],
     programs: Vec<Process>,
     settings: [Setting; 2],
     /// The objects the daemons read.
@@ -109,7 +112,16 @@ pub struct Options {
 impl World {
     /// Makes everything, starts both daemons, and waits until client and server can talk.
     pub fn start(options: Options) -> Result<Self> {
+        Self::start_prepared(options, |_| Ok(()))
+    }
+
+    /// The same, with something done before the daemons start.
+    pub fn start_prepared(options: Options, prepare: impl FnOnce(&mut Self) -> Result<()>) -> Result<Self> {
         let mut world = Self::without_daemons(options)?;
+        if let Err(error) = prepare(&mut world) {
+            world.run.take_down_after_all();
+            return Err(error);
+        }
         match world.start_daemons() {
             Ok(()) => Ok(world),
             Err(error) => {
@@ -162,6 +174,7 @@ impl World {
         std::fs::create_dir_all(run.path("pins"))?;
         let mut world = Self {
             daemons: [None, None],
+            agents: [None, None],
             programs: Vec::new(),
             settings,
             mesh,
@@ -351,6 +364,7 @@ impl World {
             }
             said.push(self.setting(on).uninstall()?);
         }
+        self.undo_redirection()?;
         for (pod, before) in &self.traces {
             before.same_again(&pod.place.netns).with_context(|| format!("pod {}", pod.name))?;
         }
@@ -433,6 +447,7 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         pins: run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
         further: Vec::new(),
+        agent: None,
     }
 }
 

@@ -192,6 +192,7 @@ fn setting(site: &Site, node: &Node) -> Setting {
         pins: site.run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
         further: Vec::new(),
+        agent: None,
     }
 }
 

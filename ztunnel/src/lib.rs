@@ -4,6 +4,7 @@
 //! # Bird's eye view
 //!
 //! ```text
+//! istiod ─────xds──────▶ mesh
 //! mesh file ─standalone─▶ mesh ──snapshot──▶ route ───Plan──▶┐
 //! authority ──identity──▶ credentials ───────────────────────┤
 //! enrol ──▶ app ──capture──▶ listeners ─────────▶ proxy ─────┼─▶ hbone ─▶ net ─▶ wire
@@ -34,6 +35,7 @@
 //! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model, shutdown |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
 //! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
+//! | `xds` | the mesh from a control plane: a discovery session, and what its messages mean | model, mesh, tls, telemetry, shutdown, *proto* |
 //! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, net, telemetry, shutdown, *proto* |
 //! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
@@ -76,3 +78,4 @@ pub mod shutdown;
 pub mod standalone;
 pub mod telemetry;
 pub mod tls;
+pub mod xds;

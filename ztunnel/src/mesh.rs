@@ -18,6 +18,7 @@ use crate::model::workload::Workload;
 
 pub mod endpoints;
 pub mod index;
+pub mod map;
 mod network;
 mod several;
 
@@ -83,16 +84,22 @@ impl MeshWriter {
 
     /// Applies `changes` as a unit: readers see all of them or none.
     pub fn apply(&mut self, changes: impl IntoIterator<Item = MeshChange>) {
-        changes.into_iter().for_each(|change| self.draft.apply(change));
+        self.draft(changes);
         self.release();
     }
 
-    /// What was published last.
+    /// Applies `changes` that belong together with others: readers see none of them before [`Self::release`].
+    pub fn draft(&mut self, changes: impl IntoIterator<Item = MeshChange>) {
+        changes.into_iter().for_each(|change| self.draft.apply(change));
+    }
+
+    /// What was published last, with what was drafted since.
     pub fn mesh(&self) -> &Mesh {
         &self.draft
     }
 
-    fn release(&mut self) {
+    /// Publishes what was drafted.
+    pub fn release(&mut self) {
         let old = self.current.swap(Arc::new(self.draft.clone()));
         self.retired.retain(|mesh| Arc::strong_count(mesh) > 1);
         if Arc::strong_count(&old) > 1 {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::mesh::MeshChange;
 use crate::mesh::endpoints::Endpoints;
+use crate::mesh::map::Map;
 use crate::mesh::network::Network;
 use crate::mesh::network::add_service;
 use crate::mesh::network::best;
@@ -21,9 +22,6 @@ use crate::model::policy::Scope;
 use crate::model::service::Service;
 use crate::model::service::ServiceKey;
 use crate::model::workload::Workload;
-
-/// The map of which every index is made; see `benches/mesh.rs` for what it was measured against.
-pub(super) type Map<K, V> = imbl::HashMap<K, V>;
 
 /// A service, if it is known already, and its endpoints, which may be known before it.
 #[derive(Debug, Clone, Default)]
@@ -181,7 +179,7 @@ impl Mesh {
     }
 
     /// Changes this version. Those who have a copy of it do not see it.
-    pub(super) fn apply(&mut self, change: MeshChange) {
+    pub(crate) fn apply(&mut self, change: MeshChange) {
         match change {
             MeshChange::Workload(workload) => self.put_workload(workload),
             MeshChange::Service(service) => self.put_service(service),
@@ -342,7 +340,7 @@ impl Mesh {
         match new.scope {
             Scope::Global => Arc::make_mut(&mut self.global).push(Arc::clone(&new)),
             Scope::Namespace => {
-                let list = self.by_namespace.entry(Arc::clone(&new.key.namespace)).or_default();
+                let list = self.by_namespace.get_or_default(&new.key.namespace);
                 Arc::make_mut(list).push(Arc::clone(&new));
             }
             Scope::WorkloadSelector => {}

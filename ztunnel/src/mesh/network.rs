@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::mesh::index::Map;
+use crate::mesh::map::Map;
 use crate::mesh::several::Several;
 use crate::model::service::Service;
 use crate::model::workload::Reach;

@@ -27,7 +27,7 @@ use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 /// per byte, and who wants 256 bits can still have them by offering them first; peers that only know one of the two still meet.
 /// X25519MLKEM768 comes first so that traffic recorded today stays unreadable later; rustls sends the X25519
 /// share along with it, so an older peer costs no additional round trip.
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
         cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
         kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],

@@ -1,0 +1,337 @@
+//! The mesh from a control plane over the network, well and badly behaved. Needs no privileges.
+
+#[path = "common/control_plane.rs"]
+mod control_plane;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use control_plane::{ControlPlane, Served};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::ServerConfig;
+use tokio::sync::watch;
+use ztunnel::mesh::{MeshReader, mesh};
+use ztunnel::shutdown;
+use ztunnel::telemetry::line::Format;
+use ztunnel::telemetry::{self, Telemetry, writer};
+use ztunnel::tls::control::Roots;
+use ztunnel::xds::client::{self, Config, Identity, Status, Token};
+use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use ztunnel_proto::prost::Message;
+use ztunnel_proto::{Any, security, workload};
+
+const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
+const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
+/// What takes longer than this never comes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A client and what it made of what it was told.
+struct Client {
+    mesh: MeshReader,
+    status: watch::Receiver<Status>,
+    telemetry: Telemetry,
+    _stop: shutdown::Trigger,
+}
+
+impl Client {
+    fn start(config: Config) -> Self {
+        let (mesh_writer, mesh) = mesh();
+        let (stop, signal) = shutdown::channel();
+        let log = writer::start(Box::new(io::sink()), Format::Plain).expect("a log writer");
+        let telemetry = Telemetry::new(telemetry::Config::default(), log);
+        let status = client::start(config, mesh_writer, &telemetry, signal);
+        Self { mesh, status, telemetry, _stop: stop }
+    }
+
+    async fn until(&mut self, what: impl FnMut(&Status) -> bool) -> Status {
+        *self.status.wait_for(what).await.expect("the client runs")
+    }
+
+    async fn until_workloads(&mut self, count: usize) {
+        while self.mesh.snapshot().workloads().len() != count {
+            assert!(self.mesh.changed().await);
+        }
+    }
+
+    fn metric(&self, start: &str) -> u64 {
+        let all = self.telemetry.encode_metrics().expect("metrics");
+        let line = all.lines().find(|line| line.starts_with(start));
+        let line = line.unwrap_or_else(|| panic!("no {start} in\n{all}"));
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+    }
+}
+
+fn config(plane: &ControlPlane) -> Config {
+    Config {
+        address: format!("http://{}", plane.address).parse().expect("an address"),
+        roots: Roots::System,
+        alt_hostname: None,
+        token: None,
+        cluster_id: "c1".into(),
+        headers: vec![("X-Extra".into(), "1".into())],
+        identity: Identity { pod: "z".into(), namespace: "istio-system".into(), ..Identity::default() },
+        answer_timeout: PATIENCE,
+    }
+}
+
+fn test(body: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async { tokio::time::timeout(PATIENCE, body).await.expect("in time") });
+}
+
+fn resource(type_url: &str, name: &str, version: &str, message: impl Message) -> Resource {
+    let any = Any { type_url: type_url.into(), value: message.encode_to_vec().into() };
+    Resource { name: name.into(), version: version.into(), resource: Some(any), ..Resource::default() }
+}
+
+fn pod(number: usize) -> Resource {
+    let uid = format!("c//Pod/shop/p{number}");
+    let it = workload::Workload {
+        uid: uid.clone(),
+        name: format!("p{number}"),
+        namespace: "shop".into(),
+        addresses: vec![(number as u32 + 0x0a00_0000).to_be_bytes().to_vec().into()],
+        tunnel_protocol: 1,
+        ..Default::default()
+    };
+    let it = workload::Address { r#type: Some(workload::address::Type::Workload(it)) };
+    resource(ADDRESS, &uid, &format!("v{number}"), it)
+}
+
+fn policy(name: &str) -> Resource {
+    let it = security::Authorization { name: name.into(), namespace: "shop".into(), ..Default::default() };
+    resource(AUTHORIZATION, &format!("shop/{name}"), "", it)
+}
+
+fn response(type_url: &str, nonce: &str, resources: Vec<Resource>) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse { type_url: type_url.into(), nonce: nonce.into(), resources, ..Default::default() }
+}
+
+fn is_accepted(answer: &DeltaDiscoveryRequest, nonce: &str) -> bool {
+    answer.response_nonce == nonce && answer.error_detail.is_none() && answer.node.is_none()
+}
+
+/// The two requests with which a client begins.
+async fn begin(plane: &mut ControlPlane) -> (Served, [DeltaDiscoveryRequest; 2]) {
+    let mut stream = plane.stream().await;
+    let first = stream.request().await.expect("a request");
+    let second = stream.request().await.expect("another one");
+    assert_eq!([&*first.type_url, &*second.type_url], [ADDRESS, AUTHORIZATION]);
+    (stream, [first, second])
+}
+
+#[test]
+fn a_mesh_comes_over_a_stream_and_goes_on_over_the_next() {
+    test(async {
+        let mut plane = ControlPlane::start(0, None).await;
+        let token = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(token.path(), "first\n").expect("written");
+        let token_file = Some(Token::File(token.path().into()));
+        let mut client = Client::start(Config { token: token_file, ..config(&plane) });
+        let (mut stream, first) = begin(&mut plane).await;
+        assert_eq!(
+            first[0].node.as_ref().expect("a node").id,
+            "ztunnel~1.1.1.1~z.istio-system~istio-system.svc.cluster.local"
+        );
+        let header = |stream: &Served, name| {
+            stream.headers.get(name).map(|value| value.to_str().expect("text").to_owned())
+        };
+        assert_eq!(header(&stream, "authorization").as_deref(), Some("Bearer first"));
+        assert_eq!(header(&stream, "clusterid").as_deref(), Some("c1"));
+        assert_eq!(header(&stream, "x-extra").as_deref(), Some("1"));
+        // Policies first, then the addresses, in two parts and one of them twice.
+        assert!(is_accepted(&stream.push(response(AUTHORIZATION, "n1", vec![policy("p")])).await, "n1"));
+        assert!(!client.status.borrow().synced);
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n2", vec![pod(1)])).await, "n2"));
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n3", vec![pod(2), pod(3)])).await, "n3"));
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n3", vec![pod(2), pod(3)])).await, "n3"));
+        let status = client.until(|status| status.synced).await;
+        assert_eq!(status.stale_since, None);
+        let mesh = client.mesh.snapshot();
+        assert_eq!((mesh.workloads().len(), mesh.policies().len()), (3, 1));
+        assert!(mesh.workload_at("", [10, 0, 0, 2].into()).is_some());
+
+        std::fs::write(token.path(), "second").expect("written");
+        drop(stream);
+        client.until(|status| status.stale_since.is_some()).await;
+        assert_eq!(client.mesh.snapshot().workloads().len(), 3, "what is known stays");
+        let (mut stream, again) = begin(&mut plane).await;
+        assert_eq!(header(&stream, "authorization").as_deref(), Some("Bearer second"));
+        assert_eq!(again[0].initial_resource_versions.len(), 3);
+        assert_eq!(again[0].initial_resource_versions["c//Pod/shop/p2"], "v2");
+        assert_eq!(again[1].initial_resource_versions["shop/p"], "");
+        let mut gone = response(ADDRESS, "n1", vec![]);
+        gone.removed_resources = vec!["c//Pod/shop/p1".into(), "c//Pod/shop/p2".into()];
+        assert!(is_accepted(&stream.push(gone).await, "n1"));
+        client.until_workloads(1).await;
+        assert_eq!(client.metric("istio_xds_connection_terminations_total{reason=\"Complete\"}"), 1);
+        assert_eq!(client.metric(&format!("istio_xds_message_total{{url=\"{ADDRESS}\"}}")), 4);
+        assert!(client.metric(&format!("istio_xds_message_bytes_total{{url=\"{ADDRESS}\"}}")) > 100);
+        assert_eq!(client.metric("ztunnel_xds_connected"), 1);
+    });
+}
+
+#[test]
+fn what_is_bad_is_refused_again_and_again_and_nothing_else_suffers() {
+    test(async {
+        let mut plane = ControlPlane::start(0, None).await;
+        let mut client = Client::start(config(&plane));
+        let (mut stream, _) = begin(&mut plane).await;
+        let bad = || resource(ADDRESS, "bad", "1", workload::Address { r#type: None });
+        for round in 0..20 {
+            let nonce = round.to_string();
+            let answer = stream.push(response(ADDRESS, &nonce, vec![bad(), pod(round)])).await;
+            let error = answer.error_detail.expect("refused");
+            assert_eq!(
+                (answer.response_nonce, &*error.message),
+                (nonce, "bad: the workload or service is missing")
+            );
+        }
+        let answer = stream.push(response("type.googleapis.com/other", "n", vec![])).await;
+        assert!(answer.error_detail.is_some() && answer.type_url == "type.googleapis.com/other");
+        let status = client.until(|status| status.rejected == 20).await;
+        assert!(!status.synced);
+        assert_eq!(client.mesh.snapshot().workloads().len(), 20);
+        assert_eq!(client.metric(&format!("ztunnel_xds_rejected_resources_total{{url=\"{ADDRESS}\"}}")), 20);
+    });
+}
+
+#[test]
+fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
+    test(async {
+        let mut plane = ControlPlane::start(0, None).await;
+        let mut client = Client::start(config(&plane));
+        let (mut stream, _) = begin(&mut plane).await;
+        let all = |from: usize| (from..from + 20_000).map(pod).collect();
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", all(0))).await, "n1"));
+        client.until_workloads(20_000).await;
+        plane.break_after(300_000);
+        stream.send(response(ADDRESS, "n2", all(20_000))).await;
+        client.until(|status| status.stale_since.is_some()).await;
+        assert_eq!(client.mesh.snapshot().workloads().len(), 20_000, "half a message is none");
+        plane.break_after(usize::MAX);
+        let (mut stream, first) = begin(&mut plane).await;
+        assert_eq!(first[0].initial_resource_versions.len(), 20_000);
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", all(20_000))).await, "n1"));
+        client.until_workloads(40_000).await;
+    });
+}
+
+#[test]
+fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
+    test(async {
+        let mut plane = ControlPlane::start(0, None).await;
+        let token = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(token.path(), "expired").expect("written");
+        let answer_timeout = Duration::from_millis(300);
+        let token_file = Some(Token::File(token.path().into()));
+        let mut client = Client::start(Config { token: token_file, answer_timeout, ..config(&plane) });
+        while client.metric("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}") < 2 {
+            tokio::task::yield_now().await;
+        }
+        std::fs::write(token.path(), "good").expect("written");
+        // It says nothing.
+        let (mut stream, _) = begin(&mut plane).await;
+        assert!(stream.request().await.is_none(), "the client gave up");
+        // It hangs up at once, several times.
+        let started = Instant::now();
+        let before = plane.connections();
+        for _ in 0..4 {
+            drop(begin(&mut plane).await);
+        }
+        let (mut stream, _) = begin(&mut plane).await;
+        assert!(started.elapsed() > Duration::from_millis(20 + 40 + 80 + 160) / 2, "{:?}", started.elapsed());
+        assert!(plane.connections() - before <= 6);
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(1)])).await, "n1"));
+        // It goes away for a moment, in good order.
+        stream.fail(tonic::Status::unavailable("transport is closing")).await;
+        let (mut stream, _) = begin(&mut plane).await;
+        assert_eq!(client.metric("istio_xds_connection_terminations_total{reason=\"Reconnect\"}"), 1);
+        assert!(is_accepted(&stream.push(response(AUTHORIZATION, "n1", vec![])).await, "n1"));
+        client.until(|status| status.synced).await;
+        // It restarts.
+        let port = plane.address.port();
+        drop((stream, plane));
+        client.until(|status| status.stale_since.is_some()).await;
+        let mut plane = ControlPlane::start(port, None).await;
+        let (mut stream, first) = begin(&mut plane).await;
+        assert_eq!(first[0].initial_resource_versions.len(), 1);
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(2)])).await, "n1"));
+        client.until_workloads(2).await;
+        assert!(client.status.borrow().synced);
+    });
+}
+
+/// A root, as PEM, and a server's configuration with a certificate of it for this name.
+fn certified(name: &str) -> (String, Arc<ServerConfig>) {
+    let key = || KeyPair::generate().expect("a key");
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "root");
+    let root = CertifiedIssuer::self_signed(params, key()).expect("a root");
+    let own = key();
+    let leaf =
+        CertificateParams::new([name.to_owned()]).expect("a name").signed_by(&own, &root).expect("signed");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], own.serialize_der().try_into().expect("a key"))
+        .expect("a certificate");
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    (root.pem(), Arc::new(config))
+}
+
+#[test]
+fn only_a_control_plane_that_the_root_vouches_for_is_believed() {
+    test(async {
+        let (root, tls) = certified("localhost");
+        let (other, _) = certified("localhost");
+        let mut plane = ControlPlane::start(0, Some(tls)).await;
+        let folder = tempfile::tempdir().expect("a folder");
+        let file: PathBuf = folder.path().join("root-cert.pem");
+        let address = format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
+        let secure = Config { address, roots: Roots::File(file.clone()), ..config(&plane) };
+        // No file, then the wrong root, then the right one: read again for every connection.
+        let client = Client::start(secure);
+        while client.metric("istio_xds_connection_terminations_total{reason=\"Error\"}") < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(plane.connections(), 0);
+        std::fs::write(&file, other).expect("written");
+        while client.metric("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}") < 2 {
+            tokio::task::yield_now().await;
+        }
+        std::fs::write(&file, root).expect("written");
+        let (mut stream, _) = begin(&mut plane).await;
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(1)])).await, "n1"));
+    });
+}
+
+#[test]
+fn another_name_is_believed_only_if_it_was_configured() {
+    test(async {
+        let (root, tls) = certified("istiod.istio-system.svc");
+        let mut plane = ControlPlane::start(0, Some(tls)).await;
+        let address: http::Uri =
+            format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
+        let with = |alt: Option<&str>| Config {
+            address: address.clone(),
+            roots: Roots::Pem(root.clone()),
+            alt_hostname: alt.map(str::to_owned),
+            ..config(&plane)
+        };
+        for wrong in [None, Some("istiod.other.svc")] {
+            let client = Client::start(with(wrong));
+            while client.metric("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}") < 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        let right = with(Some("istiod.istio-system.svc"));
+        let _client = Client::start(right);
+        begin(&mut plane).await;
+    });
+}

@@ -1,0 +1,20 @@
+//! The mesh from a control plane: an incremental discovery session, and wire messages made into changes of the mesh.
+//!
+//! [`session`] decides (which requests to send, what to accept and reject, what was received) and knows no network;
+//! [`client`] connects, reads, writes and waits; [`backoff`] says how long. [`convert`] is the only place that knows
+//! what a message means.
+//!
+//! # Use
+//!
+//! [`client::start`] takes a [`client::Config`] and the one [`MeshWriter`](crate::mesh::MeshWriter), and gives back a
+//! [`client::Status`] to watch. The mesh is complete enough to serve as soon as [`client::Status::synced`] is true: the
+//! first response of every type was accepted. It never becomes false again: when the control plane is lost the mesh
+//! stays as it was, and [`client::Status::stale_since`] says since when.
+
+pub mod backoff;
+pub mod client;
+mod connect;
+pub mod convert;
+mod counts;
+mod intern;
+pub mod session;

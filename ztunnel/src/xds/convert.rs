@@ -1,0 +1,113 @@
+//! Wire messages → changes of the mesh. A resource is taken as a whole or rejected with a reason, and a bad one harms no
+//! other.
+//!
+//! What is wrong is rejected: addresses that are none, ports out of range, names without their parts. What is only
+//! newer than this version (an enumerator it does not know) is taken with the most careful meaning and counted, so that
+//! a newer control plane does not blind an older proxy: an endpoint in an unknown state is not healthy, one that is
+//! reached in an unknown way is not reached, a scope that is not known has nobody in common. An authorization policy is
+//! always taken, however little of it is understood: see [`authorization`].
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use ztunnel_proto::prost::DecodeError;
+use ztunnel_proto::prost::Message;
+use ztunnel_proto::security;
+use ztunnel_proto::workload as wire;
+
+use crate::mesh::MeshChange;
+use crate::model::identity::InvalidSpiffeId;
+use crate::model::policy::PolicyKey;
+use crate::xds::intern::Interner;
+
+mod authorization;
+mod service;
+mod workload;
+
+#[cfg(test)]
+mod tests;
+
+/// Why a resource is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Rejected {
+    /// It is no message of its type.
+    #[error("cannot be decoded: {0}")]
+    Decode(DecodeError),
+    /// It is empty where it should be one of several things.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    /// An address has neither 4 nor 16 bytes.
+    #[error("an address of {0} bytes")]
+    Address(usize),
+    /// The prefix is longer than the address.
+    #[error("a prefix of {0} bits is longer than the address")]
+    Prefix(u32),
+    /// A number is no port.
+    #[error("{0} is not a port")]
+    Port(u32),
+    /// A value has a meaning that is not supported, and never was.
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    /// A name has not its parts.
+    #[error("{0:?} is not of the form namespace/name")]
+    Name(String),
+    /// The identity would not be one.
+    #[error(transparent)]
+    Identity(#[from] InvalidSpiffeId),
+}
+
+/// Translates resources. Keeps one copy of what many of them say.
+#[derive(Debug, Default)]
+pub struct Converter {
+    interner: Interner,
+    unknown: u64,
+}
+
+impl Converter {
+    /// How many values this version did not know were met so far, in resources that were taken.
+    pub fn unknown_values(&self) -> u64 {
+        self.unknown
+    }
+
+    /// Translates a resource of the type `istio.workload.Address`.
+    pub fn address(&mut self, resource: Bytes) -> Result<MeshChange, Rejected> {
+        let address = wire::Address::decode(resource).map_err(Rejected::Decode)?;
+        match address.r#type.ok_or(Rejected::Missing("the workload or service"))? {
+            wire::address::Type::Workload(workload) => {
+                Ok(MeshChange::Workload(Arc::new(self.workload(&workload)?)))
+            }
+            wire::address::Type::Service(service) => {
+                Ok(MeshChange::Service(Arc::new(self.service(&service)?)))
+            }
+        }
+    }
+
+    /// Translates a resource of the type `istio.security.Authorization`.
+    pub fn authorization(&mut self, resource: Bytes) -> Result<MeshChange, Rejected> {
+        let policy = security::Authorization::decode(resource).map_err(Rejected::Decode)?;
+        Ok(MeshChange::Policy(Arc::new(self.policy(&policy)?)))
+    }
+
+    /// The removal of an `istio.workload.Address` by its name.
+    pub fn removed_address(&mut self, name: &str) -> MeshChange {
+        MeshChange::RemoveAddress(Arc::from(name))
+    }
+
+    /// The removal of an `istio.security.Authorization` by its name; nothing if no policy can have that name.
+    pub fn removed_authorization(&mut self, name: &str) -> Option<MeshChange> {
+        policy_key(&mut self.interner, name).map(MeshChange::RemovePolicy)
+    }
+
+    /// Counts an enumerator that is not known, and gives it its careful meaning.
+    fn unknown<T>(&mut self, careful: T) -> T {
+        self.unknown += 1;
+        careful
+    }
+}
+
+/// The name of a policy, `namespace/name`.
+fn policy_key(interner: &mut Interner, text: &str) -> Option<PolicyKey> {
+    let (namespace, name) = text.split_once('/')?;
+    let valid = !namespace.is_empty() && !name.is_empty();
+    valid.then(|| PolicyKey { namespace: interner.text(namespace), name: interner.text(name) })
+}

@@ -1,0 +1,135 @@
+//! Services.
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use ztunnel_proto::workload as wire;
+use ztunnel_proto::workload::load_balancing;
+
+use crate::model::addr::NetworkAddress;
+use crate::model::addr::NetworkCidr;
+use crate::model::service::BalanceMode;
+use crate::model::service::BalanceScope;
+use crate::model::service::HealthPolicy;
+use crate::model::service::IpFamilies;
+use crate::model::service::LoadBalancing;
+use crate::model::service::Service;
+use crate::model::service::ServiceKey;
+use crate::model::service::ServicePort;
+use crate::model::service::Visibility;
+use crate::model::service::WeightedWaypoint;
+use crate::xds::convert::Converter;
+use crate::xds::convert::Rejected;
+use crate::xds::convert::workload::ip;
+use crate::xds::convert::workload::port;
+use crate::xds::convert::workload::port_or_zero;
+
+impl Converter {
+    pub(super) fn service(&mut self, from: &wire::Service) -> Result<Service, Rejected> {
+        let name = format!("{}/{}", from.namespace, from.hostname);
+        let key = ServiceKey::parse(self.interner.text(&name)).ok_or(Rejected::Name(name))?;
+        let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
+        for address in &from.addresses {
+            let network = self.interner.text(&address.network);
+            let ip = ip(&address.address)?;
+            let bits = if ip.is_ipv4() { 32 } else { 128 };
+            match address.length {
+                Some(length) if length > bits => return Err(Rejected::Prefix(length)),
+                Some(length) if length < bits => {
+                    let range = IpNet::new(ip, length as u8).map_err(|_| Rejected::Prefix(length))?.trunc();
+                    let cidr = NetworkCidr { network, range };
+                    if !cidr_vips.contains(&cidr) {
+                        cidr_vips.push(cidr);
+                    }
+                }
+                _ => {
+                    let vip = NetworkAddress { network, ip };
+                    if !vips.contains(&vip) {
+                        vips.push(vip);
+                    }
+                }
+            }
+        }
+        let mut ports = Vec::with_capacity(from.ports.len());
+        for known in &from.ports {
+            ports.push(ServicePort {
+                port: port(known.service_port)?,
+                target: port_or_zero(known.target_port)?,
+            });
+        }
+        let mut weighted_waypoints = Vec::with_capacity(from.weighted_waypoints.len());
+        for waypoint in &from.weighted_waypoints {
+            let gateway = waypoint.destination.as_ref();
+            let gateway = gateway.ok_or(Rejected::Missing("the destination of a waypoint"))?;
+            let (gateway, weight) = (self.gateway(gateway)?, waypoint.weight);
+            weighted_waypoints.push(WeightedWaypoint { gateway, weight });
+        }
+        let subject_alt_names: Vec<Arc<str>> =
+            from.subject_alt_names.iter().map(|name| self.interner.text(name)).collect();
+        let identities = subject_alt_names.iter().filter_map(|name| name.parse().ok()).collect();
+        let ip_families = match wire::IpFamilies::try_from(from.ip_families) {
+            Ok(wire::IpFamilies::Automatic) => None,
+            Ok(wire::IpFamilies::Ipv4Only) => Some(IpFamilies::V4Only),
+            Ok(wire::IpFamilies::Ipv6Only) => Some(IpFamilies::V6Only),
+            Ok(wire::IpFamilies::Dual) => Some(IpFamilies::Dual),
+            Err(_) => self.unknown(None),
+        };
+        let visibility = match wire::service::Visibility::try_from(from.visibility) {
+            Ok(wire::service::Visibility::Public) => Visibility::Public,
+            Ok(wire::service::Visibility::Namespace) => Visibility::Namespace,
+            Err(_) => self.unknown(Visibility::Public),
+        };
+        let balancing = match &from.load_balancing {
+            Some(balancing) => Some(self.balancing(balancing)?),
+            None => None,
+        };
+        Ok(Service {
+            key,
+            name: self.interner.text(&from.name),
+            namespace: self.interner.text(&from.namespace),
+            hostname: self.interner.text(&from.hostname),
+            vips,
+            cidr_vips,
+            ports,
+            subject_alt_names,
+            identities,
+            waypoint: self.some_gateway(from.waypoint.as_ref())?,
+            weighted_waypoints,
+            balancing,
+            ip_families,
+            canonical: from.canonical,
+            visibility,
+        })
+    }
+
+    fn balancing(&mut self, from: &wire::LoadBalancing) -> Result<LoadBalancing, Rejected> {
+        let mode = match load_balancing::Mode::try_from(from.mode) {
+            Ok(load_balancing::Mode::UnspecifiedMode) => BalanceMode::Any,
+            Ok(load_balancing::Mode::Strict) => BalanceMode::Strict,
+            Ok(load_balancing::Mode::Failover) => BalanceMode::Failover,
+            Ok(load_balancing::Mode::Passthrough) => BalanceMode::Passthrough,
+            Err(_) => self.unknown(BalanceMode::Any),
+        };
+        let mut scopes = Vec::with_capacity(from.routing_preference.len());
+        for scope in &from.routing_preference {
+            scopes.push(match load_balancing::Scope::try_from(*scope) {
+                Ok(load_balancing::Scope::UnspecifiedScope) => {
+                    return Err(Rejected::Unsupported("scope UNSPECIFIED_SCOPE"));
+                }
+                Ok(load_balancing::Scope::Region) => BalanceScope::Region,
+                Ok(load_balancing::Scope::Zone) => BalanceScope::Zone,
+                Ok(load_balancing::Scope::Subzone) => BalanceScope::Subzone,
+                Ok(load_balancing::Scope::Node) => BalanceScope::Node,
+                Ok(load_balancing::Scope::Cluster) => BalanceScope::Cluster,
+                Ok(load_balancing::Scope::Network) => BalanceScope::Network,
+                Err(_) => self.unknown(BalanceScope::Unknown),
+            });
+        }
+        let health = match load_balancing::HealthPolicy::try_from(from.health_policy) {
+            Ok(load_balancing::HealthPolicy::OnlyHealthy) => HealthPolicy::OnlyHealthy,
+            Ok(load_balancing::HealthPolicy::AllowAll) => HealthPolicy::AllowAll,
+            Err(_) => self.unknown(HealthPolicy::OnlyHealthy),
+        };
+        Ok(LoadBalancing { mode, scopes: scopes.into_boxed_slice(), health })
+    }
+}

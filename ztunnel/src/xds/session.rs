@@ -1,0 +1,210 @@
+//! What is said on a discovery stream: event in, action out. Knows no network and no clock.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::vec;
+
+use ztunnel_proto::discovery::DeltaDiscoveryRequest;
+use ztunnel_proto::discovery::DeltaDiscoveryResponse;
+use ztunnel_proto::discovery::Node;
+use ztunnel_proto::discovery::Resource;
+use ztunnel_proto::discovery::Status;
+
+use crate::mesh::MeshChange;
+use crate::xds::convert::Converter;
+use crate::xds::convert::Rejected;
+
+#[cfg(test)]
+mod tests;
+
+/// A type of resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Workloads and services.
+    Address,
+    /// Policies.
+    Authorization,
+}
+
+impl Kind {
+    /// All, in the order in which they are asked for.
+    pub const ALL: [Self; 2] = [Self::Address, Self::Authorization];
+
+    /// The name of the type on the wire.
+    pub fn type_url(self) -> &'static str {
+        match self {
+            Self::Address => "type.googleapis.com/istio.workload.Address",
+            Self::Authorization => "type.googleapis.com/istio.security.Authorization",
+        }
+    }
+
+    fn of(type_url: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.type_url() == type_url)
+    }
+}
+
+/// A reason is no longer than needed by who reads it: further resources are only counted.
+const REASONS_MAX: usize = 16 * 1024;
+
+/// A session with a control plane. It goes on when the connection is another one.
+#[derive(Debug)]
+pub struct Session {
+    node: Node,
+    converter: Converter,
+    /// For each kind the names of what was accepted, with the versions.
+    held: [HashMap<Box<str>, Box<str>>; 2],
+    accepted: [bool; 2],
+}
+
+/// What to do with a response.
+#[derive(Debug)]
+pub enum Received {
+    /// It brings changes: [`Session::advance`] until there are no more, then [`Session::finish`].
+    Push(Push),
+    /// It brings nothing of a known type. Send this.
+    Refused(DeltaDiscoveryRequest),
+}
+
+/// A response of which not everything has been looked at.
+#[derive(Debug)]
+pub struct Push {
+    kind: Kind,
+    nonce: String,
+    resources: vec::IntoIter<Resource>,
+    removed: vec::IntoIter<String>,
+    rejected: Vec<(String, Rejected)>,
+}
+
+impl Push {
+    /// The type of its resources.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The resources rejected so far.
+    pub fn rejected(&self) -> &[(String, Rejected)] {
+        &self.rejected
+    }
+
+    /// Whether everything has been looked at.
+    pub fn is_done(&self) -> bool {
+        self.resources.len() == 0 && self.removed.len() == 0
+    }
+}
+
+impl Session {
+    /// A session of `node` that has received nothing.
+    pub fn new(node: Node) -> Self {
+        Self { node, converter: Converter::default(), held: Default::default(), accepted: [false; 2] }
+    }
+
+    /// The first requests on a new stream: everything of every type, without what is held already.
+    pub fn open(&self) -> [DeltaDiscoveryRequest; 2] {
+        Kind::ALL.map(|kind| {
+            let held = self.held[kind as usize].iter();
+            DeltaDiscoveryRequest {
+                node: Some(self.node.clone()),
+                type_url: kind.type_url().to_owned(),
+                initial_resource_versions: held
+                    .map(|(name, version)| (name.to_string(), version.to_string()))
+                    .collect(),
+                ..DeltaDiscoveryRequest::default()
+            }
+        })
+    }
+
+    /// Whether the first response of every type was accepted.
+    pub fn is_synced(&self) -> bool {
+        self.accepted == [true; 2]
+    }
+
+    /// How many resources of a type are held.
+    pub fn held(&self, kind: Kind) -> usize {
+        self.held[kind as usize].len()
+    }
+
+    /// How many values that this version does not know were met in accepted resources.
+    pub fn unknown_values(&self) -> u64 {
+        self.converter.unknown_values()
+    }
+
+    /// Begins with a response.
+    pub fn receive(&mut self, response: DeltaDiscoveryResponse) -> Received {
+        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        match Kind::of(&type_url) {
+            Some(kind) => Received::Push(Push {
+                kind,
+                nonce,
+                resources: resources.into_iter(),
+                removed: removed_resources.into_iter(),
+                rejected: Vec::new(),
+            }),
+            None => {
+                let message = "resources of this type were not asked for".to_owned();
+                Received::Refused(answer(type_url, nonce, Some(message)))
+            }
+        }
+    }
+
+    /// The changes that the next resources of a response make, of `limit` of them at most. What is rejected leaves what
+    /// was there before in place.
+    pub fn advance(&mut self, push: &mut Push, limit: usize) -> Vec<MeshChange> {
+        let mut changes = Vec::with_capacity(limit.min(push.resources.len() + push.removed.len()));
+        let kind = push.kind;
+        let held = &mut self.held[kind as usize];
+        let mut left = limit;
+        for Resource { name, version, resource, .. } in push.resources.by_ref().take(left) {
+            left -= 1;
+            let converted = match resource {
+                Some(any) if any.type_url != kind.type_url() => {
+                    Err(Rejected::Unsupported("a resource of another type than the response's"))
+                }
+                Some(any) => match kind {
+                    Kind::Address => self.converter.address(any.value),
+                    Kind::Authorization => self.converter.authorization(any.value),
+                },
+                None => Err(Rejected::Missing("the resource")),
+            };
+            match converted {
+                Ok(change) => {
+                    changes.push(change);
+                    held.insert(name.into_boxed_str(), version.into_boxed_str());
+                }
+                Err(reason) => push.rejected.push((name, reason)),
+            }
+        }
+        for name in push.removed.by_ref().take(left) {
+            held.remove(name.as_str());
+            match kind {
+                Kind::Address => changes.push(self.converter.removed_address(&name)),
+                Kind::Authorization => changes.extend(self.converter.removed_authorization(&name)),
+            }
+        }
+        changes
+    }
+
+    /// The answer to a response that has been looked at: accepted, or rejected with every bad resource and its reason.
+    pub fn finish(&mut self, push: Push) -> DeltaDiscoveryRequest {
+        let Push { kind, nonce, rejected, .. } = push;
+        let mut message = String::new();
+        let mut told = 0;
+        for (name, reason) in &rejected {
+            if message.len() > REASONS_MAX {
+                break;
+            }
+            let separator = if message.is_empty() { "" } else { "; " };
+            let _never_fails = write!(message, "{separator}{name}: {reason}");
+            told += 1;
+        }
+        if told < rejected.len() {
+            let _never_fails = write!(message, "; and {} more", rejected.len() - told);
+        }
+        self.accepted[kind as usize] |= rejected.is_empty();
+        answer(kind.type_url().to_owned(), nonce, (!rejected.is_empty()).then_some(message))
+    }
+}
+
+fn answer(type_url: String, response_nonce: String, rejected: Option<String>) -> DeltaDiscoveryRequest {
+    let error_detail = rejected.map(|message| Status { message, ..Status::default() });
+    DeltaDiscoveryRequest { type_url, response_nonce, error_detail, ..DeltaDiscoveryRequest::default() }
+}

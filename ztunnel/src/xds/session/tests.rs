@@ -1,0 +1,218 @@
+//! What is said in answer to what, without a network.
+
+use proptest::prelude::*;
+use ztunnel_proto::Any;
+use ztunnel_proto::prost::Message;
+use ztunnel_proto::security;
+use ztunnel_proto::workload as wire;
+
+use super::*;
+use crate::mesh::index::Mesh;
+
+fn session() -> Session {
+    Session::new(Node { id: "ztunnel~me".to_owned(), ..Node::default() })
+}
+
+fn resource(kind: Kind, name: &str, version: &str, message: impl Message) -> Resource {
+    let any = Any { type_url: kind.type_url().to_owned(), value: message.encode_to_vec().into() };
+    let (name, version) = (name.to_owned(), version.to_owned());
+    Resource { name, version, resource: Some(any), ..Resource::default() }
+}
+
+fn pod(name: &str, version: &str, node: &str) -> Resource {
+    let workload = wire::Workload {
+        uid: name.to_owned(),
+        name: name.to_owned(),
+        namespace: "shop".to_owned(),
+        node: node.to_owned(),
+        ..wire::Workload::default()
+    };
+    let address = wire::Address { r#type: Some(wire::address::Type::Workload(workload)) };
+    resource(Kind::Address, name, version, address)
+}
+
+fn bad(name: &str) -> Resource {
+    resource(Kind::Address, name, "1", wire::Address { r#type: None })
+}
+
+fn deny(name: &str) -> Resource {
+    let (name, namespace) = (name.to_owned(), "shop".to_owned());
+    let policy = security::Authorization { name: name.clone(), namespace, action: 1, ..Default::default() };
+    resource(Kind::Authorization, &format!("shop/{name}"), "", policy)
+}
+
+fn response(kind: Kind, nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse {
+        type_url: kind.type_url().to_owned(),
+        nonce: nonce.to_owned(),
+        resources,
+        removed_resources: removed.iter().map(ToString::to_string).collect(),
+        ..DeltaDiscoveryResponse::default()
+    }
+}
+
+/// Takes a response in slices of `slice` resources into `mesh`, and gives the answer.
+fn take(
+    session: &mut Session,
+    mesh: &mut Mesh,
+    response: DeltaDiscoveryResponse,
+    slice: usize,
+) -> DeltaDiscoveryRequest {
+    match session.receive(response) {
+        Received::Refused(answer) => answer,
+        Received::Push(mut push) => {
+            while !push.is_done() {
+                let changes = session.advance(&mut push, slice);
+                assert!(changes.len() <= slice);
+                changes.into_iter().for_each(|change| mesh.apply(change));
+            }
+            session.finish(push)
+        }
+    }
+}
+
+fn rejected(answer: &DeltaDiscoveryRequest) -> &str {
+    answer.error_detail.as_ref().map_or("", |status| &status.message)
+}
+
+#[test]
+fn a_session_begins_with_what_it_has_and_is_synced_by_both_types() {
+    let (mut session, mut mesh) = (session(), Mesh::default());
+    let first = session.open();
+    assert_eq!(first.each_ref().map(|it| it.type_url.as_str()), Kind::ALL.map(Kind::type_url));
+    for request in first {
+        assert_eq!(request.node.unwrap().id, "ztunnel~me");
+        assert!(request.initial_resource_versions.is_empty() && request.resource_names_subscribe.is_empty());
+    }
+    let answer = take(
+        &mut session,
+        &mut mesh,
+        response(Kind::Address, "n1", vec![pod("a", "1", "x"), pod("b", "7", "x")], &[]),
+        9,
+    );
+    let accepted = DeltaDiscoveryRequest {
+        type_url: Kind::Address.type_url().to_owned(),
+        response_nonce: "n1".to_owned(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    assert_eq!(answer, accepted, "nothing else is said");
+    assert!(!session.is_synced());
+    take(&mut session, &mut mesh, response(Kind::Authorization, "n2", vec![deny("p")], &[]), 9);
+    assert!(session.is_synced());
+    take(
+        &mut session,
+        &mut mesh,
+        response(Kind::Address, "n3", vec![pod("b", "8", "y")], &["a", "unknown"]),
+        9,
+    );
+    let [addresses, policies] = session.open().map(|request| request.initial_resource_versions);
+    assert_eq!(addresses, [("b".to_owned(), "8".to_owned())].into());
+    assert_eq!(policies, [("shop/p".to_owned(), String::new())].into());
+    assert_eq!((mesh.workloads().len(), &*mesh.workload("b").unwrap().node), (1, "y"));
+    take(&mut session, &mut mesh, response(Kind::Authorization, "n4", vec![], &["shop/p", "x"]), 9);
+    assert_eq!(mesh.policies().len(), 0);
+}
+
+#[test]
+fn what_is_bad_is_named_and_harms_nothing_else() {
+    let (mut session, mut mesh) = (session(), Mesh::default());
+    take(&mut session, &mut mesh, response(Kind::Authorization, "n0", vec![], &[]), 2);
+    let other_type =
+        Resource { name: "z".into(), ..resource(Kind::Authorization, "z", "1", wire::Address::default()) };
+    let push = vec![
+        pod("a", "1", "x"),
+        bad("b"),
+        other_type,
+        pod("c", "1", "x"),
+        Resource { name: "e".into(), ..Resource::default() },
+    ];
+    let answer = take(&mut session, &mut mesh, response(Kind::Address, "n1", push, &[]), 2);
+    assert_eq!(
+        rejected(&answer),
+        "b: the workload or service is missing; z: a resource of another type than the response's is not supported; e: \
+         the resource is missing"
+    );
+    assert_eq!(answer.response_nonce, "n1");
+    assert_eq!(mesh.workloads().len(), 2);
+    assert!(!session.is_synced(), "a first response that is rejected does not count");
+    let mut broken = pod("a", "2", "y");
+    broken.resource = bad("a").resource;
+    let answer = take(
+        &mut session,
+        &mut mesh,
+        response(Kind::Address, "n2", vec![broken, pod("d", "1", "x")], &[]),
+        2,
+    );
+    assert_eq!(rejected(&answer), "a: the workload or service is missing");
+    assert_eq!(&*mesh.workload("a").unwrap().node, "x", "the version before stays");
+    let held = session.open()[0].initial_resource_versions.clone();
+    assert_eq!(held["a"], "1");
+    assert!(!held.contains_key("b"));
+    take(&mut session, &mut mesh, response(Kind::Address, "n3", vec![], &[]), 2);
+    assert!(session.is_synced());
+}
+
+#[test]
+fn a_type_that_was_not_asked_for_is_refused() {
+    let mut mesh = Mesh::default();
+    let other = DeltaDiscoveryResponse {
+        type_url: "type.googleapis.com/other".to_owned(),
+        nonce: "n".to_owned(),
+        ..response(Kind::Address, "", vec![pod("a", "1", "x")], &[])
+    };
+    let answer = take(&mut session(), &mut mesh, other, 1);
+    assert_eq!(
+        (answer.type_url.as_str(), answer.response_nonce.as_str()),
+        ("type.googleapis.com/other", "n")
+    );
+    assert!(!rejected(&answer).is_empty() && mesh.workloads().len() == 0);
+}
+
+#[test]
+fn the_reasons_of_a_whole_mesh_do_not_fill_a_request() {
+    let all = (0..20_000).map(|number| bad(&format!("workload-{number}"))).collect();
+    let answer = take(&mut session(), &mut Mesh::default(), response(Kind::Address, "n", all, &[]), 512);
+    assert!(rejected(&answer).len() < REASONS_MAX + 200 && rejected(&answer).ends_with(" more"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn how_a_push_is_cut_makes_no_difference(
+        changes in prop::collection::vec((0..8u8, prop::option::weighted(0.8, 0..3u8)), 1..60),
+        cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..5),
+        slice in 1..7usize,
+    ) {
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(changes.len())).collect();
+        cuts.extend([0, changes.len()]);
+        cuts.sort_unstable();
+        let (mut session, mut mesh) = (session(), Mesh::default());
+        let mut expected = std::collections::BTreeMap::new();
+        for part in cuts.windows(2).map(|cut| &changes[cut[0]..cut[1]]) {
+            // In one response a resource is there once, or removed.
+            let last: std::collections::BTreeMap<u8, Option<u8>> = part.iter().copied().collect();
+            let name = |number: &u8| format!("w{number}");
+            let resources = last.iter().filter_map(|(number, node)| {
+                node.map(|node| pod(&name(number), &node.to_string(), &node.to_string()))
+            });
+            let removed: Vec<String> = last.iter().filter(|(_, node)| node.is_none()).map(|(number, _)| name(number)).collect();
+            let removed: Vec<&str> = removed.iter().map(String::as_str).collect();
+            let push = response(Kind::Address, "n", resources.collect(), &removed);
+            let twice = push.clone();
+            take(&mut session, &mut mesh, push, slice);
+            take(&mut session, &mut mesh, twice, slice + 1);
+            for (number, node) in last {
+                match node {
+                    Some(node) => expected.insert(name(&number), node.to_string()),
+                    None => expected.remove(&name(&number)),
+                };
+            }
+        }
+        let there: std::collections::BTreeMap<String, String> =
+            mesh.workloads().map(|it| (it.uid.to_string(), it.node.to_string())).collect();
+        prop_assert_eq!(&there, &expected);
+        let held: std::collections::BTreeMap<String, String> = session.open()[0].initial_resource_versions.clone().into_iter().collect();
+        prop_assert_eq!(held, expected);
+    }
+}

@@ -179,11 +179,11 @@ impl Daemon {
         Ok(())
     }
 
-    /// Resident memory in bytes.
+    /// Resident memory in bytes that is its own: pages of files come and go.
     pub fn memory(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-        let kib: u64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+        let kib: u64 = line.split_whitespace().nth(1).context("no RssAnon value")?.parse()?;
         Ok(kib * 1024)
     }
 

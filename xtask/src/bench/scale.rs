@@ -81,6 +81,8 @@ fn pods(running: &Running) -> Result<String> {
             idle.as_secs_f64() * 1e3 / IDLE.as_secs_f64(),
             now.switches.saturating_sub(before.switches) as f64 / IDLE.as_secs_f64(),
         )?;
+        // Whoever interrupts it has that much.
+        eprintln!("{}", report.lines().next_back().unwrap_or_default());
     }
     Ok(report)
 }
@@ -121,6 +123,8 @@ fn crowds(running: &Running, seconds: u64) -> Result<String> {
             held as f64 / MIB,
             Usage::of(pid)?.resident as f64 / MIB,
         )?;
+        // Whoever interrupts it has that much.
+        eprintln!("{}", report.lines().next_back().unwrap_or_default());
     }
     Ok(report)
 }

@@ -41,8 +41,10 @@ use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::socket::CapturedPod;
 use crate::net::socket::Keepalive;
+use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
+use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
@@ -215,7 +217,12 @@ impl DataPlane {
     /// connections go on.
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
-        let network = CapturedPod::new(netns, Arc::clone(&self.bypass), self.config.keepalive.clone());
+        let network = CapturedPod::new(
+            netns,
+            Arc::clone(&self.bypass),
+            self.config.keepalive.clone(),
+            self.config.hbone.congestion.clone(),
+        );
         self.add(pod, listeners, id, Arc::new(network))
     }
 
@@ -228,6 +235,10 @@ impl DataPlane {
     ) -> io::Result<()> {
         for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
             prepare_listener(listener, &self.config.keepalive)?;
+        }
+        set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
+        if let Some(congestion) = &self.config.hbone.congestion {
+            set_congestion(&*listeners.hbone, congestion);
         }
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();

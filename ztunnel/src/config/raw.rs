@@ -84,6 +84,9 @@ pub struct Run {
     /// Data-plane threads [default: half the cores, at least one]
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// The TCP congestion control of tunnels; `system`: whatever the kernel uses by default
+    #[arg(long, env = "ZTUNNEL_TUNNEL_CONGESTION", value_name = "NAME", default_value = "cubic")]
+    pub tunnel_congestion: String,
     /// Where /metrics is served
     #[arg(long, value_name = "ADDR", default_value = "[::]:15020")]
     pub metrics_addr: SocketAddr,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::capture;
 use crate::config::raw;
+use crate::hbone;
 use crate::proxy;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
@@ -143,7 +144,14 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         drain_deadline: typed.drain_deadline,
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
-        proxy: proxy::Config { threads, ..proxy::Config::default() },
+        proxy: proxy::Config {
+            threads,
+            hbone: hbone::Config {
+                congestion: Some(typed.tunnel_congestion.clone()).filter(|name| name != "system"),
+                ..hbone::Config::default()
+            },
+            ..proxy::Config::default()
+        },
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

@@ -33,6 +33,10 @@ use crate::net::buffer::ReadAhead;
 /// Bytes that gather before a write waits for the socket.
 const BACKLOG_MAX: usize = 256 * 1024;
 
+/// Bytes read before the streams get their turn with what has come: while it is still in the cache, and so that they
+/// begin to write while the peer sends on.
+const PASS_MAX: usize = 256 * 1024;
+
 /// What a TLS record holds at most (RFC 8446 §5.1).
 const RECORD_MAX: usize = 16 * 1024;
 
@@ -51,6 +55,8 @@ struct Inner {
     tail: Vec<u8>,
     /// What was encrypted since the socket last took everything.
     encrypted: usize,
+    /// What was read in this pass.
+    read: usize,
 }
 
 impl Inner {
@@ -138,7 +144,7 @@ pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
         TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
         TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(None),
     }
-    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0 }));
+    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0, read: 0 }));
     (Deferred(Arc::clone(&inner)), Backlog(inner))
 }
 
@@ -150,7 +156,9 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 impl Backlog {
     /// Writes what has gathered. Pending when the socket takes no more for now.
     pub(super) fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).drain(cx)
+        let mut inner = lock(&self.0);
+        inner.read = 0;
+        inner.drain(cx)
     }
 
     /// Drives `future`, which uses the other end, and drains after each of its passes.
@@ -168,7 +176,15 @@ impl Backlog {
 
 impl AsyncRead for Deferred {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut lock(&self.0).tls).poll_read(cx, out)
+        let mut inner = lock(&self.0);
+        if inner.read >= PASS_MAX {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = out.filled().len();
+        let read = Pin::new(&mut inner.tls).poll_read(cx, out);
+        inner.read += out.filled().len() - before;
+        read
     }
 }
 

@@ -45,8 +45,10 @@ use crate::net::redirected::RedirectedPod;
 use crate::net::redirected::Settings;
 use crate::net::socket::CapturedPod;
 use crate::net::socket::Keepalive;
+use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
+use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
 use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
@@ -257,7 +259,12 @@ impl DataPlane {
     /// connections go on.
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
-        let network = CapturedPod::new(netns, Arc::clone(&self.bypass), self.config.keepalive.clone());
+        let network = CapturedPod::new(
+            netns,
+            Arc::clone(&self.bypass),
+            self.config.keepalive.clone(),
+            self.config.hbone.congestion.clone(),
+        );
         for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
             prepare_listener(listener, &self.config.keepalive)?;
         }
@@ -274,7 +281,7 @@ impl DataPlane {
         settings: Arc<Settings>,
     ) -> io::Result<()> {
         let id = netns.id();
-        let network = RedirectedPod::new(netns, settings);
+        let network = RedirectedPod::new(netns, settings, self.config.hbone.congestion.clone());
         self.add(pod, listeners, id, Arc::new(network), Some(shutdown::channel()))
     }
 
@@ -287,6 +294,10 @@ impl DataPlane {
         cut: Option<(Trigger, Signal)>,
     ) -> io::Result<()> {
         let (cut, when_cut) = cut.unzip();
+        set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
+        if let Some(congestion) = &self.config.hbone.congestion {
+            set_congestion(&*listeners.hbone, congestion);
+        }
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
         let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));

@@ -14,7 +14,7 @@ use crate::world::{BOTH, HTTP, LARGE_MIB, World};
 const PER_REQUEST: f64 = 6.5;
 /// In bulk one call moves far more than a TLS record (16 KiB). The kernel hands on a stream in pieces as it comes, so
 /// there is room above what was seen.
-const PER_MIB: f64 = 40.0;
+const PER_MIB: f64 = 30.0;
 
 /// For one connection after the other, each with a request and its answer. Seen: 20.1 for the client's daemon, whose
 /// part is to wait, accept and watch, to move request, answer and both ends between application and tunnel, and to
@@ -49,7 +49,7 @@ pub const REQUESTS: Story = Story {
         let place = world.client.place.clone();
         let (counted, outcome) = counting(world, "requests", || {
             let program = binaries::peer()?.display().to_string();
-            let output = place.run(&program, &["open", &target, "/", "500", "1", "2"])?;
+            let output = place.run(&program, &["open", &target, "/", "400", "1", "2"])?;
             let text = String::from_utf8_lossy(&output.stdout);
             let outcome: Outcome = serde_json::from_str(&text)
                 .with_context(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))?;
@@ -62,7 +62,7 @@ pub const REQUESTS: Story = Story {
 
 /// One large answer.
 pub const BULK: Story = Story {
-    name: "a megabyte costs each daemon at most forty system calls",
+    name: "a megabyte costs each daemon at most thirty system calls",
     tell: |world| {
         let url = format!("http://{}:{HTTP}/large", world.server.v4);
         let place = world.client.place.clone();

@@ -92,6 +92,9 @@ pub struct Run {
     /// what else the node has on the way (a NetworkPolicy for port 15008, say) is asked.
     #[arg(long, env = "ZTUNNEL_ENCRYPT_SAME_NODE", value_parser = clap::builder::BoolishValueParser::new())]
     pub encrypt_same_node: bool,
+    /// The TCP congestion control of tunnels; `system`: whatever the kernel uses by default
+    #[arg(long, env = "ZTUNNEL_TUNNEL_CONGESTION", value_name = "NAME", default_value = "cubic")]
+    pub tunnel_congestion: String,
     /// Where /metrics is served
     #[arg(long, value_name = "ADDR", default_value = "[::]:15020")]
     pub metrics_addr: SocketAddr,

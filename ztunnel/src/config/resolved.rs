@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::capture;
 use crate::config::raw;
+use crate::hbone;
 use crate::net::redirected::ClientAddress;
 use crate::net::redirected::Settings;
 use crate::net::socket::Keepalive;
@@ -187,7 +188,15 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
-        proxy: proxy::Config { threads, near: !typed.encrypt_same_node, ..defaults },
+        proxy: proxy::Config {
+            threads,
+            near: !typed.encrypt_same_node,
+            hbone: hbone::Config {
+                congestion: Some(typed.tunnel_congestion.clone()).filter(|name| name != "system"),
+                ..defaults.hbone
+            },
+            ..defaults
+        },
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

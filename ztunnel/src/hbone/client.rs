@@ -137,7 +137,6 @@ async fn shake(
     tls: Arc<ClientConfig>,
     config: &Config,
 ) -> Result<(Arc<Tunnel>, Driver), DialError> {
-    config.tune(&socket);
     // An address as a name: none is sent (RFC 6066 §3), and the expected identities are in `tls`.
     let name = ServerName::IpAddress(peer.0.ip().into());
     let tls = TlsConnector::from(tls)

@@ -76,7 +76,6 @@ pub async fn accept(
     tls: Arc<ServerConfig>,
     config: &Config,
 ) -> Result<Accepted, ServeError> {
-    config.tune(&socket);
     let limit = config.handshake_timeout;
     let tls = timeout(limit, TlsAcceptor::from(tls).accept(ReadAhead::new(socket)))
         .await

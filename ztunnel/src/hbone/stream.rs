@@ -94,6 +94,10 @@ impl From<h2::Error> for TunnelError {
     }
 }
 
+/// The size of a large piece of data that costs least: with the header of its frame (RFC 9113 §4.1) it fills 16 TLS
+/// records to the last byte, so that nothing of it has to be copied to wait for more.
+pub const BULK_SIZE: usize = 16 * 16 * 1024 - 9;
+
 /// Where a stream's data is put.
 #[derive(Debug)]
 pub struct SendHalf {

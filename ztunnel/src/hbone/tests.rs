@@ -264,6 +264,30 @@ async fn bytes_go_both_ways_and_each_way_ends_on_its_own() {
 }
 
 #[tokio::test]
+async fn bytes_arrive_in_order_however_they_are_cut() {
+    let mesh = Mesh::start(Config::default(), echo()).await;
+    let (_lease, mut to, mut from) = mesh.connected().await;
+    // Around a TLS record, with and without a frame's header, and what is many of them.
+    let sizes = [1, 7, 9, 256, 257, 16_375, 16_376, 16_384, 16_385, 65_527, 65_536, 100_001, 700_000];
+    let all: Vec<u8> = (0..sizes.iter().sum::<usize>()).map(|n| (n / 251 + n) as u8).collect();
+    let talk = async {
+        let mut rest = all.as_slice();
+        for size in sizes {
+            let (piece, after) = rest.split_at(size);
+            rest = after;
+            send(&mut to, piece.to_vec()).await.unwrap();
+            // Between passes and within one.
+            if size % 2 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        to.finish().unwrap();
+    };
+    let ((), got) = tokio::join!(talk, receive(&mut from));
+    assert!(got.unwrap() == all);
+}
+
+#[tokio::test]
 async fn the_request_says_whose_it_is_and_the_response_who_answers() {
     let mesh = Mesh::start(
         Config::default(),

@@ -28,8 +28,10 @@ use crate::net::origdst::redirected_dst;
 use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
 use crate::net::socket::Keepalive;
+use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::dial;
+use crate::net::socket::set_congestion;
 
 /// Whether applications see the client's own address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,12 +91,13 @@ static HIDDEN: AtomicBool = AtomicBool::new(false);
 pub struct RedirectedPod {
     netns: Arc<Netns>,
     settings: Arc<Settings>,
+    tunnel_congestion: Option<String>,
 }
 
 impl RedirectedPod {
-    /// The pod whose namespace is `netns`.
-    pub fn new(netns: Arc<Netns>, settings: Arc<Settings>) -> Self {
-        Self { netns, settings }
+    /// The pod whose namespace is `netns`. Tunnels get `tunnel_congestion`, where it is to differ from the system's.
+    pub fn new(netns: Arc<Netns>, settings: Arc<Settings>, tunnel_congestion: Option<String>) -> Self {
+        Self { netns, settings, tunnel_congestion }
     }
 
     fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
@@ -106,6 +109,7 @@ impl RedirectedPod {
 
     fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
         let socket = self.leaving(to)?;
+        set_congestion(&socket, LOCAL_CONGESTION);
         // A pod that calls itself is its own client.
         if client == to.ip() || self.settings.client_address == ClientAddress::Hidden {
             return Ok(socket);
@@ -147,6 +151,14 @@ impl PodNetwork for RedirectedPod {
         dial(self.leaving(to), to)
     }
 
+    fn tunnel(&self, to: SocketAddr) -> Dial {
+        let socket = self.leaving(to);
+        if let (Ok(socket), Some(congestion)) = (&socket, &self.tunnel_congestion) {
+            set_congestion(socket, congestion);
+        }
+        dial(socket, to)
+    }
+
     /// Nothing is said with the dial: it says itself how it went.
     fn deliver(&self, client: IpAddr, to: SocketAddr, _first: &mut Bytes) -> io::Result<Delivery> {
         Ok(Delivery::Waiting(dial(self.delivering(client, to), to)))
@@ -173,7 +185,7 @@ mod tests {
         let (client, to) = ("192.0.2.7".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
         let local = |client_address| {
             let settings = Arc::new(Settings { client_address, ..Settings::default() });
-            let pod = RedirectedPod::new(Arc::new(Netns::current().unwrap()), settings);
+            let pod = RedirectedPod::new(Arc::new(Netns::current().unwrap()), settings, None);
             let socket = pod.delivering(client, to).expect("needs CAP_NET_ADMIN");
             socket.local_addr().unwrap().as_socket().unwrap().ip()
         };

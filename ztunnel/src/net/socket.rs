@@ -104,6 +104,20 @@ pub fn readable(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(io::Error::from)
 }
 
+/// The congestion control of connections that stay inside a pod. They have nothing to congest, and some algorithms
+/// (BBR) would pace them nevertheless, with a timer for every few packets. Every kernel has this one.
+pub const LOCAL_CONGESTION: &str = "reno";
+
+/// Sets the congestion control of a socket before it is connected, or of what a listener will accept. Later is too
+/// late: who began to pace a connection (BBR) leaves that behind when it is replaced.
+///
+/// One the kernel does not have is passed over.
+pub fn set_congestion(socket: &impl AsFd, algorithm: &str) {
+    if let Err(error) = SockRef::from(socket).set_tcp_congestion(algorithm.as_bytes()) {
+        tracing::debug!(%error, algorithm, "the kernel does not have this congestion control");
+    }
+}
+
 /// A listener whose connections are taken on the current runtime.
 #[derive(Debug)]
 pub struct Acceptor(AsyncFd<Arc<TcpListener>>);
@@ -152,6 +166,11 @@ pub trait PodNetwork: Send + Sync {
     /// carries the pod's address.
     fn leave(&self, to: SocketAddr) -> Dial;
 
+    /// [`Self::leave`] for a tunnel.
+    fn tunnel(&self, to: SocketAddr) -> Dial {
+        self.leave(to)
+    }
+
     /// Dials the pod's application, which sees `client` as its peer. What there is to say to it is in `first`: it
     /// may be sent with the dial, and what was sent is taken from the front.
     fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery>;
@@ -173,14 +192,21 @@ pub struct CapturedPod {
     netns: Arc<Netns>,
     bypass: Arc<dyn Bypass>,
     keepalive: Keepalive,
+    tunnel_congestion: Option<String>,
     spares: Arc<Spares>,
 }
 
 impl CapturedPod {
-    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it.
-    pub fn new(netns: Arc<Netns>, bypass: Arc<dyn Bypass>, keepalive: Keepalive) -> Self {
+    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it. Tunnels get
+    /// `tunnel_congestion`, where it is to differ from the system's.
+    pub fn new(
+        netns: Arc<Netns>,
+        bypass: Arc<dyn Bypass>,
+        keepalive: Keepalive,
+        tunnel_congestion: Option<String>,
+    ) -> Self {
         let spares = Arc::new(Spares::new(Arc::clone(&netns)));
-        Self { netns, bypass, keepalive, spares }
+        Self { netns, bypass, keepalive, tunnel_congestion, spares }
     }
 
     fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
@@ -209,6 +235,7 @@ fn tcp_socket(domain: Domain) -> io::Result<Socket> {
 /// What every delivery's socket has. No probes: who is on the same machine cannot vanish without a word.
 fn prepare_delivery(socket: &Socket, ipv6: bool) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    set_congestion(socket, LOCAL_CONGESTION);
     socket.set_mark(REPLY)?;
     // Without the device, a dial to the pod's own address would look like one from the wire to the programs that
     // pick the listener, and come back to the daemon.
@@ -316,6 +343,14 @@ impl PodNetwork for CapturedPod {
         dial(self.leaving(to), to)
     }
 
+    fn tunnel(&self, to: SocketAddr) -> Dial {
+        let socket = self.leaving(to);
+        if let (Ok(socket), Some(congestion)) = (&socket, &self.tunnel_congestion) {
+            set_congestion(socket, congestion);
+        }
+        dial(socket, to)
+    }
+
     fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery> {
         connect_at_once(self.delivering(client, to)?, to, first)
     }
@@ -384,6 +419,8 @@ mod tests {
         let keepalive =
             Keepalive { time: Duration::from_secs(33), interval: Duration::from_secs(7), retries: 4 };
         prepare_listener(&listener, &keepalive).unwrap();
+        set_congestion(&listener, LOCAL_CONGESTION);
+        set_congestion(&listener, "no-such");
         assert_eq!(accept(&listener).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -396,6 +433,8 @@ mod tests {
         assert_eq!(accepted.tcp_keepalive_time().unwrap(), keepalive.time);
         assert_eq!(accepted.tcp_keepalive_interval().unwrap(), keepalive.interval);
         assert_eq!(accepted.tcp_keepalive_retries().unwrap(), 4);
+        let congestion = accepted.tcp_congestion().unwrap();
+        assert_eq!(congestion.split(|byte| *byte == 0).next().unwrap(), LOCAL_CONGESTION.as_bytes());
     }
 
     #[test]

@@ -468,7 +468,7 @@ impl Dialer for TunnelDialer<'_> {
 
     fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>> {
         let (peer, config) = (self.peer, Arc::clone(&self.shard.config));
-        let (dial, tls) = (self.pod.network.leave(peer.0), credentials.client_config(self.expect));
+        let (dial, tls) = (self.pod.network.tunnel(peer.0), credentials.client_config(self.expect));
         Box::pin(async move {
             let socket = connect(dial, peer, config.connect_timeout).await?;
             handshake(socket, peer, tls, &config.hbone).await

@@ -14,10 +14,13 @@ use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
 
+use crate::hbone::stream::BULK_SIZE;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
+use crate::net::buffer::poll_read_up_to;
 use crate::net::copy::Meter;
 use crate::net::copy::Outflow;
 use crate::net::copy::ResetUnlessDone;
@@ -67,6 +70,8 @@ pub struct Relay<M> {
     recv: RecvHalf,
     /// What was read and not yet sent. While there is any, nothing more is read.
     chunk: Bytes,
+    /// Whether there was much to read the last time.
+    bulk: bool,
     from: From,
     /// What was received and not yet written; bounded by the stream's window, as it is released only then.
     outflow: Outflow,
@@ -121,6 +126,7 @@ impl<M: Meter> Relay<M> {
             send,
             recv,
             chunk: read.unsent,
+            bulk: false,
             from: if read.ended { From::Ending } else { From::Reading },
             outflow: Outflow::default(),
             to: To::Receiving,
@@ -159,14 +165,23 @@ impl<M: Meter> Relay<M> {
     }
 
     fn poll_from(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        let mut passed = 0;
         loop {
             while !self.chunk.is_empty() {
                 ready!(self.send.poll_send(cx, &mut self.chunk)).map_err(RelayError::Stream)?;
             }
             match self.from {
                 From::Reading => {
-                    let read = ready!(poll_read_chunk(&mut self.application.socket, cx));
+                    // The tunnel has its turn while what was read is still in the cache.
+                    if passed >= BULK_SIZE {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    let size = if self.bulk { BULK_SIZE } else { READ_SIZE };
+                    let read = ready!(poll_read_up_to(size, &mut self.application.socket, cx));
                     self.chunk = read.map_err(RelayError::Application)?;
+                    self.bulk = self.chunk.len() >= READ_SIZE;
+                    passed += self.chunk.len();
                     self.count_read(self.chunk.len());
                     if self.chunk.is_empty() {
                         self.from = From::Ending;

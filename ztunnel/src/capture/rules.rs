@@ -88,9 +88,12 @@ pub fn check(config: &Config) -> Result<(), NotPermitted> {
         nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
     };
     enter().map_err(refused("entering a network namespace", "CAP_SYS_ADMIN"))?;
-    let socket =
-        Socket::new(Domain::IPV4, Type::STREAM, None).map_err(refused("making a socket", "no less"))?;
-    config.settings.apply(&socket).map_err(refused("marking a socket (SO_MARK)", "CAP_NET_ADMIN"))?;
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)
+        .map_err(refused("making a socket", "network sockets"))?;
+    config
+        .settings
+        .apply(&socket)
+        .map_err(refused("marking a socket (SO_MARK)", "CAP_NET_ADMIN or CAP_NET_RAW"))?;
     if config.settings.client_address == ClientAddress::Required {
         let transparent = socket.set_ip_transparent_v4(true);
         transparent.map_err(refused("keeping clients' addresses (IP_TRANSPARENT)", "CAP_NET_RAW"))?;

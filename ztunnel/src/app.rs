@@ -104,7 +104,7 @@ fn lines(diagnostics: &[Diagnostic]) -> String {
 pub fn run(config: Run) -> Result<(), RunError> {
     let log = writer::start(Box::new(io::stdout()), config.log_format)
         .map_err(|source| RunError::System("cannot start the log writer", source))?;
-    logging::install(&config.log_filter, config.log_format, log.clone())?;
+    let levels = logging::install(&config.log_filter, config.log_format, log.clone())?;
     let access_log = config.log_filter.access_log();
     let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
     raise_open_files();

@@ -40,7 +40,7 @@
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | capture, proxy, telemetry |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, capture, proxy, standalone, telemetry |
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table.

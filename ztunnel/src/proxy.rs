@@ -89,6 +89,8 @@ pub struct Config {
     pub handover_max: usize,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
+    /// Whether clients are told in the answer who serves them.
+    pub response_baggage: bool,
     /// Tunnels.
     pub hbone: hbone::Config,
 }
@@ -106,6 +108,7 @@ impl Default for Config {
             pod_handshakes_max: 1024,
             handover_max: 1024,
             keepalive: Keepalive::default(),
+            response_baggage: true,
             hbone: hbone::Config::default(),
         }
     }

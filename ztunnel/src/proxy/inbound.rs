@@ -316,7 +316,8 @@ async fn establish(
             return None;
         }
     };
-    match incoming.connect(Some(pod.baggage(&workload))) {
+    let baggage = shard.config.response_baggage.then(|| pod.baggage(&workload));
+    match incoming.connect(baggage) {
         Ok(halves) => {
             let application = (application, Application::Server);
             let relay = Relay::new(application, halves, Read::default(), tally);

@@ -39,9 +39,10 @@
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
-//! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | model, net, capture, proxy, standalone, telemetry |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
+//! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
+//! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, capture, proxy, standalone, telemetry, api |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table.
 //!
@@ -58,6 +59,7 @@
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
 pub mod admin;
+pub mod api;
 pub mod app;
 pub mod capture;
 pub mod config;

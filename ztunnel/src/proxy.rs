@@ -12,6 +12,7 @@
 //! * [`passthrough`]: plain connections to the pod.
 //! * [`relay`]: moving bytes between an application and a stream.
 //! * [`live`]: inbound connections are judged again when the mesh changes.
+//! * [`listing`]: which connections are open, for those who ask.
 //! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
 
 use std::collections::HashMap;
@@ -27,6 +28,8 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::Weak;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -44,6 +47,7 @@ use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
 use crate::proxy::accept::Listener;
+use crate::proxy::listing::Connection;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -55,6 +59,7 @@ use crate::telemetry::Telemetry;
 pub mod accept;
 pub mod ending;
 pub mod inbound;
+pub mod listing;
 pub mod live;
 pub mod outbound;
 pub mod passthrough;
@@ -157,6 +162,19 @@ pub struct Activity {
     pub connections: usize,
     /// Connections, streams and tunnels turned away because their pod had too many.
     pub turned_away: usize,
+    /// Pods whose connections were ever taken.
+    pub started: usize,
+    /// Pods whose connections were taken and no longer are.
+    pub stopped: usize,
+}
+
+/// A pod that is served, as those see it who ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    /// This incarnation of the pod.
+    pub uid: PodUid,
+    /// The unique name of its workload in the mesh.
+    pub workload: Arc<str>,
 }
 
 /// The data plane: its threads run from [`DataPlane::start`] until the signal closes.
@@ -167,6 +185,7 @@ pub struct DataPlane {
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
     count: Arc<Count>,
+    started: AtomicUsize,
     /// Ends the accepting of all pods, as a drain does, without one.
     handover: Trigger,
     handing_over: Signal,
@@ -210,8 +229,17 @@ impl DataPlane {
             threads.push(thread);
         }
         let (handover, handing_over) = shutdown::channel();
-        let threads = Mutex::new(threads);
-        Ok(Self { config, bypass, shards, threads, pods: Mutex::default(), count, handover, handing_over })
+        Ok(Self {
+            config,
+            bypass,
+            shards,
+            threads: Mutex::new(threads),
+            pods: Mutex::default(),
+            count,
+            started: AtomicUsize::new(0),
+            handover,
+            handing_over,
+        })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
@@ -248,8 +276,11 @@ impl DataPlane {
             let listener = Listener::new(kind, listener)?;
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
-        if let Some((_, replaced)) = self.pods().insert(uid, (pod, stop)) {
-            replaced.drain();
+        match self.pods().insert(uid, (pod, stop)) {
+            Some((_, replaced)) => replaced.drain(),
+            None => {
+                self.started.fetch_add(1, Ordering::Relaxed);
+            }
         }
         Ok(())
     }
@@ -289,11 +320,36 @@ impl DataPlane {
 
     /// How much is going on now.
     pub fn live(&self) -> Activity {
+        // Under the lock both change together.
+        let (pods, started) = {
+            let pods = self.pods();
+            (pods.len(), self.started.load(Ordering::Relaxed))
+        };
         Activity {
-            pods: self.pods().len(),
+            pods,
             connections: self.count.connections(),
             turned_away: self.count.turned_away(),
+            started,
+            stopped: started.saturating_sub(pods),
         }
+    }
+
+    /// The pods whose connections are taken, in no order.
+    pub fn served(&self) -> Vec<Served> {
+        let pods = self.pods();
+        let served = pods.values().map(|(pod, _)| (pod.uid.clone(), Arc::clone(&pod.workload)));
+        served.map(|(uid, workload)| Served { uid, workload }).collect()
+    }
+
+    /// The connections and streams that are open, in no order. Not for a data-plane thread; those wait for it no
+    /// longer than it takes to copy a few hundred entries.
+    pub fn connections(&self) -> Vec<Connection> {
+        self.shards.iter().flat_map(|shard| shard.listing.all()).collect()
+    }
+
+    /// What the runtimes of the threads tell of themselves, in the order of the threads.
+    pub fn runtimes(&self) -> impl Iterator<Item = runtime::RuntimeMetrics> {
+        self.shards.iter().map(|shard| shard.runtime.metrics())
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, (Arc<Pod>, Trigger)>> {

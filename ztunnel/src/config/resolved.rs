@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::api::Setting;
 use crate::capture;
 use crate::config::raw;
 use crate::proxy;
@@ -120,6 +121,10 @@ pub struct Run {
     pub metrics_addr: SocketAddr,
     /// Where readiness is served.
     pub ready_addr: SocketAddr,
+    /// The port of the loopback where operators ask.
+    pub admin_port: u16,
+    /// What was typed, and what was completed.
+    pub settings: Vec<Setting>,
     /// What the data plane is given.
     pub proxy: proxy::Config,
     /// How log lines look.
@@ -128,14 +133,27 @@ pub struct Run {
     pub log_filter: Filter,
 }
 
-/// Completes `typed` by what this machine has.
-pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
+/// Completes `typed` by what this machine has. `settings` is what was typed, for those who ask.
+pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid> {
     let places = places(&typed.kernel)?;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = typed.threads.unwrap_or_else(|| (cores / 2).max(1));
     if threads == 0 {
         return Err(Invalid::NoThreads);
     }
+    let completed = [("--node", places.node.to_string()), ("--threads", threads.to_string())];
+    for (name, value) in completed {
+        if settings.iter().all(|setting| setting.name != name) {
+            settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });
+        }
+    }
+    let log_filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => text.parse()?,
+        _ => Filter::default(),
+    };
+    let origin = if std::env::var_os("RUST_LOG").is_some() { "environment" } else { "default" };
+    let (name, value) = ("RUST_LOG".to_owned(), log_filter.to_string());
+    settings.push(Setting { name, value, origin: origin.to_owned() });
     Ok(Run {
         places,
         mesh: typed.mesh.clone(),
@@ -148,10 +166,9 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,
         },
-        log_filter: match std::env::var("RUST_LOG") {
-            Ok(text) if !text.is_empty() => text.parse()?,
-            _ => Filter::default(),
-        },
+        log_filter,
+        admin_port: typed.admin_port,
+        settings,
     })
 }
 

@@ -300,7 +300,7 @@ async fn establish(
     };
     drop(mesh);
     let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: Some(to) };
-    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let tally = shard.tally(&pod, parties, addresses, None);
     let delivered = match permit {
         Ok(permit) => registered
             .run(dial(permit, &shard, &pod, &tunnel, to, &mut incoming))

@@ -92,6 +92,17 @@ impl Families<'_> {
 }
 
 impl Families<'_> {
+    /// Writes a counter of seconds: `name` gets the suffix `_total`. `help` is a sentence.
+    pub fn counter_of_seconds(&mut self, name: &str, help: &str, samples: &[Sample<'_, f64>]) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for sample in samples {
+            labelled(&mut family, sample.labels, |encoder| {
+                encoder.encode_counter::<NoLabelSet, f64, f64>(&sample.value, None)
+            })?;
+        }
+        Ok(())
+    }
+
     /// Writes a histogram. `help` is a sentence.
     pub fn histogram(&mut self, name: &str, help: &str, samples: &[Distribution<'_>]) -> fmt::Result {
         let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;

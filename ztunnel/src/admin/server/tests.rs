@@ -51,11 +51,11 @@ async fn readiness_names_who_is_waited_for() {
 
     let answer = get(address, "/healthz/ready", "").await;
     assert!(
-        answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\nnot ready, pending: mesh, proxy\n")
+        answer.starts_with("HTTP/1.1 500 ") && answer.ends_with("\r\n\r\nnot ready, pending: mesh, proxy\n")
     );
     mesh.lift();
     let answer = get(address, "/healthz/ready", "").await;
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\nnot ready, pending: proxy\n"));
+    assert!(answer.starts_with("HTTP/1.1 500 ") && answer.ends_with("\r\n\r\nnot ready, pending: proxy\n"));
     proxy.lift();
     let answer = get(address, "/healthz/ready", "").await;
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nready\n"), "{answer}");

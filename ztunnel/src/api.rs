@@ -4,7 +4,6 @@
 //! shows and is made where it is written. `istioctl ztunnel-config` reads these keys; the types it trips over are a
 //! list or a text that is null, a port as a key that is no text, and a capacity that is no number.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -87,8 +86,8 @@ pub struct Workload<'a> {
     #[serde(skip_serializing_if = "Locality::is_unknown")]
     pub locality: Locality<'a>,
     /// The services it is behind: `<namespace>/<hostname>`.
-    #[serde(skip_serializing_if = "<[String]>::is_empty")]
-    pub services: Cow<'a, [String]>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<&'a str>,
     /// How much it counts in balancing.
     pub capacity: u32,
 }
@@ -131,7 +130,7 @@ fn is_deployment(kind: &&'static str) -> bool {
 /// One service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Service<'a> {
+pub struct Service<'a, E> {
     /// Its name.
     pub name: &'a str,
     /// Its namespace.
@@ -145,8 +144,8 @@ pub struct Service<'a> {
     pub cidr_vips: Vec<CidrVip<'a>>,
     /// Service port → port of the endpoints, where they have no other.
     pub ports: BTreeMap<u16, u16>,
-    /// The workloads behind it, by their unique names.
-    pub endpoints: BTreeMap<&'a str, Endpoint<'a>>,
+    /// The workloads behind it, by their unique names: a map of [`Endpoint`]s.
+    pub endpoints: E,
     /// Names that its endpoints' certificates may have.
     pub subject_alt_names: Vec<&'a str>,
     /// Its waypoint.

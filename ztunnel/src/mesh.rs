@@ -10,28 +10,98 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::mesh::index::Mesh;
+use crate::model::policy::Policy;
+use crate::model::policy::PolicyKey;
+use crate::model::service::Service;
+use crate::model::service::ServiceKey;
+use crate::model::workload::Workload;
 
+pub mod endpoints;
 pub mod index;
+mod network;
+mod several;
+
+#[cfg(test)]
+mod tests;
+
+/// One change of the mesh. Applied in any order that a source may have: endpoints may come before their service, and
+/// what is removed may not be there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshChange {
+    /// This workload is there, perhaps in the place of one with the same unique name. It is an endpoint of the
+    /// services it lists, whether they are known or not.
+    Workload(Arc<Workload>),
+    /// This service is there, perhaps in the place of one with the same name. Its endpoints stay.
+    Service(Arc<Service>),
+    /// This policy is there, perhaps in the place of one with the same name.
+    Policy(Arc<Policy>),
+    /// The workload with this unique name is gone.
+    RemoveWorkload(Arc<str>),
+    /// The service with this name is gone. Endpoints that still list it wait for it to come back.
+    RemoveService(ServiceKey),
+    /// The workload or, if there is none, the service with this name is gone.
+    RemoveAddress(Arc<str>),
+    /// The policy with this name is gone.
+    RemovePolicy(PolicyKey),
+}
 
 /// Makes the two ends of the mesh: who writes it, and who reads it.
 pub fn mesh() -> (MeshWriter, MeshReader) {
     let current = Arc::new(ArcSwap::from_pointee(Mesh::default()));
     let (changed, version) = watch::channel(0);
-    (MeshWriter { current: Arc::clone(&current), changed }, MeshReader { current, version })
+    let (authorization, authorization_version) = watch::channel(0);
+    let writer = MeshWriter {
+        current: Arc::clone(&current),
+        draft: Mesh::default(),
+        changed,
+        authorization,
+        retired: Vec::new(),
+    };
+    (writer, MeshReader { current, version, authorization: authorization_version })
 }
 
 /// The one place that changes the mesh.
 #[derive(Debug)]
 pub struct MeshWriter {
     current: Arc<ArcSwap<Mesh>>,
+    /// What is published, once more: copying it shares everything.
+    draft: Mesh,
     changed: watch::Sender<u64>,
+    authorization: watch::Sender<u64>,
+    /// Versions that a reader had when they were replaced. They are dropped here, as freeing what only they have may
+    /// take a while, which must not be a reader's.
+    retired: Vec<Arc<Mesh>>,
 }
 
 impl MeshWriter {
-    /// Publishes `mesh` as a unit: readers see all of it or none of it.
-    pub fn publish(&mut self, mesh: Mesh) {
-        self.current.store(Arc::new(mesh));
+    /// Publishes `mesh` as a unit in the place of all there was: readers see all of it or none of it.
+    pub fn publish(&mut self, mut mesh: Mesh) {
+        mesh.succeed(&self.draft);
+        self.draft = mesh;
+        self.release();
+    }
+
+    /// Applies `changes` as a unit: readers see all of them or none.
+    pub fn apply(&mut self, changes: impl IntoIterator<Item = MeshChange>) {
+        changes.into_iter().for_each(|change| self.draft.apply(change));
+        self.release();
+    }
+
+    /// What was published last.
+    pub fn mesh(&self) -> &Mesh {
+        &self.draft
+    }
+
+    fn release(&mut self) {
+        let old = self.current.swap(Arc::new(self.draft.clone()));
+        self.retired.retain(|mesh| Arc::strong_count(mesh) > 1);
+        if Arc::strong_count(&old) > 1 {
+            self.retired.push(old);
+        }
+        let authorization = self.draft.authorization_version();
         self.changed.send_modify(|version| *version += 1);
+        self.authorization
+            .send_if_modified(|version| std::mem::replace(version, authorization) != authorization);
     }
 }
 
@@ -40,6 +110,7 @@ impl MeshWriter {
 pub struct MeshReader {
     current: Arc<ArcSwap<Mesh>>,
     version: watch::Receiver<u64>,
+    authorization: watch::Receiver<u64>,
 }
 
 impl MeshReader {
@@ -57,5 +128,11 @@ impl MeshReader {
     /// Returns false once the writer is gone and nothing will change any more.
     pub async fn changed(&mut self) -> bool {
         self.version.changed().await.is_ok()
+    }
+
+    /// Like [`Self::changed`], for changes of the policies, or of which policies a workload has: what else changes
+    /// may change often, and makes no decision about an open connection another one.
+    pub async fn authorization_changed(&mut self) -> bool {
+        self.authorization.changed().await.is_ok()
     }
 }

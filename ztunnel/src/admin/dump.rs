@@ -132,8 +132,7 @@ impl Serialize for Document<'_> {
         document.serialize_entry("workloads", &model::Workloads(self.mesh))?;
         document.serialize_entry("services", &model::Services(self.mesh))?;
         document.serialize_entry("policies", &model::Policies(self.mesh))?;
-        // Endpoints always arrive with their service here.
-        document.serialize_entry("stagedServices", &BTreeMap::<&str, &str>::new())?;
+        document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
         document.serialize_entry("staticConfig", &Static::default())?;
         document.serialize_entry("version", self.version)?;
         let config: BTreeMap<_, _> =

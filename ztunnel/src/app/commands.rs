@@ -34,9 +34,9 @@ pub fn check(mesh: &Path, node: &str) -> std::io::Result<u8> {
                 out,
                 "{}: {} workloads, {} services, {} policies; node {node} captures {} pods",
                 mesh.display(),
-                loaded.mesh.workloads().count(),
-                loaded.mesh.services().count(),
-                loaded.mesh.policies().count(),
+                loaded.mesh.workloads().len(),
+                loaded.mesh.services_len(),
+                loaded.mesh.policies().len(),
                 loaded.pods.len(),
             )?;
             for pod in &loaded.pods {

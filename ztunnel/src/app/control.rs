@@ -172,8 +172,8 @@ impl Control {
         }
         self.warned = loaded.warnings.into_iter().collect();
         let mesh = &loaded.mesh;
-        let (workloads, services) = (mesh.workloads().count(), mesh.services().count());
-        let (policies, local) = (mesh.policies().count(), loaded.pods.len());
+        let (workloads, services) = (mesh.workloads().len(), mesh.services_len());
+        let (policies, local) = (mesh.policies().len(), loaded.pods.len());
         self.writer.publish(loaded.mesh);
         tracing::info!(workloads, services, policies, local, "mesh applied");
         self.settling = true;

@@ -1,32 +1,63 @@
 //! One version of the mesh, indexed for the questions the data path asks.
+//!
+//! Made of persistent maps: a copy costs next to nothing and shares what is not changed later, so that every change
+//! can be a version of its own.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::mesh::MeshChange;
+use crate::mesh::endpoints::Endpoints;
+use crate::mesh::network::Network;
+use crate::mesh::network::add_service;
+use crate::mesh::network::best;
+use crate::mesh::network::remove_service;
+use crate::mesh::several::Several;
+use crate::model::addr::NetworkAddress;
 use crate::model::identity::TrustDomain;
 use crate::model::policy::Policy;
 use crate::model::policy::PolicyKey;
 use crate::model::policy::Scope;
 use crate::model::service::Service;
+use crate::model::service::ServiceKey;
 use crate::model::workload::Workload;
 
-/// One version of the mesh. Immutable: a change is a new one.
-#[derive(Debug, Default)]
+/// The map of which every index is made; see `benches/mesh.rs` for what it was measured against.
+pub(super) type Map<K, V> = imbl::HashMap<K, V>;
+
+/// A service, if it is known already, and its endpoints, which may be known before it.
+#[derive(Debug, Clone, Default)]
+struct Backed {
+    service: Option<Arc<Service>>,
+    endpoints: Endpoints,
+}
+
+/// The services of one name, and the workloads.
+#[derive(Debug, Clone, Default)]
+struct Names {
+    services: Map<Arc<str>, Several<Arc<Service>>>,
+    workloads: Map<Arc<str>, Several<Arc<Workload>>>,
+}
+
+/// One version of the mesh. Immutable for those who read it: a change is a new one.
+#[derive(Debug, Clone, Default)]
 pub struct Mesh {
     trust_domain: TrustDomain,
-    workloads: HashMap<Arc<str>, Arc<Workload>>,
-    by_ip: HashMap<IpAddr, Arc<Workload>>,
-    services: Vec<Arc<Service>>,
-    by_vip: HashMap<IpAddr, Arc<Service>>,
-    policies: HashMap<PolicyKey, Arc<Policy>>,
-    global: Vec<Arc<Policy>>,
-    by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+    workloads: Map<Arc<str>, Arc<Workload>>,
+    services: Map<ServiceKey, Backed>,
+    /// Services without those that have only endpoints.
+    services_known: usize,
+    /// A few at most.
+    networks: Vec<(Arc<str>, Network)>,
+    names: Names,
+    policies: Map<PolicyKey, Arc<Policy>>,
+    global: Arc<Vec<Arc<Policy>>>,
+    by_namespace: Map<Arc<str>, Arc<Vec<Arc<Policy>>>>,
+    authorization: u64,
 }
 
 impl Mesh {
-    /// Indexes what a translator produced. Where two workloads claim one address, the first is kept:
-    /// translators report such claims before it comes to this.
+    /// Indexes what a translator produced.
     pub fn new(
         trust_domain: TrustDomain,
         workloads: impl IntoIterator<Item = Arc<Workload>>,
@@ -34,32 +65,9 @@ impl Mesh {
         policies: impl IntoIterator<Item = Arc<Policy>>,
     ) -> Self {
         let mut mesh = Self { trust_domain, ..Self::default() };
-        for workload in workloads {
-            if !workload.host_network {
-                for ip in &workload.addresses {
-                    mesh.by_ip.entry(*ip).or_insert_with(|| Arc::clone(&workload));
-                }
-            }
-            mesh.workloads.insert(Arc::clone(&workload.uid), workload);
-        }
-        for service in services {
-            for vip in &service.vips {
-                mesh.by_vip.entry(*vip).or_insert_with(|| Arc::clone(&service));
-            }
-            mesh.services.push(service);
-        }
-        for policy in policies {
-            match policy.scope {
-                Scope::Global => mesh.global.push(Arc::clone(&policy)),
-                Scope::Namespace => mesh
-                    .by_namespace
-                    .entry(Arc::clone(&policy.key.namespace))
-                    .or_default()
-                    .push(Arc::clone(&policy)),
-                Scope::WorkloadSelector => {}
-            }
-            mesh.policies.insert(policy.key.clone(), policy);
-        }
+        services.into_iter().map(MeshChange::Service).for_each(|change| mesh.apply(change));
+        workloads.into_iter().map(MeshChange::Workload).for_each(|change| mesh.apply(change));
+        policies.into_iter().map(MeshChange::Policy).for_each(|change| mesh.apply(change));
         mesh
     }
 
@@ -73,28 +81,63 @@ impl Mesh {
         self.workloads.get(uid)
     }
 
-    /// The workload that owns `ip` (canonical form). Workloads in their node's network are not found so.
-    pub fn workload_at(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_ip.get(&ip)
+    /// The workload that owns `ip` (canonical form) in `network`. Workloads in their node's network are not found so.
+    /// Where several claim it, a pod comes before others, and one in the mesh before one outside.
+    pub fn workload_at(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.network(network)?.workload_at(ip)
     }
 
-    /// The service that has `ip` (canonical form) as a virtual address.
-    pub fn service_at(&self, ip: IpAddr) -> Option<&Arc<Service>> {
-        self.by_vip.get(&ip)
+    /// The service that has `ip` (canonical form) in `network` as a virtual address, or in a virtual address range,
+    /// for a client of `namespace`. Where several have it: that of the client's namespace, else the canonical one.
+    pub fn service_at(&self, network: &str, ip: IpAddr, namespace: Option<&str>) -> Option<&Arc<Service>> {
+        self.network(network)?.service_at(ip, namespace)
+    }
+
+    /// The service with this unique name, `namespace/hostname`.
+    pub fn service(&self, key: &str) -> Option<&Arc<Service>> {
+        self.services.get(key)?.service.as_ref()
+    }
+
+    /// The service that a client of `namespace` means by `hostname`.
+    pub fn service_by_hostname(&self, hostname: &str, namespace: Option<&str>) -> Option<&Arc<Service>> {
+        best(self.names.services.get(hostname)?.as_slice(), namespace)
+    }
+
+    /// The workload with this hostname, preferably of `namespace`.
+    pub fn workload_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Workload>> {
+        let there = self.names.workloads.get(hostname)?.as_slice();
+        there.iter().find(|it| *it.namespace == *namespace).or_else(|| there.first())
+    }
+
+    /// The workloads behind a service.
+    pub fn endpoints(&self, service: &ServiceKey) -> &Endpoints {
+        static NONE: std::sync::LazyLock<Endpoints> = std::sync::LazyLock::new(Endpoints::default);
+        self.services.get(service).map_or(&NONE, |backed| &backed.endpoints)
     }
 
     /// Every workload, in no order.
-    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+    pub fn workloads(&self) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
         self.workloads.values()
     }
 
-    /// Every service.
+    /// Every service, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.services.iter()
+        self.services.values().filter_map(|backed| backed.service.as_ref())
+    }
+
+    /// How many services there are.
+    pub fn services_len(&self) -> usize {
+        self.services_known
+    }
+
+    /// The endpoints whose service is not known (yet).
+    pub fn staged(&self) -> impl Iterator<Item = (&ServiceKey, &Endpoints)> {
+        let staged = self.services.iter().filter(|(_, backed)| backed.service.is_none());
+        staged.map(|(key, backed)| (key, &backed.endpoints))
     }
 
     /// Every policy, in no order.
-    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+    pub fn policies(&self) -> impl ExactSizeIterator<Item = &Arc<Policy>> {
         self.policies.values()
     }
 
@@ -108,7 +151,223 @@ impl Mesh {
         for key in &workload.policies {
             selected.push(self.policies.get(key).ok_or(key)?);
         }
-        let namespaced = self.by_namespace.get(&workload.namespace).into_iter().flatten();
+        let namespaced = self.by_namespace.get(&workload.namespace).map(|list| &list[..]).unwrap_or_default();
         Ok(self.global.iter().chain(namespaced).chain(selected))
     }
+
+    /// A number that is another one after a change of what any workload's policies are, if it is the same mesh.
+    pub fn authorization_version(&self) -> u64 {
+        self.authorization
+    }
+
+    fn network(&self, name: &str) -> Option<&Network> {
+        self.networks.iter().find(|(other, _)| **other == *name).map(|(_, network)| network)
+    }
+
+    fn network_mut(&mut self, name: &Arc<str>) -> &mut Network {
+        let at = match self.networks.iter().position(|(other, _)| other == name) {
+            Some(at) => at,
+            None => {
+                self.networks.push((Arc::clone(name), Network::default()));
+                self.networks.len() - 1
+            }
+        };
+        &mut self.networks[at].1
+    }
+
+    /// Continues the versions of another mesh, whose place this one takes.
+    pub(super) fn succeed(&mut self, other: &Self) {
+        self.authorization = other.authorization.wrapping_add(1);
+    }
+
+    /// Changes this version. Those who have a copy of it do not see it.
+    pub(super) fn apply(&mut self, change: MeshChange) {
+        match change {
+            MeshChange::Workload(workload) => self.put_workload(workload),
+            MeshChange::Service(service) => self.put_service(service),
+            MeshChange::Policy(policy) => self.put_policy(policy),
+            MeshChange::RemoveWorkload(uid) => {
+                self.remove_workload(&uid);
+            }
+            MeshChange::RemoveService(key) => self.remove_service(key.as_str()),
+            MeshChange::RemoveAddress(name) => {
+                if !self.remove_workload(&name) {
+                    self.remove_service(&name);
+                }
+            }
+            MeshChange::RemovePolicy(key) => self.remove_policy(&key),
+        }
+    }
+
+    fn put_workload(&mut self, new: Arc<Workload>) {
+        if self.workloads.get(&new.uid) == Some(&new) {
+            return;
+        }
+        let old = self.workloads.insert(Arc::clone(&new.uid), Arc::clone(&new));
+        match &old {
+            Some(old) if old.policies == new.policies && old.namespace == new.namespace => {}
+            // Connections of one that was gone may still be open.
+            None if new.policies.is_empty() => {}
+            _ => self.authorization += 1,
+        }
+        if let Some(old) = old {
+            for membership in &old.services {
+                if !new.services.iter().any(|kept| kept.service == membership.service) {
+                    self.remove_endpoint(&membership.service, &old.uid);
+                }
+            }
+            let kept = addresses(&new);
+            for ip in addresses(&old) {
+                if old.network != new.network || !kept.contains(ip) {
+                    self.unindex(&old.network, |network| network.remove_workload(*ip, &old.uid));
+                }
+            }
+            if old.hostname != new.hostname {
+                self.remove_name(&old);
+            }
+        }
+        for (at, membership) in new.services.iter().enumerate() {
+            match self.services.get_mut(&membership.service) {
+                Some(backed) => backed.endpoints.insert(&new, at),
+                None => {
+                    let mut staged = Backed::default();
+                    staged.endpoints.insert(&new, at);
+                    self.services.insert(membership.service.clone(), staged);
+                }
+            }
+        }
+        if !addresses(&new).is_empty() {
+            let network = self.network_mut(&new.network);
+            addresses(&new).iter().for_each(|ip| network.add_workload(*ip, &new));
+        }
+        if !new.hostname.is_empty() {
+            match self.names.workloads.get_mut(&new.hostname) {
+                Some(there) => there.put(Arc::clone(&new), |it| it.uid == new.uid, |it| it.uid > new.uid),
+                None => {
+                    self.names.workloads.insert(Arc::clone(&new.hostname), Several::One(new));
+                }
+            }
+        }
+    }
+
+    fn remove_workload(&mut self, uid: &str) -> bool {
+        let Some(old) = self.workloads.remove(uid) else { return false };
+        for membership in &old.services {
+            self.remove_endpoint(&membership.service, uid);
+        }
+        for ip in addresses(&old) {
+            self.unindex(&old.network, |network| network.remove_workload(*ip, uid));
+        }
+        self.remove_name(&old);
+        true
+    }
+
+    fn remove_name(&mut self, old: &Workload) {
+        let Some(there) = self.names.workloads.get(&old.hostname) else { return };
+        match there.without(|it| it.uid == old.uid) {
+            Some(left) => self.names.workloads.insert(Arc::clone(&old.hostname), left),
+            None => self.names.workloads.remove(&old.hostname),
+        };
+    }
+
+    fn remove_endpoint(&mut self, service: &ServiceKey, uid: &str) {
+        let Some(backed) = self.services.get_mut(service) else { return };
+        backed.endpoints.remove(uid);
+        if backed.service.is_none() && backed.endpoints.is_empty() {
+            self.services.remove(service);
+        }
+    }
+
+    fn put_service(&mut self, new: Arc<Service>) {
+        if self.service(new.key.as_str()) == Some(&new) {
+            return;
+        }
+        let old = match self.services.get_mut(&new.key) {
+            Some(backed) => backed.service.replace(Arc::clone(&new)),
+            None => {
+                let backed = Backed { service: Some(Arc::clone(&new)), endpoints: Endpoints::default() };
+                self.services.insert(new.key.clone(), backed);
+                None
+            }
+        };
+        match old {
+            Some(old) => self.unindex_service(&old, Some(&new)),
+            None => self.services_known += 1,
+        }
+        for NetworkAddress { network, ip } in &new.vips {
+            self.network_mut(network).add_vip(*ip, &new);
+        }
+        for cidr in &new.cidr_vips {
+            self.network_mut(&cidr.network).add_range(cidr.range, &new);
+        }
+        add_service(&mut self.names.services, &new.hostname, &new);
+    }
+
+    fn remove_service(&mut self, key: &str) {
+        let Some(backed) = self.services.get_mut(key) else { return };
+        let Some(old) = backed.service.take() else { return };
+        if backed.endpoints.is_empty() {
+            self.services.remove(key);
+        }
+        self.services_known -= 1;
+        self.unindex_service(&old, None);
+        remove_service(&mut self.names.services, &old.hostname, &old);
+    }
+
+    /// Forgets the addresses of `old` that its successor does not have: those keep their places.
+    fn unindex_service(&mut self, old: &Service, new: Option<&Service>) {
+        let kept = new.map(|new| &new.vips[..]).unwrap_or_default();
+        for vip in old.vips.iter().filter(|vip| !kept.contains(vip)) {
+            self.unindex(&vip.network, |network| network.remove_vip(vip.ip, old));
+        }
+        for cidr in &old.cidr_vips {
+            self.unindex(&cidr.network, |network| network.remove_range(cidr.range, old));
+        }
+    }
+
+    fn unindex(&mut self, name: &Arc<str>, forget: impl FnOnce(&mut Network)) {
+        let network = self.network_mut(name);
+        forget(network);
+        if network.is_empty() {
+            self.networks.retain(|(other, _)| other != name);
+        }
+    }
+
+    fn put_policy(&mut self, new: Arc<Policy>) {
+        if self.policies.get(&new.key) == Some(&new) {
+            return;
+        }
+        self.remove_policy(&new.key);
+        self.authorization += 1;
+        match new.scope {
+            Scope::Global => Arc::make_mut(&mut self.global).push(Arc::clone(&new)),
+            Scope::Namespace => {
+                let list = self.by_namespace.entry(Arc::clone(&new.key.namespace)).or_default();
+                Arc::make_mut(list).push(Arc::clone(&new));
+            }
+            Scope::WorkloadSelector => {}
+        }
+        self.policies.insert(new.key.clone(), new);
+    }
+
+    fn remove_policy(&mut self, key: &PolicyKey) {
+        let Some(old) = self.policies.remove(key) else { return };
+        self.authorization += 1;
+        match old.scope {
+            Scope::Global => Arc::make_mut(&mut self.global).retain(|policy| policy.key != *key),
+            Scope::Namespace => {
+                let Some(list) = self.by_namespace.get_mut(&key.namespace) else { return };
+                Arc::make_mut(list).retain(|policy| policy.key != *key);
+                if list.is_empty() {
+                    self.by_namespace.remove(&key.namespace);
+                }
+            }
+            Scope::WorkloadSelector => {}
+        }
+    }
+}
+
+/// The addresses by which a workload is found.
+fn addresses(workload: &Workload) -> &[IpAddr] {
+    if workload.host_network { &[] } else { &workload.addresses }
 }

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 /// Where a captured connection was going when the application opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct OriginalDst(pub SocketAddr);
@@ -32,6 +34,30 @@ impl From<&str> for PodUid {
     fn from(uid: &str) -> Self {
         Self(Arc::from(uid))
     }
+}
+
+/// An address in one of the mesh's networks. Two networks may use the same addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NetworkAddress {
+    /// The network's name; empty for the one that has none.
+    pub network: Arc<str>,
+    /// The address, in canonical form.
+    pub ip: IpAddr,
+}
+
+impl fmt::Display for NetworkAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.network, self.ip)
+    }
+}
+
+/// A range of addresses in one of the mesh's networks.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct NetworkCidr {
+    /// The network's name; empty for the one that has none.
+    pub network: Arc<str>,
+    /// The range.
+    pub range: IpNet,
 }
 
 /// The port HBONE peers listen on.

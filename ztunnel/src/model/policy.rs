@@ -52,6 +52,8 @@ pub struct Policy {
     pub scope: Scope,
     /// What it says.
     pub action: Action,
+    /// It changes nothing: what it would do is only told.
+    pub dry_run: bool,
     /// Its rules. A policy without rules never matches, so an allow policy without rules refuses all.
     pub rules: Vec<Rule>,
 }

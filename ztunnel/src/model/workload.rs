@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::model::identity::SpiffeId;
 use crate::model::policy::PolicyKey;
+use crate::model::service::GatewayAddress;
+use crate::model::service::ServiceKey;
 
 /// How a workload can be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -13,6 +15,8 @@ pub enum Reach {
     Hbone,
     /// It is outside the mesh: plain TCP.
     Plain,
+    /// By a protocol this version does not know: not at all. Never in the clear, which it did not ask for.
+    Unknown,
 }
 
 /// What kind of object owns the workload; it names a key of the `baggage` header.
@@ -40,6 +44,35 @@ impl WorkloadKind {
     }
 }
 
+/// A service the workload is an endpoint of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Membership {
+    /// Which service.
+    pub service: ServiceKey,
+    /// Service port → port of this workload. A port that is missing here is served at the service's own target.
+    pub ports: Arc<[(u16, u16)]>,
+}
+
+/// What the workload's application expects in front of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ApplicationProtocol {
+    /// Nothing.
+    None,
+    /// A PROXY protocol header.
+    Proxy,
+    /// Something that this version does not know.
+    Unknown,
+}
+
+/// The workload's application wants to be told of the tunnel: it is a waypoint behind this proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ApplicationTunnel {
+    /// How.
+    pub protocol: ApplicationProtocol,
+    /// At which port, if not at that of the request.
+    pub port: Option<u16>,
+}
+
 /// One workload as the mesh knows it. Written by the mesh's single writer, never changed after:
 /// a changed workload is a new value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,8 +89,12 @@ pub struct Workload {
     pub node: Arc<str>,
     /// The cluster it runs in.
     pub cluster: Arc<str>,
+    /// The network its addresses are in; empty for the one without a name.
+    pub network: Arc<str>,
     /// Its addresses, the primary one first, in canonical form.
     pub addresses: Vec<IpAddr>,
+    /// A DNS name to find it at, where it has no address; empty if none.
+    pub hostname: Arc<str>,
     /// The name of the object that owns it (a Deployment's name, say).
     pub workload_name: Arc<str>,
     /// What that object is.
@@ -70,12 +107,26 @@ pub struct Workload {
     pub region: Arc<str>,
     /// Zone, or empty.
     pub zone: Arc<str>,
+    /// Part of a zone, or empty.
+    pub subzone: Arc<str>,
     /// How peers reach it.
     pub reach: Reach,
+    /// It terminates HBONE itself, without a proxy of its node. Changes no decision; told in dumps.
+    pub native_tunnel: bool,
+    /// What its application expects in front of connections.
+    pub application_tunnel: Option<ApplicationTunnel>,
     /// Whether it may be balanced to.
     pub healthy: bool,
+    /// Its weight in balancing; 0 is never chosen.
+    pub capacity: u32,
     /// It shares its node's network namespace: its address is the node's, so it is not found by it.
     pub host_network: bool,
+    /// The waypoint in front of connections to its own addresses.
+    pub waypoint: Option<Arc<GatewayAddress>>,
+    /// The gateway through which other networks reach it.
+    pub network_gateway: Option<Arc<GatewayAddress>>,
+    /// The services it is an endpoint of, each once.
+    pub services: Box<[Membership]>,
     /// The policies that name it by selector. Policies of its namespace and of the whole mesh
     /// apply besides.
     pub policies: Vec<PolicyKey>,
@@ -85,5 +136,43 @@ impl Workload {
     /// The service account's name.
     pub fn service_account(&self) -> &str {
         self.identity.service_account()
+    }
+}
+
+#[cfg(test)]
+impl Workload {
+    /// A healthy workload in the mesh with the service account and everything else of its name: for tests, which
+    /// change what they are about.
+    pub fn sample(namespace: &str, name: &str) -> Self {
+        let text = Arc::<str>::from;
+        let trust_domain = crate::model::identity::TrustDomain::default();
+        Self {
+            uid: text(name),
+            name: text(name),
+            namespace: text(namespace),
+            identity: SpiffeId::new(&trust_domain, namespace, name).expect("names in tests are valid"),
+            node: text(""),
+            cluster: text(""),
+            network: text(""),
+            addresses: Vec::new(),
+            hostname: text(""),
+            workload_name: text(name),
+            kind: WorkloadKind::Pod,
+            canonical_name: text(name),
+            canonical_revision: text(""),
+            region: text(""),
+            zone: text(""),
+            subzone: text(""),
+            reach: Reach::Hbone,
+            native_tunnel: false,
+            application_tunnel: None,
+            healthy: true,
+            capacity: 1,
+            host_network: false,
+            waypoint: None,
+            network_gateway: None,
+            services: Box::default(),
+            policies: Vec::new(),
+        }
     }
 }

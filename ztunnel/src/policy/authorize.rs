@@ -56,7 +56,7 @@ pub enum Denial {
 /// Decides whether `inbound` may proceed. `policies` is what
 /// [`Mesh::policies_of`](crate::mesh::index::Mesh::policies_of) answers for the destination.
 ///
-/// Any matching deny policy refuses. Without allow policies everybody else is let in; with them, those whom one
+/// A policy on trial (`dry_run`) decides nothing. Any matching deny policy refuses. Without allow policies everybody else is let in; with them, those whom one
 /// of them matches.
 pub fn authorize<'a>(
     policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
@@ -71,7 +71,7 @@ pub fn authorize<'a>(
     };
     let mut allow_policies_exist = false;
     let mut allowed_by = None;
-    for policy in policies {
+    for policy in policies.filter(|policy| !policy.dry_run) {
         match policy.action {
             Action::Deny if policy_matches(policy, &inbound) => {
                 return Err(Denial::Denied(policy.key.clone()));

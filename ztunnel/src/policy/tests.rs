@@ -28,7 +28,7 @@ use crate::policy::authorize::authorize;
 
 fn policy(name: &str, action: Action, rules: Vec<Rule>) -> Arc<Policy> {
     let key = PolicyKey { namespace: "shop".into(), name: name.into() };
-    Arc::new(Policy { key, scope: Scope::Namespace, action, rules })
+    Arc::new(Policy { key, scope: Scope::Namespace, action, dry_run: false, rules })
 }
 
 /// A policy of one rule with one clause with one match.

@@ -291,7 +291,7 @@ async fn establish(
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: mesh.workload_at(facts.source).cloned(),
+        source: mesh.workload_at(&workload.network, facts.source).cloned(),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),

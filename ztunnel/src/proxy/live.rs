@@ -90,9 +90,9 @@ impl Live {
         self.len() == 0
     }
 
-    /// Judges all again after every change of the mesh, until nothing can change it any more.
+    /// Judges all again after every change of what policies a workload has, until nothing can change it any more.
     pub(super) async fn watch(&self, mut mesh: MeshReader) {
-        while mesh.changed().await {
+        while mesh.authorization_changed().await {
             self.judge(&mesh.snapshot()).await;
         }
     }

@@ -161,11 +161,8 @@ async fn establish(
         return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
-    let parties = Parties {
-        source: mesh.workload_at(client.0.ip()).cloned(),
-        destination: Some(workload),
-        ..Parties::unknown(Reporter::Destination)
-    };
+    let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
+    let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
     let tally = shard.tally(&pod, parties, addresses, None);

@@ -50,7 +50,6 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
-use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
@@ -166,11 +165,7 @@ fn workload(name: &str, address: &str) -> Arc<Workload> {
         canonical_name: name.into(),
         canonical_revision: "v1".into(),
         region: "".into(),
-        zone: "".into(),
-        reach: Reach::Hbone,
-        healthy: true,
-        host_network: false,
-        policies: Vec::new(),
+        ..Workload::sample("test", name)
     })
 }
 
@@ -181,6 +176,7 @@ fn allow_only(principal: &str) -> Policy {
         key: PolicyKey { namespace: "test".into(), name: "p".into() },
         scope: Scope::Namespace,
         action: Action::Allow,
+        dry_run: false,
         rules: vec![Rule { clauses: vec![Clause { matches }] }],
     }
 }

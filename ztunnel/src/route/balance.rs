@@ -1,37 +1,192 @@
 //! Which endpoint of a service, and which of its addresses.
 
 use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::sync::Arc;
 
-use crate::model::service::Endpoint;
+use crate::mesh::endpoints::Endpoint;
+use crate::mesh::endpoints::Endpoints;
+use crate::model::service::BalanceMode;
+use crate::model::service::BalanceScope;
+use crate::model::service::GatewayAddress;
+use crate::model::service::HealthPolicy;
+use crate::model::service::IpFamilies;
+use crate::model::service::LoadBalancing;
 use crate::model::service::Service;
 use crate::model::workload::Workload;
 
-/// One endpoint of `service` that can take a connection to its `port`, with the port to use there. `roll` picks:
-/// a uniformly random one gives each candidate the same share. `None` when there is no candidate.
-///
-/// A candidate is healthy, serves the port and has an address.
-pub fn pick(service: &Service, port: u16, roll: u64) -> Option<(&Endpoint, u16)> {
-    let candidates = || {
-        service.endpoints.iter().filter_map(|endpoint| {
-            let usable = endpoint.workload.healthy && !endpoint.workload.addresses.is_empty();
-            usable.then(|| service.target_port(endpoint, port)).flatten().map(|target| (endpoint, target))
-        })
-    };
-    let count = candidates().count();
-    // The high half of the product spreads the roll over 0..count without a division and without bias worth
-    // naming. It is below `count`, hence a usize.
-    let index = (u128::from(roll) * count as u128) >> 64;
-    candidates().nth(index as usize)
+/// How many endpoints are drawn before all are looked at. Where a quarter of the places can be chosen, fewer than
+/// one connection in two hundred looks at all.
+const DRAWS: u64 = 20;
+
+/// What an endpoint is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To serve a port of the service.
+    Service,
+    /// To be the waypoint that the service is. Its HBONE port need not be a port of the service.
+    Waypoint,
 }
 
-/// The address to dial `workload` at when the application dialled `wanted`: that one if it is the workload's own,
-/// else the first of the same family, else the first. `None` when it has none.
-pub fn address(workload: &Workload, wanted: IpAddr) -> Option<IpAddr> {
+/// What an endpoint of a service is wanted for, by whom.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The client.
+    pub source: &'a Workload,
+    /// The service.
+    pub service: &'a Service,
+    /// Its port.
+    pub port: u16,
+    /// The address that was dialled.
+    pub wanted: IpAddr,
+    /// What for.
+    pub purpose: Purpose,
+}
+
+/// The endpoint that was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Picked<'a> {
+    /// The workload.
+    pub workload: &'a Arc<Workload>,
+    /// Its address and port.
+    pub at: SocketAddr,
+}
+
+/// One endpoint that can take the connection. `roll` picks: with a uniformly random one the chances of the candidates
+/// are as their capacities. `None` when there is no candidate.
+///
+/// A candidate is in the client's network, may be chosen in its state of health, serves the port and has an address of
+/// a family that the service uses. Where the service prefers endpoints near the client, it is one of the nearest.
+pub fn pick<'a>(endpoints: &'a Endpoints, request: &Request<'_>, roll: u64) -> Option<Picked<'a>> {
+    let scoped = request.service.balancing.as_ref().filter(|balancing| is_scoped(balancing));
+    let mut draw = roll;
+    if scoped.is_none() {
+        // An endpoint drawn at random and taken if it can be has the same chances as one drawn from those that can
+        // be taken, and the others need no look.
+        for tries in 0..DRAWS {
+            let slot = below(draw, endpoints.slots() as u64) as usize;
+            let capacity_max = endpoints.capacity_max();
+            let drawn = endpoints.slot(slot).filter(|endpoint| {
+                let capacity = endpoint.workload().capacity;
+                capacity >= capacity_max || below(mix(!draw), capacity_max.into()) < u64::from(capacity)
+            });
+            if let Some(picked) = drawn.and_then(|endpoint| candidate(endpoint, request)) {
+                return Some(picked);
+            }
+            draw = mix(roll.wrapping_add(tries));
+        }
+    }
+    // Exact: first how much there is to choose from, then which.
+    let rank = |endpoint: &Endpoint| {
+        scoped.map_or(Some(0), |balancing| rank(balancing, request.source, endpoint.workload()))
+    };
+    let ranked = || {
+        endpoints.iter().filter(|endpoint| endpoint.workload().capacity > 0).filter_map(|endpoint| {
+            let rank = rank(endpoint)?;
+            candidate(endpoint, request).map(|picked| (rank, picked))
+        })
+    };
+    let (mut best, mut weight) = (0, 0_u64);
+    for (rank, picked) in ranked() {
+        let capacity = u64::from(picked.workload.capacity);
+        match rank.cmp(&best) {
+            std::cmp::Ordering::Greater => (best, weight) = (rank, capacity),
+            std::cmp::Ordering::Equal => weight += capacity,
+            std::cmp::Ordering::Less => {}
+        }
+    }
+    let mut left = below(draw, weight);
+    ranked().filter(|(rank, _)| *rank == best).map(|(_, picked)| picked).find(|picked| {
+        let capacity = u64::from(picked.workload.capacity);
+        let here = left < capacity;
+        left = left.saturating_sub(capacity);
+        here
+    })
+}
+
+/// Spreads a random number over `0..end` (0 if that is empty) without a division and without bias worth naming.
+fn below(roll: u64, end: u64) -> u64 {
+    ((u128::from(roll) * u128::from(end)) >> 64) as u64
+}
+
+/// Another random number from one: the finalizer of SplitMix64.
+fn mix(roll: u64) -> u64 {
+    let z = roll.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn candidate<'a>(endpoint: &'a Endpoint, request: &Request<'_>) -> Option<Picked<'a>> {
+    let Request { source, service, port, wanted, purpose } = *request;
+    let workload = endpoint.workload();
+    let healthy = workload.healthy || service.health_policy() == HealthPolicy::AllowAll;
+    if !healthy || workload.network != source.network {
+        return None;
+    }
+    let target = target_port(endpoint, service, port, purpose)?;
+    let ip = address(workload, wanted, service.ip_families)?;
+    Some(Picked { workload, at: SocketAddr::new(ip, target) })
+}
+
+/// The port of `endpoint` that serves the service's `port`; `None` if nothing does. Its own, else the service's
+/// target, else, of a waypoint, the same one.
+fn target_port(endpoint: &Endpoint, service: &Service, port: u16, purpose: Purpose) -> Option<u16> {
+    let known = service.port(port);
+    if known.is_none() && purpose == Purpose::Service {
+        return None;
+    }
+    let target = known.map(|known| known.target).filter(|target| *target != 0);
+    let tunnel = endpoint.workload().application_tunnel.map(|_| port);
+    endpoint.own_port(port).or(target).or(tunnel)
+}
+
+/// Whether endpoints differ by where they are.
+fn is_scoped(balancing: &LoadBalancing) -> bool {
+    matches!(balancing.mode, BalanceMode::Strict | BalanceMode::Failover) && !balancing.scopes.is_empty()
+}
+
+/// How near an endpoint is, the nearer the greater; `None` if it is not near enough. It is the number of scopes that
+/// both have in common, counted up to the first that they do not.
+fn rank(balancing: &LoadBalancing, source: &Workload, workload: &Workload) -> Option<usize> {
+    let in_common = |scope: &BalanceScope| match scope {
+        BalanceScope::Region => source.region == workload.region,
+        BalanceScope::Zone => source.zone == workload.zone,
+        BalanceScope::Subzone => source.subzone == workload.subzone,
+        BalanceScope::Node => source.node == workload.node,
+        BalanceScope::Cluster => source.cluster == workload.cluster,
+        BalanceScope::Network => source.network == workload.network,
+        BalanceScope::Unknown => false,
+    };
+    let rank = balancing.scopes.iter().take_while(|scope| in_common(scope)).count();
+    (balancing.mode != BalanceMode::Strict || rank == balancing.scopes.len()).then_some(rank)
+}
+
+/// The waypoint in front of a service, if it has one. Of several, `roll` picks by their weights.
+pub fn waypoint(service: &Service, roll: u64) -> Option<&Arc<GatewayAddress>> {
+    let weighted = &service.weighted_waypoints;
+    let total: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
+    if total == 0 {
+        return service.waypoint.as_ref();
+    }
+    // The endpoint is chosen with the roll itself, so the choices are independent.
+    let mut left = below(mix(roll), total);
+    let picked = weighted.iter().find(|waypoint| {
+        let weight = u64::from(waypoint.weight);
+        let here = left < weight;
+        left = left.saturating_sub(weight);
+        here
+    });
+    picked.map(|waypoint| &waypoint.gateway)
+}
+
+/// The address to dial `workload` at when the application dialled `wanted`: that one if it is the workload's own, else
+/// the first allowed of the same family, else the first allowed. `None` when it has none.
+pub fn address(workload: &Workload, wanted: IpAddr, families: Option<IpFamilies>) -> Option<IpAddr> {
     let own = &workload.addresses;
-    let same_family = |ip: &&IpAddr| ip.is_ipv4() == wanted.is_ipv4();
-    own.iter()
-        .find(|ip| **ip == wanted)
-        .or_else(|| own.iter().find(same_family))
-        .or_else(|| own.first())
-        .copied()
+    if own.contains(&wanted) {
+        return Some(wanted);
+    }
+    let allowed = || own.iter().filter(|ip| families.is_none_or(|families| families.allows(**ip)));
+    allowed().find(|ip| ip.is_ipv4() == wanted.is_ipv4()).or_else(|| allowed().next()).copied()
 }

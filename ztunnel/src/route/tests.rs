@@ -1,68 +1,68 @@
 //! The decision tree as a table, and what holds in every mesh.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use rand::RngExt;
+use rand::SeedableRng;
 
 use crate::mesh::index::Mesh;
 use crate::model::addr::HBONE_PORT;
 use crate::model::addr::HbonePeer;
+use crate::model::addr::NetworkAddress;
 use crate::model::addr::OriginalDst;
-use crate::model::identity::SpiffeId;
 use crate::model::identity::TrustDomain;
-use crate::model::service::Endpoint;
+use crate::model::service::BalanceMode;
+use crate::model::service::BalanceScope;
+use crate::model::service::GatewayAddress;
+use crate::model::service::GatewayDestination;
+use crate::model::service::HealthPolicy;
+use crate::model::service::IpFamilies;
+use crate::model::service::LoadBalancing;
 use crate::model::service::Service;
 use crate::model::service::ServicePort;
+use crate::model::workload::Membership;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
-use crate::model::workload::WorkloadKind;
 use crate::route::balance;
+use crate::route::balance::Purpose;
+use crate::route::balance::Request;
 use crate::route::plan::NoRoute;
 use crate::route::plan::Plan;
 use crate::route::plan::RESERVED_PORTS;
 use crate::route::plan::plan;
 
 fn workload(name: &str, addresses: &[&str], reach: Reach) -> Workload {
-    Workload {
-        uid: name.into(),
-        name: name.into(),
-        namespace: "shop".into(),
-        identity: SpiffeId::new(&TrustDomain::default(), "shop", name).unwrap(),
-        node: "".into(),
-        cluster: "".into(),
-        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
-        workload_name: name.into(),
-        kind: WorkloadKind::Pod,
-        canonical_name: name.into(),
-        canonical_revision: "".into(),
-        region: "".into(),
-        zone: "".into(),
-        reach,
-        healthy: true,
-        host_network: false,
-        policies: Vec::new(),
-    }
+    let addresses = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
+    Workload { addresses, reach, ..Workload::sample("shop", name) }
 }
 
-fn service(name: &str, vips: &[&str], endpoints: Vec<Endpoint>) -> Arc<Service> {
-    Arc::new(Service {
-        name: name.into(),
-        namespace: "shop".into(),
-        hostname: format!("{name}.shop").into(),
-        vips: vips.iter().map(|ip| ip.parse().unwrap()).collect(),
+/// `workload` behind the services of these names, with its own ports for theirs.
+fn behind(workload: Workload, services: &[(&str, &[(u16, u16)])]) -> Arc<Workload> {
+    let membership = |(name, ports): &(&str, &[(u16, u16)])| Membership {
+        service: Service::sample("shop", name).key,
+        ports: Arc::from(*ports),
+    };
+    Arc::new(Workload { services: services.iter().map(membership).collect(), ..workload })
+}
+
+fn vip(ip: &str) -> NetworkAddress {
+    NetworkAddress { network: Arc::default(), ip: ip.parse().unwrap() }
+}
+
+fn service(name: &str, vips: &[&str]) -> Service {
+    Service {
+        vips: vips.iter().map(|ip| vip(ip)).collect(),
         ports: vec![
             ServicePort { port: 80, target: 8080 },
             // Only those endpoints serve it that have a port of this name.
             ServicePort { port: 90, target: 0 },
         ],
-        endpoints,
-    })
-}
-
-fn endpoint(workload: &Arc<Workload>, ports: &[(u16, u16)]) -> Endpoint {
-    Endpoint { workload: Arc::clone(workload), ports: ports.to_vec() }
+        ..Service::sample("shop", name)
+    }
 }
 
 fn client() -> Workload {
@@ -75,23 +75,21 @@ fn client() -> Workload {
 /// * `nobody` (10.9.0.5) has no endpoints;
 /// * `homeless` has no address, and is behind `homeless` (10.9.0.6).
 fn mesh() -> Mesh {
-    let inside = Arc::new(workload("in", &["10.0.0.2", "fd00::2"], Reach::Hbone));
-    let outside = Arc::new(workload("out", &["10.0.0.3"], Reach::Plain));
-    let sick = Arc::new(Workload { healthy: false, ..workload("sick", &["10.0.0.4"], Reach::Hbone) });
-    let homeless = Arc::new(workload("homeless", &[], Reach::Hbone));
+    let inside = behind(workload("in", &["10.0.0.2", "fd00::2"], Reach::Hbone), &[("both", &[(90, 9090)])]);
+    let outside = behind(workload("out", &["10.0.0.3"], Reach::Plain), &[("both", &[]), ("out", &[])]);
+    let sick = Workload { healthy: false, ..workload("sick", &["10.0.0.4"], Reach::Hbone) };
+    let homeless = workload("homeless", &[], Reach::Hbone);
     let services = [
-        service(
-            "both",
-            &["10.9.0.1", "fd09::1"],
-            vec![endpoint(&inside, &[(90, 9090)]), endpoint(&outside, &[])],
-        ),
-        service("out", &["10.9.0.3"], vec![endpoint(&outside, &[])]),
-        service("sick", &["10.9.0.4", "10.0.0.4"], vec![endpoint(&sick, &[])]),
-        service("nobody", &["10.9.0.5"], vec![]),
-        service("homeless", &["10.9.0.6"], vec![endpoint(&homeless, &[])]),
+        service("both", &["10.9.0.1", "fd09::1"]),
+        service("out", &["10.9.0.3"]),
+        service("sick", &["10.9.0.4", "10.0.0.4"]),
+        service("nobody", &["10.9.0.5"]),
+        service("homeless", &["10.9.0.6"]),
     ];
+    let sick = behind(sick, &[("sick", &[])]);
+    let homeless = behind(homeless, &[("homeless", &[])]);
     let workloads = [Arc::new(client()), inside, outside, sick, homeless];
-    Mesh::new(TrustDomain::default(), workloads, services, [])
+    Mesh::new(TrustDomain::default(), workloads, services.map(Arc::new), [])
 }
 
 /// One random number for each half of the endpoints.
@@ -187,37 +185,110 @@ fn every_kind_of_destination() {
 
 #[test]
 fn an_endpoint_in_its_nodes_network_is_reached_through_its_service_only() {
-    let node = Arc::new(Workload { host_network: true, ..workload("node", &["10.0.0.7"], Reach::Plain) });
-    let service = service("node", &["10.9.0.7"], vec![endpoint(&node, &[])]);
-    let mesh = Mesh::new(TrustDomain::default(), [node], [service], []);
+    let node = Workload { host_network: true, ..workload("node", &["10.0.0.7"], Reach::Plain) };
+    let service = Arc::new(service("node", &["10.9.0.7"]));
+    let mesh = Mesh::new(TrustDomain::default(), [behind(node, &[("node", &[])])], [service], []);
     assert_eq!(outcome(&mesh, "10.9.0.7:80", LOW), "plain 10.0.0.7:8080 node of node");
     assert_eq!(outcome(&mesh, "10.0.0.7:80", LOW), "plain 10.0.0.7:80");
 }
 
-#[test]
-fn every_candidate_has_the_same_share_and_no_other_has_any() {
-    const ROLLS: u64 = 3_000;
-    let names = ["a", "b", "c", "sick", "homeless"];
-    let endpoints = names.map(|name| {
-        let addresses: &[&str] = if name == "homeless" { &[] } else { &["10.0.0.9"] };
-        let healthy = name != "sick";
-        endpoint(&Arc::new(Workload { healthy, ..workload(name, addresses, Reach::Hbone) }), &[])
+/// How often each of `workloads` is picked for the port 80 of `service`, in 1,000 random picks.
+fn shares(workloads: &[(&str, Workload)], service: Service) -> Vec<(String, usize)> {
+    const ROLLS: usize = 20_000;
+    let members = workloads.iter().map(|(name, workload)| {
+        let uid = Arc::from(*name);
+        behind(Workload { uid, ..workload.clone() }, &[("it", &[])])
     });
-    let service = service("it", &[], endpoints.into());
-    let picks: Vec<_> = (0..ROLLS)
-        .map(|roll| {
-            balance::pick(&service, 80, roll * (u64::MAX / ROLLS)).unwrap().0.workload.name.to_string()
-        })
-        .collect();
-    let shares = names.map(|name| picks.iter().filter(|pick| *pick == name).count());
-    assert_eq!(shares[3..], [0, 0]);
-    assert!(shares[..3].iter().all(|share| share.abs_diff(ROLLS as usize / 3) <= 1), "{shares:?}");
+    let mesh = Mesh::new(TrustDomain::default(), members, [Arc::new(service.clone())], []);
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    let mut rng = rand::rngs::SmallRng::seed_from_u64(7);
+    for _ in 0..ROLLS {
+        let (source, wanted) = (&client(), "10.9.0.1".parse().unwrap());
+        let request = Request { source, service: &service, port: 80, wanted, purpose: Purpose::Service };
+        let picked = balance::pick(mesh.endpoints(&service.key), &request, rng.random());
+        if let Some(picked) = picked {
+            *counts.entry(picked.workload.uid.to_string()).or_default() += 1;
+        }
+    }
+    counts.into_iter().map(|(name, count)| (name, count * 1000 / ROLLS)).collect()
+}
+
+fn assert_shares(workloads: &[(&str, Workload)], service: Service, expect: &[(&str, usize)]) {
+    let shares = shares(workloads, service);
+    let near = shares.len() == expect.len()
+        && shares.iter().zip(expect).all(|(is, wants)| is.0 == wants.0 && is.1.abs_diff(wants.1) <= 15);
+    assert!(near, "{shares:?} instead of {expect:?}");
+}
+
+#[test]
+fn the_share_of_a_candidate_is_its_capacity_and_no_other_has_any() {
+    let it = || workload("it", &["10.0.0.9"], Reach::Hbone);
+    let sick = || Workload { healthy: false, ..it() };
+    let none = || Workload { capacity: 0, ..it() };
+    let homeless = || workload("it", &[], Reach::Hbone);
+    let away = || Workload { network: "away".into(), ..it() };
+    let no_v4 = || workload("it", &["fd00::9"], Reach::Hbone);
+    let thrice = || Workload { capacity: 3, ..it() };
+    let all = [
+        ("a", it()),
+        ("b", thrice()),
+        ("c", sick()),
+        ("d", none()),
+        ("e", homeless()),
+        ("f", away()),
+        ("g", no_v4()),
+        ("h", it()),
+    ];
+    let service = || service("it", &[]);
+    assert_shares(&all, service(), &[("a", 166), ("b", 500), ("g", 166), ("h", 166)]);
+    let v4_only = Service { ip_families: Some(IpFamilies::V4Only), ..service() };
+    assert_shares(&all, v4_only, &[("a", 200), ("b", 600), ("h", 200)]);
+    let (mode, scopes, health) = (BalanceMode::Any, Box::default(), HealthPolicy::AllowAll);
+    let sick_too = Service { balancing: Some(LoadBalancing { mode, scopes, health }), ..service() };
+    assert_shares(&all, sick_too, &[("a", 142), ("b", 428), ("c", 142), ("g", 142), ("h", 142)]);
+    // So few can be chosen that drawing does not find them.
+    let names: Vec<String> = (0..300).map(|number| format!("x{number}")).collect();
+    let mut many: Vec<(&str, Workload)> = names.iter().map(|name| (name.as_str(), sick())).collect();
+    many.extend([("a", it()), ("b", thrice())]);
+    assert_shares(&many, service(), &[("a", 250), ("b", 750)]);
+    assert_shares(&[("c", sick()), ("d", none())], service(), &[]);
+}
+
+#[test]
+fn a_service_may_prefer_what_is_near() {
+    use BalanceScope::*;
+    let at = |region: &str, zone: &str, node: &str| Workload {
+        region: region.into(),
+        zone: zone.into(),
+        node: node.into(),
+        ..workload("it", &["10.0.0.9"], Reach::Hbone)
+    };
+    // The client is nowhere: everything about it is the empty text.
+    let all = [("far", at("r", "", "")), ("near", at("", "z", "")), ("here", at("", "", "n"))];
+    let here_twice = [("far", at("r", "", "")), ("here", at("", "", "n")), ("here-2", at("", "", "n"))];
+    let with = |mode, scopes: &[BalanceScope]| Service {
+        balancing: Some(LoadBalancing { mode, scopes: scopes.into(), health: HealthPolicy::OnlyHealthy }),
+        ..service("it", &[])
+    };
+    use BalanceMode::*;
+    assert_shares(&all, with(Failover, &[Network, Region, Zone]), &[("here", 1000)]);
+    assert_shares(&all, with(Failover, &[Network, Region, Zone, Node]), &[("here", 1000)]);
+    assert_shares(&all, with(Failover, &[Network, Region]), &[("here", 500), ("near", 500)]);
+    assert_shares(&all, with(Failover, &[Zone, Region]), &[("here", 1000)]);
+    assert_shares(&here_twice, with(Failover, &[Region, Zone]), &[("here", 500), ("here-2", 500)]);
+    assert_shares(&all, with(Failover, &[]), &[("far", 333), ("here", 333), ("near", 333)]);
+    assert_shares(&all, with(Strict, &[Region, Zone]), &[("here", 1000)]);
+    assert_shares(&all, with(Strict, &[Node]), &[("far", 500), ("near", 500)]);
+    assert_shares(&all, with(Strict, &[Region, Zone, Node]), &[]);
+    assert_shares(&all, with(Strict, &[Unknown]), &[]);
+    assert_shares(&all, with(Failover, &[Unknown]), &[("far", 333), ("here", 333), ("near", 333)]);
 }
 
 #[test]
 fn the_address_that_was_dialled_comes_before_its_family_and_the_family_before_the_rest() {
     let address = |own: &[&str], wanted: &str| {
-        balance::address(&workload("it", own, Reach::Hbone), wanted.parse().unwrap()).map(|ip| ip.to_string())
+        balance::address(&workload("it", own, Reach::Hbone), wanted.parse().unwrap(), None)
+            .map(|ip| ip.to_string())
     };
     let both = &["10.0.0.1", "fd00::1", "10.0.0.2", "fd00::2"];
     assert_eq!(address(both, "10.0.0.2").unwrap(), "10.0.0.2");
@@ -235,32 +306,52 @@ fn some_ip() -> impl Strategy<Value = IpAddr> {
     ]
 }
 
-fn some_workload() -> impl Strategy<Value = Arc<Workload>> {
+fn some_workload() -> impl Strategy<Value = Workload> {
     let name = prop_oneof![Just("a"), Just("b"), Just("c"), Just("d")];
     let addresses = prop::collection::vec(some_ip(), 0..3);
-    let reach = prop_oneof![3 => Just(Reach::Hbone), 1 => Just(Reach::Plain)];
+    let reach = prop_oneof![3 => Just(Reach::Hbone), 1 => Just(Reach::Plain), 1 => Just(Reach::Unknown)];
     (name, addresses, reach, any::<bool>(), any::<bool>()).prop_map(
-        |(name, addresses, reach, healthy, host_network)| {
-            Arc::new(Workload { addresses, healthy, host_network, ..workload(name, &[], reach) })
+        |(name, addresses, reach, healthy, host_network)| Workload {
+            addresses,
+            healthy,
+            host_network,
+            ..workload(name, &[], reach)
         },
     )
 }
 
+/// A gateway that is a service, a workload, or nothing.
+fn some_gateway() -> impl Strategy<Value = Arc<GatewayAddress>> {
+    let name = (0..4u8).prop_map(|name| GatewayDestination::Hostname(service(&format!("s{name}"), &[]).key));
+    let address =
+        some_ip().prop_map(|ip| GatewayDestination::Address(NetworkAddress { network: Arc::default(), ip }));
+    prop_oneof![name, address]
+        .prop_map(|destination| Arc::new(GatewayAddress { destination, hbone_port: HBONE_PORT }))
+}
+
 fn some_mesh() -> impl Strategy<Value = Mesh> {
-    let workloads = prop::collection::vec(some_workload(), 1..5);
+    let member = (0..3usize, prop::option::of(1..9u16));
+    let waypoint = || prop::option::weighted(0.2, some_gateway());
+    let workload = (some_workload(), prop::collection::btree_map(0..3usize, member, 0..3), waypoint());
+    let workloads = prop::collection::vec(workload, 1..5);
     let vips = prop::collection::vec(some_ip(), 0..3);
-    let member = (any::<prop::sample::Index>(), prop::option::of(1..9u16));
-    let services = prop::collection::vec((vips, prop::collection::vec(member, 0..4)), 0..3);
+    let mode =
+        prop_oneof![Just(BalanceMode::Any), Just(BalanceMode::Failover), Just(BalanceMode::Passthrough)];
+    let services = prop::collection::vec((vips, waypoint(), mode), 0..3);
     (workloads, services).prop_map(|(workloads, services)| {
-        let services = services.into_iter().map(|(vips, members)| {
-            let member = |(index, own): (prop::sample::Index, Option<u16>)| {
-                let ports: Vec<_> = own.map(|to| (90, to)).into_iter().collect();
-                endpoint(index.get(&workloads), &ports)
-            };
-            let members = members.into_iter().map(member).collect();
-            Arc::new(Service { vips, ..service("s", &[], members).as_ref().clone() })
+        let workloads = workloads.into_iter().map(|(workload, members, waypoint)| {
+            let services = members.into_iter().map(|(index, (_, own))| Membership {
+                service: service(&format!("s{index}"), &[]).key,
+                ports: own.map(|to| (90, to)).into_iter().collect(),
+            });
+            Arc::new(Workload { services: services.collect(), waypoint, ..workload })
         });
-        let services: Vec<_> = services.collect();
+        let services = services.into_iter().enumerate().map(|(index, (vips, waypoint, mode))| {
+            let vips = vips.into_iter().map(|ip| NetworkAddress { network: Arc::default(), ip }).collect();
+            let scopes = Box::new([BalanceScope::Node]);
+            let balancing = Some(LoadBalancing { mode, scopes, health: HealthPolicy::OnlyHealthy });
+            Arc::new(Service { vips, waypoint, balancing, ..service(&format!("s{index}"), &[]) })
+        });
         Mesh::new(TrustDomain::default(), workloads, services, [])
     })
 }
@@ -279,21 +370,33 @@ proptest! {
         let planned = plan(&mesh, &client(), OriginalDst(wanted), roll);
         prop_assert_eq!(&planned, &plan(&mesh, &client(), OriginalDst(wanted), roll), "the plan is a function");
 
-        let service_dialled = mesh.service_at(ip);
+        let service_dialled = mesh.service_at("", ip, Some("shop"));
+        let workload_dialled = mesh.workload_at("", ip);
+        let direct = service_dialled.is_none_or(|service| service.balance_mode() == BalanceMode::Passthrough);
+        let waypoint = match service_dialled {
+            Some(service) if service.waypoint.is_some() => service.waypoint.as_ref(),
+            _ if direct => workload_dialled.and_then(|workload| workload.waypoint.as_ref()),
+            _ => None,
+        };
         match planned {
             Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
-                prop_assert_eq!(peer.0, SocketAddr::new(target.ip(), HBONE_PORT));
                 prop_assert_eq!(expect, vec![destination.identity.clone()]);
-                prop_assert_eq!(destination.reach, Reach::Hbone);
-                prop_assert!(destination.addresses.contains(&target.ip()));
                 prop_assert_eq!(service.as_ref(), service_dialled);
+                prop_assert!(destination.addresses.contains(&peer.0.ip()));
+                if waypoint.is_some() {
+                    prop_assert_eq!(target, wanted, "a waypoint is asked for what was dialled");
+                } else {
+                    prop_assert_eq!(peer.0, SocketAddr::new(target.ip(), HBONE_PORT));
+                    prop_assert_eq!(destination.reach, Reach::Hbone);
+                }
             }
             Ok(Plan::Plain { to, destination, service }) => {
+                prop_assert!(waypoint.is_none(), "passed a waypoint by");
                 prop_assert!(destination.as_ref().is_none_or(|it| it.reach == Reach::Plain), "in the clear");
                 prop_assert_eq!(service.as_ref(), service_dialled, "passed a service by");
                 if destination.is_none() {
                     prop_assert_eq!(to, wanted);
-                    prop_assert!(mesh.workload_at(ip).is_none());
+                    prop_assert!(workload_dialled.is_none() && direct);
                 }
             }
             Err(NoRoute::SelfCall(to)) => {
@@ -302,13 +405,23 @@ proptest! {
             }
             Err(NoRoute::NoServicePort { .. } | NoRoute::NoHealthyUpstream { .. }) => {
                 let service = service_dialled.expect("only a service can have nobody");
-                let usable = service.endpoints.iter().any(|endpoint| {
-                    endpoint.workload.healthy
-                        && !endpoint.workload.addresses.is_empty()
-                        && service.target_port(endpoint, port).is_some()
+                let usable = mesh.endpoints(&service.key).iter().any(|endpoint| {
+                    let workload = endpoint.workload();
+                    let target = match port {
+                        80 => true,
+                        90 => endpoint.own_port(90).is_some(),
+                        _ => false,
+                    };
+                    workload.healthy && !workload.addresses.is_empty() && target
                 });
                 prop_assert!(!usable, "an endpoint could have taken it");
             }
+            Err(NoRoute::UnknownWaypoint(gateway)) => prop_assert_eq!(Some(&gateway), waypoint),
+            Err(NoRoute::UnknownProtocol(uid)) => {
+                prop_assert!(mesh.workloads().any(|it| it.uid == uid && it.reach == Reach::Unknown)
+                    || workload_dialled.is_some_and(|it| it.reach == Reach::Unknown));
+            }
+            Err(NoRoute::OtherNetwork { .. }) => prop_assert!(false, "there is one network only"),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::enrol::pod::LocalPod;
 use crate::mesh::index::Mesh;
 use crate::model::identity::TrustDomain;
 use crate::model::policy::Policy;
+use crate::model::workload::Workload;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::objects::Objects;
 use crate::standalone::translate::pods::Draft;
@@ -64,13 +65,13 @@ pub fn translate(objects: &Objects, options: &Options) -> Translation {
 
     let locals = drafts.iter_mut().filter_map(|draft| draft.local.take()).collect();
     let pods: Vec<pods::Built<'_>> = drafts.into_iter().map(Draft::build).collect();
-    let services = services::services(objects, &pods, &mut diagnostics);
-    let mesh = Mesh::new(
-        settings.trust_domain,
-        pods.into_iter().map(|pod| pod.workload),
-        services,
-        policies.into_iter().map(Arc::<Policy>::new),
-    );
+    let (services, memberships) = services::services(objects, &pods, &mut diagnostics);
+    let workloads = pods
+        .into_iter()
+        .zip(memberships)
+        .map(|(pod, services)| Arc::new(Workload { services: services.into_boxed_slice(), ..pod.workload }));
+    let mesh =
+        Mesh::new(settings.trust_domain, workloads, services, policies.into_iter().map(Arc::<Policy>::new));
     Translation { mesh, pods: locals, diagnostics }
 }
 

@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::model::service::Service;
-use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::telemetry::Config;
@@ -33,11 +32,7 @@ pub(crate) fn workload(name: &str, namespace: &str) -> Arc<Workload> {
         canonical_name: format!("{name}-app").into(),
         canonical_revision: "v1".into(),
         region: "r1".into(),
-        zone: "".into(),
-        reach: Reach::Hbone,
-        healthy: true,
-        host_network: false,
-        policies: Vec::new(),
+        ..Workload::sample(namespace, name)
     })
 }
 
@@ -54,9 +49,7 @@ pub(crate) fn parties(reporter: Reporter) -> Parties {
             name: "b".into(),
             namespace: "shop".into(),
             hostname: "b.shop.svc.cluster.local".into(),
-            vips: Vec::new(),
-            ports: Vec::new(),
-            endpoints: Vec::new(),
+            ..Service::sample("shop", "b")
         })),
     }
 }

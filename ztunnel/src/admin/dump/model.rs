@@ -1,14 +1,12 @@
 //! Workloads, services and policies as views, in the order of their unique names.
 
-use std::borrow::Cow;
-use std::collections::HashMap;
-use std::sync::Arc;
-
 use serde::Serialize;
 use serde::Serializer;
-use serde::ser::SerializeSeq;
+use serde::ser::SerializeMap;
 
 use crate::api;
+use crate::mesh::endpoints::Endpoint;
+use crate::mesh::endpoints::Endpoints;
 use crate::mesh::index::Mesh;
 use crate::model::policy::Action;
 use crate::model::policy::Match;
@@ -16,8 +14,16 @@ use crate::model::policy::Policy;
 use crate::model::policy::Scope;
 use crate::model::policy::ServiceAccountMatch;
 use crate::model::policy::StringMatch;
-use crate::model::service::Endpoint;
+use crate::model::service::BalanceMode;
+use crate::model::service::BalanceScope;
+use crate::model::service::GatewayAddress;
+use crate::model::service::HealthPolicy;
+use crate::model::service::IpFamilies;
+use crate::model::service::LoadBalancing;
 use crate::model::service::Service;
+use crate::model::service::Visibility;
+use crate::model::workload::ApplicationProtocol;
+use crate::model::workload::ApplicationTunnel;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 
@@ -26,22 +32,9 @@ pub struct Workloads<'a>(pub &'a Mesh);
 
 impl Serialize for Workloads<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut services: HashMap<*const Workload, Vec<String>> = HashMap::new();
-        for service in self.0.services() {
-            for endpoint in &service.endpoints {
-                let name = format!("{}/{}", service.namespace, service.hostname);
-                services.entry(Arc::as_ptr(&endpoint.workload)).or_default().push(name);
-            }
-        }
-        services.values_mut().for_each(|names| names.sort_unstable());
         let mut all: Vec<_> = self.0.workloads().collect();
         all.sort_unstable_by(|one, other| one.uid.cmp(&other.uid));
-        let mut list = serializer.serialize_seq(Some(all.len()))?;
-        for known in all {
-            let services = services.get(&Arc::as_ptr(known)).map(Vec::as_slice).unwrap_or_default();
-            list.serialize_element(&workload(known, services))?;
-        }
-        list.end()
+        serializer.collect_seq(all.into_iter().map(|known| workload(known)))
     }
 }
 
@@ -51,8 +44,23 @@ pub struct Services<'a>(pub &'a Mesh);
 impl Serialize for Services<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut all: Vec<_> = self.0.services().collect();
-        all.sort_unstable_by_key(|service| (&service.namespace, &service.hostname));
-        serializer.collect_seq(all.into_iter().map(|known| service(known)))
+        all.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        serializer.collect_seq(all.into_iter().map(|known| service(known, self.0.endpoints(&known.key))))
+    }
+}
+
+/// The endpoints of services that are not known (yet).
+pub struct Staged<'a>(pub &'a Mesh);
+
+impl Serialize for Staged<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut all: Vec<_> = self.0.staged().collect();
+        all.sort_unstable_by_key(|(key, _)| *key);
+        let mut map = serializer.serialize_map(Some(all.len()))?;
+        for (key, endpoints) in all {
+            map.serialize_entry(key.as_str(), &ByName(None, endpoints))?;
+        }
+        map.end()
     }
 }
 
@@ -67,14 +75,26 @@ impl Serialize for Policies<'_> {
     }
 }
 
-fn workload<'a>(workload: &'a Workload, services: &'a [String]) -> api::Workload<'a> {
+/// Endpoints under the unique names of their workloads, in whose order they are kept.
+struct ByName<'a>(Option<&'a Service>, &'a Endpoints);
+
+impl Serialize for ByName<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(service, endpoints) = self;
+        serializer
+            .collect_map(endpoints.iter().map(|known| (&*known.workload().uid, endpoint(*service, known))))
+    }
+}
+
+fn workload(workload: &Workload) -> api::Workload<'_> {
     api::Workload {
         workload_ips: workload.addresses.iter().map(ToString::to_string).collect(),
-        waypoint: None,
-        network_gateway: None,
+        waypoint: workload.waypoint.as_deref().map(gateway),
+        network_gateway: workload.network_gateway.as_deref().map(gateway),
         protocol: match workload.reach {
             Reach::Hbone => "HBONE",
             Reach::Plain => "TCP",
+            Reach::Unknown => "Unknown",
         },
         network_mode: if workload.host_network { "HostNetwork" } else { "Standard" },
         uid: &workload.uid,
@@ -82,57 +102,122 @@ fn workload<'a>(workload: &'a Workload, services: &'a [String]) -> api::Workload
         namespace: &workload.namespace,
         trust_domain: workload.identity.trust_domain(),
         service_account: workload.service_account(),
-        network: "",
+        network: &workload.network,
         workload_name: &workload.workload_name,
         workload_type: workload.kind.as_str(),
         canonical_name: &workload.canonical_name,
         canonical_revision: &workload.canonical_revision,
-        hostname: "",
+        hostname: &workload.hostname,
         node: &workload.node,
-        native_tunnel: false,
-        application_tunnel: None,
+        native_tunnel: workload.native_tunnel,
+        application_tunnel: workload.application_tunnel.map(application_tunnel),
         authorization_policies: workload.policies.iter().map(ToString::to_string).collect(),
         status: status(workload),
         cluster_id: &workload.cluster,
-        locality: api::Locality { region: &workload.region, zone: &workload.zone, subzone: "" },
-        services: Cow::Borrowed(services),
-        capacity: 1,
+        locality: api::Locality {
+            region: &workload.region,
+            zone: &workload.zone,
+            subzone: &workload.subzone,
+        },
+        services: {
+            let mut services: Vec<_> =
+                workload.services.iter().map(|membership| membership.service.as_str()).collect();
+            services.sort_unstable();
+            services
+        },
+        capacity: workload.capacity,
     }
+}
+
+fn gateway(gateway: &GatewayAddress) -> api::Gateway {
+    api::Gateway { destination: gateway.destination.to_string(), hbone_mtls_port: gateway.hbone_port }
+}
+
+fn application_tunnel(tunnel: ApplicationTunnel) -> api::ApplicationTunnel {
+    let protocol = match tunnel.protocol {
+        ApplicationProtocol::None => "NONE",
+        ApplicationProtocol::Proxy => "PROXY",
+        ApplicationProtocol::Unknown => "UNKNOWN",
+    };
+    api::ApplicationTunnel { protocol, port: tunnel.port }
 }
 
 fn status(workload: &Workload) -> &'static str {
     if workload.healthy { "Healthy" } else { "Unhealthy" }
 }
 
-fn service(service: &Service) -> api::Service<'_> {
+fn service<'a>(service: &'a Service, endpoints: &'a Endpoints) -> api::Service<'a, impl Serialize + use<'a>> {
     api::Service {
         name: &service.name,
         namespace: &service.namespace,
         hostname: &service.hostname,
-        vips: service.vips.iter().map(|ip| format!("/{ip}")).collect(),
-        cidr_vips: Vec::new(),
-        ports: service.ports.iter().map(|port| (port.port, port.target)).collect(),
-        endpoints: service
-            .endpoints
+        vips: service.vips.iter().map(ToString::to_string).collect(),
+        cidr_vips: service
+            .cidr_vips
             .iter()
-            .map(|known| (&*known.workload.uid, endpoint(service, known)))
+            .map(|known| api::CidrVip { network: &known.network, cidr: known.range.to_string() })
             .collect(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        weighted_waypoints: Vec::new(),
-        load_balancer: None,
-        ip_families: None,
-        canonical: true,
-        visibility: "Public",
+        ports: service.ports.iter().map(|port| (port.port, port.target)).collect(),
+        endpoints: ByName(Some(service), endpoints),
+        subject_alt_names: service.subject_alt_names.iter().map(|name| &**name).collect(),
+        waypoint: service.waypoint.as_deref().map(gateway),
+        weighted_waypoints: service
+            .weighted_waypoints
+            .iter()
+            .map(|known| api::WeightedWaypoint { destination: gateway(&known.gateway), weight: known.weight })
+            .collect(),
+        load_balancer: service.balancing.as_ref().map(load_balancer),
+        ip_families: service.ip_families.map(|families| match families {
+            IpFamilies::V4Only => "IPv4",
+            IpFamilies::V6Only => "IPv6",
+            IpFamilies::Dual => "Dual",
+        }),
+        canonical: service.canonical,
+        visibility: match service.visibility {
+            Visibility::Public => "Public",
+            Visibility::Namespace => "Namespace",
+        },
     }
 }
 
-fn endpoint<'a>(service: &Service, endpoint: &'a Endpoint) -> api::Endpoint<'a> {
-    let target = |port: u16| Some((port, service.target_port(endpoint, port)?));
+fn load_balancer(balancing: &LoadBalancing) -> api::LoadBalancer {
+    api::LoadBalancer {
+        routing_preferences: balancing
+            .scopes
+            .iter()
+            .map(|scope| match scope {
+                BalanceScope::Region => "Region",
+                BalanceScope::Zone => "Zone",
+                BalanceScope::Subzone => "Subzone",
+                BalanceScope::Node => "Node",
+                BalanceScope::Cluster => "Cluster",
+                BalanceScope::Network => "Network",
+                BalanceScope::Unknown => "Unknown",
+            })
+            .collect(),
+        mode: match balancing.mode {
+            BalanceMode::Any => "Standard",
+            BalanceMode::Strict => "Strict",
+            BalanceMode::Failover => "Failover",
+            BalanceMode::Passthrough => "Passthrough",
+        },
+        health_policy: match balancing.health {
+            HealthPolicy::OnlyHealthy => "OnlyHealthy",
+            HealthPolicy::AllowAll => "AllowAll",
+        },
+    }
+}
+
+/// `service` is the one it is behind, if that is known.
+fn endpoint<'a>(service: Option<&Service>, endpoint: &'a Endpoint) -> api::Endpoint<'a> {
+    let targets = service.map(|known| &known.ports[..]).unwrap_or_default().iter();
+    let targets = targets.map(|port| (port.port, port.target)).filter(|(_, target)| *target != 0);
+    let own = endpoint.membership().map(|membership| &membership.ports[..]).unwrap_or_default();
     api::Endpoint {
-        workload_uid: &endpoint.workload.uid,
-        port: service.ports.iter().filter_map(|known| target(known.port)).collect(),
-        status: status(&endpoint.workload),
+        workload_uid: &endpoint.workload().uid,
+        // What the endpoint says itself counts.
+        port: targets.chain(own.iter().copied()).collect(),
+        status: status(endpoint.workload()),
     }
 }
 
@@ -157,7 +242,7 @@ fn policy(policy: &Policy) -> api::Policy<'_> {
                 clauses.map(|clause| clause.matches.iter().map(matching).collect()).collect()
             })
             .collect(),
-        dry_run: false,
+        dry_run: policy.dry_run,
     }
 }
 

@@ -67,7 +67,7 @@ pub(super) fn policies(
                 Scope::WorkloadSelector
             }
         };
-        policies.push(Policy { key, scope, action, rules });
+        policies.push(Policy { key, scope, action, dry_run: false, rules });
     }
     policies
 }

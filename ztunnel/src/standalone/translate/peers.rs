@@ -190,7 +190,7 @@ fn no_identity() -> Rule {
 }
 
 fn deny(key: PolicyKey, rule: Rule) -> Policy {
-    Policy { key, scope: Scope::WorkloadSelector, action: Action::Deny, rules: vec![rule] }
+    Policy { key, scope: Scope::WorkloadSelector, action: Action::Deny, dry_run: false, rules: vec![rule] }
 }
 
 /// Those with a time of creation by that, then those without in the order they were found.

@@ -38,16 +38,16 @@ pub(super) struct Draft<'a> {
     pub(super) local: Option<LocalPod>,
 }
 
-/// A pod whose workload is complete.
+/// A pod whose workload is complete but for the services it is behind.
 #[derive(Debug)]
 pub(super) struct Built<'a> {
     pub(super) object: &'a Object<Pod>,
-    pub(super) workload: Arc<Workload>,
+    pub(super) workload: Workload,
 }
 
 impl<'a> Draft<'a> {
     pub(super) fn build(self) -> Built<'a> {
-        Built { object: self.object, workload: Arc::new(self.workload) }
+        Built { object: self.object, workload: self.workload }
     }
 }
 
@@ -168,16 +168,25 @@ fn draft<'a>(
         identity,
         node: Arc::from(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or_default()),
         cluster: Arc::from(CLUSTER),
+        network: Arc::default(),
         addresses: addresses(object, diagnostics),
+        hostname: Arc::default(),
         workload_name,
         kind,
         canonical_name,
         canonical_revision,
         region: label(&["topology.kubernetes.io/region"]).unwrap_or_default(),
         zone: label(&["topology.kubernetes.io/zone"]).unwrap_or_default(),
+        subzone: Arc::default(),
         reach: if enrolled || native { Reach::Hbone } else { Reach::Plain },
+        native_tunnel: native,
+        application_tunnel: None,
         healthy: is_healthy(object),
+        capacity: 1,
         host_network,
+        waypoint: None,
+        network_gateway: None,
+        services: Box::default(),
         policies: Vec::new(),
     };
     Some(Draft { object, workload, enrolled, local: None })

@@ -9,11 +9,16 @@ use k8s_openapi::api::core::v1::Service as ServiceObject;
 use k8s_openapi::api::core::v1::ServiceSpec;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use crate::model::addr::NetworkAddress;
 use crate::model::addr::canonical_ip;
-use crate::model::service::Endpoint;
+use crate::model::service::BalanceMode;
+use crate::model::service::HealthPolicy;
+use crate::model::service::LoadBalancing;
 use crate::model::service::Service;
+use crate::model::service::ServiceKey;
 use crate::model::service::ServicePort;
-use crate::model::workload::Workload;
+use crate::model::service::Visibility;
+use crate::model::workload::Membership;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::objects::Object;
 use crate::standalone::objects::Objects;
@@ -29,12 +34,13 @@ struct Port {
     index: String,
 }
 
-/// The services of the mesh, in the order of the objects.
+/// The services of the mesh, in the order of the objects, and which of them each of `pods` is behind.
 pub(super) fn services(
     objects: &Objects,
     pods: &[Built<'_>],
     diagnostics: &mut Vec<Diagnostic>,
-) -> Vec<Arc<Service>> {
+) -> (Vec<Arc<Service>>, Vec<Vec<Membership>>) {
+    let mut memberships = vec![Vec::new(); pods.len()];
     let index = by_namespace(pods.iter().map(|pod| &pod.object.namespace));
     let mut by_vip: HashMap<IpAddr, &Object<ServiceObject>> = HashMap::new();
     let pod_at: HashMap<IpAddr, &Built<'_>> = pods
@@ -84,13 +90,14 @@ pub(super) fn services(
             clash.is_none()
         });
         let ports = ports(object, spec, diagnostics);
-        let selected: Vec<&Built<'_>> = index
+        let chosen: Vec<usize> = index
             .get(&object.namespace)
             .into_iter()
             .flatten()
-            .map(|pod| &pods[*pod])
-            .filter(|pod| pod.object.has_labels(selector))
+            .copied()
+            .filter(|pod| pods[*pod].object.has_labels(selector))
             .collect();
+        let selected: Vec<&Built<'_>> = chosen.iter().map(|pod| &pods[*pod]).collect();
         if selected.is_empty() {
             let message = format!(
                 "the selector of service {}/{} matches no pod of namespace {}",
@@ -102,30 +109,39 @@ pub(super) fn services(
         }
         check_named(object, &ports, &selected, diagnostics);
         let any_health = spec.publish_not_ready_addresses.unwrap_or(false);
-        let endpoints = selected
-            .into_iter()
-            .filter(|pod| !pod.workload.addresses.is_empty())
-            .map(|pod| endpoint(pod, &ports, any_health))
-            .collect();
+        let hostname = format!("{}.{}.svc.{CLUSTER_DOMAIN}", object.name, object.namespace);
+        let key = ServiceKey::new(&object.namespace, &hostname);
+        for (pod, built) in chosen.into_iter().zip(selected) {
+            if !built.workload.addresses.is_empty() {
+                let own = |port: &Port| Some((port.port.port, named_port(built, port.named.as_deref()?)?));
+                let ports = ports.iter().filter_map(own).collect();
+                memberships[pod].push(Membership { service: key.clone(), ports });
+            }
+        }
+        let balancing = any_health.then(|| LoadBalancing {
+            mode: BalanceMode::Any,
+            scopes: Box::default(),
+            health: HealthPolicy::AllowAll,
+        });
         services.push(Arc::new(Service {
+            key,
             name: Arc::clone(&object.name),
             namespace: Arc::clone(&object.namespace),
-            hostname: Arc::from(format!("{}.{}.svc.{CLUSTER_DOMAIN}", object.name, object.namespace)),
-            vips,
+            hostname: Arc::from(hostname),
+            vips: vips.into_iter().map(|ip| NetworkAddress { network: Arc::default(), ip }).collect(),
+            cidr_vips: Vec::new(),
             ports: ports.into_iter().map(|port| port.port).collect(),
-            endpoints,
+            subject_alt_names: Vec::new(),
+            identities: Vec::new(),
+            waypoint: None,
+            weighted_waypoints: Vec::new(),
+            balancing,
+            ip_families: None,
+            canonical: true,
+            visibility: Visibility::Public,
         }));
     }
-    services
-}
-
-fn endpoint(pod: &Built<'_>, ports: &[Port], any_health: bool) -> Endpoint {
-    let workload = match any_health && !pod.workload.healthy {
-        true => Arc::new(Workload { healthy: true, ..Workload::clone(&pod.workload) }),
-        false => Arc::clone(&pod.workload),
-    };
-    let own = |port: &Port| Some((port.port.port, named_port(pod, port.named.as_deref()?)?));
-    Endpoint { workload, ports: ports.iter().filter_map(own).collect() }
+    (services, memberships)
 }
 
 /// The TCP port of that name in a pod, in the order in which Kubernetes looks: containers, then sidecars.

@@ -95,12 +95,7 @@ fn a_captured_pod_is_a_workload_with_an_identity() {
         kind: WorkloadKind::Pod,
         canonical_name: Arc::from("cart"),
         canonical_revision: Arc::from("latest"),
-        region: Arc::from(""),
-        zone: Arc::from(""),
-        reach: Reach::Hbone,
-        healthy: true,
-        host_network: false,
-        policies: Vec::new(),
+        ..Workload::sample("shop", "cart")
     };
     assert_eq!(**cart, expected);
     let [local] = &translation.pods[..] else { panic!("{:?}", translation.pods) };
@@ -133,7 +128,7 @@ metadata: {{name: a, namespace: shop, uid: u-1, annotations: {{ztunnel.io/netns:
         let a = workload(&translation, "shop/a");
         assert_eq!(a.reach == Reach::Hbone, enrolled, "{namespace} {label} {rest}");
         assert_eq!(a.addresses.len(), 2);
-        assert_eq!(translation.mesh.workload_at(a.addresses[0]).is_some(), !a.host_network);
+        assert_eq!(translation.mesh.workload_at("", a.addresses[0]).is_some(), !a.host_network);
         let local: Vec<_> =
             translation.pods.iter().map(|pod| (pod.uid.to_string(), pod.netns.clone())).collect();
         let expected = enrolled.then(|| ("u-1".to_owned(), "/proc/7/ns/net".into()));

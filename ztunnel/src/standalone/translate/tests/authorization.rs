@@ -57,7 +57,7 @@ fn a_policy_is_for_a_selection_a_namespace_or_the_mesh() {
             text(selector).replace("name: p, namespace: shop", &format!("name: p, namespace: {namespace}"));
         let translation = good(&text);
         let key = PolicyKey { namespace: Arc::from(namespace), name: Arc::from("p") };
-        let expected = Policy { key, scope, action: Action::Allow, rules: vec![] };
+        let expected = Policy { key, scope, action: Action::Allow, dry_run: false, rules: vec![] };
         assert_eq!(*policy(&translation), expected);
         let selects: Vec<String> = selects.iter().map(|name| format!("{namespace}/{name}")).collect();
         assert_eq!(listed(&translation, "shop/a"), selects, "{namespace} {selector}");

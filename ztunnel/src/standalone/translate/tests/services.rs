@@ -1,6 +1,7 @@
 //! Services and what is behind them.
 
 use super::*;
+use crate::model::service::HealthPolicy;
 
 /// Service `cart` of namespace `shop`; `spec` is flow YAML on its line 4.
 fn service(spec: &str) -> String {
@@ -10,7 +11,7 @@ fn service(spec: &str) -> String {
 }
 
 fn at<'t>(translation: &'t Translation, vip: &str) -> &'t crate::model::service::Service {
-    translation.mesh.service_at(vip.parse().unwrap()).unwrap_or_else(|| panic!("nothing at {vip}"))
+    translation.mesh.service_at("", vip.parse().unwrap(), None).unwrap_or_else(|| panic!("nothing at {vip}"))
 }
 
 #[test]
@@ -34,12 +35,13 @@ fn a_dual_stack_service_finds_its_pods_and_ports() {
     let cart = at(&translation, "fd00::9");
     assert_eq!(cart, at(&translation, "10.96.0.1"));
     assert_eq!(&*cart.hostname, "cart.shop.svc.cluster.local");
-    let reached: Vec<(&str, Vec<Option<u16>>)> = cart
-        .endpoints
+    let endpoints = translation.mesh.endpoints(&cart.key);
+    let reached: Vec<(&str, Vec<Option<u16>>)> = endpoints
         .iter()
         .map(|endpoint| {
-            let ports = [80, 81, 82, 53].map(|port| cart.target_port(endpoint, port));
-            (&*endpoint.workload.name, ports.to_vec())
+            let target = |port| cart.port(port).map(|port| port.target).filter(|target| *target != 0);
+            let ports = [80, 81, 82, 53].map(|port| endpoint.own_port(port).or_else(|| target(port)));
+            (&*endpoint.workload().name, ports.to_vec())
         })
         .collect();
     assert_eq!(
@@ -59,17 +61,20 @@ fn a_headless_service_has_endpoints_and_no_address() {
             + &service("clusterIP: None, selector: {app: cart}, ports: [{port: 80}]")),
     );
     let services: Vec<_> = translation.mesh.services().collect();
-    assert_eq!((services[0].vips.len(), services[0].endpoints.len()), (0, 1));
+    let endpoints = translation.mesh.endpoints(&services[0].key);
+    assert_eq!((services[0].vips.len(), endpoints.len()), (0, 1));
 }
 
 #[test]
 fn endpoints_that_are_not_ready_count_only_where_the_service_says_so() {
     let unready = pod("cart", "10.0.0.1")
         .replace("status: {", "status: {conditions: [{type: Ready, status: 'False'}], ");
-    for (spec, healthy) in [("", false), ("publishNotReadyAddresses: true, ", true)] {
+    for (spec, counts) in
+        [("", HealthPolicy::OnlyHealthy), ("publishNotReadyAddresses: true, ", HealthPolicy::AllowAll)]
+    {
         let spec = format!("{spec}clusterIP: 10.96.0.1, selector: {{app: cart}}, ports: [{{port: 80}}]");
         let translation = good(&[SHOP, &unready, &service(&spec)].concat());
-        assert_eq!(at(&translation, "10.96.0.1").endpoints[0].workload.healthy, healthy);
+        assert_eq!(at(&translation, "10.96.0.1").health_policy(), counts);
         assert!(!workload(&translation, "shop/cart").healthy);
     }
 }

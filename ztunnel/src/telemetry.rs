@@ -51,7 +51,7 @@ pub mod series;
 pub mod writer;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

@@ -27,7 +27,7 @@ pub mod certificates;
 pub mod model;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Everything that is shown.
 #[derive(Clone)]

@@ -165,6 +165,12 @@ impl Levels {
         Self(Arc::new(InForce { startup, current, apply: Box::new(apply) }))
     }
 
+    /// Levels that nothing heeds.
+    #[cfg(test)]
+    pub(crate) fn unattached(startup: Filter) -> Self {
+        Self::new(startup, |_| {})
+    }
+
     /// The filter in force.
     pub fn current(&self) -> Filter {
         self.lock().clone()

@@ -56,7 +56,7 @@ pub struct Distribution<'a> {
     pub labels: &'a [(&'a str, &'a str)],
     /// The sum of all observations.
     pub sum: f64,
-    /// The upper bound of each bucket, the last of them infinity ([`f64::MAX`]), and how many observations fell
+    /// The upper bound of each bucket, the last of them infinity, and how many observations fell
     /// into it and into no earlier one.
     pub buckets: &'a [(f64, u64)],
 }

@@ -190,7 +190,7 @@ mod tests {
     }
 
     fn access() -> Entry {
-        let (at, error) = (std::time::SystemTime::UNIX_EPOCH, "no".to_owned());
+        let (at, error) = (SystemTime::UNIX_EPOCH, "no".to_owned());
         let refused = RefusedEarly { at, reporter: Reporter::Source, addresses: addresses(), error };
         Entry::Access(Box::new(AccessRecord::RefusedEarly(refused)))
     }

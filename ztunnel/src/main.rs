@@ -42,6 +42,14 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
             commands::uninstall(&resolved::places(&typed.kernel)?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Config(typed) => {
+            commands::config(&resolved::istio()?, typed.output)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Version => {
+            commands::version()?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

@@ -124,7 +124,7 @@ impl Profile {
             let lines = inlined
                 .iter()
                 .map(|symbol| {
-                    let file = symbol.filename.as_deref().unwrap_or(Path::new(""));
+                    let file = symbol.filename.as_deref().unwrap_or_else(|| Path::new(""));
                     (
                         self.function(&symbol.name(), &symbol.sys_name(), &file.to_string_lossy()),
                         symbol.lineno(),

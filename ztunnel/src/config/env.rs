@@ -301,8 +301,7 @@ fn drain_deadline(reader: &mut Reader<'_>) -> Duration {
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
 fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
-    let mut config = proxy::Config::default();
-    config.threads = threads::read(reader, cores);
+    let mut config = proxy::Config { threads: threads::read(reader, cores), ..proxy::Config::default() };
     let probes = Keepalive::default();
     config.keepalive = Keepalive {
         enabled: reader.flag("KEEPALIVE_ENABLED", probes.enabled),

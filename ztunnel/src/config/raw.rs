@@ -47,6 +47,30 @@ pub enum Command {
     ///
     /// Removes programs, pins, rules, routes and addresses. Refuses while a daemon serves the node.
     Uninstall(Uninstall),
+    /// Say what Istio's environment variables, PROXY_CONFIG and the mesh configuration file amount to
+    ///
+    /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
+    /// status 1 when one of them cannot be used.
+    Config(Config),
+    /// Say which build this is
+    Version,
+}
+
+/// `ztunnel config`
+#[derive(Debug, Args)]
+pub struct Config {
+    /// How it is shown
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+}
+
+/// How answers are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table.
+    Text,
+    /// JSON.
+    Json,
 }
 
 /// Where things are in the kernel and the file system.

@@ -1,5 +1,6 @@
 //! From what was typed to what each module is given.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::Path;
@@ -9,6 +10,11 @@ use std::time::Duration;
 
 use crate::api::Setting;
 use crate::capture;
+use crate::config::env;
+use crate::config::env::Settings;
+use crate::config::env::Surroundings;
+use crate::config::env::proxy_config::MESH_CONFIG_PATH;
+use crate::config::env::reader::Problems;
 use crate::config::raw;
 use crate::proxy;
 use crate::telemetry::line::Format;
@@ -39,6 +45,17 @@ pub enum Invalid {
     /// RUST_LOG.
     #[error("RUST_LOG cannot be used")]
     Log(#[from] InvalidFilter),
+    /// The mesh configuration is there and cannot be read.
+    #[error("the mesh configuration {path:?} cannot be read: {source}")]
+    MeshConfig {
+        /// Where it is.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: std::io::Error,
+    },
+    /// Istio's environment.
+    #[error(transparent)]
+    Environment(#[from] Problems),
     /// No threads, no traffic.
     #[error("--threads 0: the data plane needs at least one thread")]
     NoThreads,
@@ -170,6 +187,20 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         admin_port: typed.admin_port,
         settings,
     })
+}
+
+/// What Istio's environment says on this machine.
+pub fn istio() -> Result<Settings, Invalid> {
+    let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+    let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let path = Path::new(MESH_CONFIG_PATH);
+    let mesh_config = match std::fs::read_to_string(path) {
+        Ok(text) => Some(text),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(source) => return Err(Invalid::MeshConfig { path: path.to_owned(), source }),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Ok(env::resolve(&variables, Surroundings { mesh_config: mesh_config.as_deref(), cores })?)
 }
 
 /// The first cgroup v2 mount point in the text of `/proc/self/mounts` (proc(5)).

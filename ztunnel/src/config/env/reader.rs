@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::api::Setting;
 use crate::config::env::proxy_config::ProxyConfig;
 
 /// Where a value came from.
@@ -49,6 +50,13 @@ pub struct Shown {
     pub value: String,
     /// Where it came from.
     pub origin: Origin,
+}
+
+impl From<&Shown> for Setting {
+    fn from(shown: &Shown) -> Self {
+        let Shown { name, value, origin } = shown;
+        Self { name: name.clone(), value: value.clone(), origin: origin.to_string() }
+    }
 }
 
 /// A value that cannot be used.

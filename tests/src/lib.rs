@@ -11,6 +11,7 @@
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
+//! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
 //! * [`stories`]: each function is one claim and its evidence. `cargo xtask demo` prints them as a report,
 //!   `tests/*.rs` runs the same functions as tests.
@@ -29,6 +30,7 @@ pub mod process;
 pub mod raw_netns;
 pub mod run;
 pub mod stories;
+pub mod syscalls;
 pub mod topology;
 pub mod wire;
 pub mod world;

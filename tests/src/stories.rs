@@ -4,6 +4,7 @@
 //! should see. It may leave policies, pods and daemons as it likes: [`World::reset`] follows.
 
 pub mod basics;
+pub mod cost;
 pub mod enrolment;
 pub mod outage;
 pub mod policy;

@@ -33,6 +33,8 @@ pub use traces::Traces;
 
 /// The port of nginx in the pods.
 pub const HTTP: u16 = 8080;
+/// How much `/large` of nginx is.
+pub const LARGE_MIB: u64 = 64;
 /// The port of the line server in the pods.
 pub const LINES: u16 = 9000;
 /// How long a daemon may take to read a change of the mesh and to carry it out.

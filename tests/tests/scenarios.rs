@@ -3,7 +3,9 @@
 mod common;
 
 use common::tell;
-use ztunnel_tests::stories::{basics, enrolment, outage, policy, probes, repair, restart, scale, tunnel};
+use ztunnel_tests::stories::{
+    basics, cost, enrolment, outage, policy, probes, repair, restart, scale, tunnel,
+};
 
 macro_rules! stories {
     ($($name:ident => $story:expr;)*) => {
@@ -35,5 +37,7 @@ stories! {
     a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
     a_damaged_pod_is_repaired => repair::DAMAGED_POD;
     deleted_pins_are_restored => repair::PINS_DELETED;
+    a_request_costs_six_system_calls => cost::REQUESTS;
+    a_megabyte_costs_few_system_calls => cost::BULK;
     two_hundred_pods_on_one_node => scale::TWO_HUNDRED_PODS;
 }

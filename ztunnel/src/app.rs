@@ -29,6 +29,7 @@ use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
+use crate::app::memory::Housekeeping;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
@@ -52,6 +53,7 @@ pub mod commands;
 pub mod control;
 pub mod handover;
 pub mod kernel;
+pub mod memory;
 pub mod ports;
 pub mod version;
 
@@ -241,6 +243,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
             update = updates.next() => match update {
@@ -251,6 +254,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
             event = control.next() => control.step(event).await,
             _ = reconcile.tick() => match kernel.reconcile().await {
                 Reconciled::Repaired { repairs, lost } => {
+                    housekeeping.look(RECONCILE_EVERY);
                     for repair in repairs {
                         tracing::warn!(%repair, "the kernel was not as it should be");
                     }

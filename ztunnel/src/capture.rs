@@ -15,6 +15,7 @@
 //!
 //! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
 
+mod changes;
 pub mod error;
 pub mod host;
 mod listeners;
@@ -101,6 +102,7 @@ pub struct Node {
     renew: bool,
     /// Our own hold on the node-wide programs, by name.
     links: HashMap<&'static str, OwnedFd>,
+    watch: reconcile::Watch,
     /// What we have enrolled, written by `bind`, `capture`, `withdraw`, `close` and `forget`.
     pods: HashMap<PodUid, Enrolled>,
 }
@@ -116,6 +118,8 @@ struct Enrolled {
     renew: bool,
     /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
     listeners: Option<Arc<Listeners>>,
+    /// What the reconciler found.
+    watched: reconcile::Watched,
     /// Our own hold on the programs, so that they stay attached when their pins are deleted.
     links: Links,
 }

@@ -58,6 +58,9 @@ pub struct Config {
     pub ping_timeout: Duration,
     /// A tunnel without streams is closed after so long.
     pub idle_timeout: Duration,
+    /// The same while another tunnel to the same peer has room: after a burst each would hold on to a quarter of a
+    /// megabyte, and the next burst dials them again.
+    pub spare_timeout: Duration,
     /// A TLS and HTTP/2 handshake that takes longer is given up.
     pub handshake_timeout: Duration,
     /// Requests that may wait for one tunnel being dialled. Further ones fail at once.
@@ -79,6 +82,7 @@ impl Default for Config {
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
             idle_timeout: Duration::from_secs(300),
+            spare_timeout: Duration::from_secs(3),
             handshake_timeout: Duration::from_secs(10),
             waiters_max: 1024,
         }

@@ -31,7 +31,7 @@
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
 //! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
-//! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model |
+//! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model, shutdown |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
 //! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
 //! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, telemetry, shutdown, *proto* |

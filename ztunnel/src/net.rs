@@ -10,3 +10,4 @@ pub mod copy;
 pub mod netns;
 pub mod origdst;
 pub mod socket;
+pub mod splice;

@@ -8,6 +8,7 @@
 //! thread, which spreads what it accepts over all of them.
 //!
 //! * [`outbound`]: what the pod dials.
+//! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
 //! * [`relay`]: moving bytes between an application and a stream.
@@ -48,6 +49,7 @@ use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
 use crate::proxy::accept::Listener;
 use crate::proxy::listing::Connection;
+use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -61,6 +63,7 @@ pub mod ending;
 pub mod inbound;
 pub mod listing;
 pub mod live;
+pub mod near;
 pub mod outbound;
 pub mod passthrough;
 pub mod pod;
@@ -92,6 +95,9 @@ pub struct Config {
     pub pod_handshakes_max: usize,
     /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
     pub handover_max: usize,
+    /// Whether connections between two pods of this daemon are handed over inside the process, see [`near`].
+    /// Otherwise they go through a tunnel as all others do.
+    pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
     /// Whether clients are told in the answer who serves them.
@@ -112,6 +118,7 @@ impl Default for Config {
             pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
             handover_max: 1024,
+            near: true,
             keepalive: Keepalive::default(),
             response_baggage: true,
             hbone: hbone::Config::default(),
@@ -184,6 +191,7 @@ pub struct DataPlane {
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
+    neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     started: AtomicUsize,
     /// Ends the accepting of all pods, as a drain does, without one.
@@ -203,7 +211,7 @@ impl DataPlane {
         signal: Signal,
     ) -> io::Result<Self> {
         let config = Arc::new(config);
-        let count = Arc::new(Count::default());
+        let (neighbours, count) = (Arc::new(Neighbours::default()), Arc::new(Count::default()));
         let mut channels: Vec<_> =
             (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
@@ -216,6 +224,7 @@ impl DataPlane {
                 mesh.clone(),
                 identities.clone(),
                 telemetry.local(),
+                Arc::clone(&neighbours),
                 Arc::clone(&count),
                 signal.clone(),
                 runtime.handle().clone(),
@@ -235,6 +244,7 @@ impl DataPlane {
             shards,
             threads: Mutex::new(threads),
             pods: Mutex::default(),
+            neighbours,
             count,
             started: AtomicUsize::new(0),
             handover,
@@ -285,10 +295,31 @@ impl DataPlane {
         Ok(())
     }
 
+    /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
+    /// it directly ([`near`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
+    /// must not reach a pod past what the kernel says of it.
+    pub fn neighbour(&self, uid: &PodUid) {
+        if let Some((pod, _)) = self.pods().get(uid) {
+            self.neighbours.add(pod);
+        }
+    }
+
+    /// The pod's traffic is about to be redirected here no longer. Connections that are being handed over get
+    /// through, further ones take the way over the wire.
+    pub fn no_neighbour(&self, uid: &PodUid) {
+        self.neighbours.remove(uid);
+    }
+
+    /// [`Self::no_neighbour`] for all pods: another process may redirect any of them from now on.
+    pub fn no_neighbours(&self) {
+        self.neighbours.clear();
+    }
+
     /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
     /// they begin, and lets those that are open go on until their end. Peers are told
     /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
+        self.neighbours.remove(uid);
         let (pod, stop) = self.pods().remove(uid)?;
         stop.drain();
         Some(Leaving(Arc::downgrade(&pod)))
@@ -298,6 +329,7 @@ impl DataPlane {
     /// [`Config::linger`] what has already been queued here, then closes the listeners and lets what is open
     /// finish. The drain signal does the same.
     pub fn stop_accepting(&self) {
+        self.neighbours.clear();
         self.handover.drain();
     }
 

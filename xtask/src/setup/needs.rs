@@ -103,6 +103,12 @@ const NEEDS: &[Need] = &[
         present: || program("tcpdump"),
     },
     Need {
+        what: "strace",
+        why: "counts what a daemon asks of the kernel for a request and for a megabyte",
+        remedy: Remedy::Packages(&["strace"]),
+        present: || program("strace"),
+    },
+    Need {
         what: "python3 with venv",
         why: "fetches Envoy from PyPI",
         remedy: Remedy::Packages(&["python3-venv"]),

@@ -97,6 +97,8 @@ impl Console {
             }
             "/logging" | "/quitquitquit" => not_allowed("POST"),
             "/debug/pprof/profile" => processor_profile(asked.query).await,
+            "/debug/pprof/heap" => text(StatusCode::INTERNAL_SERVER_ERROR, NO_HEAP_PROFILE),
+            "/debug/pprof/heap/profiling" => heap_profiling(asked.query),
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         };
         (response, None)
@@ -157,6 +159,20 @@ async fn processor_profile(query: &str) -> Response<Body> {
             response
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+const NO_HEAP_PROFILE: &str =
+    "heap profiling is not active: this build allocates with the C library, which does not profile\n";
+
+/// Says what is so; to be activated it would have to be there.
+fn heap_profiling(query: &str) -> Response<Body> {
+    match parameters(query) {
+        Ok(asked) if asked.iter().any(|(key, value)| key == "activate" && value == "true") => {
+            text(StatusCode::INTERNAL_SERVER_ERROR, NO_HEAP_PROFILE)
+        }
+        Ok(_) => text(StatusCode::OK, "heap profiling active: false\n"),
+        Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     }
 }
 

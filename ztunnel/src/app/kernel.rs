@@ -219,6 +219,7 @@ impl Worker {
                 }
                 Command::Yield(answer) => {
                     self.yielded = true;
+                    self.data_plane.no_neighbours();
                     let _gone = answer.send(());
                 }
                 Command::Reclaim(answer) => {
@@ -227,6 +228,7 @@ impl Worker {
                 Command::End => return,
                 Command::Close(answer) => {
                     self.yielded = true;
+                    self.data_plane.no_neighbours();
                     self.node.close_all();
                     let _gone = answer.send(());
                 }
@@ -255,6 +257,7 @@ impl Worker {
             .add_pod(served, listeners, Arc::clone(&captured.netns))
             .map_err(CaptureError::Listeners)?;
         self.node.capture(&spec, &captured)?;
+        self.data_plane.neighbour(&pod.uid);
         self.leaving.remove(&pod.uid);
         self.pods.insert(pod.uid.clone(), (spec, captured));
         Ok(())
@@ -276,6 +279,7 @@ impl Worker {
 
     /// New connections are plain from here on; open ones go on, and what they need in the kernel stays.
     fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        self.data_plane.no_neighbour(uid);
         match self.node.withdraw(uid) {
             // Nothing of it is in the kernel.
             Ok(()) | Err(WithdrawError::Unknown(_)) => {}
@@ -321,7 +325,7 @@ impl Worker {
             return Reconciled::Superseded;
         }
         self.release_ended();
-        let repairs = self.node.reconcile();
+        let repairs = self.node.reconcile_changed();
         let lost =
             repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
         Reconciled::Repaired { repairs, lost }
@@ -333,8 +337,9 @@ impl Worker {
         let mut result = Ok(());
         for (spec, captured) in self.pods.values() {
             // One pod that fails must not keep the others closed.
-            if let Err(error) = self.node.capture(spec, captured) {
-                result = Err(error);
+            match self.node.capture(spec, captured) {
+                Ok(()) => self.data_plane.neighbour(&spec.uid),
+                Err(error) => result = Err(error),
             }
         }
         result

@@ -114,6 +114,13 @@ pub struct Run {
     /// Data-plane threads [default: half the cores, at least one]
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// Carry connections between two pods of this node over mutual TLS too
+    ///
+    /// Otherwise they never leave the daemon: it hands their bytes over from one pod's socket to the other's,
+    /// under the same policies, identities and reports. With this flag every byte is encrypted between the two pods, and
+    /// what else the node has on the way (a NetworkPolicy for port 15008, say) is asked.
+    #[arg(long, env = "ZTUNNEL_ENCRYPT_SAME_NODE", value_parser = clap::builder::BoolishValueParser::new())]
+    pub encrypt_same_node: bool,
     /// Where /metrics is served
     #[arg(long, value_name = "ADDR", default_value = "[::]:15020")]
     pub metrics_addr: SocketAddr,

@@ -178,7 +178,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         drain_deadline: typed.drain_deadline,
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
-        proxy: proxy::Config { threads, ..proxy::Config::default() },
+        proxy: proxy::Config { threads, near: !typed.encrypt_same_node, ..proxy::Config::default() },
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

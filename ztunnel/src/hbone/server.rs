@@ -204,6 +204,16 @@ impl Incoming {
         self.headers.get("baggage")?.to_str().ok()
     }
 
+    /// What the client has said without waiting for the answer: nothing, or a piece, or that the stream broke. It
+    /// counts against the stream's window until the stream's half releases it.
+    pub fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+        match self.body.poll_data(cx) {
+            Poll::Ready(Some(said)) => Some(said.map_err(StreamError::from)),
+            // The stream's half finds the end again.
+            Poll::Ready(None) | Poll::Pending => None,
+        }
+    }
+
     /// Waits for the client to give up. For while the application is being dialled.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
         self.respond.poll_reset(cx).map(|reset| match reset {

@@ -43,6 +43,11 @@ pub enum TunnelError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResetCode(pub u32);
 
+impl ResetCode {
+    /// The stream is no longer needed, and not because it came to its end.
+    pub const CANCEL: Self = Self(8);
+}
+
 impl fmt::Display for ResetCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         h2::Reason::from(self.0).fmt(f)

@@ -142,7 +142,7 @@ impl Mesh {
             client: Arc::new(ca.certify(&id("client"))),
             ca,
             peer,
-            pool: Pool::new(config.waiters_max),
+            pool: Pool::new(config.waiters_max, config.spare_timeout),
             config,
             dials: Arc::default(),
             stop,
@@ -442,7 +442,7 @@ async fn who_waits_shares_the_failure_and_too_many_do_not_wait() {
     let peer = HbonePeer("10.0.0.1:15008".parse().unwrap());
     let credentials = Arc::new(TestCa::new().certify(&id("client")));
     let dialer = Shared(std::sync::Mutex::new(Failing(credentials, Cell::new(0), peer)));
-    let pool = Pool::new(3);
+    let pool = Pool::new(3, Duration::from_secs(3));
     let key = Key { source: id("client"), netns: (0, 0), peer, expect: vec![id("server")] };
     let all = (0..5).map(|_| pool.lease(&key, &dialer));
     let errors: Vec<_> =
@@ -518,6 +518,45 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn after_a_burst_one_tunnel_with_room_is_kept() {
+    let config =
+        Config { client_streams_max: 1, spare_timeout: Duration::from_millis(50), ..Config::default() };
+    let mesh = Mesh::start(config, echo()).await;
+    let left = async |tunnels| {
+        let fewer = async {
+            while mesh.pool.tunnels() > tunnels {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(mesh.pool.tunnels(), tunnels);
+    };
+    let mut streams = Vec::new();
+    for _ in 0..5 {
+        streams.push(mesh.connected().await);
+    }
+    assert_eq!(mesh.pool.tunnels(), 5);
+    // Two are in use, and one is kept beside them.
+    streams.truncate(2);
+    left(3).await;
+    let (_lease, forth, recv) = streams.last_mut().unwrap();
+    send(forth, "still there").await.unwrap();
+    forth.finish().unwrap();
+    assert_eq!(receive(recv).await.unwrap(), b"still there");
+    streams.clear();
+    left(1).await;
+    assert_eq!(mesh.dials(), 5);
+    // The next burst is noticed as well.
+    for _ in 0..3 {
+        streams.push(mesh.connected().await);
+    }
+    assert_eq!((mesh.dials(), mesh.pool.tunnels()), (7, 3));
+    streams.clear();
+    left(1).await;
 }
 
 #[tokio::test]

@@ -72,6 +72,11 @@ impl Pod {
         async move { stopped.draining().await }
     }
 
+    /// Whether it was removed, or another process takes over.
+    pub fn is_leaving(&self) -> bool {
+        self.stopped.is_draining() || self.handing_over.is_draining()
+    }
+
     /// Waits for another process to take over.
     pub async fn handed_over(&self) {
         self.handing_over.clone().draining().await;

@@ -98,6 +98,15 @@ pub struct Read {
     pub ended: bool,
 }
 
+/// What was already received from the stream.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// How much of it was written to the application.
+    pub sent: usize,
+    /// The rest.
+    pub unsent: Bytes,
+}
+
 impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
@@ -118,6 +127,16 @@ impl<M: Meter> Relay<M> {
             watch: Watch::default(),
             meter,
         }
+    }
+
+    /// The same, with what was received before: counted from here on.
+    pub fn after(mut self, received: Received) -> Self {
+        if received.sent > 0 {
+            self.recv.release(received.sent);
+            self.count_written(received.sent);
+        }
+        self.outflow.push(received.unsent);
+        self
     }
 
     /// What counted; the rest is dropped.
@@ -180,7 +199,11 @@ impl<M: Meter> Relay<M> {
                 return Poll::Pending;
             }
             if !self.outflow.is_empty() {
-                match self.outflow.poll_write(&mut self.application.socket, cx) {
+                let written = match self.to {
+                    To::Ending => self.outflow.poll_write_last(&self.application.socket, cx),
+                    To::Receiving | To::Ended => self.outflow.poll_write(&mut self.application.socket, cx),
+                };
+                match written {
                     Poll::Ready(written) => {
                         let written = written.map_err(RelayError::Application)?;
                         self.recv.release(written);
@@ -193,8 +216,11 @@ impl<M: Meter> Relay<M> {
             match self.to {
                 To::Receiving => return Poll::Pending,
                 To::Ending => {
-                    let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
-                    ready!(ended).map_err(RelayError::Application)?;
+                    // Where the other direction has ended, too, the close that follows says it.
+                    if self.from != From::Ended {
+                        let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
+                        ready!(ended).map_err(RelayError::Application)?;
+                    }
                     self.to = To::Ended;
                 }
                 To::Ended => return Poll::Ready(Ok(())),

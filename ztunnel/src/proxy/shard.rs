@@ -20,6 +20,7 @@ use crate::proxy::listing::Connection;
 use crate::proxy::listing::Listing;
 use crate::proxy::listing::Original;
 use crate::proxy::live::Live;
+use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::shutdown;
 use crate::shutdown::Signal;
@@ -44,6 +45,8 @@ pub struct Shard {
     pub live: Live,
     /// This thread's connections, in both directions.
     pub listing: Listing,
+    /// Pods to which connections can be handed over.
+    pub neighbours: Arc<Neighbours>,
     /// What is open, on all threads together.
     pub count: Arc<Count>,
     /// The end of the process.
@@ -60,13 +63,14 @@ impl Shard {
         mesh: MeshReader,
         identities: Identities,
         telemetry: LocalTelemetry,
+        neighbours: Arc<Neighbours>,
         count: Arc<Count>,
         signal: Signal,
         runtime: Handle,
         others: Vec<mpsc::Sender<Arrival>>,
     ) -> Self {
         Self {
-            pool: Pool::new(config.hbone.waiters_max),
+            pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
             live: Live::default(),
             listing: Listing::default(),
             turn: AtomicUsize::new(0),
@@ -74,6 +78,7 @@ impl Shard {
             mesh,
             identities,
             telemetry,
+            neighbours,
             count,
             signal,
             runtime,

@@ -1,7 +1,9 @@
 //! The one thread that writes log lines, and the bounded queue in front of it.
 //!
 //! Nobody who logs ever waits: a line that does not fit is dropped and counted, and the log says so as soon as it
-//! is read again. The writer formats what it finds in the queue, up to a batch, and writes it at once.
+//! is read again. The writer formats what it finds in the queue, up to a batch, and writes it at once. A line that
+//! comes alone is written when it comes; after one the writer rests, so that it is not woken, nor the output written
+//! to, for each line of many.
 
 use std::io;
 use std::io::Write;
@@ -29,6 +31,10 @@ const QUEUE_MAX: usize = 10_000;
 
 /// How much is written at once, about.
 const BATCH_BYTES: usize = 64 * 1024;
+
+/// How long the writer rests after a write. Waking it costs whoever logs more than all else there is to a line.
+/// The queue takes in the meantime a million lines a second.
+const REST: Duration = Duration::from_millis(10);
 
 /// A line on its way to the writer.
 #[derive(Debug)]
@@ -129,6 +135,7 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
             said = lost;
         }
         let mut lines = 0;
+        let mut full = false;
         let mut next = Some(first);
         while let Some(entry) = next {
             match entry {
@@ -136,7 +143,8 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
                 Entry::Text(text) => batch.push_str(&text),
             }
             lines += 1;
-            next = if batch.len() < BATCH_BYTES { waiting.try_recv().ok() } else { None };
+            full = batch.len() >= BATCH_BYTES;
+            next = if full { None } else { waiting.try_recv().ok() };
         }
         // There is nowhere to report that the log cannot be written but a counter.
         if out.write_all(batch.as_bytes()).and_then(|()| out.flush()).is_err() {
@@ -144,6 +152,9 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
         }
         batch.clear();
         tally.advance(lines);
+        if !full {
+            thread::sleep(REST);
+        }
     }
 }
 

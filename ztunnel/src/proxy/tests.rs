@@ -995,7 +995,7 @@ async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
         node.logged(&["direction=\"outbound\"", &asked, "http status: 503"]).await;
     }
     node.toward(SERVICE);
-    let server = node.plane.pods().get(&PodUid::from("server")).unwrap().0.clone();
+    let server = Arc::clone(&node.plane.pods().get(&PodUid::from("server")).unwrap().0);
     let full = server.admit(1);
     node.refused(node.outbound).await;
     node.logged(&["connection failed", "direction=\"inbound\"", "already has 1 connections"]).await;

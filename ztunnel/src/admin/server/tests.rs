@@ -238,7 +238,9 @@ async fn other_paths_of_the_admin_port_are_not_found() {
     assert_eq!(status(&get(admin.address, "/debug/pprof/profile?seconds=0", "").await), "400");
     let heap = get(admin.address, "/debug/pprof/heap", "").await;
     assert!(heap.starts_with("HTTP/1.1 500 ") && heap.contains("heap profiling is not active"), "{heap}");
-    for (query, wanted) in [("", "200"), ("?activate=false", "200"), ("?activate=true", "500"), ("?a=%", "400")] {
+    for (query, wanted) in
+        [("", "200"), ("?activate=false", "200"), ("?activate=true", "500"), ("?a=%", "400")]
+    {
         let answer = get(admin.address, &format!("/debug/pprof/heap/profiling{query}"), "").await;
         assert_eq!(status(&answer), wanted, "{query}");
     }

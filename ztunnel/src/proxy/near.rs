@@ -3,7 +3,7 @@
 //!
 //! Everything else is as with a tunnel: the destination's limits, its policies with the source's identity, the live
 //! re-check, both ends' reports, resets and closed halves. The rules by which a connection is handed over are in
-//! [`is_neighbour`] and [`agree`]; whatever does not fulfil all of them goes through a tunnel, and so fails as a
+//! `is_neighbour` and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
 //! tunnel does if it must.
 //!
 //! A connection is handed over only to a pod whose traffic is redirected to this daemon now ([`Neighbours`]): not to

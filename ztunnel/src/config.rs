@@ -2,5 +2,6 @@
 //!
 //! Nobody else reads the environment or the command line, and nobody receives the whole.
 
+pub mod env;
 pub mod raw;
 pub mod resolved;

@@ -41,9 +41,10 @@
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
-//! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | capture, net, proxy, telemetry |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
+//! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
+//! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, capture, hbone, proxy, standalone, telemetry, api |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
 //! where they come in and go no further.
@@ -62,6 +63,7 @@
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
 pub mod admin;
+pub mod api;
 pub mod app;
 pub mod capture;
 pub mod config;

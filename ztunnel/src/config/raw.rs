@@ -5,10 +5,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ArgAction;
+use clap::ArgMatches;
 use clap::Args;
+use clap::CommandFactory;
+use clap::FromArgMatches;
 use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
+use clap::parser::ValueSource;
+
+use crate::api::Setting;
 
 /// The node proxy of an ambient mesh: pods' TCP, captured with eBPF, carried over mutual TLS.
 ///
@@ -42,6 +48,30 @@ pub enum Command {
     ///
     /// Removes programs, pins, rules, routes and addresses. Refuses while a daemon serves the node.
     Uninstall(Uninstall),
+    /// Say what Istio's environment variables, PROXY_CONFIG and the mesh configuration file amount to
+    ///
+    /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
+    /// status 1 when one of them cannot be used.
+    Config(Config),
+    /// Say which build this is
+    Version,
+}
+
+/// `ztunnel config`
+#[derive(Debug, Args)]
+pub struct Config {
+    /// How it is shown
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+}
+
+/// How answers are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table.
+    Text,
+    /// JSON.
+    Json,
 }
 
 /// Where things are in the kernel and the file system.
@@ -104,6 +134,9 @@ pub struct Run {
     /// Pods that a node agent enrols.
     #[command(flatten)]
     pub zds: Zds,
+    /// The port of the loopback where dumps, profiles and the log's levels are served
+    #[arg(long, value_name = "PORT", default_value_t = 15000)]
+    pub admin_port: u16,
     /// How log lines look. RUST_LOG chooses which there are (e.g. RUST_LOG=info,access=off)
     #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", default_value = "plain")]
     pub log_format: LogFormat,
@@ -177,11 +210,46 @@ pub struct Uninstall {
     pub kernel: Kernel,
 }
 
+/// The command line, and each flag that is in force with its value and where that came from.
+pub fn parse() -> (Cli, Vec<Setting>) {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    (cli, settings(&matches))
+}
+
+fn settings(matches: &ArgMatches) -> Vec<Setting> {
+    let command = Cli::command();
+    let Some((name, typed)) = matches.subcommand() else { return Vec::new() };
+    let Some(command) = command.find_subcommand(name) else { return Vec::new() };
+    let setting = |flag: &clap::Arg| {
+        let origin = match typed.value_source(flag.get_id().as_str())? {
+            ValueSource::DefaultValue => "default",
+            ValueSource::EnvVariable => "environment",
+            _ => "command line",
+        };
+        let values = typed.get_raw(flag.get_id().as_str())?.map(|value| value.to_string_lossy().into_owned());
+        let (name, value) = (format!("--{}", flag.get_long()?), values.collect::<Vec<_>>().join(" "));
+        Some(Setting { name, value, origin: origin.to_owned() })
+    };
+    command.get_arguments().filter_map(setting).collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    #[test]
+    fn flags_are_told_with_where_they_came_from() {
+        let line = ["ztunnel", "run", "--mesh", "m.yaml", "--admin-port", "1"];
+        let matches = Cli::command().try_get_matches_from(line).unwrap();
+        let settings = settings(&matches);
+        let told = |name: &str| settings.iter().find(|setting| setting.name == name).unwrap();
+        assert_eq!((&*told("--admin-port").value, &*told("--admin-port").origin), ("1", "command line"));
+        assert_eq!(
+            (&*told("--metrics-addr").value, &*told("--metrics-addr").origin),
+            ("[::]:15020", "default")
+        );
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

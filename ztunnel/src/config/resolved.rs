@@ -1,16 +1,24 @@
 //! From what was typed to what each module is given.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::api::Setting;
 use crate::capture;
+use crate::config::env;
+use crate::config::env::Settings;
+use crate::config::env::Surroundings;
+use crate::config::env::proxy_config::MESH_CONFIG_PATH;
+use crate::config::env::reader::Problems;
 use crate::config::raw;
 use crate::hbone;
+use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
-use crate::net::redirected::Settings;
 use crate::net::socket::Keepalive;
 use crate::proxy;
 use crate::telemetry::line::Format;
@@ -41,6 +49,17 @@ pub enum Invalid {
     /// RUST_LOG.
     #[error("RUST_LOG cannot be used")]
     Log(#[from] InvalidFilter),
+    /// The mesh configuration is there and cannot be read.
+    #[error("the mesh configuration {path:?} cannot be read: {source}")]
+    MeshConfig {
+        /// Where it is.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: std::io::Error,
+    },
+    /// Istio's environment.
+    #[error(transparent)]
+    Environment(#[from] Problems),
     /// No threads, no traffic.
     #[error("--threads 0: the data plane needs at least one thread")]
     NoThreads,
@@ -124,19 +143,20 @@ pub struct Zds {
 }
 
 fn zds(typed: &raw::Zds) -> Option<Zds> {
-    let settings = Settings {
+    let settings = redirected::Settings {
         mark: typed.packet_mark,
         client_address: match typed.orig_src {
             None => ClientAddress::Preferred,
             Some(true) => ClientAddress::Required,
             Some(false) => ClientAddress::Hidden,
         },
-        keepalive: typed.keepalive.then_some(Keepalive {
+        keepalive: Keepalive {
+            enabled: typed.keepalive,
             time: typed.keepalive_time,
             interval: typed.keepalive_interval,
             retries: typed.keepalive_retries,
-        }),
-        user_timeout: typed.user_timeout,
+            user_timeout: typed.user_timeout,
+        },
     };
     let listeners = capture::rules::Config { share_ports: typed.port_reuse, ipv6: typed.ipv6, settings };
     Some(Zds { socket: typed.zds.clone()?, listeners })
@@ -159,6 +179,10 @@ pub struct Run {
     pub ready_addr: SocketAddr,
     /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
     pub zds: Option<Zds>,
+    /// The port of the loopback where operators ask.
+    pub admin_port: u16,
+    /// What was typed, and what was completed.
+    pub settings: Vec<Setting>,
     /// What the data plane is given.
     pub proxy: proxy::Config,
     /// How log lines look.
@@ -167,8 +191,8 @@ pub struct Run {
     pub log_filter: Filter,
 }
 
-/// Completes `typed` by what this machine has.
-pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
+/// Completes `typed` by what this machine has. `settings` is what was typed, for those who ask.
+pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid> {
     let zds = zds(&typed.zds);
     let places = match zds {
         // Capture is not used, so what it would need may be missing.
@@ -180,6 +204,19 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
     if threads == 0 {
         return Err(Invalid::NoThreads);
     }
+    let completed = [("--node", places.node.to_string()), ("--threads", threads.to_string())];
+    for (name, value) in completed {
+        if settings.iter().all(|setting| setting.name != name) {
+            settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });
+        }
+    }
+    let log_filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => text.parse()?,
+        _ => Filter::default(),
+    };
+    let origin = if std::env::var_os("RUST_LOG").is_some() { "environment" } else { "default" };
+    let (name, value) = ("RUST_LOG".to_owned(), log_filter.to_string());
+    settings.push(Setting { name, value, origin: origin.to_owned() });
     Ok(Run {
         places,
         mesh: typed.mesh.clone(),
@@ -201,11 +238,24 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,
         },
-        log_filter: match std::env::var("RUST_LOG") {
-            Ok(text) if !text.is_empty() => text.parse()?,
-            _ => Filter::default(),
-        },
+        log_filter,
+        admin_port: typed.admin_port,
+        settings,
     })
+}
+
+/// What Istio's environment says on this machine.
+pub fn istio() -> Result<Settings, Invalid> {
+    let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+    let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let path = Path::new(MESH_CONFIG_PATH);
+    let mesh_config = match std::fs::read_to_string(path) {
+        Ok(text) => Some(text),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(source) => return Err(Invalid::MeshConfig { path: path.to_owned(), source }),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Ok(env::resolve(&variables, Surroundings { mesh_config: mesh_config.as_deref(), cores })?)
 }
 
 /// The first cgroup v2 mount point in the text of `/proc/self/mounts` (proc(5)).

@@ -107,6 +107,17 @@ struct Notice {
     failure: Option<Arc<IssueError>>,
 }
 
+/// How an identity stands, for those who ask.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// Whose.
+    pub identity: SpiffeId,
+    /// The newest certificate, perhaps ended; nothing before the first one came.
+    pub credentials: Option<Arc<Credentials>>,
+    /// What the last attempt ended with, if it failed.
+    pub failure: Option<Arc<IssueError>>,
+}
+
 /// Written by the worker alone.
 type Board = ArcSwap<HashMap<SpiffeId, Notice>>;
 
@@ -160,6 +171,20 @@ impl Identities {
         let mut all: Vec<_> = board.values().filter_map(|notice| notice.credentials.clone()).collect();
         all.sort_by(|one, other| one.identity().cmp(other.identity()));
         all
+    }
+
+    /// What is known about every identity of this node, in alphabetical order: for dumps.
+    pub fn standings(&self) -> Vec<Standing> {
+        let board = self.board.load();
+        let retained = Arc::clone(&self.retained.borrow());
+        let mut ids: Vec<_> = board.keys().chain(retained.iter()).cloned().collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let standing = |identity: SpiffeId| {
+            let Notice { credentials, failure } = board.get(&identity).cloned().unwrap_or_default();
+            Standing { identity, credentials, failure }
+        };
+        ids.into_iter().map(standing).collect()
     }
 
     // Apart from `credentials`, so that the future of a connection that need not wait stays small.

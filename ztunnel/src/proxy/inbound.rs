@@ -301,7 +301,8 @@ async fn establish(
         }
     };
     let Delivered { application, first, workload, tally, registered, admitted } = delivered;
-    match incoming.connect(Some(pod.baggage(&workload))) {
+    let baggage = shard.config.response_baggage.then(|| pod.baggage(&workload));
+    match incoming.connect(baggage) {
         Ok(halves) => {
             let application = (application, Application::Server);
             let relay = Relay::new(application, halves, Read::default(), tally).after(first);
@@ -400,7 +401,7 @@ pub(super) async fn admit(
     };
     drop(mesh);
     let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(to) };
-    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let tally = shard.tally(pod, parties, addresses, None);
     let mut first = Received::default();
     let delivered = match permit {
         Ok(permit) => registered

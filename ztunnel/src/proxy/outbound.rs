@@ -263,7 +263,7 @@ async fn establish(
     drop(mesh);
     let told = |parties: Parties, destination, hbone| {
         let addresses = Addresses { source: client.0, destination, hbone };
-        Tally(shard.telemetry.open(parties, addresses))
+        shard.tally(&pod, parties, addresses, Some(dst))
     };
     match planned {
         Ok(Plan::Hbone { peer, expect, target, destination, service }) => {

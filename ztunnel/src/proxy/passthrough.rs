@@ -176,7 +176,7 @@ async fn establish(
     let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let tally = shard.tally(&pod, parties, addresses, None);
     let delivered = match permit {
         Ok(permit) => registered
             .run(deliver(permit, &shard, &pod, client.0, dst.0, &mut Bytes::new()))

@@ -71,6 +71,7 @@ pub struct Credentials {
     identity: SpiffeId,
     key: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
+    root_certificates: Arc<[CertificateDer<'static>]>,
     serial: String,
     not_before: SystemTime,
     not_after: SystemTime,
@@ -114,6 +115,7 @@ impl Credentials {
             identity,
             key,
             roots,
+            root_certificates: Arc::from([]),
             serial,
             not_before,
             not_after,
@@ -133,6 +135,17 @@ impl Credentials {
     /// The roots that vouch for peers.
     pub fn roots(&self) -> &Arc<RootCertStore> {
         &self.roots
+    }
+
+    /// The same credentials, with the certificates behind [`Self::roots`] to be shown to who asks: those are
+    /// reduced to what verification needs.
+    pub fn with_root_certificates(self, root_certificates: Arc<[CertificateDer<'static>]>) -> Self {
+        Self { root_certificates, ..self }
+    }
+
+    /// The certificates of the roots, where they are known.
+    pub fn root_certificates(&self) -> &[CertificateDer<'static>] {
+        &self.root_certificates
     }
 
     /// From when the workload's certificate is valid.

@@ -4,6 +4,7 @@
 //! [`verify::VerifiedPeer`]. Does not know where certificates come from (see [`crate::identity`]), nor sockets.
 
 pub mod configs;
+pub mod control;
 pub mod verify;
 
 #[cfg(test)]

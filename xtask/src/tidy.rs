@@ -62,7 +62,7 @@ fn look(root: &Path) -> Result<Findings> {
 /// All Rust sources of the repository, by their path in it.
 fn sources(root: &Path) -> Result<Vec<Source>> {
     let mut found = Vec::new();
-    for folder in ["ztunnel", "ebpf/abi", "ebpf/build", "ebpf/programs", "tests", "xtask"] {
+    for folder in ["ztunnel", "proto", "ebpf/abi", "ebpf/build", "ebpf/programs", "tests", "xtask"] {
         collect(root, &PathBuf::from(folder), &mut found)?;
     }
     Ok(found)

@@ -31,6 +31,8 @@ use crate::capture;
 use crate::config::resolved::Run;
 use crate::enrol::pods::Event;
 use crate::identity;
+use crate::identity::ca::CertificateAuthority;
+use crate::identity::istiod::Istiod;
 use crate::mesh;
 use crate::proxy::DataPlane;
 use crate::shutdown;
@@ -43,7 +45,9 @@ use crate::telemetry;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
 use crate::telemetry::writer;
+use crate::tls::configs::TooLate;
 
+pub mod certificates;
 pub mod commands;
 pub mod control;
 pub mod handover;
@@ -82,6 +86,9 @@ pub enum RunError {
     /// The certificate authority.
     #[error("the certificate authority does not start")]
     Authority(#[from] AuthorityError),
+    /// What TLS has to comply with.
+    #[error("COMPLIANCE_POLICY")]
+    Compliance(#[from] TooLate),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -154,10 +161,14 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     };
 
     let trust_domain = loaded.mesh.trust_domain().clone();
-    let authority = Authority::open(&config.state_dir, &config.places.node, &trust_domain)?;
-    let identities = identity::worker::start(Arc::new(authority), signal.clone());
-    let (writer, reader) = mesh::mesh();
     let ready = Readiness::new();
+    let authority: Arc<dyn CertificateAuthority> = match &config.authority {
+        Some(authority) => Arc::new(Istiod::new(authority.clone())),
+        None => Arc::new(Authority::open(&config.state_dir, &config.places.node, &trust_domain)?),
+    };
+    let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
+    let identities = identity::worker::start(authority, trust, signal.clone());
+    let (writer, reader) = mesh::mesh();
     let pods_pending = ready.block("pods");
 
     let verdict = capture::selftest::self_test(&config.places.capture);

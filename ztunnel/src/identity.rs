@@ -4,5 +4,7 @@
 //! Does not know how a certificate is made: that is a [`ca::CertificateAuthority`]'s.
 
 pub mod ca;
+pub mod crl;
+pub mod istiod;
 mod schedule;
 pub mod worker;

@@ -33,17 +33,18 @@
 //! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
 //! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
-//! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown |
-//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, telemetry, shutdown |
+//! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
+//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, telemetry, shutdown, *proto* |
 //! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | capture, proxy, telemetry |
+//! | `config` | what was typed → each module's own `Config`, checked once | capture, identity, proxy, telemetry, tls |
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
 //!
-//! `cargo xtask tidy` compares the imports with this table.
+//! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
+//! where they come in and go no further.
 //!
 //! # Invariants
 //!

@@ -5,9 +5,11 @@
 
 pub mod configs;
 pub mod control;
+pub mod revocation;
+pub mod trust;
 pub mod verify;
 
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

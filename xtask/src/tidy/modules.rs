@@ -10,16 +10,24 @@
 //! //! | [`app`] | the composition root | everything |
 //! ```
 //! `May import` lists modules (links and back quotes are fine), or is `–`, or `everything`. What is in *italics* is
-//! another crate and not checked. `main` is `main.rs`. A module may always import itself.
+//! another crate: *proto* is the wire formats, which no module imports without saying so; others are not checked.
+//! `main` is `main.rs`. A module may always import itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 
+/// The crate of wire formats, as Rust names it.
+const WIRE_FORMATS: &str = "ztunnel_proto";
+
 /// What each module may import.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Table(BTreeMap<String, Imports>);
+pub(crate) struct Table {
+    modules: BTreeMap<String, Imports>,
+    /// The modules that may import the wire formats.
+    doors: BTreeSet<String>,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Imports {
@@ -40,12 +48,16 @@ impl Table {
         let head = rows.iter().position(|row| row.as_slice() == ["Module", "Owns", "May import"]);
         let Some(head) = head else { bail!("no table with the columns Module, Owns, May import") };
         let mut table = BTreeMap::new();
+        let mut doors = BTreeSet::new();
         for row in rows.iter().skip(head + 2) {
             let [module, _owns, imports] = row[..] else {
                 bail!("a row with {} columns: {row:?}", row.len())
             };
             let module = plain(module);
             ensure!(!module.is_empty(), "a row without a module: {row:?}");
+            if imports.split(',').any(|name| name.trim() == "*proto*") {
+                doors.insert(module.clone());
+            }
             ensure!(
                 table.insert(module.clone(), parse_imports(imports)).is_none(),
                 "{module} is there twice"
@@ -58,7 +70,7 @@ impl Table {
                 bail!("{module} may import {unknown}, which has no row of its own");
             }
         }
-        Ok(Self(table))
+        Ok(Self { modules: table, doors })
     }
 
     /// Modules without a row, and rows without a module.
@@ -68,10 +80,10 @@ impl Table {
             .filter_map(|line| line.strip_prefix("pub mod ").or_else(|| line.strip_prefix("mod ")))
             .filter_map(|rest| rest.strip_suffix(';'))
             .collect();
-        let missing = declared.iter().filter(|name| !self.0.contains_key(**name));
+        let missing = declared.iter().filter(|name| !self.modules.contains_key(**name));
         let missing =
             missing.map(|name| format!("ztunnel/src/lib.rs: {name} has no row in the table of modules"));
-        let empty = self.0.keys().filter(|name| *name != "main" && !declared.contains(name.as_str()));
+        let empty = self.modules.keys().filter(|name| *name != "main" && !declared.contains(name.as_str()));
         let empty = empty.map(|name| {
             format!("ztunnel/src/lib.rs: the table has a row {name}, but there is no such module")
         });
@@ -81,7 +93,7 @@ impl Table {
     /// A way round in the table itself, if there is one.
     pub(crate) fn cycle(&self) -> Option<String> {
         let mut done = BTreeSet::new();
-        for module in self.0.keys() {
+        for module in self.modules.keys() {
             let mut way = Vec::new();
             if let Some(cycle) = self.walk(module, &mut way, &mut done) {
                 return Some(format!("ztunnel/src/lib.rs: modules import each other: {cycle}"));
@@ -106,7 +118,7 @@ impl Table {
         }
         way.push(module);
         // "everything" stands for what is below: it can't be part of a way round by itself.
-        if let Some(Imports::Only(names)) = self.0.get(module) {
+        if let Some(Imports::Only(names)) = self.modules.get(module) {
             for name in names {
                 if let Some(cycle) = self.walk(name, way, done) {
                     return Some(cycle);
@@ -125,12 +137,17 @@ impl Table {
         if module == "lib" {
             return Vec::new();
         }
-        let Some(Imports::Only(allowed)) = self.0.get(&module) else { return Vec::new() };
+        let door = (!self.doors.contains(&module) && names_crate(production, WIRE_FORMATS))
+            .then(|| format!("ztunnel/src/{}: {module} may not import the wire formats", path.display()));
+        let Some(Imports::Only(allowed)) = self.modules.get(&module) else {
+            return door.into_iter().collect();
+        };
         let root = if module == "main" { "ztunnel::" } else { "crate::" };
         imported(production, root)
             .into_iter()
-            .filter(|name| self.0.contains_key(name) && *name != module && !allowed.contains(name))
+            .filter(|name| self.modules.contains_key(name) && *name != module && !allowed.contains(name))
             .map(|name| format!("ztunnel/src/{}: {module} may not import {name}", path.display()))
+            .chain(door)
             .collect()
     }
 }
@@ -140,6 +157,14 @@ fn module_of(path: &Path) -> String {
     let first = path.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
     let first = first.unwrap_or_default();
     first.strip_suffix(".rs").unwrap_or(&first).to_owned()
+}
+
+/// Whether a crate is named in this text.
+fn names_crate(text: &str, name: &str) -> bool {
+    let part_of_name = |c: char| c.is_alphanumeric() || c == '_';
+    text.match_indices(name).any(|(at, _)| {
+        !text[..at].ends_with(part_of_name) && !text[at + name.len()..].starts_with(part_of_name)
+    })
 }
 
 /// The names that follow `crate::` in this text, also within `crate::{…}`.
@@ -222,6 +247,20 @@ mod tests {
             ["ztunnel/src/mesh.rs: mesh may not import app"]
         );
         assert_eq!(check("mesh.rs", "use other_crate::app;\nuse crate::unlisted;\n"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn wire_formats_come_in_by_the_doors_that_the_table_names() {
+        let table = Table::parse(&LIBRARY.replace("state | `model`", "state | `model`, *proto*"));
+        let table = table.expect("a good table");
+        let check = |path: &str, text: &str| table.forbidden_imports(Path::new(path), text);
+        let import = "use ztunnel_proto::workload::Workload;\n";
+        assert_eq!(check("mesh/convert.rs", import), Vec::<String>::new());
+        for file in ["route.rs", "app/pods.rs"] {
+            let problems = check(file, import);
+            assert!(problems.len() == 1 && problems[0].contains("the wire formats"), "{problems:?}");
+        }
+        assert_eq!(check("route.rs", "use ztunnel_protocol::A;\n"), Vec::<String>::new());
     }
 
     #[test]

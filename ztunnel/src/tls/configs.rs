@@ -12,13 +12,14 @@ use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, NamedGroup, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::model::identity::SpiffeId;
+use crate::tls::trust::Trust;
 use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 
 /// The cryptography of the mesh: TLS 1.3 with AES-GCM, key exchange hybrid with ML-KEM where the peer can.
@@ -108,6 +109,9 @@ pub struct Credentials {
     serial: String,
     not_before: SystemTime,
     not_after: SystemTime,
+    /// Seconds since the epoch from which every certificate of the chain is valid.
+    complete_from: Duration,
+    trust: Trust,
     server: Arc<ServerConfig>,
     /// Complete but for whom to expect: it accepts nobody.
     client: ClientConfig,
@@ -141,17 +145,44 @@ impl Credentials {
         )
         .map_err(InvalidCredentials::Untrusted)?;
         let key = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(InvalidCredentials::Key)?;
-        let key = Arc::new(key);
+        let (key, trust) = (Arc::new(key), Trust::of(&roots));
         Ok(Self {
-            server: Arc::new(server(&identity, &key, &roots)?),
-            client: client(&key, &roots),
+            server: Arc::new(server(&identity, &key, &trust)),
+            client: client(&key, &trust),
+            trust,
             identity,
             key,
             roots,
             serial,
             not_before,
             not_after,
+            complete_from,
         })
+    }
+
+    /// The same, but peers are judged by `trust` instead of by the roots that came with the certificate.
+    pub fn judged_by(self, trust: &Trust) -> Self {
+        Self {
+            server: Arc::new(server(&self.identity, &self.key, trust)),
+            client: client(&self.key, trust),
+            trust: trust.clone(),
+            ..self
+        }
+    }
+
+    /// Whether a peer that has no roots but these accepts the chain.
+    pub fn leads_to(&self, roots: &RootCertStore) -> bool {
+        let Some((leaf, intermediates)) = self.chain().split_first() else { return false };
+        let verified = ParsedCertificate::try_from(leaf).and_then(|leaf| {
+            verify_server_cert_signed_by_trust_anchor(
+                &leaf,
+                roots,
+                intermediates,
+                UnixTime::since_unix_epoch(self.complete_from),
+                PROVIDER.signature_verification_algorithms.all,
+            )
+        });
+        verified.is_ok()
     }
 
     /// Who is certified.
@@ -164,7 +195,7 @@ impl Credentials {
         &self.key.cert
     }
 
-    /// The roots that vouch for peers.
+    /// The roots that came with the certificate.
     pub fn roots(&self) -> &Arc<RootCertStore> {
         &self.roots
     }
@@ -195,8 +226,7 @@ impl Credentials {
     pub fn client_config(&self, expect: &[SpiffeId]) -> Arc<ClientConfig> {
         let mut config = self.client.clone();
         config.dangerous().set_certificate_verifier(Arc::new(Expected {
-            roots: Arc::clone(&self.roots),
-            algorithms: PROVIDER.signature_verification_algorithms,
+            trust: self.trust.clone(),
             expected: Arc::from(expect),
         }));
         Arc::new(config)
@@ -213,17 +243,8 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn server(
-    identity: &SpiffeId,
-    key: &Arc<CertifiedKey>,
-    roots: &Arc<RootCertStore>,
-) -> Result<ServerConfig, InvalidCredentials> {
-    let chain = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::clone(&PROVIDER))
-        // Peers have one certificate to show, whatever roots are named: naming none makes a smaller handshake.
-        .clear_root_hint_subjects()
-        .build()
-        .map_err(|_| InvalidCredentials::NoRoots)?;
-    let verifier = SameTrustDomain { chain, own: identity.clone() };
+fn server(identity: &SpiffeId, key: &Arc<CertifiedKey>, trust: &Trust) -> ServerConfig {
+    let verifier = SameTrustDomain { trust: trust.clone(), own: identity.clone() };
     let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])
         .expect("the provider's suites are those of TLS 1.3")
@@ -233,15 +254,11 @@ fn server(
     // A resumed session would carry yesterday's verification of the peer.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    Ok(config)
+    config
 }
 
-fn client(key: &Arc<CertifiedKey>, roots: &Arc<RootCertStore>) -> ClientConfig {
-    let nobody = Expected {
-        roots: Arc::clone(roots),
-        algorithms: PROVIDER.signature_verification_algorithms,
-        expected: Arc::from([]),
-    };
+fn client(key: &Arc<CertifiedKey>, trust: &Trust) -> ClientConfig {
+    let nobody = Expected { trust: trust.clone(), expected: Arc::from([]) };
     let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])
         .expect("the provider's suites are those of TLS 1.3")

@@ -44,6 +44,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tonic::transport::Channel;
+use tonic::transport::Endpoint;
 
 use crate::tls::configs;
 use crate::tls::verify::ALPN;
@@ -58,11 +60,20 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
 const KEEPALIVE_PROBES: u32 = 9;
 /// How often HTTP/2 asks whether the other end is there. istiod closes a connection (ENHANCE_YOUR_CALM) on which
 /// it is asked more often than every 15 s.
-pub const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// How long it may take to answer.
-pub const PING_TIMEOUT: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// A file with a token or roots is not longer: what is was named by mistake.
 const FILE_MAX: u64 = 1 << 20;
+
+/// A gRPC channel over `connector`, which connects when it is first used and again when the connection breaks.
+pub fn channel(address: &Address, connector: Connector) -> Channel {
+    Endpoint::from(address.uri().clone())
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .connect_with_connector_lazy(connector)
+}
 
 /// Where a control plane is: `https://host:port`, the scheme left out or not.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,6 +20,7 @@ use tokio::io::AsyncReadExt;
 
 use crate::tls::configs::{Credentials, InvalidCredentials};
 use crate::tls::testing::{Leaf, Pki, id, uri};
+use crate::tls::trust::Trust;
 use crate::tls::verify::{
     Cause, Expected, NoIdentity, NotAccepted, cause, identity_of, tls_error, verified_peer,
 };
@@ -31,12 +32,12 @@ type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// What became of a handshake, seen from both sides.
 #[derive(Debug)]
-struct Outcome {
-    client: Result<ClientConnection, rustls::Error>,
-    server: Result<ServerConnection, rustls::Error>,
+pub(crate) struct Outcome {
+    pub(crate) client: Result<ClientConnection, rustls::Error>,
+    pub(crate) server: Result<ServerConnection, rustls::Error>,
 }
 
-fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
+pub(crate) fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
     let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
     let mut client = ClientConnection::new(client, name).unwrap();
     let mut server = ServerConnection::new(server).unwrap();
@@ -179,11 +180,7 @@ fn a_peer_that_only_knows_older_groups_and_the_other_suite_is_still_met() {
         let mut provider = aws_lc_rs::default_provider();
         provider.kx_groups = vec![group];
         provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384];
-        let verifier = Expected {
-            roots: pki.roots(),
-            algorithms: provider.signature_verification_algorithms,
-            expected: Arc::from([id(SERVER)]),
-        };
+        let verifier = Expected { trust: Trust::of(&pki.roots()), expected: Arc::from([id(SERVER)]) };
         let mut client = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&TLS13])
             .unwrap()
@@ -498,11 +495,7 @@ fn credentials_end_with_the_first_certificate_of_their_chain() {
 fn a_certificate_with_any_bit_changed_is_refused() {
     let pki = Pki::new();
     let (chain, _) = pki.certify(Leaf::of(SERVER));
-    let verifier = Expected {
-        roots: pki.roots(),
-        algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
-        expected: Arc::from([id(SERVER)]),
-    };
+    let verifier = Expected { trust: Trust::of(&pki.roots()), expected: Arc::from([id(SERVER)]) };
     let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
     let accepted = |leaf: &CertificateDer<'_>| {
         verifier.verify_server_cert(leaf, &chain[1..], &name, &[], UnixTime::now()).is_ok()

@@ -20,15 +20,19 @@ use hyper_util::rt::TokioTimer;
 use hyper_util::service::TowerToHyperService;
 use rcgen::BasicConstraints;
 use rcgen::CertificateParams;
+use rcgen::CertificateRevocationListParams;
 use rcgen::CertificateSigningRequestParams;
 use rcgen::CertifiedIssuer;
 use rcgen::DistinguishedName;
 use rcgen::DnType;
 use rcgen::ExtendedKeyUsagePurpose;
 use rcgen::IsCa;
+use rcgen::KeyIdMethod;
 use rcgen::KeyPair;
 use rcgen::KeyUsagePurpose;
+use rcgen::RevokedCertParams;
 use rcgen::SanType;
+use rcgen::SerialNumber;
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::sync::oneshot;
@@ -91,6 +95,8 @@ pub struct Asked {
 struct State {
     answer: Answer,
     asked: Vec<Asked>,
+    /// For whom certificates were made, and which: PEM.
+    issued: Vec<(Option<String>, String)>,
 }
 
 /// The roots of an authority, and its key.
@@ -159,7 +165,8 @@ impl fmt::Debug for Authority {
 impl Authority {
     /// Listens on `address` (port 0: any) and issues what it is asked for.
     pub fn start(keys: Arc<Keys>, address: SocketAddr) -> io::Result<Self> {
-        let state = Arc::new(Mutex::new(State { answer: Answer::Issue, asked: Vec::new() }));
+        let state =
+            Arc::new(Mutex::new(State { answer: Answer::Issue, asked: Vec::new(), issued: Vec::new() }));
         let mut authority = Self { keys, address, state, running: None };
         authority.restart()?;
         Ok(authority)
@@ -212,6 +219,19 @@ impl Authority {
         lock(&self.state).answer = answer;
     }
 
+    /// A revocation list, as PEM, that names every certificate made so far for these identities.
+    pub fn revoking(&self, identities: &[&str]) -> String {
+        let named =
+            |whom: &Option<String>| identities.iter().any(|identity| whom.as_deref() == Some(*identity));
+        let serials: Vec<SerialNumber> = lock(&self.state)
+            .issued
+            .iter()
+            .filter(|(whom, _)| named(whom))
+            .filter_map(|(_, pem)| serial(pem))
+            .collect();
+        self.keys.revoking(serials)
+    }
+
     /// What it was asked since it was last said.
     pub fn asked(&self) -> Vec<Asked> {
         std::mem::take(&mut lock(&self.state).asked)
@@ -258,7 +278,7 @@ impl IstioCertificateService for Service {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let asked = asked(&request);
-        let csr = asked.csr.clone();
+        let (csr, whom) = (asked.csr.clone(), asked.impersonated.clone());
         let answer = {
             let mut state = lock(&self.state);
             state.asked.push(asked);
@@ -297,6 +317,9 @@ impl IstioCertificateService for Service {
             }
             Answer::Garbage => vec!["garbage".to_owned(), "more of it".to_owned()],
         };
+        if let Some(leaf) = cert_chain.first() {
+            lock(&self.state).issued.push((whom, leaf.clone()));
+        }
         Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }
 }
@@ -322,6 +345,26 @@ fn asked(request: &Request<IstioCertificateRequest>) -> Asked {
 }
 
 impl Keys {
+    fn revoking(&self, serials: Vec<SerialNumber>) -> String {
+        let now = SystemTime::now();
+        let revoked = |serial_number| RevokedCertParams {
+            serial_number,
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + HOUR).into(),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: serials.into_iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.intermediate).expect("the intermediate may sign lists");
+        list.pem().expect("a list can be written")
+    }
+
     /// The certificate a signing request asks for, or one of `other` instead.
     fn certify(
         &self,
@@ -342,6 +385,11 @@ impl Keys {
         let certificate = csr.signed_by(&self.intermediate).map_err(internal)?;
         Ok(certificate.pem())
     }
+}
+
+fn serial(pem: &str) -> Option<SerialNumber> {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).ok()?;
+    Some(SerialNumber::from_slice(pem.parse_x509().ok()?.raw_serial()))
 }
 
 fn internal(error: rcgen::Error) -> Status {

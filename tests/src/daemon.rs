@@ -36,6 +36,8 @@ pub struct Setting {
     pub meeting: PathBuf,
     /// `--kubepods-cgroup`
     pub kubepods: PathBuf,
+    /// Further arguments.
+    pub further: Vec<String>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -63,6 +65,7 @@ impl Setting {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
+        arguments.extend_from_slice(&self.further);
         arguments
     }
 

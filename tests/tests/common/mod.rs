@@ -16,8 +16,21 @@ pub(crate) fn tell(story: Story) {
 
 /// Does something in a new world, and checks that nothing is left after it.
 pub(crate) fn in_world(name: &str, act: impl FnOnce(&mut World) -> Result<String>) {
-    let mut world = World::start(Options::default()).unwrap_or_else(|error| panic!("no world: {error:#}"));
-    let told = act(&mut world);
+    in_world_that(name, |_world| Ok(()), |world, _nothing| act(world));
+}
+
+/// The same in a world that is prepared before its daemons start; what that makes lives as long as the world.
+pub(crate) fn in_world_that<T>(
+    name: &str,
+    prepare: impl FnOnce(&mut World) -> Result<T>,
+    act: impl FnOnce(&mut World, &mut T) -> Result<String>,
+) {
+    let mut world =
+        World::without_daemons(Options::default()).unwrap_or_else(|error| panic!("no world: {error:#}"));
+    let told = prepare(&mut world).and_then(|mut prepared| {
+        world.start_daemons()?;
+        act(&mut world, &mut prepared)
+    });
     if told.is_err() {
         // The logs are in the world's directory, which is about to be removed.
         match world.save_logs() {

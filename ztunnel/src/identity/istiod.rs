@@ -123,6 +123,8 @@ impl Istiod {
                     if self.planes.len() > 1 {
                         tracing::debug!(address = %plane.control.address(), %error, "asking the next authority");
                     }
+                    // Several that hang take more than the time of one request: the next begins behind this one.
+                    self.current.store((index + 1) % self.planes.len(), Ordering::Relaxed);
                     last = error;
                 }
                 answered => {

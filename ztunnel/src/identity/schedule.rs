@@ -282,7 +282,7 @@ impl Schedule {
         let mut held: Vec<_> =
             self.entries.iter_mut().filter(|(id, entry)| *id != exempt && entry.retained).collect();
         // In order, so that the same chances always lead to the same requests.
-        held.sort_by(|(one, _), (other, _)| one.cmp(other));
+        held.sort_by_key(|(id, _)| *id);
         for held in held.into_iter().filter_map(|(_, entry)| entry.held.as_mut()) {
             let soon = now.wall + SPREAD.mul_f64(f64::midpoint(chance(), 1.0).clamp(0.0, 1.0));
             held.renew_at = held.renew_at.min(soon);

@@ -41,7 +41,7 @@ fn meet(client: &Credentials, server: &Credentials) -> Result<(), String> {
     let errors = [outcome.client.err(), outcome.server.err()];
     let (told, own): (Vec<_>, Vec<_>) =
         errors.iter().flatten().map(cause).partition(|cause| matches!(cause, Cause::RefusedByPeer(_)));
-    own.first().or(told.first()).map_or(Ok(()), |cause| Err(cause.to_string()))
+    own.first().or_else(|| told.first()).map_or(Ok(()), |cause| Err(cause.to_string()))
 }
 
 #[test]

@@ -63,6 +63,12 @@ fn pods_talk_with_certificates_of_an_authority_like_istiod() {
             http(&world.client.place, world.server.v4.into(), "").context("while it hangs")?;
             authority.stop();
             http(&world.client.place, world.server.v6.into(), "").context("while it is away")?;
+            // And a daemon that is replaced meanwhile leaves its certificates to the next.
+            for on in [On::A, On::B] {
+                world.restart_daemon(on, false)?;
+                http(&world.client.place, world.server.v4.into(), "")
+                    .with_context(|| format!("after a restart on {on:?} while it is away"))?;
+            }
             Ok(format!("{} certificates asked for; {CLIENT} and {SERVER} met", asked.len()))
         },
     );

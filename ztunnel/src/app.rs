@@ -32,6 +32,7 @@ use crate::config::resolved::Run;
 use crate::enrol::pods::Event;
 use crate::identity;
 use crate::identity::ca::CertificateAuthority;
+use crate::identity::inheritance;
 use crate::identity::istiod::Istiod;
 use crate::mesh;
 use crate::proxy::DataPlane;
@@ -167,7 +168,10 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         None => Arc::new(Authority::open(&config.state_dir, &config.places.node, &trust_domain)?),
     };
     let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
-    let identities = identity::worker::start(authority, trust, signal.clone());
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let inherited = certificates::inherited(&socket).await;
+    let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
+    let left = identities.clone();
     let (writer, reader) = mesh::mesh();
     let pods_pending = ready.block("pods");
 
@@ -178,7 +182,6 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     tracing::info!(%verdict, "capture self-test");
 
     // From here on the node's other daemon, if there is one, changes nothing any more.
-    let socket = run_dir.join(CONTROL_SOCKET);
     let predecessor = match handover::ask(&socket).await {
         Found::Nobody => None,
         Found::Yielded(predecessor) => {
@@ -224,7 +227,8 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+    let legacy = Box::new(move || inheritance::encode(&left.list()));
+    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,

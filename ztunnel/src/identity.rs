@@ -5,6 +5,7 @@
 
 pub mod ca;
 pub mod crl;
+pub mod inheritance;
 pub mod istiod;
 mod schedule;
 pub mod worker;

@@ -1,11 +1,14 @@
 //! What is demanded of peers' certificates, as configured, and what is told about it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::admin::ready::Readiness;
 use crate::app::RunError;
+use crate::app::handover;
 use crate::config::resolved::Run;
 use crate::identity::crl;
+use crate::identity::inheritance;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::telemetry::Telemetry;
@@ -13,6 +16,7 @@ use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Sample;
 use crate::tls::configs;
 use crate::tls::configs::Compliance;
+use crate::tls::configs::Credentials;
 use crate::tls::trust::Revocation;
 use crate::tls::trust::Side;
 use crate::tls::trust::Trust;
@@ -51,6 +55,21 @@ pub fn trust(
     }
     register(telemetry, trust.clone(), status);
     Ok(trust)
+}
+
+/// What the daemon that serves the node now leaves to this one, if there is one.
+pub async fn inherited(socket: &Path) -> Vec<Credentials> {
+    let Some(bytes) = handover::credentials(socket).await else { return Vec::new() };
+    match inheritance::decode(&bytes) {
+        Ok(inherited) => {
+            tracing::info!(certificates = inherited.len(), "taken over from the running daemon");
+            inherited
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the authority is asked for all certificates");
+            Vec::new()
+        }
+    }
 }
 
 fn register(telemetry: &Telemetry, trust: Trust, status: Arc<crl::Status>) {

@@ -259,6 +259,22 @@ impl Schedule {
         Issued::Publish
     }
 
+    /// An earlier daemon has left a certificate of this validity: it is kept if a workload here has the identity.
+    pub(super) fn inherit(
+        &mut self,
+        id: &SpiffeId,
+        validity: (SystemTime, SystemTime),
+        now: Now,
+        jitter: f64,
+    ) {
+        let entry = Entry { phase: Phase::Issuing, held: None, failures: 0, retained: true, waiting: false };
+        self.entries.insert(id.clone(), entry);
+        self.issued(id, validity, now, jitter);
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.retained = false;
+        }
+    }
+
     /// The attempt failed. `jitter` is between -1 and 1.
     pub(super) fn failed(&mut self, id: &SpiffeId, now: Now, jitter: f64) -> Failed {
         let Some(entry) = self.entries.get_mut(id) else {

@@ -80,7 +80,17 @@ impl Default for Environment {
 ///
 /// Peers are judged by `trust`, which learns the authority's roots from each of its answers.
 pub fn start(ca: Arc<dyn CertificateAuthority>, trust: Trust, signal: shutdown::Signal) -> Identities {
-    start_in(Environment::default(), ca, trust, signal)
+    start_in(Environment::default(), ca, trust, Vec::new(), signal)
+}
+
+/// [`start`] with what an earlier daemon has left.
+pub fn start_with(
+    ca: Arc<dyn CertificateAuthority>,
+    trust: Trust,
+    inherited: Vec<Credentials>,
+    signal: shutdown::Signal,
+) -> Identities {
+    start_in(Environment::default(), ca, trust, inherited, signal)
 }
 
 /// [`start`] with a time and chance of one's own.
@@ -88,13 +98,14 @@ pub fn start_in(
     environment: Environment,
     ca: Arc<dyn CertificateAuthority>,
     trust: Trust,
+    inherited: Vec<Credentials>,
     signal: shutdown::Signal,
 ) -> Identities {
     let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
     let (retained, retain) = watch::channel(Arc::default());
     let board = Arc::new(ArcSwap::default());
     let wall = Arc::clone(&environment.wall);
-    let worker = Worker {
+    let mut worker = Worker {
         ca,
         environment,
         board: Arc::clone(&board),
@@ -105,6 +116,7 @@ pub fn start_in(
         held_back: HashMap::new(),
         asked_for_roots: None,
     };
+    inherited.into_iter().for_each(|credentials| worker.inherit(credentials));
     shutdown::spawn(worker.run(asked, retain, signal));
     Identities { board, wall, questions, retained: Arc::new(retained), trust }
 }
@@ -253,6 +265,20 @@ impl Worker {
                 () = sleep_until(self.schedule.wake_at(now)) => {}
             }
         }
+    }
+
+    fn inherit(&mut self, credentials: Credentials) {
+        let now = self.now();
+        let (from, until) = (credentials.not_before(), credentials.not_after());
+        if until <= now.wall {
+            return;
+        }
+        let life = until.duration_since(from).unwrap_or_default();
+        self.trust.learn(credentials.roots(), now.wall, life);
+        let id = credentials.identity().clone();
+        self.schedule.inherit(&id, (from, until), now, (self.environment.jitter)());
+        let credentials = Some(Arc::new(credentials.judged_by(&self.trust)));
+        self.post(&id, |_| Some(Notice { credentials, failure: None }));
     }
 
     fn now(&self) -> Now {

@@ -17,6 +17,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, NamedGroup, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroize;
 
 use crate::model::identity::SpiffeId;
 use crate::tls::trust::Trust;
@@ -101,10 +102,20 @@ pub enum InvalidCredentials {
     NoRoots,
 }
 
+/// A private key, overwritten when it is not needed any more.
+struct Secret(PrivateKeyDer<'static>);
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
 /// The certificate of one workload with its key, chain and roots. Immutable: a renewal makes another one.
 pub struct Credentials {
     identity: SpiffeId,
     key: Arc<CertifiedKey>,
+    secret: Secret,
     roots: Arc<RootCertStore>,
     serial: String,
     not_before: SystemTime,
@@ -144,12 +155,15 @@ impl Credentials {
             PROVIDER.signature_verification_algorithms.all,
         )
         .map_err(InvalidCredentials::Untrusted)?;
-        let key = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(InvalidCredentials::Key)?;
+        let secret = Secret(key);
+        let key = CertifiedKey::from_der(chain, secret.0.clone_key(), &PROVIDER)
+            .map_err(InvalidCredentials::Key)?;
         let (key, trust) = (Arc::new(key), Trust::of(&roots));
         Ok(Self {
             server: Arc::new(server(&identity, &key, &trust)),
             client: client(&key, &trust),
             trust,
+            secret,
             identity,
             key,
             roots,
@@ -193,6 +207,11 @@ impl Credentials {
     /// The workload's certificate and the intermediates up to, but without, the root.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.key.cert
+    }
+
+    /// The private key, for the daemon that follows on this one.
+    pub fn secret(&self) -> &PrivateKeyDer<'static> {
+        &self.secret.0
     }
 
     /// The roots that came with the certificate.

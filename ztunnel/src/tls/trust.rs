@@ -8,8 +8,9 @@
 //! Every answer of the authority names roots. What is trusted is their union: a root that an answer names holds
 //! from then on, and one that answers no longer name goes on being trusted for as long as a certificate issued under
 //! it may live. So peers that were certified before and after the change accept each other on both sides of it, in
-//! whatever order nodes learn of it. A root that must not be trusted a moment longer is taken away by a restart of
-//! the daemon or, without one, by a revocation list that names the intermediates below it.
+//! whatever order nodes learn of it. A root that must not be trusted a moment longer is taken away by stopping
+//! the daemon and starting it again (not by a hand-over, which passes certificates on) or, without that, by a
+//! revocation list that names the intermediates below it.
 //!
 //! # Revocation
 //!

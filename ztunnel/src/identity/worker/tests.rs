@@ -49,6 +49,14 @@ impl Node {
     }
 
     fn with_jitter(jitter: f64) -> Self {
+        Self::inheriting(jitter, |_pki, _wall| Vec::new())
+    }
+
+    fn inheriting(
+        jitter: f64,
+        inherited: impl FnOnce(&Pki, &Arc<dyn Fn() -> SystemTime + Send + Sync>) -> Vec<Credentials>,
+    ) -> Self {
+        let pki = Pki::new();
         let began = Instant::now();
         let set_forward = Arc::new(std::sync::atomic::AtomicU64::new(0));
         let wall: Arc<dyn Fn() -> SystemTime + Send + Sync> = {
@@ -61,8 +69,14 @@ impl Node {
         let (sender, calls) = mpsc::unbounded_channel();
         let (trigger, signal) = shutdown::channel();
         let environment = Environment { wall: Arc::clone(&wall), jitter: Box::new(move || jitter) };
-        let identities = start_in(environment, Arc::new(Scripted(sender)), Trust::default(), signal);
-        Self { identities, calls, trigger, pki: Pki::new(), wall, set_forward, began }
+        let identities = start_in(
+            environment,
+            Arc::new(Scripted(sender)),
+            Trust::default(),
+            inherited(&pki, &wall),
+            signal,
+        );
+        Self { identities, calls, trigger, pki, wall, set_forward, began }
     }
 
     /// The next request to the authority, however much time passes until then.
@@ -677,4 +691,30 @@ async fn a_certificate_of_our_own_that_was_revoked_is_replaced() {
     settle().await;
     assert_ne!(node.identities.current(&who).unwrap().serial(), revoked.serial());
     node.no_call().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_earlier_daemon_left_serves_until_it_is_due() {
+    let (who, gone, ended) = (account("a"), account("gone"), account("ended"));
+    let left = |pki: &Pki, wall: &Arc<dyn Fn() -> SystemTime + Send + Sync>| {
+        let now = wall();
+        vec![
+            pki.credentials(&who, now - 2 * HOUR, now + 22 * HOUR),
+            pki.credentials(&gone, now - 2 * HOUR, now + 22 * HOUR),
+            pki.credentials(&ended, now - DAY, now),
+        ]
+    };
+    let mut node = Node::inheriting(0.0, left);
+    assert!(node.identities.credentials(&who).await.is_ok(), "at once");
+    assert!(node.identities.current(&ended).is_none());
+    node.retain(&[&who]);
+    settle().await;
+    assert!(node.identities.current(&gone).is_none(), "no workload has it any more");
+    let call = node.call().await;
+    assert_eq!(call.id, who);
+    let hours = node.began.elapsed().as_secs_f64() / 3600.0;
+    assert!((hours - 10.0).abs() < 0.001, "renewed after {hours} hours");
+    call.refuse();
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
 }

@@ -80,7 +80,8 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
         "revocation",
         |world| {
             let list = world.run.path("ca-crl.pem");
-            let authority = authority(world, &["--crl", &list.display().to_string()])?;
+            let authority =
+                authority(world, &["--crl", &list.display().to_string(), "--compliance-policy", "pqc"])?;
             std::fs::write(&list, authority.revoking(&[]))?;
             Ok(authority)
         },

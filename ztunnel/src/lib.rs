@@ -30,7 +30,7 @@
 //! | `mesh` | single writer of the mesh, snapshots for readers | model |
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
-//! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
+//! | `tls` | rustls configurations, roots and revocation, SPIFFE verification; the only maker of `VerifiedPeer` | model |
 //! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
 //! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
@@ -53,7 +53,8 @@
 //!   only with a `Permit` in hand.
 //! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails.
 //! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
-//! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire).
+//! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire), also
+//!   when the daemon is replaced meanwhile.
 //! * Nothing the data-plane threads run waits for the control runtime, except a bounded wait for a first
 //!   certificate.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.

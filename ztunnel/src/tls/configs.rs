@@ -29,17 +29,20 @@ use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 /// per byte, and who wants 256 bits can still have them by offering them first; peers that only know one of the two still meet.
 /// X25519MLKEM768 comes first so that traffic recorded today stays unreadable later; rustls sends the X25519
 /// share along with it, so an older peer costs no additional round trip.
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    let kx_groups = match COMPLIANCE.get().copied().unwrap_or_default() {
+static PROVIDER: LazyLock<Arc<CryptoProvider>> =
+    LazyLock::new(|| Arc::new(provider_for(COMPLIANCE.get().copied().unwrap_or_default())));
+
+pub(super) fn provider_for(compliance: Compliance) -> CryptoProvider {
+    let kx_groups = match compliance {
         Compliance::None => vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
         Compliance::Pqc => vec![kx_group::X25519MLKEM768],
     };
-    Arc::new(CryptoProvider {
+    CryptoProvider {
         cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
         kx_groups,
         ..aws_lc_rs::default_provider()
-    })
-});
+    }
+}
 
 static COMPLIANCE: OnceLock<Compliance> = OnceLock::new();
 

@@ -18,8 +18,8 @@ use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
 use crate::telemetry::logging::InvalidFilter;
 use crate::tls::configs::Compliance;
-use crate::tls::control;
-use crate::tls::control::InvalidAddress;
+use crate::tls::grpc;
+use crate::tls::grpc::InvalidAddress;
 
 /// Why what was typed cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -219,7 +219,7 @@ fn authority(
         }
     }
     let plane = |address: &str| {
-        Ok(control::Config {
+        Ok(grpc::Config {
             address: address.parse()?,
             roots: typed.ca_root.as_str().into(),
             alternate: typed.ca_alt_hostname.clone().filter(|name| !name.is_empty()),

@@ -37,9 +37,9 @@ use crate::identity::ca::IssueError;
 use crate::model::identity::SpiffeId;
 use crate::tls::configs::Credentials;
 use crate::tls::configs::InvalidCredentials;
-use crate::tls::control;
-use crate::tls::control::Connector;
-use crate::tls::control::ControlPlane;
+use crate::tls::grpc;
+use crate::tls::grpc::Connector;
+use crate::tls::grpc::ControlPlane;
 
 /// One call takes no longer, so that another address has its turn before those who ask give up.
 const CALL_WITHIN: Duration = Duration::from_secs(4);
@@ -50,7 +50,7 @@ const ANSWER_MAX: usize = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Where it is: the first that answers is stayed with until it does not.
-    pub planes: Vec<control::Config>,
+    pub planes: Vec<grpc::Config>,
     /// How long certificates are to be valid (`SECRET_TTL`).
     pub life: Duration,
     /// Whether the token is the node's, who asks for its workloads (`PROXY_MODE=shared`), and not the workload's own.
@@ -161,7 +161,7 @@ impl Plane {
         match &*held {
             Some((made_with, channel)) if *made_with == connector => Ok(channel.clone()),
             _ => {
-                let channel = control::channel(self.control.address(), connector.clone());
+                let channel = grpc::channel(self.control.address(), connector.clone());
                 *held = Some((connector, channel.clone()));
                 Ok(channel)
             }

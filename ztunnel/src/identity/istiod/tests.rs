@@ -11,8 +11,8 @@ use ztunnel_tests::ca::Authority;
 use ztunnel_tests::ca::Keys;
 
 use super::*;
-use crate::tls::control::Roots;
-use crate::tls::control::Token;
+use crate::tls::grpc::Roots;
+use crate::tls::grpc::Token;
 use crate::tls::testing::id;
 
 const WHO: &str = "spiffe://cluster.local/ns/shop/sa/cart";
@@ -23,8 +23,8 @@ fn authority(name: &str) -> Authority {
     Authority::start(Keys::new(name), LOCAL).unwrap()
 }
 
-fn plane(address: SocketAddr, roots: Roots) -> control::Config {
-    control::Config {
+fn plane(address: SocketAddr, roots: Roots) -> grpc::Config {
+    grpc::Config {
         address: address.to_string().parse().unwrap(),
         roots,
         alternate: None,
@@ -34,11 +34,11 @@ fn plane(address: SocketAddr, roots: Roots) -> control::Config {
     }
 }
 
-fn trusting(authority: &Authority) -> control::Config {
+fn trusting(authority: &Authority) -> grpc::Config {
     plane(authority.address(), Roots::Pem(authority.keys().root_pem()))
 }
 
-fn client(planes: Vec<control::Config>) -> Istiod {
+fn client(planes: Vec<grpc::Config>) -> Istiod {
     Istiod::new(Config { planes, life: DAY, impersonate: true })
 }
 

@@ -132,7 +132,15 @@ impl World {
         }
     }
 
-    fn start_daemons(&mut self) -> Result<()> {
+    /// Has every daemon that is started from now on started with these arguments, too.
+    pub fn start_with(&mut self, further: &[String]) {
+        for setting in &mut self.settings {
+            setting.further = further.to_vec();
+        }
+    }
+
+    /// Starts both daemons, and waits until client and server can talk.
+    pub fn start_daemons(&mut self) -> Result<()> {
         for on in BOTH {
             self.say(&format!("starting the daemon of {}", self.node(on).name));
             self.start_daemon(on)?;

@@ -34,12 +34,13 @@ use crate::app::memory::Housekeeping;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
+use crate::config::resolved::Source;
 use crate::enrol::pods::Event;
 use crate::identity;
+use crate::identity::inheritance;
 use crate::mesh;
 use crate::proxy::DataPlane;
 use crate::shutdown;
-use crate::standalone::authority::Authority;
 use crate::standalone::authority::AuthorityError;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::watch;
@@ -49,7 +50,9 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
 use crate::telemetry::logging::Levels;
 use crate::telemetry::writer;
+use crate::tls::configs::TooLate;
 
+pub mod certificates;
 pub mod commands;
 pub mod control;
 pub mod handover;
@@ -76,6 +79,9 @@ pub enum RunError {
     /// The mesh has errors, and there is no last good one yet.
     #[error("the mesh file has errors:\n{}", lines(.0))]
     Mesh(Vec<Diagnostic>),
+    /// Only a mesh file says which pods programs are to capture.
+    #[error("a mesh of a control plane does not say which pods to capture: a node agent has to (--zds)")]
+    NoPods,
     /// A directory or a socket of the daemon cannot be used.
     #[error("{what} {path:?}")]
     Path {
@@ -96,6 +102,9 @@ pub enum RunError {
     /// A privilege is missing.
     #[error(transparent)]
     NotPermitted(#[from] capture::rules::NotPermitted),
+    /// What TLS has to comply with.
+    #[error("COMPLIANCE_POLICY")]
+    Compliance(#[from] TooLate),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -123,6 +132,9 @@ pub fn run(config: Run) -> Result<(), RunError> {
     let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
     raise_open_files();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %config.places.node, "starting");
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
     let result = serve_on_a_runtime(config, telemetry.clone(), levels);
     // Whoever reads the log sees the end of it.
     telemetry.log().flush(LOG_PATIENCE);
@@ -161,7 +173,8 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     let run_dir = &config.places.run_dir;
     make_run_dir(run_dir)?;
 
-    let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
+    let Source::File(path) = &config.mesh else { return Err(RunError::NoPods) };
+    let mut updates = watch::watch(path.clone(), config.places.node.to_string(), signal.clone());
     let loaded = match updates.next().await {
         Some(Ok(loaded)) => loaded,
         Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
@@ -169,10 +182,14 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     };
 
     let trust_domain = loaded.mesh.trust_domain().clone();
-    let authority = Authority::open(&config.state_dir, &config.places.node, &trust_domain)?;
-    let identities = identity::worker::start(Arc::new(authority), signal.clone());
-    let (writer, reader) = mesh::mesh();
     let ready = Readiness::new();
+    let authority = certificates::authority(&config, &trust_domain)?;
+    let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let inherited = certificates::inherited(&socket).await;
+    let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
+    let left = identities.clone();
+    let (writer, reader) = mesh::mesh();
     let pods_pending = ready.block("workload proxy manager");
 
     let verdict = capture::selftest::self_test(&config.places.capture);
@@ -182,7 +199,6 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     tracing::info!(%verdict, "capture self-test");
 
     // From here on the node's other daemon, if there is one, changes nothing any more.
-    let socket = run_dir.join(CONTROL_SOCKET);
     let predecessor = match handover::ask(&socket).await {
         Found::Nobody => None,
         Found::Yielded(predecessor) => {
@@ -239,7 +255,8 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+    let legacy = Box::new(move || inheritance::encode(&left.list()));
+    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,

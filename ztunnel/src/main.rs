@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
+use ztunnel::config::istio;
 use ztunnel::config::raw;
 use ztunnel::config::raw::Cli;
 use ztunnel::config::raw::Command;
@@ -28,6 +29,10 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
         Command::Run(typed) => {
             let config = resolved::run(&typed, settings)?;
             app::run(config)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Proxy { ignored: _ } => {
+            app::run(istio::run(resolved::istio()?)?)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Check(typed) => {

@@ -13,8 +13,8 @@
 
 pub mod backoff;
 pub mod client;
-mod connect;
 pub mod convert;
 mod counts;
 mod intern;
+mod kept;
 pub mod session;

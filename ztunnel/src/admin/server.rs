@@ -234,7 +234,13 @@ fn wants_openmetrics(asked: &HeaderMap) -> bool {
 fn ready(readiness: &Readiness) -> Response<Body> {
     let pending = readiness.pending();
     if pending.is_empty() {
-        text(StatusCode::OK, "ready\n")
+        match readiness.stale_since() {
+            None => text(StatusCode::OK, "ready\n"),
+            Some(since) => {
+                let age = since.elapsed().unwrap_or_default().as_secs();
+                text(StatusCode::OK, format!("ready, with the mesh of {age} seconds ago: no control plane\n"))
+            }
+        }
     } else {
         // Istio's status for it.
         text(StatusCode::INTERNAL_SERVER_ERROR, format!("not ready, pending: {}\n", pending.join(", ")))

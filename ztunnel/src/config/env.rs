@@ -7,11 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::config::env::control_plane::LocalMesh;
 use crate::config::env::proxy_config::ProxyConfig;
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problems;
@@ -22,6 +24,7 @@ use crate::net::socket::Keepalive;
 use crate::proxy;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
+use crate::tls::configs::Compliance;
 
 pub mod control_plane;
 pub mod proxy_config;
@@ -89,6 +92,17 @@ pub struct InPod {
     pub original_source: Option<bool>,
     /// Whether IPv6 is served.
     pub ipv6: bool,
+    /// Where a daemon and its successor meet, which are two pods: a directory of the host.
+    pub run_dir: PathBuf,
+}
+
+/// What is demanded of peers and their certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Demands {
+    /// The file of revocation lists, where they are to be looked in.
+    pub crl: Option<PathBuf>,
+    /// What cryptography has to comply with.
+    pub compliance: Compliance,
 }
 
 /// Everything a node proxy of Istio is told.
@@ -104,6 +118,10 @@ pub struct Settings {
     pub control_plane: control_plane::ControlPlane,
     /// The node agent.
     pub in_pod: InPod,
+    /// Peers.
+    pub demands: Demands,
+    /// Where the mesh is kept for a start without a control plane; `None` keeps it nowhere.
+    pub mesh_cache: Option<PathBuf>,
     /// The data plane.
     pub data_plane: proxy::Config,
     /// How long open connections may go on once the proxy is told to end.
@@ -142,17 +160,21 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
     ("UNSTABLE_ENABLE_SOCKS5", "false", "there is no SOCKS5 listener"),
     ("TLS12_ENABLED", "false", "TLS 1.3 is the only version spoken"),
     ("AUTHZ_POLICY_INFO_LOGGING", "false", "the access log names the policy that refused a connection"),
-    (
-        "COMPLIANCE_POLICY",
-        "",
-        "a hybrid post-quantum key exchange is preferred with every peer, and required of none",
-    ),
-    ("CRL_PATH", "", "certificate revocation lists are not read"),
+    ("XDS_ON_DEMAND", "false", "the control plane is asked for the whole mesh"),
+    ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
+    ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
+    ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
+    ("LOCALHOST_APP_TUNNEL", "false", "no PROXY header is sent to a sandwiched waypoint"),
 ];
+
+/// Why names are not resolved, and what to do.
+const NO_DNS: &str = "pods' DNS is not answered here: set AMBIENT_DNS_CAPTURE=false for the node agent, \
+                          whose rules else send it to a port that nobody serves";
 
 /// Reads the environment.
 pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Result<Settings, Problems> {
     let mut reader = Reader::new(env, around.mesh_config);
+    let in_pod = in_pod(&mut reader);
     let mut settings = Settings {
         own: own(&mut reader),
         proxy_enabled: reader.flag("ENABLE_PROXY", true),
@@ -162,13 +184,12 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
             preferred_namespace: reader.optional("PREFERED_SERVICE_NAMESPACE"),
         },
         control_plane: control_plane::read(&mut reader),
-        in_pod: InPod {
-            socket: reader.path("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock"),
-            port_reuse: reader.flag("INPOD_PORT_REUSE", true),
-            packet_mark: reader.number("PACKET_MARK", Some(1337)).unwrap_or(1337),
-            original_source: reader.tristate("ENABLE_ORIG_SRC"),
-            ipv6: reader.flag("IPV6_ENABLED", true),
+        demands: Demands {
+            crl: reader.optional("CRL_PATH").map(PathBuf::from),
+            compliance: compliance(&mut reader),
         },
+        mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir),
+        in_pod,
         drain_deadline: drain_deadline(&mut reader),
         localhost_app_tunnel: reader.flag("LOCALHOST_APP_TUNNEL", true),
         data_plane: data_plane(&mut reader, around.cores),
@@ -180,7 +201,7 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
         warnings: Vec::new(),
     };
     combinations(&settings, &mut reader);
-    settings.warnings = ineffective(&mut reader);
+    settings.warnings = ineffective(&settings, &mut reader);
     if !reader.problems.is_empty() {
         return Err(Problems(reader.problems));
     }
@@ -281,6 +302,42 @@ fn dns_address(reader: &mut Reader<'_>) -> Option<SocketAddr> {
     }
 }
 
+fn in_pod(reader: &mut Reader<'_>) -> InPod {
+    let socket = reader.path("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
+    // The chart mounts it from the host, into the pod of the next daemon as well.
+    let beside = socket.parent().unwrap_or(Path::new("/")).display().to_string();
+    InPod {
+        run_dir: reader.path("ZTUNNEL_RUN_DIR", &beside),
+        socket,
+        port_reuse: reader.flag("INPOD_PORT_REUSE", true),
+        packet_mark: reader.number("PACKET_MARK", Some(1337)).unwrap_or(1337),
+        original_source: reader.tristate("ENABLE_ORIG_SRC"),
+        ipv6: reader.flag("IPV6_ENABLED", true),
+    }
+}
+
+/// An empty variable switches it off.
+fn mesh_cache(reader: &mut Reader<'_>, run_dir: &Path) -> Option<PathBuf> {
+    let name = "ZTUNNEL_MESH_CACHE";
+    if reader.raw(name) == Some("") {
+        reader.show(name, "", Origin::Environment);
+        return None;
+    }
+    Some(reader.path(name, &run_dir.join("mesh.cache").display().to_string()))
+}
+
+fn compliance(reader: &mut Reader<'_>) -> Compliance {
+    let name = "COMPLIANCE_POLICY";
+    match reader.optional(name).as_deref() {
+        None => Compliance::None,
+        Some("pqc") => Compliance::Pqc,
+        Some(other) => {
+            reader.refuse(name, other, "use pqc");
+            Compliance::None
+        }
+    }
+}
+
 /// Kubernetes kills what has not ended after the grace period: the deadline is earlier.
 fn drain_deadline(reader: &mut Reader<'_>) -> Duration {
     let name = "CONNECTION_TERMINATION_DEADLINE";
@@ -311,7 +368,11 @@ fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
         user_timeout: reader.flag("USER_TIMEOUT_ENABLED", probes.user_timeout),
     };
     config.response_baggage = reader.flag("ENABLE_RESPONSE_BAGGAGE", config.response_baggage);
+    config.near = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.near);
     let hbone = &mut config.hbone;
+    let congestion =
+        reader.text("ZTUNNEL_TUNNEL_CONGESTION", hbone.congestion.as_deref().unwrap_or("system"));
+    hbone.congestion = Some(congestion).filter(|name| name != "system");
     // HTTP/2 allows windows up to 2^31-1, and frames from 2^14 to 2^24-1 (RFC 9113 §6.5.2).
     hbone.stream_window =
         bounded(reader, "HTTP2_STREAM_WINDOW_SIZE", hbone.stream_window, 65_535..=0x7fff_ffff);
@@ -370,9 +431,16 @@ fn log_filter(reader: &mut Reader<'_>) -> Filter {
 
 /// What makes no sense together, and what this proxy is not.
 fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
-    if !settings.proxy_enabled && !settings.dns.enabled {
-        let why = "with ISTIO_META_DNS_CAPTURE=false there is nothing left to do";
-        reader.refuse("ENABLE_PROXY", "false", why);
+    if !settings.proxy_enabled {
+        reader.refuse("ENABLE_PROXY", "false", "there is nothing left to do: pods' DNS is not answered here");
+    }
+    if let Some(local) = &settings.control_plane.local {
+        let (name, value) = match local {
+            LocalMesh::File(path) => ("LOCAL_XDS_PATH", path.display().to_string()),
+            LocalMesh::Text(_) => ("LOCAL_XDS", String::from("(not shown)")),
+        };
+        let why = "a mesh in this format is not read: use XDS_ADDRESS, or `ztunnel run --mesh` with Kubernetes' objects";
+        reader.refuse(name, &value, why);
     }
     if settings.dns.enabled && settings.control_plane.on_demand {
         let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";
@@ -396,14 +464,16 @@ fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
     }
 }
 
-fn ineffective(reader: &mut Reader<'_>) -> Vec<Ineffective> {
+fn ineffective(settings: &Settings, reader: &mut Reader<'_>) -> Vec<Ineffective> {
     let mut warnings = Vec::new();
+    // Also where nobody said it: the node agent's default is the same.
+    if settings.dns.enabled {
+        warnings.push(Ineffective { name: "ISTIO_META_DNS_CAPTURE", value: "true".to_owned(), why: NO_DNS });
+    }
     for (name, agreed, why) in INEFFECTIVE {
         let Some(value) = reader.set(name).map(str::to_owned) else { continue };
         if matches!(*agreed, "true" | "false") && reader::flag(&value).is_none() {
             reader.refuse(name, &value, "use true or false");
-        } else if *name == "COMPLIANCE_POLICY" && value != "pqc" {
-            reader.refuse(name, &value, "use pqc");
         } else if value != *agreed {
             warnings.push(Ineffective { name, value, why });
         }

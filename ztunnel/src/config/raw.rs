@@ -53,6 +53,16 @@ pub enum Command {
     /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
     /// status 1 when one of them cannot be used.
     Config(Config),
+    /// Serve the pods of this node in the place of Istio's own ztunnel
+    ///
+    /// Everything is read from the environment that Istio's chart sets: the mesh comes from istiod, and so do
+    /// certificates; istio-cni says which pods there are, and redirects their traffic. `ztunnel config` shows what
+    /// the environment amounts to. Arguments are accepted and mean nothing, as Istio's image is given one.
+    Proxy {
+        /// Not used
+        #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        ignored: Vec<String>,
+    },
     /// Say which build this is
     Version,
 }
@@ -106,6 +116,9 @@ pub struct Run {
     /// Where the embedded certificate authority keeps its root. Nodes of one mesh share its content
     #[arg(long, value_name = "DIR", default_value = "/var/lib/ztunnel")]
     pub state_dir: PathBuf,
+    /// Certificates.
+    #[command(flatten)]
+    pub certificates: Certificates,
     /// Kernel and file system.
     #[command(flatten)]
     pub kernel: Kernel,
@@ -180,6 +193,46 @@ pub struct Zds {
     /// Whether what was sent must be acknowledged in the time that the probes would take (TCP_USER_TIMEOUT)
     #[arg(long, env = "USER_TIMEOUT_ENABLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set)]
     pub user_timeout: bool,
+}
+
+/// Where certificates come from, and what is demanded of peers'.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Certificates {
+    /// The certificate authority, istiod's or one that speaks its protocol: https://HOST:PORT, several separated by commas [default: the embedded one]
+    #[arg(long, env = "CA_ADDRESS", value_name = "ADDRESS")]
+    pub ca_address: Option<String>,
+    /// Who vouches for the authority: a PEM file, which is read again when it changes, PEM itself, or SYSTEM
+    #[arg(
+        long,
+        env = "CA_ROOT_CA",
+        value_name = "ROOTS",
+        default_value = "./var/run/secrets/istio/root-cert.pem"
+    )]
+    pub ca_root: String,
+    /// A name the authority's certificate may have instead of the one in its address
+    #[arg(long, env = "ALT_CA_HOSTNAME", value_name = "NAME")]
+    pub ca_alt_hostname: Option<String>,
+    /// The token by which this node proves who it is: a file (with a slash), or the token itself
+    #[arg(
+        long,
+        env = "AUTH_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true,
+        default_value = "./var/run/secrets/tokens/istio-token"
+    )]
+    pub ca_token: String,
+    /// How long certificates are to be valid
+    #[arg(long, env = "SECRET_TTL", value_name = "TIME", default_value = "24h", value_parser = humantime::parse_duration)]
+    pub secret_ttl: Duration,
+    /// The cluster this node is of, as the control plane calls it
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// Certificate revocation lists, PEM or DER. Watched. Without a good one no peer is accepted
+    #[arg(long, env = "CRL_PATH", value_name = "FILE")]
+    pub crl: Option<PathBuf>,
+    /// What cryptography has to comply with: pqc leaves X25519MLKEM768 as the only key exchange
+    #[arg(long, env = "COMPLIANCE_POLICY", value_name = "POLICY")]
+    pub compliance_policy: Option<String>,
 }
 
 /// How log lines look.

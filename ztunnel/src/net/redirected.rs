@@ -11,7 +11,6 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use nix::sys::socket::setsockopt;
@@ -58,11 +57,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self {
-            mark: 0x539,
-            client_address: ClientAddress::default(),
-            keepalive: Keepalive::default(),
-        }
+        Self { mark: 0x539, client_address: ClientAddress::default(), keepalive: Keepalive::default() }
     }
 }
 

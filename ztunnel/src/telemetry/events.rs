@@ -62,7 +62,7 @@ pub enum ResponseFlag {
     NetworkPolicy,
     /// `IDENTITY_ERROR`: no certificate for the source or destination.
     Identity,
-    /// `CERT_REVOKED`: the peer's certificate was revoked by its authority.
+    /// `CERT_REVOKED`: a certificate of the peer was revoked, before the connection or while it was open.
     Revoked,
 }
 

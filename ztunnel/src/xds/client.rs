@@ -1,20 +1,20 @@
 //! Carries a [`Session`] out: connects, keeps the stream, applies what comes, and starts again when it ends.
 
+use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::SystemTime;
 
-use http::Uri;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tonic::Code;
-use tonic::metadata::AsciiMetadataKey;
-use tonic::metadata::AsciiMetadataValue;
 use tonic::metadata::MetadataMap;
+use tonic::transport::Channel;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
 use ztunnel_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
@@ -29,41 +29,35 @@ use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Source;
-use crate::tls::control;
-use crate::tls::control::Roots;
-use crate::tls::control::RootsError;
+use crate::tls::grpc;
+use crate::tls::grpc::Connector;
+use crate::tls::grpc::ControlError;
+use crate::tls::grpc::ControlPlane;
 use crate::xds::backoff::Backoff;
 use crate::xds::backoff::Ended;
-use crate::xds::connect::connect;
 use crate::xds::counts::Counts;
 use crate::xds::counts::Reason;
+use crate::xds::kept::Keeper;
+use crate::xds::kept::Kept;
 use crate::xds::session::Received;
 use crate::xds::session::Session;
 
 /// The largest response. The push of a whole mesh is one.
-const MESSAGE_MAX: usize = 200 * 1024 * 1024;
+pub(super) const MESSAGE_MAX: usize = 200 * 1024 * 1024;
 /// Resources that are applied before others on the thread get a turn: a few milliseconds' work.
 const SLICE: usize = 512;
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
 
-/// Where the token is that says who this node is.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Token {
-    /// In this file, which is read for every new connection. Without the file there is no token.
-    File(PathBuf),
-    /// This is it.
-    Literal(String),
-}
+/// Bytes on their way: a push of a whole mesh is large.
+const WINDOW: u32 = 4 * 1024 * 1024;
 
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(path) => write!(f, "{}", path.display()),
-            Self::Literal(_) => f.write_str("a literal"),
-        }
-    }
-}
+/// How often it is written down that the mesh is still the control plane's.
+const CURRENT_EVERY: Duration = Duration::from_secs(15);
+
+/// How long a new stream may stay without any response, unless said otherwise: a control plane that has just started
+/// has much to do.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Who this proxy is to the control plane.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -83,18 +77,8 @@ pub struct Identity {
 /// What the client is told at start.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The control plane: `https://host:port`. With `http` there is no TLS, and nobody is verified.
-    pub address: Uri,
-    /// Who vouches for it.
-    pub roots: Roots,
-    /// A DNS name that its certificate may have in place of the address's.
-    pub alt_hostname: Option<String>,
-    /// The token to present.
-    pub token: Option<Token>,
-    /// The cluster of this node.
-    pub cluster_id: String,
-    /// Headers to add to the call.
-    pub headers: Vec<(String, String)>,
+    /// The control plane, and how it is talked to.
+    pub plane: grpc::Config,
     /// Who this is.
     pub identity: Identity,
     /// How long a new stream may stay without any response.
@@ -108,6 +92,8 @@ pub struct Status {
     pub synced: bool,
     /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one.
     pub stale_since: Option<Instant>,
+    /// When the mesh was the control plane's, if it was kept from then, and not received since the start.
+    pub kept: Option<SystemTime>,
     /// Resources that the control plane sent and this proxy rejected, in all.
     pub rejected: u64,
 }
@@ -115,19 +101,28 @@ pub struct Status {
 /// Starts the client on the runtime of the caller; it ends when the process does. It alone writes the mesh.
 pub fn start(
     config: Config,
+    cache: Option<PathBuf>,
     writer: MeshWriter,
     telemetry: &Telemetry,
     mut signal: shutdown::Signal,
 ) -> watch::Receiver<Status> {
     let counts = Arc::new(Counts::default());
     telemetry.register(Shown(Arc::clone(&counts)));
-    let first = Status { synced: false, stale_since: Some(Instant::now()), rejected: 0 };
+    let first = Status { synced: false, stale_since: Some(Instant::now()), kept: None, rejected: 0 };
     let (status, watched) = watch::channel(first);
     let session = Session::new(node(&config.identity));
-    let mut client = Client { config, session, writer, counts, status };
+    let Config { plane, answer_timeout, identity: _ } = config;
+    let of = format!("{} {}", plane.address, plane.cluster);
+    let plane = ControlPlane::new(plane);
+    let mut client = Client { plane, answer_timeout, session, writer, counts, status, keeper: None };
     shutdown::spawn(async move {
         tokio::select! {
-            () = client.run() => {}
+            () = async {
+                if let Some(path) = cache {
+                    client.restore(path, of).await;
+                }
+                client.run().await;
+            } => {}
             // Whoever is still connected while the daemon drains stays under the newest policy.
             () = signal.closing() => {}
         }
@@ -184,11 +179,7 @@ fn wire_value(json: &serde_json::Value) -> Value {
 #[derive(Debug, thiserror::Error)]
 enum Interrupted {
     #[error(transparent)]
-    Roots(RootsError),
-    #[error("cannot read the token")]
-    Token(#[source] io::Error),
-    #[error("{0:?} cannot be sent as a header")]
-    Header(String),
+    Unusable(#[from] ControlError),
     #[error("cannot connect")]
     Connect(#[source] tonic::transport::Error),
     #[error("the control plane refused the stream: {0}")]
@@ -207,9 +198,7 @@ impl Interrupted {
             Self::Connect(_) | Self::Refused(_) => Reason::ConnectionError,
             Self::Broken(status) if is_leaving(status) => Reason::Reconnect,
             Self::Complete => Reason::Complete,
-            Self::Roots(_) | Self::Token(_) | Self::Header(_) | Self::Broken(_) | Self::Silent(_) => {
-                Reason::Error
-            }
+            Self::Unusable(_) | Self::Broken(_) | Self::Silent(_) => Reason::Error,
         }
     }
 }
@@ -225,14 +214,72 @@ fn is_leaving(status: &tonic::Status) -> bool {
 }
 
 struct Client {
-    config: Config,
+    plane: ControlPlane,
+    answer_timeout: Duration,
     session: Session,
     writer: MeshWriter,
     counts: Arc<Counts>,
     status: watch::Sender<Status>,
+    keeper: Option<Keeper>,
 }
 
 impl Client {
+    /// Begins with the mesh that was kept at `path`, and keeps it there from now on.
+    async fn restore(&mut self, path: PathBuf, of: String) {
+        let (from, whose) = (path.clone(), of.clone());
+        match spawn_blocking(move || Kept::open(&from, &whose)).await {
+            Ok(Ok(Some(kept))) => self.replay(kept).await,
+            Ok(Ok(None)) | Err(_) => {}
+            Ok(Err(error)) => tracing::warn!(%error, path = %path.display(), "the kept mesh is of no use"),
+        }
+        match Keeper::start(path, of) {
+            Ok(keeper) => {
+                self.counts.unkept(keeper.lost());
+                self.keeper = Some(keeper);
+            }
+            Err(error) => tracing::warn!(%error, "the mesh is not kept"),
+        }
+    }
+
+    async fn replay(&mut self, kept: Kept) {
+        let at = kept.at;
+        let (mut kept, mut responses) = (Some(kept), 0_usize);
+        while let Some(mut open) = kept.take() {
+            let Ok((open, next)) = spawn_blocking(move || {
+                let next = open.next();
+                (open, next)
+            })
+            .await
+            else {
+                return;
+            };
+            let Some(response) = next else { break };
+            kept = Some(open);
+            responses += 1;
+            if let Received::Push(mut push) = self.session.receive(response) {
+                while !push.is_done() {
+                    let changes = self.session.advance(&mut push, SLICE);
+                    self.writer.draft(changes);
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        if responses == 0 {
+            return;
+        }
+        self.writer.release();
+        self.counts.current_at(at);
+        self.status.send_modify(|status| status.kept = Some(at));
+        let (workloads, services) = (self.writer.mesh().workloads().len(), self.writer.mesh().services_len());
+        let age = at.elapsed().unwrap_or_default();
+        tracing::info!(
+            workloads,
+            services,
+            ?age,
+            "serving the mesh as it was kept, until the control plane answers"
+        );
+    }
+
     async fn run(&mut self) {
         let mut backoff = Backoff::default();
         loop {
@@ -264,14 +311,8 @@ impl Client {
 
     /// One connection, from its first to its last moment.
     async fn connection(&mut self, responses: &mut u64) -> Result<std::convert::Infallible, Interrupted> {
-        let config = &self.config;
-        let tls = match config.address.scheme_str() {
-            Some("http") => None,
-            _ => {
-                let also = config.alt_hostname.as_deref();
-                Some(control::client_config(&config.roots, also).map_err(Interrupted::Roots)?)
-            }
-        };
+        let connector = self.plane.connector()?;
+        let headers = self.plane.headers()?;
         let (requests, mut queue) = mpsc::channel(REQUESTS);
         for first in self.session.open() {
             // There is room for the first ones.
@@ -279,25 +320,30 @@ impl Client {
         }
         let stream = futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx));
         let mut request = tonic::Request::new(stream);
-        headers(config, request.metadata_mut())?;
-        let channel = connect(&config.address, tls).await.map_err(Interrupted::Connect)?;
+        *request.metadata_mut() = MetadataMap::from_headers(headers);
+        let channel = connect(&self.plane, connector).await.map_err(Interrupted::Connect)?;
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
-        let silent = config.answer_timeout;
+        let silent = self.answer_timeout;
         let until = Instant::now() + silent;
         let stream = tokio::time::timeout_at(until, client.delta_aggregated_resources(request))
             .await
             .map_err(|_elapsed| Interrupted::Silent(silent))?
             .map_err(|status| Interrupted::Refused(Box::new(status)))?;
         let mut stream = stream.into_inner();
-        tracing::info!(address = %config.address, "connected to the control plane");
+        tracing::info!(address = %self.plane.address(), "connected to the control plane");
         self.counts.connected(true);
         loop {
             let message = match *responses {
                 0 => tokio::time::timeout_at(until, stream.message())
                     .await
                     .map_err(|_elapsed| Interrupted::Silent(silent))?,
-                _ => stream.message().await,
+                _ => loop {
+                    tokio::select! {
+                        message = stream.message() => break message,
+                        () = tokio::time::sleep(CURRENT_EVERY) => self.current(),
+                    }
+                },
             };
             let response = message.map_err(|status| Interrupted::Broken(Box::new(status)))?;
             let response = response.ok_or(Interrupted::Complete)?;
@@ -309,6 +355,16 @@ impl Client {
         }
     }
 
+    /// The mesh is the control plane's now.
+    fn current(&self) {
+        if self.session.is_synced() {
+            self.counts.current_at(SystemTime::now());
+            if let Some(keeper) = &self.keeper {
+                keeper.current();
+            }
+        }
+    }
+
     /// Applies a response as a unit, and in slices: others on the thread are not held up.
     async fn apply(
         &mut self,
@@ -316,6 +372,7 @@ impl Client {
     ) -> ztunnel_proto::discovery::DeltaDiscoveryRequest {
         let bytes = response.encoded_len();
         let (resources, removed) = (response.resources.len(), response.removed_resources.len());
+        let mut kept = self.keeper.is_some().then(|| response.clone());
         let mut push = match self.session.receive(response) {
             Received::Push(push) => push,
             Received::Refused(answer) => {
@@ -339,9 +396,15 @@ impl Client {
                 tracing::warn!(kind = kind.type_url(), name, %reason, "resource rejected");
             }
         }
+        if let (Some(keeper), Some(mut accepted)) = (&self.keeper, kept.take()) {
+            let bad: HashSet<&str> = push.rejected().iter().map(|(name, _)| name.as_str()).collect();
+            accepted.resources.retain(|resource| !bad.contains(resource.name.as_str()));
+            keeper.response(accepted);
+        }
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");
         let answer = self.session.finish(push);
         let synced = self.session.is_synced();
+        self.current();
         self.status.send_if_modified(|status| {
             let before = *status;
             status.synced = synced;
@@ -353,31 +416,13 @@ impl Client {
     }
 }
 
-/// The headers of the call: the token, the cluster, and what else was configured.
-fn headers(config: &Config, headers: &mut MetadataMap) -> Result<(), Interrupted> {
-    let mut insert = |name: &str, value: &str, secret: bool| {
-        let key = AsciiMetadataKey::from_bytes(name.to_ascii_lowercase().as_bytes());
-        let key = key.map_err(|_| Interrupted::Header(name.to_owned()))?;
-        let value = AsciiMetadataValue::try_from(value);
-        let mut value = value.map_err(|_| Interrupted::Header(name.to_owned()))?;
-        value.set_sensitive(secret);
-        headers.insert(key, value);
-        Ok(())
-    };
-    let token = match &config.token {
-        None => None,
-        Some(Token::Literal(token)) => Some(token.clone()),
-        Some(Token::File(path)) => match std::fs::read_to_string(path) {
-            Ok(token) => Some(token),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Interrupted::Token(error)),
-        },
-    };
-    if let Some(token) = token {
-        insert("authorization", &format!("Bearer {}", token.trim()), true)?;
-    }
-    insert("clusterid", &config.cluster_id, false)?;
-    config.headers.iter().try_for_each(|(name, value)| insert(name, value, false))
+/// A connection for a stream: what it carries is large now and then.
+async fn connect(plane: &ControlPlane, connector: Connector) -> Result<Channel, tonic::transport::Error> {
+    grpc::endpoint(plane.address())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .connect_with_connector(connector)
+        .await
 }
 
 #[cfg(test)]

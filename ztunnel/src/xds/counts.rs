@@ -1,9 +1,12 @@
 //! What the client counts, and shows as metrics.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Sample;
@@ -44,6 +47,10 @@ pub(super) struct Counts {
     rejected: [AtomicU64; Kind::ALL.len()],
     unknown_values: AtomicU64,
     connected: AtomicBool,
+    /// When the mesh was last the control plane's, in seconds since 1970; 0 if never.
+    current_at: AtomicU64,
+    /// Responses that were not kept.
+    unkept: OnceLock<Arc<AtomicU64>>,
 }
 
 impl Counts {
@@ -62,6 +69,15 @@ impl Counts {
 
     pub(super) fn unknown_values(&self, total: u64) {
         self.unknown_values.store(total, Ordering::Relaxed);
+    }
+
+    pub(super) fn current_at(&self, at: SystemTime) {
+        let seconds = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.current_at.store(seconds, Ordering::Relaxed);
+    }
+
+    pub(super) fn unkept(&self, lost: Arc<AtomicU64>) {
+        let _once = self.unkept.set(lost);
     }
 
     pub(super) fn connected(&self, connected: bool) {
@@ -93,6 +109,17 @@ impl Source for Counts {
         let help = "Values in accepted resources that this version does not know.";
         let value = self.unknown_values.load(Ordering::Relaxed);
         families.counter("ztunnel_xds_unknown_values", help, &[Sample { labels: &[], value }])?;
+        let help = "When the mesh was last known to be the control plane's, in seconds since 1970.";
+        let at = self.current_at.load(Ordering::Relaxed);
+        if at > 0 {
+            let samples = [Sample { labels: &[], value: at as f64 }];
+            families.gauge("ztunnel_mesh_current_timestamp_seconds", help, &samples)?;
+        }
+        if let Some(lost) = self.unkept.get() {
+            let help = "Responses of the control plane that were not kept for a start without it.";
+            let value = lost.load(Ordering::Relaxed);
+            families.counter("ztunnel_mesh_cache_lost_responses", help, &[Sample { labels: &[], value }])?;
+        }
         let help = "Whether there is a stream to the control plane.";
         let value = f64::from(u8::from(self.connected.load(Ordering::Relaxed)));
         families.gauge("ztunnel_xds_connected", help, &[Sample { labels: &[], value }])

@@ -43,7 +43,7 @@ impl fmt::Debug for Token {
 /// One gRPC server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
-    /// `https://<host>:<port>`, or `http://` for one without TLS.
+    /// `https://<host>:<port>`.
     pub address: String,
     /// Who vouches for it.
     pub root: RootCert,
@@ -127,7 +127,7 @@ fn default_address(reader: &Reader<'_>) -> (String, Origin) {
 fn checked(reader: &mut Reader<'_>, name: &str, text: &str, origin: Origin) -> String {
     let address = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
     let sound = address.parse::<Uri>().is_ok_and(|uri| {
-        matches!(uri.scheme_str(), Some("https" | "http"))
+        uri.scheme_str() == Some("https")
             && uri.host().is_some_and(|host| !host.is_empty())
             && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
             && matches!(uri.path(), "" | "/")

@@ -170,7 +170,7 @@ fn the_control_plane_is_found_in_order() {
         (&[][..], "https://mesh:2", Origin::MeshConfig),
         (&[HOST], "https://mesh:2", Origin::MeshConfig),
         (&[CONFIG], "https://config:1", Origin::ProxyConfig),
-        (&[CONFIG, ("XDS_ADDRESS", "http://env:3")], "http://env:3", Origin::Environment),
+        (&[CONFIG, ("XDS_ADDRESS", "https://env:3")], "https://env:3", Origin::Environment),
     ] {
         let settings = with_mesh(variables, mesh).unwrap();
         assert_eq!(settings.control_plane.discovery.as_ref().unwrap().address, address);
@@ -276,7 +276,7 @@ fn what_cannot_be_used_is_named_with_what_can() {
         ),
         (
             &[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "false")],
-            "ENABLE_PROXY=\"false\": with ISTIO_META_DNS_CAPTURE=false there is nothing left to do",
+            "ENABLE_PROXY=\"false\": there is nothing left to do: pods' DNS is not answered here",
         ),
         (
             &[("LOCAL_XDS", "x"), ("LOCAL_XDS_PATH", "y")],
@@ -317,14 +317,13 @@ fn what_has_no_effect_is_said() {
     let variables = [
         ("UNSTABLE_ENABLE_SOCKS5", "true"),
         ("TLS12_ENABLED", "false"),
-        ("COMPLIANCE_POLICY", "pqc"),
-        ("CRL_PATH", "/crl"),
+        ("PREFERED_SERVICE_NAMESPACE", "shop"),
     ];
     let warnings = settings(&variables).warnings;
     let names: Vec<_> = warnings.iter().map(|warning| warning.name).collect();
-    assert_eq!(names, ["UNSTABLE_ENABLE_SOCKS5", "COMPLIANCE_POLICY", "CRL_PATH"]);
+    assert_eq!(names, ["ISTIO_META_DNS_CAPTURE", "UNSTABLE_ENABLE_SOCKS5", "PREFERED_SERVICE_NAMESPACE"]);
     assert_eq!(
-        warnings[0].to_string(),
+        warnings[1].to_string(),
         "UNSTABLE_ENABLE_SOCKS5=true has no effect: there is no SOCKS5 listener"
     );
 }

@@ -36,6 +36,10 @@ pub struct Setting {
     pub meeting: PathBuf,
     /// `--kubepods-cgroup`
     pub kubepods: PathBuf,
+    /// What else is typed.
+    pub further: Vec<String>,
+    /// `--zds`: where the node agent is that enrols the pods, if one does.
+    pub agent: Option<PathBuf>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -62,6 +66,10 @@ impl Setting {
             ("--log-format", "plain".to_owned()),
         ] {
             arguments.extend([flag.to_owned(), value]);
+        }
+        arguments.extend(self.further.iter().cloned());
+        if let Some(agent) = &self.agent {
+            arguments.extend(["--zds".to_owned(), path(agent)]);
         }
         arguments
     }
@@ -171,11 +179,11 @@ impl Daemon {
         Ok(())
     }
 
-    /// Resident memory in bytes.
+    /// Resident memory in bytes that is its own: pages of files come and go.
     pub fn memory(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-        let kib: u64 = line.split_whitespace().nth(1).context("no VmRSS value")?.parse()?;
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+        let kib: u64 = line.split_whitespace().nth(1).context("no RssAnon value")?.parse()?;
         Ok(kib * 1024)
     }
 

@@ -10,11 +10,14 @@
 //! * [`topology`]: two nodes, their pods, and the link between them; [`run`] remembers what to remove;
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
+//! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
+//! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
 //! * [`stories`]: each function is one claim and its evidence. `cargo xtask demo` prints them as a report,
 //!   `tests/*.rs` runs the same functions as tests.
 
+pub mod agent;
 pub mod binaries;
 pub mod cgroup;
 pub mod daemon;
@@ -27,8 +30,10 @@ pub mod place;
 pub mod poll;
 pub mod process;
 pub mod raw_netns;
+pub mod redirect;
 pub mod run;
 pub mod stories;
+pub mod syscalls;
 pub mod topology;
 pub mod wire;
 pub mod world;

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -214,6 +214,18 @@ impl Log {
             None => bail!("no line with {what} in {}; the last: {}", self.path.display(), self.tail(3)),
         })
     }
+}
+
+/// The time that all threads of a process have been on a CPU, as the scheduler counts it (`/proc/PID/task/TID/schedstat`).
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        // A thread may have ended since.
+        let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+        sum += text.split(' ').next().and_then(|time| time.parse::<u64>().ok()).unwrap_or_default();
+    }
+    ensure!(sum > 0, "process {pid} has used no time: there is no such process");
+    Ok(Duration::from_nanos(sum))
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 //! should see. It may leave policies, pods and daemons as it likes: [`World::reset`] follows.
 
 pub mod basics;
+pub mod cost;
 pub mod enrolment;
+pub mod near;
 pub mod outage;
 pub mod policy;
 pub mod probes;
@@ -57,7 +59,7 @@ impl Story {
 pub const DEMO: &[Story] = &[
     basics::BOTH_FAMILIES,
     basics::SERVICE,
-    basics::SAME_NODE,
+    near::SAME_NODE,
     tunnel::ONLY_TLS,
     tunnel::IDENTITIES,
     policy::DENIED,

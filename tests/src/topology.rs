@@ -10,9 +10,9 @@
 //! `<cgroup root>/<run>/<node>/kubepods/<pod>`, the node's own in `…/<node>/system`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
@@ -22,6 +22,9 @@ use crate::run::{Run, end_here_if_interrupted};
 
 /// The device of the link between the nodes, on both.
 pub const LINK: &str = "link0";
+
+/// The last byte of the address of a node's first pod.
+const FIRST_POD: u16 = 10;
 
 /// A node.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ pub struct Node {
     pub place: Place,
     /// The group that holds its pods' groups.
     pub kubepods: Cgroup,
-    pods: AtomicU8,
+    pods: AtomicU16,
 }
 
 /// A pod.
@@ -88,7 +91,7 @@ impl Node {
         let place =
             Place { netns, cgroup: group.child("system")?, logs: run.path("logs"), outlive: run.is_kept() };
         let kubepods = group.child("kubepods")?;
-        Ok(Self { name: name.to_owned(), number, place, kubepods, pods: AtomicU8::new(10) })
+        Ok(Self { name: name.to_owned(), number, place, kubepods, pods: AtomicU16::new(FIRST_POD) })
     }
 
     /// Joins two nodes and tells each the way to the other's pods.
@@ -111,7 +114,12 @@ impl Node {
     /// Makes a pod on this node.
     pub fn add_pod(&self, run: &Run, name: &str) -> Result<Pod> {
         end_here_if_interrupted();
-        let host = self.pods.fetch_add(1, Ordering::Relaxed);
+        // From the first one up, and then those below it; 1 is the node and 255 means all.
+        let host = match self.pods.fetch_add(1, Ordering::Relaxed) {
+            host if host < 255 => host,
+            host if host - 253 < FIRST_POD => host - 253,
+            _ => bail!("{} has no address left for {name}", self.name),
+        };
         let number = self.number;
         let (v4, v6) = (format!("10.80.{number}.{host}"), format!("fd80:{number}::{host}"));
         let netns = Netns::create(&format!("{}-{name}", run.prefix()))?;

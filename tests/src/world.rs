@@ -3,11 +3,12 @@
 //! | pod | node | in the mesh | runs |
 //! |---|---|---|---|
 //! | `client`, `other` | node-a | yes, each with a service account of its own | curl |
-//! | `near` | node-a | yes | nginx |
+//! | `near` | node-a | yes | nginx on 8080, a line server on 9000 |
 //! | `outsider` | node-a | no | curl, nginx |
 //! | `server` | node-b | yes | nginx on 8080, a line server on 9000 |
 //! | `outside` | node-b | no | nginx on 8080, a line server on 9000 |
 
+mod agents;
 mod programs;
 mod traces;
 
@@ -18,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use crate::agent::NodeAgent;
 use crate::binaries;
 use crate::daemon::{Daemon, Setting, extra_loopback};
 use crate::leftovers::{BpfMaps, Machine, Nothing};
@@ -33,6 +35,8 @@ pub use traces::Traces;
 
 /// The port of nginx in the pods.
 pub const HTTP: u16 = 8080;
+/// How much `/large` of nginx is.
+pub const LARGE_MIB: u64 = 64;
 /// The port of the line server in the pods.
 pub const LINES: u16 = 9000;
 /// How long a daemon may take to read a change of the mesh and to carry it out.
@@ -56,6 +60,7 @@ pub const BOTH: [On; 2] = [On::A, On::B];
 #[derive(Debug)]
 pub struct World {
     daemons: [Option<Daemon>; 2],
+    agents: [Option<NodeAgent>; 2],
     programs: Vec<Process>,
     settings: [Setting; 2],
     /// The objects the daemons read.
@@ -107,7 +112,16 @@ pub struct Options {
 impl World {
     /// Makes everything, starts both daemons, and waits until client and server can talk.
     pub fn start(options: Options) -> Result<Self> {
+        Self::start_prepared(options, |_| Ok(()))
+    }
+
+    /// The same, with something done before the daemons start.
+    pub fn start_prepared(options: Options, prepare: impl FnOnce(&mut Self) -> Result<()>) -> Result<Self> {
         let mut world = Self::without_daemons(options)?;
+        if let Err(error) = prepare(&mut world) {
+            world.run.take_down_after_all();
+            return Err(error);
+        }
         match world.start_daemons() {
             Ok(()) => Ok(world),
             Err(error) => {
@@ -160,6 +174,7 @@ impl World {
         std::fs::create_dir_all(run.path("pins"))?;
         let mut world = Self {
             daemons: [None, None],
+            agents: [None, None],
             programs: Vec::new(),
             settings,
             mesh,
@@ -349,6 +364,7 @@ impl World {
             }
             said.push(self.setting(on).uninstall()?);
         }
+        self.undo_redirection()?;
         for (pod, before) in &self.traces {
             before.same_again(&pod.place.netns).with_context(|| format!("pod {}", pod.name))?;
         }
@@ -406,7 +422,7 @@ impl World {
         for pod in [&self.server, &self.outside, &self.near, &self.outsider] {
             programs.push(programs::nginx(pod, &self.run.path("state"))?);
         }
-        for pod in [&self.server, &self.outside] {
+        for pod in [&self.server, &self.outside, &self.near] {
             programs.push(programs::line_server(pod)?);
         }
         for pod in [&self.server, &self.outside, &self.near, &self.outsider] {
@@ -430,6 +446,8 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         meeting: run.path("meeting").join(&node.name),
         pins: run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
+        further: Vec::new(),
+        agent: None,
     }
 }
 

@@ -3,7 +3,9 @@
 mod common;
 
 use common::tell;
-use ztunnel_tests::stories::{basics, enrolment, outage, policy, probes, repair, restart, scale, tunnel};
+use ztunnel_tests::stories::{
+    basics, cost, enrolment, near, outage, policy, probes, repair, restart, scale, tunnel,
+};
 
 macro_rules! stories {
     ($($name:ident => $story:expr;)*) => {
@@ -14,7 +16,9 @@ macro_rules! stories {
 stories! {
     client_and_server_talk_on_both_families => basics::BOTH_FAMILIES;
     a_service_is_reached_by_its_cluster_ip => basics::SERVICE;
-    a_pod_of_the_same_node_is_reached => basics::SAME_NODE;
+    a_pod_of_the_same_node_is_reached => near::SAME_NODE;
+    between_pods_of_a_node_policies_hold_and_restarts_keep => near::POLICY_AND_CHANGE;
+    between_pods_of_a_node_all_can_be_encrypted => near::ENCRYPTED;
     only_tls_1_3_goes_over_the_link => tunnel::ONLY_TLS;
     both_sides_verify_an_identity => tunnel::IDENTITIES;
     a_denied_service_account_is_refused_and_logged => policy::DENIED;
@@ -35,5 +39,8 @@ stories! {
     a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
     a_damaged_pod_is_repaired => repair::DAMAGED_POD;
     deleted_pins_are_restored => repair::PINS_DELETED;
+    a_new_connection_costs_a_bounded_number_of_system_calls => cost::NEW_CONNECTIONS;
+    a_request_costs_six_system_calls => cost::REQUESTS;
+    a_megabyte_costs_few_system_calls => cost::BULK;
     two_hundred_pods_on_one_node => scale::TWO_HUNDRED_PODS;
 }

@@ -12,6 +12,7 @@ mod peer;
 mod picture;
 mod results;
 mod rows;
+mod scale;
 mod site;
 mod table;
 mod usage;
@@ -26,6 +27,7 @@ use ztunnel_tests::binaries;
 use ztunnel_tests::run::end_here_if_interrupted;
 
 use crate::run::{cargo, visibly};
+use crate::setup;
 use column::{Column, Running};
 use results::Results;
 use rows::{ROWS, Row, Work};
@@ -71,6 +73,9 @@ pub(crate) struct Arguments {
     /// Another ztunnel-compatible program (one that knows FAKE_CA), as the column `peer`; needs iptables
     #[arg(long, value_name = "PATH")]
     peer_binary: Option<PathBuf>,
+    /// Instead: what one node can hold, in pods and in connections; about three minutes
+    #[arg(long, conflicts_with_all = ["quick", "columns", "rows", "peer_binary", "json", "svg", "rounds"])]
+    scale: bool,
     /// Write the results for programs
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -85,12 +90,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         bail!("the benchmark makes network namespaces: run it as root (sudo -E cargo xtask bench)");
     }
     let mut results = arguments.plan()?;
+    setup::ensure()?;
+    if arguments.scale {
+        build(std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
+        raise_file_limit();
+        facts()?.iter().take(1).for_each(|fact| println!("{fact}"));
+        print!("{}", scale::measure(arguments.seconds.unwrap_or(4).max(1))?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let own = results.columns.contains(&Column::Ztunnel);
     build(own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
-    require_programs()?;
-    if results.columns.iter().any(|column| matches!(column, Column::EnvoyTcp | Column::EnvoyHttp)) {
-        binaries::envoy()?;
-    }
     raise_file_limit();
     results.facts = facts()?;
     let start = Instant::now();
@@ -193,23 +202,6 @@ fn build(daemon: bool) -> Result<()> {
     visibly(command.stdout(std::io::stderr()))?;
     if daemon {
         binaries::use_daemon(binaries::target().join("release/ztunnel"));
-    }
-    Ok(())
-}
-
-/// Says at once what would otherwise fail in the middle.
-fn require_programs() -> Result<()> {
-    for (program, package) in [
-        ("wrk", "wrk"),
-        ("iperf3", "iperf3"),
-        ("nginx", "nginx-light"),
-        ("openssl", "openssl"),
-        ("ip", "iproute2"),
-    ] {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        if !std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
-            bail!("{program} is missing; on Debian: apt-get install {package}");
-        }
     }
     Ok(())
 }

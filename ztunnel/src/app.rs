@@ -7,6 +7,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +27,7 @@ use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
+use crate::app::memory::Housekeeping;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
@@ -47,7 +49,9 @@ use crate::telemetry::writer;
 pub mod commands;
 pub mod control;
 pub mod handover;
+pub mod inpod;
 pub mod kernel;
+pub mod memory;
 pub mod ports;
 
 /// How often the kernel is compared with what it should hold.
@@ -82,6 +86,9 @@ pub enum RunError {
     /// The certificate authority.
     #[error("the certificate authority does not start")]
     Authority(#[from] AuthorityError),
+    /// A privilege is missing.
+    #[error(transparent)]
+    NotPermitted(#[from] capture::rules::NotPermitted),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -120,7 +127,12 @@ fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError>
         .enable_all()
         .build()
         .map_err(|source| RunError::System("cannot start the control runtime", source))?;
-    runtime.block_on(serve(config, telemetry))
+    runtime.block_on(async {
+        match config.zds.clone() {
+            Some(zds) => inpod::serve(config, zds, telemetry).await,
+            None => serve(config, telemetry).await,
+        }
+    })
 }
 
 /// Every connection is two or three sockets: the default soft limit is for programs that use select(2).
@@ -139,12 +151,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let (trigger, signal) = shutdown::channel();
 
     let run_dir = &config.places.run_dir;
-    // Who can write here can tell the daemon to leave.
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(run_dir)
-        .map_err(|source| RunError::Path { what: "the run directory", path: run_dir.clone(), source })?;
+    make_run_dir(run_dir)?;
 
     let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
     let loaded = match updates.next().await {
@@ -223,6 +230,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
             update = updates.next() => match update {
@@ -233,6 +241,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             event = control.next() => control.step(event).await,
             _ = reconcile.tick() => match kernel.reconcile().await {
                 Reconciled::Repaired { repairs, lost } => {
+                    housekeeping.look(RECONCILE_EVERY);
                     for repair in repairs {
                         tracing::warn!(%repair, "the kernel was not as it should be");
                     }
@@ -299,7 +308,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
             // A daemon that starts now learns that this one still has connections.
             mut claim = successors.next() => {
                 shutdown::spawn(async move {
-                    if claim.outcome().await == Outcome::Done {
+                    if claim.outcome(&[]).await == Outcome::Done {
                         claim.bye().await;
                         // Held to the end of the process.
                         std::future::pending::<()>().await;
@@ -329,6 +338,15 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     Ok(())
 }
 
+/// Who can write to it can tell the daemon to leave.
+fn make_run_dir(path: &Path) -> Result<(), RunError> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| RunError::Path {
+        what: "the run directory",
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Why the daemon stops serving.
 enum End {
     /// It was told to, and nobody has taken over.
@@ -348,7 +366,7 @@ async fn claimed(
 ) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
     tokio::pin!(deadline);
-    let outcome = claim.outcome();
+    let outcome = claim.outcome(&[]);
     tokio::pin!(outcome);
     loop {
         tokio::select! {

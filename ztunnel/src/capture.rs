@@ -13,8 +13,10 @@
 //! Every change is idempotent and ordered so that a pod is never half open: closed parts first on the way in,
 //! last on the way out. Knows nothing of what is done with a connection, nor why a pod is enrolled.
 //!
-//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled.
+//! Needs Linux 6.6: the guard is a tcx link, and without it no pod is enrolled. All of this but the listeners is left
+//! out where a node agent redirects pods' traffic itself: see [`rules`].
 
+mod changes;
 pub mod error;
 pub mod host;
 mod listeners;
@@ -27,6 +29,7 @@ mod pod;
 mod programs;
 pub mod reconcile;
 mod routes;
+pub mod rules;
 pub mod selftest;
 mod sys;
 pub mod uninstall;
@@ -101,6 +104,7 @@ pub struct Node {
     renew: bool,
     /// Our own hold on the node-wide programs, by name.
     links: HashMap<&'static str, OwnedFd>,
+    watch: reconcile::Watch,
     /// What we have enrolled, written by `bind`, `capture`, `withdraw`, `close` and `forget`.
     pods: HashMap<PodUid, Enrolled>,
 }
@@ -116,6 +120,8 @@ struct Enrolled {
     renew: bool,
     /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
     listeners: Option<Arc<Listeners>>,
+    /// What the reconciler found.
+    watched: reconcile::Watched,
     /// Our own hold on the programs, so that they stay attached when their pins are deleted.
     links: Links,
 }

@@ -5,3 +5,4 @@
 
 pub mod pod;
 pub mod pods;
+pub mod zds;

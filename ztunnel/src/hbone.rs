@@ -15,9 +15,6 @@
 
 use std::time::Duration;
 
-use socket2::SockRef;
-use tokio::net::TcpStream;
-
 pub mod address;
 pub mod client;
 pub mod pool;
@@ -49,8 +46,9 @@ pub struct Config {
     pub request_headers_max: u32,
     /// Header bytes accepted in a response.
     pub response_headers_max: u32,
-    /// The congestion control of tunnels' sockets (`cubic`, say), where it is to differ from the system's. One
-    /// the kernel does not have is passed over.
+    /// The congestion control of tunnels' sockets; `None`: the system's. Between the nodes of a cluster cubic carries
+    /// more for less CPU time than BBR, whose pacing costs a timer for every few packets. One the kernel does not
+    /// have is passed over.
     pub congestion: Option<String>,
     /// Silence between pings.
     pub ping_interval: Duration,
@@ -58,6 +56,9 @@ pub struct Config {
     pub ping_timeout: Duration,
     /// A tunnel without streams is closed after so long.
     pub idle_timeout: Duration,
+    /// The same while another tunnel to the same peer has room: after a burst each would hold on to a quarter of a
+    /// megabyte, and the next burst dials them again.
+    pub spare_timeout: Duration,
     /// A TLS and HTTP/2 handshake that takes longer is given up.
     pub handshake_timeout: Duration,
     /// Requests that may wait for one tunnel being dialled. Further ones fail at once.
@@ -75,22 +76,13 @@ impl Default for Config {
             client_streams_max: 100,
             request_headers_max: 64 * 1024,
             response_headers_max: 16 * 1024,
-            congestion: None,
+            congestion: Some("cubic".to_owned()),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
             idle_timeout: Duration::from_secs(300),
+            spare_timeout: Duration::from_secs(3),
             handshake_timeout: Duration::from_secs(10),
             waiters_max: 1024,
-        }
-    }
-}
-
-impl Config {
-    /// Sets what the sockets of tunnels have and others have not.
-    fn tune(&self, socket: &TcpStream) {
-        let Some(congestion) = &self.congestion else { return };
-        if let Err(error) = SockRef::from(socket).set_tcp_congestion(congestion.as_bytes()) {
-            tracing::debug!(%error, congestion, "the kernel does not have this congestion control");
         }
     }
 }

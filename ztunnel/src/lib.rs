@@ -32,17 +32,17 @@
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
 //! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
-//! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model |
+//! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model, shutdown |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
 //! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
 //! | `xds` | the mesh from a control plane: a discovery session, and what its messages mean | model, mesh, tls, telemetry, shutdown, *proto* |
-//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, telemetry, shutdown, *proto* |
+//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, net, telemetry, shutdown, *proto* |
 //! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | capture, proxy, telemetry |
+//! | `config` | what was typed → each module's own `Config`, checked once | capture, net, proxy, telemetry |
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
@@ -53,11 +53,12 @@
 //! * `model`, `route` and `policy` never await and never read the clock.
 //! * Only `tls` makes a `VerifiedPeer`, only `policy` a `Permit`. Bytes reach an application, tunnelled or plain,
 //!   only with a `Permit` in hand.
-//! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails.
+//! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails. To a pod whose
+//!   traffic is redirected to the same daemon it is not sent at all, but handed over (`proxy::near`).
 //! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
 //! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire).
-//! * Nothing the data-plane threads run waits for the control runtime, except a bounded wait for a first
-//!   certificate.
+//! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first
+//!   certificate and for a pod that its node agent knows before the mesh does.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
 pub mod admin;

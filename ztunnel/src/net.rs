@@ -9,4 +9,6 @@ pub mod bypass;
 pub mod copy;
 pub mod netns;
 pub mod origdst;
+pub mod redirected;
 pub mod socket;
+pub mod splice;

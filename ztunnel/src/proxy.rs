@@ -8,6 +8,7 @@
 //! thread, which spreads what it accepts over all of them.
 //!
 //! * [`outbound`]: what the pod dials.
+//! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
 //! * [`relay`]: moving bytes between an application and a stream.
@@ -37,13 +38,19 @@ use crate::hbone;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
 use crate::model::addr::PodUid;
+use crate::model::workload::Named;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
+use crate::net::redirected::RedirectedPod;
+use crate::net::redirected::Settings;
 use crate::net::socket::CapturedPod;
 use crate::net::socket::Keepalive;
+use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
+use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
+use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -56,6 +63,7 @@ pub mod accept;
 pub mod ending;
 pub mod inbound;
 pub mod live;
+pub mod near;
 pub mod outbound;
 pub mod passthrough;
 pub mod pod;
@@ -68,8 +76,8 @@ mod tests;
 /// How the data plane behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Data-plane threads. Where they share their cores with the applications, more of them than half the
-    /// cores makes all slower.
+    /// Data-plane threads. By default half as many as there are cores, so that the pods have the others, but two
+    /// as soon as there are two cores: on one thread alone each connection waits for the cryptography of all.
     pub threads: usize,
     /// A dial that takes longer is given up.
     pub connect_timeout: Duration,
@@ -87,6 +95,9 @@ pub struct Config {
     pub pod_handshakes_max: usize,
     /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
     pub handover_max: usize,
+    /// Whether connections between two pods of this daemon are handed over inside the process, see [`near`].
+    /// Otherwise they go through a tunnel as all others do.
+    pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
     /// Tunnels.
@@ -97,7 +108,7 @@ impl Default for Config {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
-            threads: (cores / 2).max(1),
+            threads: (cores / 2).max(2).min(cores),
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(15),
             linger: Duration::from_secs(3),
@@ -105,6 +116,7 @@ impl Default for Config {
             pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
             handover_max: 1024,
+            near: true,
             keepalive: Keepalive::default(),
             hbone: hbone::Config::default(),
         }
@@ -116,8 +128,8 @@ impl Default for Config {
 pub struct PodSpec {
     /// This incarnation of the pod.
     pub uid: PodUid,
-    /// The unique name of its workload in the mesh.
-    pub workload: Arc<str>,
+    /// Which workload of the mesh it is.
+    pub workload: Named,
     /// Its addresses, in canonical form.
     pub addresses: Vec<IpAddr>,
 }
@@ -145,6 +157,35 @@ impl Leaving {
     }
 }
 
+/// How long the connections of a removed pod whose traffic was redirected may go on: peers get to know of it first.
+const CUT_AFTER: Duration = Duration::from_secs(1);
+
+/// A pod whose connections are taken.
+struct Served {
+    home: runtime::Handle,
+    pod: Arc<Pod>,
+    stop: Trigger,
+    /// Where what is open ends soon after the pod's removal.
+    cut: Option<Trigger>,
+}
+
+impl Served {
+    /// Takes no new connections. Peers are told to open no new streams.
+    fn leave(self) -> Leaving {
+        self.stop.drain();
+        let leaving = Leaving(Arc::downgrade(&self.pod));
+        if let Some(cut) = self.cut {
+            // Tasks go to the runtime whose context this is: the home thread's.
+            let _context = self.home.enter();
+            shutdown::spawn(async move {
+                tokio::time::sleep(CUT_AFTER).await;
+                cut.close();
+            });
+        }
+        leaving
+    }
+}
+
 /// How much is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Activity {
@@ -162,7 +203,8 @@ pub struct DataPlane {
     bypass: Arc<dyn Bypass>,
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    pods: Mutex<HashMap<PodUid, (Arc<Pod>, Trigger)>>,
+    pods: Mutex<HashMap<PodUid, Served>>,
+    neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     /// Ends the accepting of all pods, as a drain does, without one.
     handover: Trigger,
@@ -181,7 +223,7 @@ impl DataPlane {
         signal: Signal,
     ) -> io::Result<Self> {
         let config = Arc::new(config);
-        let count = Arc::new(Count::default());
+        let (neighbours, count) = (Arc::new(Neighbours::default()), Arc::new(Count::default()));
         let mut channels: Vec<_> =
             (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
@@ -194,6 +236,7 @@ impl DataPlane {
                 mesh.clone(),
                 identities.clone(),
                 telemetry.local(),
+                Arc::clone(&neighbours),
                 Arc::clone(&count),
                 signal.clone(),
                 runtime.handle().clone(),
@@ -208,15 +251,38 @@ impl DataPlane {
         }
         let (handover, handing_over) = shutdown::channel();
         let threads = Mutex::new(threads);
-        Ok(Self { config, bypass, shards, threads, pods: Mutex::default(), count, handover, handing_over })
+        let pods = Mutex::default();
+        Ok(Self { config, bypass, shards, threads, pods, neighbours, count, handover, handing_over })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
     /// connections go on.
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
-        let network = CapturedPod::new(netns, Arc::clone(&self.bypass), self.config.keepalive.clone());
-        self.add(pod, listeners, id, Arc::new(network))
+        let network = CapturedPod::new(
+            netns,
+            Arc::clone(&self.bypass),
+            self.config.keepalive.clone(),
+            self.config.hbone.congestion.clone(),
+        );
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &self.config.keepalive)?;
+        }
+        self.add(pod, listeners, id, Arc::new(network), None)
+    }
+
+    /// [`Self::add_pod`] for a pod whose traffic is redirected by a node agent's rules, to listeners that hand down
+    /// `settings`. When it is removed, what is open is cut.
+    pub fn add_redirected_pod(
+        &self,
+        pod: PodSpec,
+        listeners: Listeners,
+        netns: Arc<Netns>,
+        settings: Arc<Settings>,
+    ) -> io::Result<()> {
+        let id = netns.id();
+        let network = RedirectedPod::new(netns, settings, self.config.hbone.congestion.clone());
+        self.add(pod, listeners, id, Arc::new(network), Some(shutdown::channel()))
     }
 
     fn add(
@@ -225,13 +291,16 @@ impl DataPlane {
         listeners: Listeners,
         netns: (u64, u64),
         network: Arc<dyn PodNetwork>,
+        cut: Option<(Trigger, Signal)>,
     ) -> io::Result<()> {
-        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
-            prepare_listener(listener, &self.config.keepalive)?;
+        let (cut, when_cut) = cut.unzip();
+        set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
+        if let Some(congestion) = &self.config.hbone.congestion {
+            set_congestion(&*listeners.hbone, congestion);
         }
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
-        let pod = Arc::new(Pod::new(spec, netns, network, stopped, self.handing_over.clone()));
+        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));
         let mut hasher = DefaultHasher::new();
         uid.hash(&mut hasher);
         let home = &self.shards[hasher.finish() as usize % self.shards.len()];
@@ -245,26 +314,56 @@ impl DataPlane {
             let listener = Listener::new(kind, listener)?;
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
-        if let Some((_, replaced)) = self.pods().insert(uid, (pod, stop)) {
-            replaced.drain();
+        let served = Served { home: home.runtime.clone(), pod, stop, cut };
+        let replaced = self.pods().insert(uid, served);
+        if let Some(replaced) = replaced {
+            replaced.leave();
         }
         Ok(())
+    }
+
+    /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
+    /// it directly ([`near`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
+    /// must not reach a pod past what the kernel says of it.
+    pub fn neighbour(&self, uid: &PodUid) {
+        if let Some(served) = self.pods().get(uid) {
+            self.neighbours.add(&served.pod);
+        }
+    }
+
+    /// The pod's traffic is about to be redirected here no longer. Connections that are being handed over get
+    /// through, further ones take the way over the wire.
+    pub fn no_neighbour(&self, uid: &PodUid) {
+        self.neighbours.remove(uid);
+    }
+
+    /// [`Self::no_neighbour`] for all pods: another process may redirect any of them from now on.
+    pub fn no_neighbours(&self) {
+        self.neighbours.clear();
     }
 
     /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
     /// they begin, and lets those that are open go on until their end. Peers are told
     /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
-        let (pod, stop) = self.pods().remove(uid)?;
-        stop.drain();
-        Some(Leaving(Arc::downgrade(&pod)))
+        self.neighbours.remove(uid);
+        let served = self.pods().remove(uid)?;
+        Some(served.leave())
     }
 
     /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
     /// [`Config::linger`] what has already been queued here, then closes the listeners and lets what is open
     /// finish. The drain signal does the same.
     pub fn stop_accepting(&self) {
+        self.neighbours.clear();
         self.handover.drain();
+    }
+
+    /// Hands over to another process that has the same listening sockets: stops accepting at once, as whatever is
+    /// queued is that process's to take, and lets what is open finish.
+    pub fn hand_over_sockets(&self) {
+        self.neighbours.clear();
+        self.handover.close();
     }
 
     /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
@@ -293,7 +392,7 @@ impl DataPlane {
         }
     }
 
-    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, (Arc<Pod>, Trigger)>> {
+    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

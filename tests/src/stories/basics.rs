@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::Story;
 use crate::topology::{Pod, in_url};
-use crate::world::{Answer, On, SERVICE_IPS, curl, http};
+use crate::world::{Answer, SERVICE_IPS, curl, http};
 
 /// Both address families, and the addresses both sides see.
 pub const BOTH_FAMILIES: Story = Story {
@@ -35,24 +35,6 @@ pub const SERVICE: Story = Story {
             evidence.push(format!("http://{}/ answered by {}", in_url(cluster_ip), answer.body));
         }
         Ok(evidence.join("; "))
-    },
-};
-
-/// Both pods on one node.
-pub const SAME_NODE: Story = Story {
-    name: "a server on the client's own node is reached the same way",
-    tell: |world| {
-        let mark = world.setting(On::A).log().mark();
-        let mut evidence = Vec::new();
-        for address in world.near.addresses() {
-            let answer = http(&world.client.place, address, "")?;
-            sees_client(&answer, &world.client, address)?;
-            evidence.push(format!("{address} saw {}", answer.local));
-        }
-        // Not a short cut past the mesh: the destination side verified who the client is.
-        let log = world.setting(On::A).log();
-        super::tunnel::inbound_line(&log, mark, "client", "near")?;
-        Ok(format!("{}; mutual TLS on the way", evidence.join("; ")))
     },
 };
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::Story;
 use crate::mesh::{Enrolment, MESHED};
 use crate::poll::eventually;
+use crate::process::cpu_time;
 use crate::topology::Pod;
 use crate::world::{On, World, http};
 
@@ -16,6 +17,11 @@ const MEMORY_PER_POD: u64 = 60_000;
 const DESCRIPTORS_PER_POD: usize = 8;
 /// Generous, to notice a quadratic step: how long it takes depends on what else the machine does.
 const ENROLLED_WITHIN: Duration = Duration::from_secs(60);
+/// For how long the daemon is watched while nothing happens, after it had time to come to rest, and the CPU time it
+/// may use meanwhile. Three times what it does, a third of what it would if it looked into every pod at every pass.
+const IDLE: Duration = Duration::from_secs(10);
+const REST: Duration = Duration::from_secs(5);
+const IDLE_CPU: Duration = Duration::from_millis(100);
 
 /// Two hundred pods.
 pub const TWO_HUNDRED_PODS: Story = Story {
@@ -37,6 +43,11 @@ pub const TWO_HUNDRED_PODS: Story = Story {
             http(&pod.place, world.server.v4.into(), "").with_context(|| pod.name.clone())?;
         }
         let (memory_then, descriptors_then) = usage(world)?;
+        std::thread::sleep(REST);
+        let pid = world.daemon(On::A)?.process().pid();
+        let cpu = cpu_time(pid)?;
+        std::thread::sleep(IDLE);
+        let cpu = cpu_time(pid)?.saturating_sub(cpu);
         let per_pod = memory_then.saturating_sub(memory) / PODS as u64;
         let descriptors_per_pod = descriptors_then.saturating_sub(descriptors) / PODS;
         world.say("restarting the daemon");
@@ -47,6 +58,12 @@ pub const TWO_HUNDRED_PODS: Story = Story {
         wait_captured(&pods, false)?;
         let withdrawn = begun.elapsed();
         let (_, descriptors_after) = usage(world)?;
+        ensure!(
+            cpu <= IDLE_CPU,
+            "{} ms of CPU time in {} s of doing nothing",
+            cpu.as_millis(),
+            IDLE.as_secs()
+        );
         ensure!(per_pod <= MEMORY_PER_POD, "{per_pod} bytes per pod");
         ensure!(descriptors_per_pod <= DESCRIPTORS_PER_POD, "{descriptors_per_pod} descriptors per pod");
         ensure!(
@@ -54,11 +71,12 @@ pub const TWO_HUNDRED_PODS: Story = Story {
             "descriptors: {descriptors} before, {descriptors_then} with the pods, {descriptors_after} after"
         );
         Ok(format!(
-            "enrolled in {} ms ({:.1} ms each), {} KiB and {descriptors_per_pod} descriptors per pod, restart ready in \
-             {} ms, withdrawn in {} ms",
+            "enrolled in {} ms ({:.1} ms each), {} KiB and {descriptors_per_pod} descriptors per pod, {:.1} ms of CPU \
+             time per idle second, restart ready in {} ms, withdrawn in {} ms",
             enrolled.as_millis(),
             enrolled.as_secs_f64() * 1000.0 / PODS as f64,
             per_pod >> 10,
+            cpu.as_secs_f64() * 1000.0 / IDLE.as_secs_f64(),
             restart.as_millis(),
             withdrawn.as_millis()
         ))

@@ -48,7 +48,7 @@ pub const IDENTITIES: Story = Story {
         let (source, destination) = (world.setting(On::A).log(), world.setting(On::B).log());
         let marks = (source.mark(), destination.mark());
         http(&world.client.place, world.server.v4.into(), "")?;
-        let out = line(&source, marks.0, "outbound", "client", "server")?;
+        let out = outbound_line(&source, marks.0, "client", "server")?;
         let inward = inbound_line(&destination, marks.1, "client", "server")?;
         Ok(format!(
             "node-a verified {}; node-b verified {}",
@@ -61,6 +61,11 @@ pub const IDENTITIES: Story = Story {
 /// The destination's access log line of a connection between these service accounts.
 pub fn inbound_line(log: &Log, mark: usize, client: &str, server: &str) -> Result<String> {
     line(log, mark, "inbound", client, server)
+}
+
+/// The same of the source.
+pub fn outbound_line(log: &Log, mark: usize, client: &str, server: &str) -> Result<String> {
+    line(log, mark, "outbound", client, server)
 }
 
 fn line(log: &Log, mark: usize, direction: &str, client: &str, server: &str) -> Result<String> {

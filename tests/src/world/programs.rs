@@ -5,15 +5,17 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::{HTTP, LINES};
+use super::{HTTP, LARGE_MIB, LINES};
 use crate::binaries;
 use crate::process::Process;
 use crate::topology::Pod;
 
-/// nginx on port 8080 of both families. Each answer says who asked and repeats a marker.
+/// nginx on port 8080 of both families. Each answer says who asked and repeats a marker; `/large` is zeros.
 pub(super) fn nginx(pod: &Pod, directory: &Path) -> Result<Process> {
     let own = directory.join(format!("nginx-{}", pod.name));
     fs::create_dir_all(&own)?;
+    // A hole: it takes no space.
+    fs::File::create(own.join("large"))?.set_len(LARGE_MIB << 20)?;
     let path = own.join("nginx.conf");
     fs::write(&path, config(&pod.name, &own.display().to_string()))?;
     let mut command = pod.place.command("nginx")?;
@@ -28,6 +30,7 @@ fn config(name: &str, directory: &str) -> String {
 master_process off;
 pid {directory}/pid;
 error_log stderr warn;
+user root;
 events {{ worker_connections 4096; }}
 http {{
   access_log off;
@@ -40,6 +43,7 @@ http {{
   server {{
     listen {HTTP} backlog=4096;
     listen [::]:{HTTP} backlog=4096;
+    location /large {{ root {directory}; }}
     location / {{ return 200 \"pod={name} client=$remote_addr marker=$arg_marker\\n\"; }}
   }}
 }}

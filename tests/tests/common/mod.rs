@@ -16,7 +16,12 @@ pub(crate) fn tell(story: Story) {
 
 /// Does something in a new world, and checks that nothing is left after it.
 pub(crate) fn in_world(name: &str, act: impl FnOnce(&mut World) -> Result<String>) {
-    let mut world = World::start(Options::default()).unwrap_or_else(|error| panic!("no world: {error:#}"));
+    act_in(World::start(Options::default()), name, act);
+}
+
+/// Does something in a world that was just made, and checks that nothing is left after it.
+pub(crate) fn act_in(world: Result<World>, name: &str, act: impl FnOnce(&mut World) -> Result<String>) {
+    let mut world = world.unwrap_or_else(|error| panic!("no world: {error:#}"));
     let told = act(&mut world);
     if told.is_err() {
         // The logs are in the world's directory, which is about to be removed.

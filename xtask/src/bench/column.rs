@@ -191,6 +191,8 @@ fn setting(site: &Site, node: &Node) -> Setting {
         meeting: site.run.path("meeting").join(&node.name),
         pins: site.run.path("pins").join(&node.name),
         kubepods: node.kubepods.path().to_owned(),
+        further: Vec::new(),
+        agent: None,
     }
 }
 

@@ -13,6 +13,8 @@ use super::usage::{cpu_seconds, memory_mib};
 
 /// How long memory may settle before it is read.
 const SETTLE: Duration = Duration::from_secs(2);
+/// The same after the start, until what only that needed is given back.
+const AFTER_START: Duration = Duration::from_secs(6);
 /// How long after the end of idle connections their memory is looked at.
 const AFTER_CLOSE: Duration = Duration::from_secs(10);
 
@@ -109,7 +111,7 @@ fn idle(running: &Running) -> Result<Vec<Value>> {
     if running.pids.is_empty() {
         return Ok(Vec::new());
     }
-    thread::sleep(SETTLE);
+    thread::sleep(AFTER_START);
     Ok(vec![("rss_idle".to_owned(), memory_mib(&running.pids)?)])
 }
 

@@ -1,4 +1,4 @@
-//! The report as a picture: one block of bars for each row, in three panels side by side.
+//! The report as a picture: one block of bars for each row, in a panel for each group that was measured.
 
 use std::fmt::Write;
 
@@ -7,8 +7,11 @@ use super::results::{Results, Spread};
 use super::rows::{Group, Row};
 use super::table::{heading, number};
 
-const PANELS: [Group; 3] = [Group::Throughput, Group::Latency, Group::Cpu];
+const PANELS: [Group; 4] = [Group::Throughput, Group::Latency, Group::Cpu, Group::Memory];
 const PANEL: f64 = 400.0;
+/// The notes below the panels need so much.
+const WIDTH_MIN: f64 = 840.0;
+const NOTE_STEP: f64 = 16.0;
 const MARGIN: f64 = 20.0;
 const TOP: f64 = 84.0;
 const LABEL: f64 = 74.0;
@@ -21,13 +24,18 @@ const BLOCK_GAP: f64 = 12.0;
 
 /// Draws it.
 pub(crate) fn draw(results: &Results) -> String {
-    let panels = PANELS.map(|group| {
-        results.rows.iter().filter(move |row| row.group == group && measured(results, row)).collect()
-    });
+    let rows_of = |group| -> Vec<&Row> {
+        results.rows.iter().filter(|row| row.group == group && measured(results, row)).collect()
+    };
+    let panels: Vec<(Group, Vec<&Row>)> = PANELS
+        .into_iter()
+        .map(|group| (group, rows_of(group)))
+        .filter(|(_, rows)| !rows.is_empty())
+        .collect();
+    let width = (MARGIN + PANEL * panels.len() as f64).max(WIDTH_MIN);
     let mut body = String::new();
     let mut height: f64 = TOP;
-    for (index, (group, rows)) in PANELS.into_iter().zip(panels).enumerate() {
-        let rows: Vec<&Row> = rows;
+    for (index, (group, rows)) in panels.into_iter().enumerate() {
         let left = MARGIN + index as f64 * PANEL;
         text(&mut body, left, TOP - 20.0, "panel", heading(group));
         let mut top = TOP;
@@ -36,12 +44,9 @@ pub(crate) fn draw(results: &Results) -> String {
         }
         height = height.max(top);
     }
-    let width = MARGIN + PANEL * PANELS.len() as f64;
-    let note = format!(
-        "Medians of {} rounds of {} s; the thin line goes from the least to the greatest. {}",
-        results.rounds,
-        results.seconds,
-        results.facts.first().map_or("", String::as_str)
+    let medians = format!(
+        "Medians of {} rounds of {} s; the thin line goes from the least to the greatest.",
+        results.rounds, results.seconds
     );
     let mut legend = String::new();
     for (index, &column) in results.columns.iter().enumerate() {
@@ -49,8 +54,11 @@ pub(crate) fn draw(results: &Results) -> String {
         bar(&mut legend, column, left, 18.0, 14.0);
         text(&mut legend, left + 20.0, 28.0, "name", column.name());
     }
-    text(&mut body, MARGIN, height + 10.0, "note", &note);
-    let height = height + 24.0;
+    for note in std::iter::once(&medians).chain(results.facts.first()) {
+        text(&mut body, MARGIN, height + 10.0, "note", note);
+        height += NOTE_STEP;
+    }
+    let height = height + 8.0;
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
          height=\"{height}\">\n<style>text {{ font: 11px sans-serif; fill: #222 }} .panel {{ font-size: 14px; \
@@ -120,9 +128,12 @@ mod tests {
         results.add("http_1", Column::Bare, 0, 2000.0);
         results.add("http_1", Column::Ztunnel, 0, 1000.0);
         results.add("open_2000_p50", Column::Ztunnel, 0, 150.0);
+        results.add("rss_idle", Column::Ztunnel, 0, 8.0);
         let picture = draw(&results);
-        // The background, two in the legend, three bars.
-        assert_eq!(picture.matches("<rect ").count(), 6, "{picture}");
+        // The background, two in the legend, four bars.
+        assert_eq!(picture.matches("<rect ").count(), 7, "{picture}");
+        let panels = |name: &str| picture.matches(&format!("class=\"panel\">{name}")).count();
+        assert_eq!(["Throughput", "Latency", "CPU", "Memory"].map(panels), [1, 1, 0, 1]);
         assert!(picture.contains(&format!("width=\"{BAR:.1}\"")), "the greatest value has the longest bar");
         assert!(picture.contains("a &lt; b &amp; c"));
         assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));

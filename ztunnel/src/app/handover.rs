@@ -12,24 +12,48 @@
 //!     │ ◀───────────────────── (closes) ───│  its process is gone
 //! ```
 //!
+//! Where the kernel holds nothing for them (pods that a node agent's rules redirect), the successor also asks for the
+//! pods themselves, after "yielded": it says "pods", is answered with one pod and its sockets, says "next", and so on
+//! until "end". Both then listen on the same sockets, so that no connection attempt is lost when one of them closes.
+//!
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
 //! while it starts costs nothing. A predecessor that does not answer in time is overruled: the generation in the
 //! pinned maps tells it that it is no longer the owner (see [`crate::capture`]). Its successor stays connected all
 //! the same, so that when it wakes up it does not take the node back.
 
 use std::io;
+use std::io::IoSlice;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::net::RecvAncillaryBuffer;
+use rustix::net::RecvAncillaryMessage;
+use rustix::net::RecvFlags;
+use rustix::net::SendAncillaryBuffer;
+use rustix::net::SendAncillaryMessage;
+use rustix::net::SendFlags;
 
 use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::io::BufReader;
+use tokio::io::Interest;
 use tokio::net::UnixListener;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+
+use crate::capture::Listeners;
+use crate::enrol::zds::AgentPod;
+use crate::model::addr::PodUid;
+use crate::net::netns::Netns;
 
 /// The version of the lines above. Another one is treated as no answer.
 const VERSION: &str = "1";
@@ -41,6 +65,21 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 const HELLO_WITHIN: Duration = Duration::from_millis(500);
 /// Lines are short; a longer one is not from a daemon of ours.
 const LINE_MAX: u64 = 128;
+/// The line that names a pod is as long as the node agent's message was, at most.
+const POD_MAX: usize = 1200;
+/// Of one pod: its network namespace, and its listeners for outbound, inbound and tunnels.
+const POD_DESCRIPTORS: usize = 4;
+/// Pods that are taken over. A predecessor that names more is not believed.
+const PODS_MAX: usize = 4096;
+
+/// A pod on its way from one daemon to the next.
+#[derive(Debug, Clone)]
+pub struct HandedPod {
+    /// Which.
+    pub pod: AgentPod,
+    /// Where its connections arrive, in both daemons.
+    pub listeners: Arc<Listeners>,
+}
 
 /// A line-wise connection to the other daemon.
 #[derive(Debug)]
@@ -59,6 +98,66 @@ impl Line {
 
     async fn write(&mut self, line: &str) -> io::Result<()> {
         self.0.get_mut().write_all(format!("{line}\n").as_bytes()).await
+    }
+
+    /// Sends a pod with its descriptors, or the end of them.
+    async fn write_pod(&mut self, handed: Option<&HandedPod>) -> io::Result<()> {
+        let Some(HandedPod { pod, listeners }) = handed else { return self.write("end").await };
+        let AgentPod { uid, name, namespace, service_account, netns } = pod;
+        // None of them has a blank in it: see `enrol::zds::message`.
+        let line = format!("pod {uid} {name} {namespace} {service_account}\n");
+        let descriptors =
+            [netns.as_fd(), listeners.outbound.as_fd(), listeners.inbound.as_fd(), listeners.hbone.as_fd()];
+        let stream = self.0.get_ref();
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            control.push(SendAncillaryMessage::ScmRights(&descriptors));
+            let bytes = [IoSlice::new(line.as_bytes())];
+            Ok(rustix::net::sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL)?)
+        };
+        // One at a time is on its way, so there is room for all of it.
+        match stream.async_io(Interest::WRITABLE, send).await? == line.len() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
+    /// Receives a pod; `None` after the last.
+    async fn read_pod(&mut self) -> io::Result<Option<HandedPod>> {
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "not a pod of the daemon before this one");
+        let stream = self.0.get_ref();
+        let receive = || {
+            let mut bytes = [0; POD_MAX];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS))];
+            // Whatever is not taken out of it is closed with it.
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let slices = &mut [IoSliceMut::new(&mut bytes)];
+            let received = rustix::net::recvmsg(stream, slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            let mut descriptors: Vec<OwnedFd> = Vec::new();
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(some) = message {
+                    descriptors.extend(some);
+                }
+            }
+            let line = String::from_utf8_lossy(&bytes[..received.bytes]).into_owned();
+            Ok((line, descriptors))
+        };
+        let (line, descriptors) = stream.async_io(Interest::READABLE, receive).await?;
+        let words: Vec<&str> = line.strip_suffix('\n').ok_or_else(wrong)?.split(' ').collect();
+        let [name, namespace, service_account, uid] = match words[..] {
+            ["end"] => return Ok(None),
+            ["pod", uid, name, namespace, service_account] => {
+                [name, namespace, service_account, uid].map(Arc::<str>::from)
+            }
+            _ => return Err(wrong()),
+        };
+        let [netns, outbound, inbound, hbone] =
+            <[OwnedFd; POD_DESCRIPTORS]>::try_from(descriptors).map_err(|_others| wrong())?;
+        let netns = Arc::new(Netns::from_fd(netns)?);
+        let [outbound, inbound, hbone] = [outbound, inbound, hbone].map(|fd| Arc::new(TcpListener::from(fd)));
+        let pod = AgentPod { uid: PodUid(uid), name, namespace, service_account, netns };
+        Ok(Some(HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }) }))
     }
 }
 
@@ -109,6 +208,24 @@ pub async fn ask(socket: &Path) -> Found {
 }
 
 impl Predecessor {
+    /// The pods that the predecessor serves, and their listeners, which from now on both have.
+    pub async fn pods(&mut self) -> io::Result<Vec<HandedPod>> {
+        let mut pods = Vec::new();
+        let mut say = "pods";
+        loop {
+            let next = async {
+                self.line.write(say).await?;
+                self.line.read_pod().await
+            };
+            match timeout(ANSWER_WITHIN, next).await.map_err(|_elapsed| io::ErrorKind::TimedOut)?? {
+                Some(pod) if pods.len() < PODS_MAX => pods.push(pod),
+                Some(_) => return Err(io::Error::other("too many pods")),
+                None => return Ok(pods),
+            }
+            say = "next";
+        }
+    }
+
     /// Tells the predecessor that everything is taken over, and waits a little until it has closed its ports.
     pub async fn done(mut self) -> Departing {
         let bye: io::Result<()> = timeout(ANSWER_WITHIN, async {
@@ -209,14 +326,24 @@ pub enum Outcome {
 }
 
 impl Claim {
-    /// Says that this daemon no longer changes the kernel, and waits for the successor to finish or die.
-    pub async fn outcome(&mut self) -> Outcome {
-        if self.0.write(&format!("yielded {}", std::process::id())).await.is_err() {
-            return Outcome::Abandoned;
+    /// Says that this daemon no longer changes the kernel, gives the successor `pods` if it asks for them, and waits
+    /// for it to finish or die.
+    pub async fn outcome(&mut self, pods: &[HandedPod]) -> Outcome {
+        match self.converse(pods).await {
+            Ok(()) => Outcome::Done,
+            Err(_gone) => Outcome::Abandoned,
         }
-        match self.0.read().await {
-            Ok(line) if line == "done" => Outcome::Done,
-            _ => Outcome::Abandoned,
+    }
+
+    async fn converse(&mut self, pods: &[HandedPod]) -> io::Result<()> {
+        self.0.write(&format!("yielded {}", std::process::id())).await?;
+        let mut left = pods.iter();
+        loop {
+            match &*self.0.read().await? {
+                "done" => return Ok(()),
+                "pods" | "next" => self.0.write_pod(left.next()).await?,
+                _ => return Err(io::ErrorKind::InvalidData.into()),
+            }
         }
     }
 
@@ -269,7 +396,7 @@ mod tests {
         };
         let predecessor = async {
             let mut claim = old.next().await;
-            assert_eq!(claim.outcome().await, Outcome::Done);
+            assert_eq!(claim.outcome(&[]).await, Outcome::Done);
             claim.bye().await;
             assert!(old.is_current());
             drop(claim);
@@ -280,6 +407,63 @@ mod tests {
         drop(new);
     }
 
+    fn handed(uid: &str) -> HandedPod {
+        let listener = || Arc::new(TcpListener::bind("127.0.0.1:0").unwrap());
+        let [name, namespace, service_account] = ["cart-1", "shop", "cart"].map(Arc::from);
+        let netns = Arc::new(Netns::current().unwrap());
+        let pod = AgentPod { uid: PodUid::from(uid), name, namespace, service_account, netns };
+        let [outbound, inbound, hbone] = [listener(), listener(), listener()];
+        HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }) }
+    }
+
+    #[tokio::test]
+    async fn pods_are_handed_over_with_their_sockets() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path).unwrap();
+        let given: Vec<HandedPod> = (0..300).map(|number| handed(&format!("uid-{number}"))).collect();
+        let ports: Vec<_> = given.iter().map(|pod| pod.listeners.hbone.local_addr().unwrap()).collect();
+        let successor = async {
+            let Found::Yielded(mut predecessor) = ask(&path).await else { panic!("not yielded") };
+            let pods = predecessor.pods().await.unwrap();
+            (pods, predecessor.done().await)
+        };
+        let predecessor = async {
+            let mut claim = old.next().await;
+            assert_eq!(claim.outcome(&given).await, Outcome::Done);
+            claim.bye().await;
+            claim
+        };
+        let ((pods, _departing), _claim) = tokio::join!(successor, predecessor);
+        drop(given);
+        assert_eq!(pods.len(), 300);
+        for (index, (pod, address)) in pods.iter().zip(ports).enumerate() {
+            assert_eq!(*pod.pod.uid.0, format!("uid-{index}"));
+            assert_eq!((&*pod.pod.name, &*pod.pod.service_account), ("cart-1", "cart"));
+            assert_eq!(pod.listeners.hbone.local_addr().unwrap(), address);
+            // It still listens, though the first daemon has closed it.
+            std::net::TcpStream::connect(address).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_pod_is_refused() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path).unwrap();
+        let successor = async {
+            let Found::Yielded(mut predecessor) = ask(&path).await else { panic!("not yielded") };
+            predecessor.pods().await
+        };
+        let predecessor = async {
+            let mut claim = old.next().await;
+            claim.0.write("yielded 1").await.unwrap();
+            assert_eq!(claim.0.read().await.unwrap(), "pods");
+            claim.0.write("pod without sockets or names").await.unwrap();
+            claim
+        };
+        let (pods, _claim) = tokio::join!(successor, predecessor);
+        assert_eq!(pods.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
     #[tokio::test]
     async fn a_successor_that_dies_gives_the_node_back() {
         let (_dir, path) = socket();
@@ -288,7 +472,7 @@ mod tests {
             let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
             drop(predecessor);
         };
-        let predecessor = async { old.next().await.outcome().await };
+        let predecessor = async { old.next().await.outcome(&[]).await };
         let ((), outcome) = tokio::join!(successor, predecessor);
         assert_eq!(outcome, Outcome::Abandoned);
     }
@@ -317,7 +501,7 @@ mod tests {
         // It wakes up, finds what it was asked, and that all is done.
         let (done, outcome) = tokio::join!(predecessor.done(), async {
             let mut claim = hung.next().await;
-            let outcome = claim.outcome().await;
+            let outcome = claim.outcome(&[]).await;
             claim.bye().await;
             (outcome, claim)
         });

@@ -23,6 +23,7 @@ use crate::capture::reconcile::Repair;
 use crate::enrol::pod::LocalPod;
 use crate::enrol::pods::Event;
 use crate::model::addr::PodUid;
+use crate::model::workload::Named;
 use crate::proxy;
 use crate::proxy::DataPlane;
 use crate::proxy::Leaving;
@@ -219,6 +220,7 @@ impl Worker {
                 }
                 Command::Yield(answer) => {
                     self.yielded = true;
+                    self.data_plane.no_neighbours();
                     let _gone = answer.send(());
                 }
                 Command::Reclaim(answer) => {
@@ -227,6 +229,7 @@ impl Worker {
                 Command::End => return,
                 Command::Close(answer) => {
                     self.yielded = true;
+                    self.data_plane.no_neighbours();
                     self.node.close_all();
                     let _gone = answer.send(());
                 }
@@ -243,7 +246,7 @@ impl Worker {
         let captured = self.node.bind(&spec)?;
         let served = proxy::PodSpec {
             uid: pod.uid.clone(),
-            workload: Arc::clone(&pod.workload),
+            workload: Named::Uid(Arc::clone(&pod.workload)),
             addresses: pod.addresses.clone(),
         };
         let listeners = proxy::Listeners {
@@ -255,6 +258,7 @@ impl Worker {
             .add_pod(served, listeners, Arc::clone(&captured.netns))
             .map_err(CaptureError::Listeners)?;
         self.node.capture(&spec, &captured)?;
+        self.data_plane.neighbour(&pod.uid);
         self.leaving.remove(&pod.uid);
         self.pods.insert(pod.uid.clone(), (spec, captured));
         Ok(())
@@ -276,6 +280,7 @@ impl Worker {
 
     /// New connections are plain from here on; open ones go on, and what they need in the kernel stays.
     fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
+        self.data_plane.no_neighbour(uid);
         match self.node.withdraw(uid) {
             // Nothing of it is in the kernel.
             Ok(()) | Err(WithdrawError::Unknown(_)) => {}
@@ -321,7 +326,7 @@ impl Worker {
             return Reconciled::Superseded;
         }
         self.release_ended();
-        let repairs = self.node.reconcile();
+        let repairs = self.node.reconcile_changed();
         let lost =
             repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
         Reconciled::Repaired { repairs, lost }
@@ -333,8 +338,9 @@ impl Worker {
         let mut result = Ok(());
         for (spec, captured) in self.pods.values() {
             // One pod that fails must not keep the others closed.
-            if let Err(error) = self.node.capture(spec, captured) {
-                result = Err(error);
+            match self.node.capture(spec, captured) {
+                Ok(()) => self.data_plane.neighbour(&spec.uid),
+                Err(error) => result = Err(error),
             }
         }
         result

@@ -75,7 +75,7 @@ fn capture_metrics(families: &mut Families<'_>, counters: &CounterReader) -> std
 }
 
 /// What is known of the pods that are served.
-fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
+pub fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
     let data_plane = Arc::downgrade(data_plane);
     telemetry.register(move |families: &mut Families<'_>| {
         let Some(data_plane) = data_plane.upgrade() else { return Ok(()) };

@@ -41,6 +41,14 @@ impl Netlink {
         Ok(list)
     }
 
+    /// Asks for one thing.
+    pub(super) fn get(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
+        self.send(message, NLM_F_REQUEST | NLM_F_ACK)?;
+        let mut answer = None;
+        self.receive(|message| answer = Some(message))?;
+        answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
     fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.sequence += 1;
         let mut header = NetlinkHeader::default();

@@ -14,6 +14,7 @@ use ztunnel_ebpf_abi::{Counter, STATE_GENERATION, STATE_MOUNTED};
 use super::error::OpenError;
 use super::maps::{Maps, unpack};
 use super::pins::{Pins, gone};
+use super::reconcile::Watch;
 use super::sys::{self, Attach, Ensured, Wanted};
 use super::vouch::Vouch;
 use super::{Config, Node, host, programs};
@@ -94,6 +95,7 @@ impl Node {
             loader,
             renew: false,
             links: HashMap::new(),
+            watch: Watch::default(),
             pods: HashMap::new(),
         };
         node.own(mounted)?;

@@ -15,6 +15,7 @@ use super::maps::{absent, pack, unpack};
 use super::netlink::Netlink;
 use super::node::uid_of;
 use super::pins::{Pins, gone};
+use super::reconcile::Watched;
 use super::sys::{self, Attach, Ensured, Wanted};
 use super::{Captured, Enrolled, Links, Node, PodSpec, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
@@ -40,8 +41,16 @@ impl Node {
             || (self.renew, None, Links::default()),
             |known| (known.renew, known.listeners, known.links),
         );
-        let enrolled =
-            Enrolled { slot, cookie, netns: Arc::clone(&netns), spec, renew, listeners: listening, links };
+        let enrolled = Enrolled {
+            slot,
+            cookie,
+            netns: Arc::clone(&netns),
+            spec,
+            renew,
+            listeners: listening,
+            watched: Watched::default(),
+            links,
+        };
         self.pods.insert(pod.uid.clone(), enrolled);
         Ok(Captured { listeners: Arc::new(listeners), netns })
     }
@@ -91,6 +100,7 @@ impl Node {
         }
         let known = self.pods.get_mut(&pod.uid).ok_or_else(|| EnrolError::NotBound(pod.uid.clone()))?;
         known.spec = pod.clone();
+        known.watched.doubt();
         let slot = known.slot;
         let record = self.maps.records.get(&slot, 0).map_err(EnrolError::step("the record"))?;
         if record.withdrawn != 0 {

@@ -1,11 +1,79 @@
 //! Comparing intent with the kernel and repairing what drifted.
+//!
+//! A close look at a pod takes a quarter of a millisecond, most of it in the pod's namespace. So that hundreds of pods
+//! can be looked after every other second for next to nothing, a pod is looked at closely only when it gives cause:
+//! * the kernel has announced a change of its devices, addresses, rules or routes (see `changes`);
+//! * the path of its namespace leads elsewhere, or the directory of its pins has changed;
+//! * one of its programs is detached;
+//! * its `tcp_fwmark_accept` is off;
+//! * its turn has come: what is left, entries of maps, closes a pod when it is missing.
 
 use std::fmt;
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::{Node, host};
+use super::changes::{Changes, Heard};
+use super::sys::{self, Attach};
+use super::{Enrolled, Node, host, routes};
 use crate::model::addr::PodUid;
 use crate::net::netns::Netns;
+
+/// In how many calls every pod's turn for a close look comes.
+const TURNS: u32 = 150;
+
+/// What the reconciler remembers between its calls.
+#[derive(Default)]
+pub(super) struct Watch {
+    changes: Listening,
+    /// Counts the calls.
+    call: u32,
+}
+
+#[derive(Default)]
+enum Listening {
+    /// Not yet.
+    #[default]
+    NotYet,
+    /// To what is announced in pods' namespaces.
+    To(Changes),
+    /// It is not possible here: every look is a close one.
+    Refused,
+}
+
+/// What it remembers of one pod.
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    /// The number by which changes in its namespace are announced.
+    number: Option<i32>,
+    /// Its `tcp_fwmark_accept`: to open it anew each time costs more than all the rest of a glance.
+    accepts_marks: Option<File>,
+    /// The directory of its pins when all was in order; `None` asks for a close look.
+    pins: Option<Stamp>,
+}
+
+impl Watched {
+    /// Asks for a close look.
+    pub(super) fn doubt(&mut self) {
+        self.pins = None;
+    }
+}
+
+/// A directory as `stat` shows it: another one when an entry was made or removed.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    directory: (u64, u64),
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        let found = path.metadata().ok()?;
+        Some(Self { directory: (found.dev(), found.ino()), modified: (found.mtime(), found.mtime_nsec()) })
+    }
+}
 
 /// Something that was not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,24 +100,113 @@ impl fmt::Display for Repair {
 }
 
 impl Node {
-    /// Looks at everything that should be in the kernel and puts back what is missing. Does nothing once a
-    /// newer daemon owns the node. Call it about once a second.
+    /// Looks closely at everything that should be in the kernel and puts back what is missing. Does nothing once a
+    /// newer daemon owns the node.
     pub fn reconcile(&mut self) -> Vec<Repair> {
+        self.look(|_, _| true)
+    }
+
+    /// The same, but pods that give no cause are only glanced at. Call it every other second.
+    pub fn reconcile_changed(&mut self) -> Vec<Repair> {
+        if self.is_owner() {
+            self.watch.call = self.watch.call.wrapping_add(1);
+            self.hear();
+        }
+        self.look(Self::gives_cause)
+    }
+
+    fn look(&mut self, closely: impl Fn(&Self, &Enrolled) -> bool) -> Vec<Repair> {
         let mut repairs = Vec::new();
         if !self.is_owner() {
             return repairs;
         }
         self.reconcile_node(&mut repairs);
-        let active: Vec<PodUid> = self
-            .pods
-            .iter()
-            .filter(|(_, known)| known.listeners.is_some())
-            .map(|(uid, _)| uid.clone())
-            .collect();
-        for uid in active {
+        let active = self.pods.iter().filter(|(_, known)| known.listeners.is_some());
+        let doubtful: Vec<PodUid> =
+            active.filter(|(_, known)| closely(self, known)).map(|(uid, _)| uid.clone()).collect();
+        for uid in doubtful {
+            let pins = self.expect_changes(&uid);
+            let before = repairs.len();
             self.reconcile_pod(&uid, &mut repairs);
+            // What had to be repaired is looked at once more.
+            if repairs.len() == before
+                && let Some(known) = self.pods.get_mut(&uid)
+            {
+                known.watched.pins = pins;
+            }
         }
         repairs
+    }
+
+    /// Marks the pods of which something has been announced.
+    fn hear(&mut self) {
+        if matches!(self.watch.changes, Listening::NotYet) {
+            self.watch.changes = Changes::open().map_or_else(
+                |error| {
+                    tracing::warn!(
+                        %error,
+                        "changes in pods' network namespaces are not announced to this process (it needs \
+                         CAP_NET_BROADCAST): it looks for them, which takes more CPU time"
+                    );
+                    Listening::Refused
+                },
+                Listening::To,
+            );
+        }
+        let heard = match &self.watch.changes {
+            Listening::To(changes) => changes.heard(),
+            _ => Heard::TooMuch,
+        };
+        let concerns = |known: &Enrolled| match &heard {
+            Heard::TooMuch => true,
+            Heard::In(numbers) => known.watched.number.is_none_or(|number| numbers.contains(&number)),
+        };
+        self.pods.values_mut().filter(|known| concerns(known)).for_each(|known| known.watched.doubt());
+    }
+
+    /// To be called before a close look, so that nothing is missed after it. Returns what the pod is remembered by if
+    /// that finds all in order.
+    fn expect_changes(&mut self, uid: &PodUid) -> Option<Stamp> {
+        let (Listening::To(changes), Some(known)) = (&mut self.watch.changes, self.pods.get_mut(uid)) else {
+            return None;
+        };
+        if known.watched.number.is_none() {
+            known.watched.number = changes
+                .listen(&known.netns)
+                .inspect_err(|error| tracing::debug!(pod = %uid, %error, "cannot listen for changes"))
+                .ok();
+        }
+        if known.watched.accepts_marks.is_none() {
+            let opened = known.netns.run(routes::open_accepts_marks);
+            known.watched.accepts_marks = opened.and_then(|file| file).ok();
+        }
+        known.watched.number.and_then(|_| Stamp::of(&self.pins.pod(known.slot)))
+    }
+
+    /// Whether a glance shows that something may be wrong with a pod.
+    fn gives_cause(&self, known: &Enrolled) -> bool {
+        let attached = |link, hook, target| {
+            sys::link_state(link, hook).is_ok_and(|state: sys::LinkState| state.target == target)
+        };
+        known.watched.pins.is_none()
+            || known.slot % TURNS == self.watch.call % TURNS
+            || known.watched.pins != Stamp::of(&self.pins.pod(known.slot))
+            || !known
+                .spec
+                .netns
+                .metadata()
+                .is_ok_and(|current| (current.dev(), current.ino()) == known.netns.id())
+            || !known
+                .links
+                .lookup
+                .as_ref()
+                .is_some_and(|link| attached(link.as_fd(), Attach::SkLookup, known.netns.id().1))
+            || !known
+                .links
+                .guards
+                .iter()
+                .all(|(index, link)| attached(link.as_fd(), Attach::TcxEgress, u64::from(*index)))
+            || !known.watched.accepts_marks.as_ref().is_some_and(routes::reads_one)
     }
 
     fn reconcile_node(&mut self, repairs: &mut Vec<Repair>) {

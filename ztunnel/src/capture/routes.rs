@@ -2,8 +2,10 @@
 //!
 //! Everything here works in the namespace of the calling thread.
 
+use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::FileExt as _;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
@@ -199,6 +201,17 @@ fn absent(result: io::Result<()>) -> io::Result<()> {
 /// Whether accepted sockets take the mark of their connection here.
 pub(super) fn accepts_marks() -> io::Result<u32> {
     Ok(std::fs::read_to_string(FWMARK_ACCEPT)?.trim().parse().unwrap_or(0))
+}
+
+/// Opens what says so, to be asked again and again from wherever.
+pub(super) fn open_accepts_marks() -> io::Result<File> {
+    File::open(FWMARK_ACCEPT)
+}
+
+/// Whether a sysctl that was opened is 1 now.
+pub(super) fn reads_one(sysctl: &File) -> bool {
+    let mut value = [0; 4];
+    sysctl.read_at(&mut value, 0).is_ok_and(|length| value.get(..length) == Some(b"1\n"))
 }
 
 /// Sets that; on a withdrawal to what it was.

@@ -10,6 +10,7 @@ use super::maps::Maps;
 use super::node::uid_of;
 use super::pins::Pins;
 use super::programs::Loader;
+use super::reconcile::Watch;
 use super::vouch::Vouch;
 use super::{Config, Node, host};
 use crate::model::addr::PodUid;
@@ -78,6 +79,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
             vouch: std::sync::Arc::new(Vouch(vouch)),
             renew: false,
             links: HashMap::new(),
+            watch: Watch::default(),
             pods: HashMap::new(),
         };
         // A daemon that still runs stops writing.

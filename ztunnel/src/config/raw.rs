@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::ArgAction;
 use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
@@ -81,18 +82,71 @@ pub struct Run {
     /// How long open connections may go on after SIGTERM or a hand-over
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_deadline: Duration,
-    /// Data-plane threads [default: half the cores, at least one]
+    /// Data-plane threads [default: half the cores, two at least if there are two cores]
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// Carry connections between two pods of this node over mutual TLS too
+    ///
+    /// Otherwise they never leave the daemon: it hands their bytes over from one pod's socket to the other's,
+    /// under the same policies, identities and reports. With this flag every byte is encrypted between the two pods, and
+    /// what else the node has on the way (a NetworkPolicy for port 15008, say) is asked.
+    #[arg(long, env = "ZTUNNEL_ENCRYPT_SAME_NODE", value_parser = clap::builder::BoolishValueParser::new())]
+    pub encrypt_same_node: bool,
+    /// The TCP congestion control of tunnels; `system`: whatever the kernel uses by default
+    #[arg(long, env = "ZTUNNEL_TUNNEL_CONGESTION", value_name = "NAME", default_value = "cubic")]
+    pub tunnel_congestion: String,
     /// Where /metrics is served
     #[arg(long, value_name = "ADDR", default_value = "[::]:15020")]
     pub metrics_addr: SocketAddr,
     /// Where /healthz/ready is served
     #[arg(long, value_name = "ADDR", default_value = "[::]:15021")]
     pub ready_addr: SocketAddr,
+    /// Pods that a node agent enrols.
+    #[command(flatten)]
+    pub zds: Zds,
     /// How log lines look. RUST_LOG chooses which there are (e.g. RUST_LOG=info,access=off)
     #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", default_value = "plain")]
     pub log_format: LogFormat,
+}
+
+/// Enrolment by a node agent, and the sockets in pods whose traffic its rules redirect.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Enrolment by a node agent")]
+pub struct Zds {
+    /// Let a node agent (istio-cni, cilium-agent) enrol the pods, over this socket [default path: /var/run/ztunnel/ztunnel.sock]
+    ///
+    /// The agent's own rules in each pod then redirect its traffic to ports 15001, 15006 and 15008: nothing is
+    /// loaded into the kernel, and neither eBPF nor a cgroup is needed. The mesh directory still says who is who;
+    /// its annotations ztunnel.io/netns are not used.
+    #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", num_args = 0..=1, default_missing_value = "/var/run/ztunnel/ztunnel.sock")]
+    pub zds: Option<PathBuf>,
+    /// The mark (SO_MARK) by which the rules know the daemon's own packets
+    #[arg(long, env = "PACKET_MARK", value_name = "N", default_value = "1337")]
+    pub packet_mark: u32,
+    /// Whether applications see their clients' addresses: true fails where that is not permitted [default: where permitted]
+    #[arg(long, env = "ENABLE_ORIG_SRC", value_name = "BOOL")]
+    pub orig_src: Option<bool>,
+    /// Whether another daemon may listen in the same pods, so that one can replace the other
+    #[arg(long, env = "INPOD_PORT_REUSE", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
+    pub port_reuse: bool,
+    /// Whether to listen on IPv6 in the pods
+    #[arg(long, env = "IPV6_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
+    pub ipv6: bool,
+    /// Whether idle connections are probed (TCP keepalive)
+    #[arg(long, env = "KEEPALIVE_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
+    pub keepalive: bool,
+    /// How long a connection is idle before it is probed
+    #[arg(long, env = "KEEPALIVE_TIME", value_name = "TIME", default_value = "180s", value_parser = humantime::parse_duration)]
+    pub keepalive_time: Duration,
+    /// Between two probes
+    #[arg(long, env = "KEEPALIVE_INTERVAL", value_name = "TIME", default_value = "180s", value_parser = humantime::parse_duration)]
+    pub keepalive_interval: Duration,
+    /// How many unanswered probes end a connection
+    #[arg(long, env = "KEEPALIVE_RETRIES", value_name = "N", default_value = "9")]
+    pub keepalive_retries: u32,
+    /// Whether what was sent must be acknowledged in the time that the probes would take (TCP_USER_TIMEOUT)
+    #[arg(long, env = "USER_TIMEOUT_ENABLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set)]
+    pub user_timeout: bool,
 }
 
 /// How log lines look.

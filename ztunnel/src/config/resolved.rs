@@ -1,7 +1,6 @@
 //! From what was typed to what each module is given.
 
 use std::net::SocketAddr;
-use std::num::NonZero;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,6 +8,10 @@ use std::time::Duration;
 
 use crate::capture;
 use crate::config::raw;
+use crate::hbone;
+use crate::net::redirected::ClientAddress;
+use crate::net::redirected::Settings;
+use crate::net::socket::Keepalive;
 use crate::proxy;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
@@ -67,6 +70,11 @@ pub struct Places {
 
 /// Completes `kernel` by what this machine has.
 pub fn places(kernel: &raw::Kernel) -> Result<Places, Invalid> {
+    places_with(kernel, None)
+}
+
+/// [`places`], with a cgroup to name where no hierarchy is mounted.
+fn places_with(kernel: &raw::Kernel, instead: Option<&Path>) -> Result<Places, Invalid> {
     let node = node_name(kernel.node.as_deref())?;
     let named = |flag: &'static str, path: &Option<PathBuf>| match path {
         Some(path) => match std::fs::metadata(path) {
@@ -78,6 +86,7 @@ pub fn places(kernel: &raw::Kernel) -> Result<Places, Invalid> {
     let cgroup_root = match named("--cgroup-root", &kernel.cgroup_root)? {
         Some(path) => path,
         None => cgroup2_mount(&std::fs::read_to_string("/proc/self/mounts").unwrap_or_default())
+            .or_else(|| instead.map(Path::to_owned))
             .ok_or(Invalid::NoCgroup2)?,
     };
     let kubepods = match named("--kubepods-cgroup", &kernel.kubepods_cgroup)? {
@@ -105,6 +114,34 @@ pub fn places(kernel: &raw::Kernel) -> Result<Places, Invalid> {
     })
 }
 
+/// Enrolment by a node agent.
+#[derive(Debug, Clone)]
+pub struct Zds {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// How to listen in the pods.
+    pub listeners: capture::rules::Config,
+}
+
+fn zds(typed: &raw::Zds) -> Option<Zds> {
+    let settings = Settings {
+        mark: typed.packet_mark,
+        client_address: match typed.orig_src {
+            None => ClientAddress::Preferred,
+            Some(true) => ClientAddress::Required,
+            Some(false) => ClientAddress::Hidden,
+        },
+        keepalive: typed.keepalive.then_some(Keepalive {
+            time: typed.keepalive_time,
+            interval: typed.keepalive_interval,
+            retries: typed.keepalive_retries,
+        }),
+        user_timeout: typed.user_timeout,
+    };
+    let listeners = capture::rules::Config { share_ports: typed.port_reuse, ipv6: typed.ipv6, settings };
+    Some(Zds { socket: typed.zds.clone()?, listeners })
+}
+
 /// Everything `ztunnel run` needs.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -120,6 +157,8 @@ pub struct Run {
     pub metrics_addr: SocketAddr,
     /// Where readiness is served.
     pub ready_addr: SocketAddr,
+    /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
+    pub zds: Option<Zds>,
     /// What the data plane is given.
     pub proxy: proxy::Config,
     /// How log lines look.
@@ -130,9 +169,14 @@ pub struct Run {
 
 /// Completes `typed` by what this machine has.
 pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
-    let places = places(&typed.kernel)?;
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = typed.threads.unwrap_or_else(|| (cores / 2).max(1));
+    let zds = zds(&typed.zds);
+    let places = match zds {
+        // Capture is not used, so what it would need may be missing.
+        Some(_) => places_with(&typed.kernel, Some(Path::new("/")))?,
+        None => places(&typed.kernel)?,
+    };
+    let defaults = proxy::Config::default();
+    let threads = typed.threads.unwrap_or(defaults.threads);
     if threads == 0 {
         return Err(Invalid::NoThreads);
     }
@@ -143,7 +187,16 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         drain_deadline: typed.drain_deadline,
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
-        proxy: proxy::Config { threads, ..proxy::Config::default() },
+        zds,
+        proxy: proxy::Config {
+            threads,
+            near: !typed.encrypt_same_node,
+            hbone: hbone::Config {
+                congestion: Some(typed.tunnel_congestion.clone()).filter(|name| name != "system"),
+                ..defaults.hbone
+            },
+            ..defaults
+        },
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

@@ -6,6 +6,15 @@ use std::sync::Arc;
 
 use crate::model::addr::PodUid;
 
+/// A pod that can be enrolled, as the machine that does it sees it.
+pub trait Enrolled: Clone + PartialEq {
+    /// This incarnation of the pod.
+    fn uid(&self) -> &PodUid;
+
+    /// Whether `other` lives in the same network namespace.
+    fn shares_netns(&self, other: &Self) -> bool;
+}
+
 /// A pod of this node that is to be captured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalPod {
@@ -21,4 +30,14 @@ pub struct LocalPod {
     pub netns: PathBuf,
     /// Its addresses, the primary one of each family first.
     pub addresses: Vec<IpAddr>,
+}
+
+impl Enrolled for LocalPod {
+    fn uid(&self) -> &PodUid {
+        &self.uid
+    }
+
+    fn shares_netns(&self, other: &Self) -> bool {
+        self.netns == other.netns
+    }
 }

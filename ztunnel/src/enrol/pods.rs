@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::enrol::pod::Enrolled;
 use crate::enrol::pod::LocalPod;
 use crate::model::addr::PodUid;
 
@@ -29,9 +30,13 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// What can happen to enrolment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub enum Event<P = LocalPod> {
     /// These, and no others, are to be enrolled.
-    Desired(Vec<LocalPod>),
+    Desired(Vec<P>),
+    /// This one, too, is to be enrolled. Asked for again after a failure it is tried again at once.
+    Wanted(P),
+    /// This one is no longer to be enrolled.
+    Unwanted(PodUid),
     /// The pod's traffic now reaches the daemon.
     Captured(PodUid),
     /// It could not be captured.
@@ -48,9 +53,9 @@ pub enum Event {
 
 /// What is to be done about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub enum Action<P = LocalPod> {
     /// Redirect this pod's traffic to the daemon, or bring the redirection up to date.
-    Capture(LocalPod),
+    Capture(P),
     /// Undo that.
     Release(PodUid),
     /// Send [`Event::Tick`] at this time (the latest such request counts).
@@ -79,28 +84,54 @@ enum Phase {
 }
 
 #[derive(Debug, Clone)]
-struct Pod {
+struct Pod<P> {
     phase: Phase,
     /// What the source last said; `None` when it wants the pod released.
-    wanted: Option<LocalPod>,
+    wanted: Option<P>,
     /// What the last `Capture` was asked with.
-    asked: Option<LocalPod>,
+    asked: Option<P>,
     /// How long to wait should the capture under way fail.
     backoff: Duration,
 }
 
 /// All pods of this node that are enrolled or on their way in or out.
-#[derive(Debug, Default)]
-pub struct Pods {
-    pods: BTreeMap<PodUid, Pod>,
+#[derive(Debug)]
+pub struct Pods<P = LocalPod> {
+    pods: BTreeMap<PodUid, Pod<P>>,
 }
 
-impl Pods {
+/// How far one pod is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is not to be enrolled.
+    Unwanted,
+    /// Its traffic reaches the daemon, as the source last said.
+    Captured,
+    /// That is under way.
+    Busy,
+    /// It was tried and failed; it will be tried again.
+    Failing,
+}
+
+impl<P> Default for Pods<P> {
+    fn default() -> Self {
+        Self { pods: BTreeMap::new() }
+    }
+}
+
+impl<P: Enrolled> Pods<P> {
     /// Advances enrolment by one event.
-    pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
+    pub fn step(&mut self, event: Event<P>, now: Instant) -> Vec<Action<P>> {
         let mut actions = Vec::new();
         match event {
             Event::Desired(pods) => self.desire(pods, &mut actions),
+            Event::Wanted(pod) => self.want(pod, &mut actions),
+            Event::Unwanted(uid) => {
+                if let Some(pod) = self.pods.get_mut(&uid) {
+                    pod.wanted = None;
+                    settle(&uid, pod, &mut actions);
+                }
+            }
             Event::Captured(uid) => {
                 if let Some(pod) = self.pods.get_mut(&uid)
                     && pod.phase == Phase::Capturing
@@ -172,13 +203,62 @@ impl Pods {
         self.pods.keys()
     }
 
-    fn desire(&mut self, desired: Vec<LocalPod>, actions: &mut Vec<Action>) {
-        let mut gone: BTreeMap<&PodUid, &mut Pod> = self.pods.iter_mut().collect();
+    /// How far a pod is.
+    pub fn standing(&self, uid: &PodUid) -> Standing {
+        let Some(pod) = self.pods.get(uid).filter(|pod| pod.wanted.is_some()) else {
+            return Standing::Unwanted;
+        };
+        match pod.phase {
+            Phase::Captured => Standing::Captured,
+            Phase::Retrying { .. } => Standing::Failing,
+            Phase::Capturing | Phase::Releasing { .. } | Phase::Stuck { .. } => Standing::Busy,
+        }
+    }
+
+    /// Pods that are to be enrolled, as the source last said.
+    pub fn wanted(&self) -> impl Iterator<Item = &P> {
+        self.pods.values().filter_map(|pod| pod.wanted.as_ref())
+    }
+
+    /// When the next failed step is due.
+    pub fn next_retry(&self) -> Option<Instant> {
+        let due = |pod: &Pod<P>| match pod.phase {
+            Phase::Retrying { at, .. } | Phase::Stuck { at, .. } => Some(at),
+            _ => None,
+        };
+        self.pods.values().filter_map(due).min()
+    }
+
+    fn want(&mut self, local: P, actions: &mut Vec<Action<P>>) {
+        let uid = local.uid().clone();
+        match self.pods.get_mut(&uid) {
+            Some(pod) => {
+                let again = matches!(pod.phase, Phase::Retrying { .. }) && pod.asked.as_ref() == Some(&local);
+                pod.wanted = Some(local.clone());
+                match again {
+                    true => capture(pod, local, actions),
+                    false => settle(&uid, pod, actions),
+                }
+            }
+            None => self.add(local, actions),
+        }
+    }
+
+    fn add(&mut self, local: P, actions: &mut Vec<Action<P>>) {
+        let mut pod =
+            Pod { phase: Phase::Capturing, wanted: Some(local.clone()), asked: None, backoff: BACKOFF_MIN };
+        let uid = local.uid().clone();
+        capture(&mut pod, local, actions);
+        self.pods.insert(uid, pod);
+    }
+
+    fn desire(&mut self, desired: Vec<P>, actions: &mut Vec<Action<P>>) {
+        let mut gone: BTreeMap<&PodUid, &mut Pod<P>> = self.pods.iter_mut().collect();
         let mut new = Vec::new();
         for local in desired {
-            match gone.remove(&local.uid) {
+            match gone.remove(local.uid()) {
                 Some(pod) => {
-                    let uid = local.uid.clone();
+                    let uid = local.uid().clone();
                     pod.wanted = Some(local);
                     settle(&uid, pod, actions);
                 }
@@ -190,19 +270,11 @@ impl Pods {
             settle(uid, pod, actions);
         }
         for local in new {
-            let mut pod = Pod {
-                phase: Phase::Capturing,
-                wanted: Some(local.clone()),
-                asked: None,
-                backoff: BACKOFF_MIN,
-            };
-            let uid = local.uid.clone();
-            capture(&mut pod, local, actions);
-            self.pods.insert(uid, pod);
+            self.add(local, actions);
         }
     }
 
-    fn retry(&mut self, now: Instant, actions: &mut Vec<Action>) {
+    fn retry(&mut self, now: Instant, actions: &mut Vec<Action<P>>) {
         for (uid, pod) in &mut self.pods {
             match pod.phase {
                 Phase::Retrying { at, backoff } if at <= now => {
@@ -218,19 +290,11 @@ impl Pods {
             }
         }
     }
-
-    fn next_retry(&self) -> Option<Instant> {
-        let due = |pod: &Pod| match pod.phase {
-            Phase::Retrying { at, .. } | Phase::Stuck { at, .. } => Some(at),
-            _ => None,
-        };
-        self.pods.values().filter_map(due).min()
-    }
 }
 
 /// Brings a pod that is at rest nearer to what is wanted of it. A pod that is busy is left alone: it
 /// comes here again when it is done.
-fn settle(uid: &PodUid, pod: &mut Pod, actions: &mut Vec<Action>) {
+fn settle<P: Enrolled>(uid: &PodUid, pod: &mut Pod<P>, actions: &mut Vec<Action<P>>) {
     let at_rest = matches!(pod.phase, Phase::Captured | Phase::Retrying { .. });
     if !at_rest {
         return;
@@ -239,20 +303,20 @@ fn settle(uid: &PodUid, pod: &mut Pod, actions: &mut Vec<Action>) {
         None => release(uid, pod, actions),
         Some(wanted) if pod.asked.as_ref() == Some(&wanted) => {}
         // Another network namespace under the same name: what is in the old one must go first.
-        Some(wanted) if pod.asked.as_ref().is_some_and(|asked| asked.netns != wanted.netns) => {
+        Some(wanted) if pod.asked.as_ref().is_some_and(|asked| !asked.shares_netns(&wanted)) => {
             release(uid, pod, actions);
         }
         Some(wanted) => capture(pod, wanted, actions),
     }
 }
 
-fn capture(pod: &mut Pod, wanted: LocalPod, actions: &mut Vec<Action>) {
+fn capture<P: Enrolled>(pod: &mut Pod<P>, wanted: P, actions: &mut Vec<Action<P>>) {
     pod.phase = Phase::Capturing;
     pod.asked = Some(wanted.clone());
     actions.push(Action::Capture(wanted));
 }
 
-fn release(uid: &PodUid, pod: &mut Pod, actions: &mut Vec<Action>) {
+fn release<P>(uid: &PodUid, pod: &mut Pod<P>, actions: &mut Vec<Action<P>>) {
     pod.phase = Phase::Releasing { backoff: BACKOFF_MIN };
     pod.asked = None;
     actions.push(Action::Release(uid.clone()));

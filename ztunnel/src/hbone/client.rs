@@ -137,7 +137,6 @@ async fn shake(
     tls: Arc<ClientConfig>,
     config: &Config,
 ) -> Result<(Arc<Tunnel>, Driver), DialError> {
-    config.tune(&socket);
     // An address as a name: none is sent (RFC 6066 §3), and the expected identities are in `tls`.
     let name = ServerName::IpAddress(peer.0.ip().into());
     let tls = TlsConnector::from(tls)
@@ -249,6 +248,11 @@ struct State {
 }
 
 impl State {
+    fn has_room(&self, streams_max: usize) -> bool {
+        let peers_max = self.sender.as_ref().map_or(0, SendRequest::current_max_send_streams);
+        self.streams < streams_max.min(peers_max)
+    }
+
     fn is_over(&self) -> bool {
         self.leaving && self.used && self.streams == 0
     }
@@ -288,14 +292,18 @@ impl Tunnel {
         }
     }
 
+    /// Whether [`Self::lease`] would give room now.
+    pub fn has_room(&self) -> bool {
+        self.state().has_room(self.streams_max)
+    }
+
     /// Room for one stream, if there is: fewer are open than this side wants and the peer takes now.
     pub fn lease(self: &Arc<Self>) -> Option<Lease> {
         let mut state = self.state();
-        let sender = state.sender.as_ref()?;
-        if state.streams >= self.streams_max.min(sender.current_max_send_streams()) {
+        if !state.has_room(self.streams_max) {
             return None;
         }
-        let sender = sender.clone();
+        let sender = state.sender.clone()?;
         state.streams += 1;
         state.used = true;
         Some(Lease { tunnel: Arc::clone(self), sender: Some(sender) })
@@ -314,7 +322,7 @@ impl Tunnel {
     }
 
     /// Retires the tunnel if it has been idle for `limit`; otherwise says when to ask again.
-    fn retire_if_idle(&self, limit: Duration) -> Instant {
+    pub fn retire_if_idle(&self, limit: Duration) -> Instant {
         let state = self.state();
         let due = if state.streams == 0 { state.idle_since } else { Instant::now() } + limit;
         drop(state);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
@@ -61,11 +62,14 @@ const ROUNDS_MAX: usize = 16;
 pub struct Pool {
     peers: Arc<Mutex<HashMap<Key, Peer>>>,
     waiters_max: usize,
+    spare_timeout: Duration,
 }
 
 #[derive(Debug, Default)]
 struct Peer {
     tunnels: Vec<(Arc<Credentials>, Arc<Tunnel>)>,
+    /// Whether [`Pool::thin_out`] runs.
+    thinning: bool,
     /// While a dial is under way: who waits for it.
     dialling: Option<Vec<oneshot::Sender<Shared>>>,
 }
@@ -89,9 +93,10 @@ enum Next {
 }
 
 impl Pool {
-    /// An empty pool. At most `waiters_max` requests wait for one dial; further ones fail at once.
-    pub fn new(waiters_max: usize) -> Self {
-        Self { peers: Arc::default(), waiters_max }
+    /// An empty pool. At most `waiters_max` requests wait for one dial; further ones fail at once. A tunnel without
+    /// streams is closed after `spare_timeout` while there is another with room.
+    pub fn new(waiters_max: usize, spare_timeout: Duration) -> Self {
+        Self { peers: Arc::default(), waiters_max, spare_timeout }
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<Key, Peer>> {
@@ -162,6 +167,10 @@ impl Pool {
             let peer = peers.entry(key.clone()).or_default();
             if let Ok((tunnel, _)) = &mut dialled {
                 peer.tunnels.push((made_with, Arc::clone(tunnel)));
+                if peer.tunnels.len() > 1 && !std::mem::replace(&mut peer.thinning, true) {
+                    let (pool, key) = (self.clone(), key.clone());
+                    shutdown::spawn(async move { pool.thin_out(key).await });
+                }
             }
             peer.dialling.take().unwrap_or_default()
         };
@@ -188,6 +197,26 @@ impl Pool {
                     let _gone = waiter.send(Err(Arc::clone(&error)));
                 }
                 self.forget(&key, None);
+            }
+        }
+    }
+
+    /// Closes tunnels that no longer are needed beside others, until there is one.
+    async fn thin_out(&self, key: Key) {
+        loop {
+            tokio::time::sleep(self.spare_timeout).await;
+            let mut peers = self.peers();
+            let Some(peer) = peers.get_mut(&key) else { return };
+            if peer.tunnels.len() < 2 {
+                peer.thinning = false;
+                return;
+            }
+            // The one the next stream would take stays.
+            let next = peer.tunnels.iter().position(|(_, tunnel)| tunnel.has_room());
+            for (index, (_, tunnel)) in peer.tunnels.iter().enumerate() {
+                if next.is_some_and(|next| next != index) {
+                    tunnel.retire_if_idle(self.spare_timeout);
+                }
             }
         }
     }

@@ -76,7 +76,6 @@ pub async fn accept(
     tls: Arc<ServerConfig>,
     config: &Config,
 ) -> Result<Accepted, ServeError> {
-    config.tune(&socket);
     let limit = config.handshake_timeout;
     let tls = timeout(limit, TlsAcceptor::from(tls).accept(ReadAhead::new(socket)))
         .await
@@ -202,6 +201,16 @@ impl Incoming {
     /// The client's `baggage`.
     pub fn baggage(&self) -> Option<&str> {
         self.headers.get("baggage")?.to_str().ok()
+    }
+
+    /// What the client has said without waiting for the answer: nothing, or a piece, or that the stream broke. It
+    /// counts against the stream's window until the stream's half releases it.
+    pub fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+        match self.body.poll_data(cx) {
+            Poll::Ready(Some(said)) => Some(said.map_err(StreamError::from)),
+            // The stream's half finds the end again.
+            Poll::Ready(None) | Poll::Pending => None,
+        }
     }
 
     /// Waits for the client to give up. For while the application is being dialled.

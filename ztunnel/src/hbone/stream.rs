@@ -43,6 +43,11 @@ pub enum TunnelError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResetCode(pub u32);
 
+impl ResetCode {
+    /// The stream is no longer needed, and not because it came to its end.
+    pub const CANCEL: Self = Self(8);
+}
+
 impl fmt::Display for ResetCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         h2::Reason::from(self.0).fmt(f)
@@ -88,6 +93,10 @@ impl From<h2::Error> for TunnelError {
         Self::Protocol(error.to_string())
     }
 }
+
+/// The size of a large piece of data that costs least: with the header of its frame (RFC 9113 §4.1) it fills 16 TLS
+/// records to the last byte, so that nothing of it has to be copied to wait for more.
+pub const BULK_SIZE: usize = 16 * 16 * 1024 - 9;
 
 /// Where a stream's data is put.
 #[derive(Debug)]

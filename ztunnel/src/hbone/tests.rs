@@ -142,7 +142,7 @@ impl Mesh {
             client: Arc::new(ca.certify(&id("client"))),
             ca,
             peer,
-            pool: Pool::new(config.waiters_max),
+            pool: Pool::new(config.waiters_max, config.spare_timeout),
             config,
             dials: Arc::default(),
             stop,
@@ -261,6 +261,30 @@ async fn bytes_go_both_ways_and_each_way_ends_on_its_own() {
     send(&mut forth, data.clone()).await.unwrap();
     forth.finish().unwrap();
     assert!(receive(&mut recv).await.unwrap() == data);
+}
+
+#[tokio::test]
+async fn bytes_arrive_in_order_however_they_are_cut() {
+    let mesh = Mesh::start(Config::default(), echo()).await;
+    let (_lease, mut to, mut from) = mesh.connected().await;
+    // Around a TLS record, with and without a frame's header, and what is many of them.
+    let sizes = [1, 7, 9, 256, 257, 16_375, 16_376, 16_384, 16_385, 65_527, 65_536, 100_001, 700_000];
+    let all: Vec<u8> = (0..sizes.iter().sum::<usize>()).map(|n| (n / 251 + n) as u8).collect();
+    let talk = async {
+        let mut rest = all.as_slice();
+        for size in sizes {
+            let (piece, after) = rest.split_at(size);
+            rest = after;
+            send(&mut to, piece.to_vec()).await.unwrap();
+            // Between passes and within one.
+            if size % 2 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        to.finish().unwrap();
+    };
+    let ((), got) = tokio::join!(talk, receive(&mut from));
+    assert!(got.unwrap() == all);
 }
 
 #[tokio::test]
@@ -442,7 +466,7 @@ async fn who_waits_shares_the_failure_and_too_many_do_not_wait() {
     let peer = HbonePeer("10.0.0.1:15008".parse().unwrap());
     let credentials = Arc::new(TestCa::new().certify(&id("client")));
     let dialer = Shared(std::sync::Mutex::new(Failing(credentials, Cell::new(0), peer)));
-    let pool = Pool::new(3);
+    let pool = Pool::new(3, Duration::from_secs(3));
     let key = Key { source: id("client"), netns: (0, 0), peer, expect: vec![id("server")] };
     let all = (0..5).map(|_| pool.lease(&key, &dialer));
     let errors: Vec<_> =
@@ -518,6 +542,45 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn after_a_burst_one_tunnel_with_room_is_kept() {
+    let config =
+        Config { client_streams_max: 1, spare_timeout: Duration::from_millis(50), ..Config::default() };
+    let mesh = Mesh::start(config, echo()).await;
+    let left = async |tunnels| {
+        let fewer = async {
+            while mesh.pool.tunnels() > tunnels {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(mesh.pool.tunnels(), tunnels);
+    };
+    let mut streams = Vec::new();
+    for _ in 0..5 {
+        streams.push(mesh.connected().await);
+    }
+    assert_eq!(mesh.pool.tunnels(), 5);
+    // Two are in use, and one is kept beside them.
+    streams.truncate(2);
+    left(3).await;
+    let (_lease, forth, recv) = streams.last_mut().unwrap();
+    send(forth, "still there").await.unwrap();
+    forth.finish().unwrap();
+    assert_eq!(receive(recv).await.unwrap(), b"still there");
+    streams.clear();
+    left(1).await;
+    assert_eq!(mesh.dials(), 5);
+    // The next burst is noticed as well.
+    for _ in 0..3 {
+        streams.push(mesh.connected().await);
+    }
+    assert_eq!((mesh.dials(), mesh.pool.tunnels()), (7, 3));
+    streams.clear();
+    left(1).await;
 }
 
 #[tokio::test]

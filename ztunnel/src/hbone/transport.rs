@@ -1,12 +1,13 @@
 //! What is under a tunnel's HTTP/2: TLS over a socket, written once per pass, watched by pings.
 //!
 //! HTTP/2 writes and flushes every larger DATA frame, TLS makes a record and a system call of each. Here
-//! writes gather in one buffer, a flush does nothing, and whoever drives the connection drains the buffer
-//! when a pass over all streams is over.
+//! writes become full records as they come, a flush does nothing, and whoever drives the connection drains
+//! what has gathered, with one system call, when a pass over all streams is over.
 
 use std::future::Future;
 use std::io;
 use std::io::IoSlice;
+use std::io::Write as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -32,6 +33,16 @@ use crate::net::buffer::ReadAhead;
 /// Bytes that gather before a write waits for the socket.
 const BACKLOG_MAX: usize = 256 * 1024;
 
+/// Bytes read before the streams get their turn with what has come: while it is still in the cache, and so that they
+/// begin to write while the peer sends on.
+const PASS_MAX: usize = 256 * 1024;
+
+/// What a TLS record holds at most (RFC 8446 §5.1).
+const RECORD_MAX: usize = 16 * 1024;
+
+/// Pieces one write takes at most.
+const PIECES_MAX: usize = 64;
+
 /// TLS over a socket that is read in large pieces.
 pub type Tls = TlsStream<ReadAhead>;
 
@@ -40,40 +51,84 @@ pub const ALPN: &[u8] = b"h2";
 
 struct Inner {
     tls: Tls,
-    backlog: Vec<u8>,
-    written: usize,
+    /// What does not fill a record yet.
+    tail: Vec<u8>,
+    /// What was encrypted since the socket last took everything.
+    encrypted: usize,
+    /// What was read in this pass.
+    read: usize,
 }
 
 impl Inner {
+    /// Full records are made of it at once, out of where it lies; the rest waits for more, or for the drain.
     fn append(&mut self, cx: &mut Context<'_>, data: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        if self.backlog.len() - self.written >= BACKLOG_MAX {
-            ready!(self.drain(cx))?;
+        if self.encrypted >= BACKLOG_MAX {
+            ready!(self.flush(cx))?;
         }
-        if self.backlog.capacity() == 0 {
-            self.backlog = buffer::take();
+        let data = &data[..data.len().min(PIECES_MAX)];
+        let length: usize = data.iter().map(|piece| piece.len()).sum();
+        let all = self.tail.len() + length;
+        // How much of `data` is left over for the tail: all of it while there is no full record.
+        let mut rest = if all < RECORD_MAX { length } else { all % RECORD_MAX };
+        if all >= RECORD_MAX {
+            let mut records = [IoSlice::new(&[]); PIECES_MAX + 1];
+            records[0] = IoSlice::new(&self.tail);
+            let mut left = length - rest;
+            for (record, piece) in records[1..].iter_mut().zip(data) {
+                let part = left.min(piece.len());
+                *record = IoSlice::new(&piece[..part]);
+                left -= part;
+            }
+            encrypt(&mut self.tls, &records[..=data.len()])?;
+            self.encrypted += all - rest;
+            self.tail.clear();
         }
-        let before = self.backlog.len();
+        if rest > 0 && self.tail.capacity() == 0 {
+            self.tail = buffer::take();
+        }
+        let mut skip = length - rest;
         for piece in data {
-            self.backlog.extend_from_slice(piece);
+            let skipped = skip.min(piece.len());
+            skip -= skipped;
+            self.tail.extend_from_slice(&piece[skipped..]);
+            rest -= piece.len() - skipped;
         }
-        Poll::Ready(Ok(self.backlog.len() - before))
+        debug_assert_eq!(rest, 0);
+        Poll::Ready(Ok(length))
     }
 
     fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.written < self.backlog.len() {
-            let rest = &self.backlog[self.written..];
-            let written = ready!(Pin::new(&mut self.tls).poll_write(cx, rest))?;
-            if written == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.written += written;
+        // While the socket is full the tail may still grow to a record.
+        if self.encrypted > 0 {
+            ready!(self.flush(cx))?;
         }
-        if self.backlog.capacity() > 0 {
-            self.written = 0;
-            buffer::give(std::mem::take(&mut self.backlog));
+        if !self.tail.is_empty() {
+            encrypt(&mut self.tls, &[IoSlice::new(&self.tail)])?;
+            self.encrypted += self.tail.len();
+            self.tail.clear();
         }
-        Pin::new(&mut self.tls).poll_flush(cx)
+        if self.tail.capacity() > 0 {
+            buffer::give(std::mem::take(&mut self.tail));
+        }
+        self.flush(cx)
     }
+
+    fn flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.tls).poll_flush(cx))?;
+        self.encrypted = 0;
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Makes records of `data`, which are written with the next flush.
+fn encrypt(tls: &mut Tls, data: &[IoSlice<'_>]) -> io::Result<()> {
+    let written = match tls {
+        TlsStream::Client(tls) => tls.get_mut().1.writer().write_vectored(data)?,
+        TlsStream::Server(tls) => tls.get_mut().1.writer().write_vectored(data)?,
+    };
+    // Without a limit everything is taken.
+    debug_assert_eq!(written, data.iter().map(|piece| piece.len()).sum::<usize>());
+    Ok(())
 }
 
 /// The end that HTTP/2 reads and writes.
@@ -83,8 +138,13 @@ pub(super) struct Deferred(Arc<Mutex<Inner>>);
 pub(super) struct Backlog(Arc<Mutex<Inner>>);
 
 /// Puts a deferring writer on `tls`.
-pub(super) fn defer(tls: Tls) -> (Deferred, Backlog) {
-    let inner = Arc::new(Mutex::new(Inner { tls, backlog: Vec::new(), written: 0 }));
+pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
+    // What gathers is bounded here, and what gathers in TLS is written with one system call.
+    match &mut tls {
+        TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
+        TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(None),
+    }
+    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0, read: 0 }));
     (Deferred(Arc::clone(&inner)), Backlog(inner))
 }
 
@@ -96,7 +156,9 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 impl Backlog {
     /// Writes what has gathered. Pending when the socket takes no more for now.
     pub(super) fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).drain(cx)
+        let mut inner = lock(&self.0);
+        inner.read = 0;
+        inner.drain(cx)
     }
 
     /// Drives `future`, which uses the other end, and drains after each of its passes.
@@ -114,7 +176,15 @@ impl Backlog {
 
 impl AsyncRead for Deferred {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut lock(&self.0).tls).poll_read(cx, out)
+        let mut inner = lock(&self.0);
+        if inner.read >= PASS_MAX {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = out.filled().len();
+        let read = Pin::new(&mut inner.tls).poll_read(cx, out);
+        inner.read += out.filled().len() - before;
+        read
     }
 }
 

@@ -1,5 +1,6 @@
 //! Workloads: what has an address and an identity.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -130,6 +131,52 @@ pub struct Workload {
     /// The policies that name it by selector. Policies of its namespace and of the whole mesh
     /// apply besides.
     pub policies: Vec<PolicyKey>,
+}
+
+/// How a pod of this node names its workload.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Named {
+    /// By the workload's unique name.
+    Uid(Arc<str>),
+    /// As a node agent knows it. The mesh may learn of the pod later than the agent.
+    Pod {
+        /// The pod's name.
+        name: Arc<str>,
+        /// The pod's namespace.
+        namespace: Arc<str>,
+        /// The pod's service account.
+        service_account: Arc<str>,
+        /// The node it is on.
+        node: Arc<str>,
+    },
+}
+
+impl Named {
+    /// Whether `workload` is meant.
+    pub fn is(&self, workload: &Workload) -> bool {
+        match self {
+            Self::Uid(uid) => *uid == workload.uid,
+            Self::Pod { name, namespace, service_account, node } => {
+                *name == workload.name
+                    && *namespace == workload.namespace
+                    && **service_account == *workload.service_account()
+                    // Of a mesh file that does not say where its pods are, each pod is meant.
+                    && (*node == workload.node || workload.node.is_empty())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Named {
+    /// For a message: the unique name, or `<service account>.<namespace> (<pod>)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Uid(uid) => f.write_str(uid),
+            Self::Pod { name, namespace, service_account, .. } => {
+                write!(f, "{service_account}.{namespace} ({name})")
+            }
+        }
+    }
 }
 
 impl Workload {

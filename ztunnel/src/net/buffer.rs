@@ -20,29 +20,37 @@ use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
 
-/// How much one read takes at most: where throughput over a tunnel stops growing.
+/// How much one read takes at most, unless more is asked for.
 pub const READ_SIZE: usize = 64 * 1024;
+
+/// How much one read takes where there is much: where throughput over a tunnel stops growing.
+const BULK_SIZE: usize = 256 * 1024;
 
 /// What is read in pieces up to this size is copied out of the thread's buffer. Beyond, the piece keeps the
 /// buffer alive until it is sent; a small one would keep 64 KiB for a few bytes.
 const COPY_MAX: usize = 8 * 1024;
 
 /// Spare buffers a thread keeps for the next that asks; more are given back to the allocator.
-const SPARE_MAX: usize = 16;
+const SPARE_MAX: usize = 4;
 
 thread_local! {
     static SCRATCH: RefCell<BytesMut> = RefCell::new(BytesMut::new());
     static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Reads what `socket` has, at most about [`READ_SIZE`]. Empty at the end of the stream.
+/// Reads what `socket` has, at most [`READ_SIZE`]. Empty at the end of the stream.
 /// While there is nothing to read, no buffer is held.
 pub fn poll_read_chunk(socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+    poll_read_up_to(READ_SIZE, socket, cx)
+}
+
+/// [`poll_read_chunk`] of another size.
+pub fn poll_read_up_to(size: usize, socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
     ready!(socket.poll_read_ready(cx))?;
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.clear();
-        scratch.reserve(READ_SIZE);
-        let length = ready!(pin!(socket.read_buf(scratch)).poll(cx))?;
+        scratch.reserve(size);
+        let length = ready!(pin!(socket.take(size as u64).read_buf(scratch)).poll(cx))?;
         Poll::Ready(Ok(if length <= COPY_MAX {
             Bytes::copy_from_slice(&scratch[..length])
         } else {
@@ -51,16 +59,16 @@ pub fn poll_read_chunk(socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io:
     })
 }
 
-/// An empty buffer with room for [`READ_SIZE`].
+/// An empty buffer with room for much.
 pub fn take() -> Vec<u8> {
-    SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(READ_SIZE))
+    SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BULK_SIZE))
 }
 
 /// Gives a buffer back. One that has grown out of proportion is freed.
 pub fn give(mut buffer: Vec<u8>) {
     buffer.clear();
     let capacity = buffer.capacity();
-    if (READ_SIZE..=8 * READ_SIZE).contains(&capacity) {
+    if (BULK_SIZE..=2 * BULK_SIZE).contains(&capacity) {
         SPARE.with_borrow_mut(|spare| {
             if spare.len() < SPARE_MAX {
                 spare.push(buffer);

@@ -11,3 +11,13 @@ pub trait Bypass: Send + Sync {
     /// Marks `socket` as the daemon's own. Call it before `connect` on every socket that leaves the pod.
     fn vouch(&self, socket: BorrowedFd<'_>) -> io::Result<()>;
 }
+
+/// Where no program guards the ways out, every socket of the daemon may leave.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Unguarded;
+
+impl Bypass for Unguarded {
+    fn vouch(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+}

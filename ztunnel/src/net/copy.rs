@@ -16,12 +16,17 @@ use std::time::Duration;
 use bytes::Buf;
 use bytes::Bytes;
 use bytes::BytesMut;
+use socket2::SockRef;
 use tokio::io::AsyncWrite;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
 use crate::net::socket::reset_on_close;
+use crate::net::splice::Pipe;
+use crate::net::splice::cannot_splice;
 
 /// Counts what a relay moves, while it moves it.
 pub trait Meter {
@@ -180,11 +185,24 @@ enum Broken {
 }
 
 /// One direction: reading → ending (the source has ended, the rest is being written) → done.
+///
+/// What comes in small pieces is copied. Where one large piece follows another ([`BULK_AFTER`]) the bytes are spliced,
+/// until less comes at a time than copying is worth.
 #[derive(Debug, Default)]
 struct Direction {
     outflow: Outflow,
     state: State,
+    /// Large pieces in a row.
+    large: u8,
+    /// Lent while there is something in it, which comes before whatever is read next.
+    pipe: Option<Pipe>,
 }
+
+/// A piece is large if it fills what one read takes.
+const LARGE: usize = READ_SIZE;
+
+/// Large pieces in a row after which bytes are spliced.
+const BULK_AFTER: u8 = 4;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {
@@ -197,7 +215,41 @@ enum State {
 impl Direction {
     /// Whether the source is waited on for data, so that its errors are seen at once.
     fn is_reading(&self) -> bool {
-        self.state == State::Reading && self.outflow.is_empty()
+        self.state == State::Reading && self.outflow.is_empty() && self.pipe.is_none()
+    }
+
+    /// Takes what the source has: it is in `outflow` or `pipe` then, or the source has ended.
+    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let taken = match self.poll_splice(from, cx) {
+            Some(spliced) => ready!(spliced)?,
+            None => {
+                let chunk = ready!(poll_read_chunk(from, cx))?;
+                let taken = chunk.len();
+                self.outflow.push(chunk);
+                taken
+            }
+        };
+        self.large = if taken >= LARGE { self.large.saturating_add(1) } else { 0 };
+        if taken == 0 {
+            self.state = State::Ending;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The same into a pipe; `None` where there is no reason to, or no way.
+    fn poll_splice(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Option<Poll<io::Result<usize>>> {
+        if self.large < BULK_AFTER {
+            return None;
+        }
+        let mut pipe = Pipe::lend()?;
+        match pipe.poll_fill(from, cx) {
+            Poll::Ready(Err(error)) if cannot_splice(&error) => None,
+            Poll::Ready(Ok(taken)) => {
+                self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
+                Some(Poll::Ready(Ok(taken)))
+            }
+            other => Some(other),
+        }
     }
 
     fn poll(
@@ -212,15 +264,15 @@ impl Direction {
                 let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
                 count(written as u64);
             }
-            match self.state {
-                State::Reading => {
-                    let chunk = ready!(poll_read_chunk(from, cx)).map_err(Broken::From)?;
-                    if chunk.is_empty() {
-                        self.state = State::Ending;
-                    } else {
-                        self.outflow.push(chunk);
-                    }
+            while let Some(pipe) = &mut self.pipe {
+                let written = ready!(pipe.poll_drain(to, cx)).map_err(Broken::To)?;
+                count(written as u64);
+                if pipe.is_empty() {
+                    self.pipe = None;
                 }
+            }
+            match self.state {
+                State::Reading => ready!(self.poll_take(from, cx)).map_err(Broken::From)?,
                 State::Ending => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
                     self.state = State::Done;
@@ -303,6 +355,32 @@ impl Outflow {
         if written == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        self.consume(written);
+        Poll::Ready(Ok(written))
+    }
+
+    /// The same, where the end comes right after all of this: it goes with the last of it, in one packet, once `to`
+    /// is shut down or closed.
+    pub fn poll_write_last(&mut self, to: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.push_tail();
+        let mut slices = [IoSlice::new(&[]); GATHER_MAX];
+        let mut count = 0;
+        for (slice, piece) in slices.iter_mut().zip(&self.pieces) {
+            *slice = IoSlice::new(piece);
+            count += 1;
+        }
+        let (slices, flags) = (&slices[..count], libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        let written = loop {
+            ready!(to.poll_write_ready(cx))?;
+            let send = || match slices {
+                [only] => SockRef::from(to).send_with_flags(only, flags),
+                _ => SockRef::from(to).send_vectored_with_flags(slices, flags),
+            };
+            match to.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => break written?,
+            }
+        };
         self.consume(written);
         Poll::Ready(Ok(written))
     }
@@ -393,6 +471,56 @@ mod tests {
         assert_eq!((count.up.get(), count.down.get()), (8, 3_000_000));
     }
 
+    /// Sends `size` bytes one way and as many other ones back, while a receiver takes its time now and then.
+    async fn echo_in_bulk(size: usize) {
+        let (client, front) = pair().await;
+        let (back, server) = pair().await;
+        let count = Count::default();
+        let data: Vec<u8> = (0..size).map(|n| (n % 251) as u8).collect();
+        let talk = async {
+            let ((mut from_server, mut to_server), (mut from_client, mut to_client)) =
+                (client.into_split(), server.into_split());
+            let send = async |to: &mut tokio::net::tcp::OwnedWriteHalf| {
+                to.write_all(&data).await.unwrap();
+                to.shutdown().await.unwrap();
+            };
+            let receive = async |from: &mut tokio::net::tcp::OwnedReadHalf| {
+                let mut got = Vec::new();
+                while from.read_buf(&mut got).await.unwrap() > 0 {
+                    if got.len() % 7 == 0 {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                assert!(got == data);
+            };
+            tokio::join!(
+                send(&mut to_server),
+                receive(&mut from_client),
+                send(&mut to_client),
+                receive(&mut from_server)
+            );
+        };
+        let (done, ()) = tokio::join!(relayed(front, back, &count), talk);
+        done.unwrap();
+        assert_eq!((count.up.get(), count.down.get()), (size as u64, size as u64));
+    }
+
+    #[tokio::test]
+    async fn bulk_arrives_whole_and_is_counted() {
+        for size in [READ_SIZE * (usize::from(BULK_AFTER) + 1) - 1, 5_000_000, 50_000_001] {
+            echo_in_bulk(size).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn bulk_arrives_whole_when_no_pipe_can_be_had() {
+        let taken: Vec<Pipe> = std::iter::from_fn(Pipe::lend).collect();
+        assert!(!taken.is_empty());
+        echo_in_bulk(5_000_000).await;
+        drop(taken);
+        echo_in_bulk(5_000_000).await;
+    }
+
     #[tokio::test]
     async fn a_reset_is_passed_on_as_a_reset() {
         let (client, front) = pair().await;
@@ -423,6 +551,24 @@ mod tests {
         let (done, ()) = tokio::join!(relayed(front, back, &count), fill);
         assert!(matches!(done.unwrap_err(), CopyError::Client(_)));
         drop(server);
+    }
+
+    #[tokio::test]
+    async fn an_end_goes_with_the_last_data_and_all_of_it_arrives() {
+        for pieces in [1, 3, 2 * GATHER_MAX] {
+            let (near, mut far) = pair().await;
+            let mut outflow = Outflow::default();
+            for _ in 0..pieces {
+                outflow.push(Bytes::from(vec![7; JOIN_MAX]));
+            }
+            while !outflow.is_empty() {
+                std::future::poll_fn(|cx| outflow.poll_write_last(&near, cx)).await.unwrap();
+            }
+            drop(near);
+            let mut got = Vec::new();
+            far.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, vec![7; pieces * JOIN_MAX]);
+        }
     }
 
     #[test]

@@ -24,7 +24,15 @@ impl Netns {
     /// Opens the namespace at `path`. A path that is no namespace (a bind mount that is gone leaves an empty
     /// file) is `InvalidInput`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::from_file(File::open(path)?)
+    }
+
+    /// The namespace that `fd` is a handle of. What is no namespace is `InvalidInput`.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        Self::from_file(fd.into())
+    }
+
+    fn from_file(file: File) -> io::Result<Self> {
         if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a network namespace"));
         }

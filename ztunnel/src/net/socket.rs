@@ -1,4 +1,7 @@
 //! Socket options, accepting, and the two kinds of dial: leaving the pod, and delivering to its application.
+//!
+//! A delivery does not leave the machine: its handshake is over when `connect` returns, so that what there is to
+//! say can be said at once, and nothing has to be waited for. Its socket is made ahead, with others.
 #![expect(unsafe_code, reason = "accept4(2) has no safe wrapper that reports the peer and sets both flags")]
 
 use std::io;
@@ -9,9 +12,16 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::Weak;
 use std::time::Duration;
 
+use bytes::Buf;
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt;
@@ -25,6 +35,7 @@ use socket2::Type;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpSocket;
+use tokio::time::Instant;
 use ztunnel_ebpf_abi::BYPASS;
 use ztunnel_ebpf_abi::REPLY;
 
@@ -33,6 +44,7 @@ use crate::model::addr::canonical;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::origdst::original_dst;
+use crate::shutdown;
 
 /// Probes that find dead peers of idle connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +64,7 @@ impl Default for Keepalive {
 }
 
 impl Keepalive {
-    fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
+    pub(super) fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
         let probes =
             TcpKeepalive::new().with_time(self.time).with_interval(self.interval).with_retries(self.retries);
         socket.set_tcp_keepalive(&probes)
@@ -84,6 +96,26 @@ pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     let stream = unsafe { TcpStream::from_raw_fd(fd) };
     let peer = peer.as_socket().ok_or_else(|| io::Error::other("a TCP peer without an IP address"))?;
     Ok((stream, canonical(peer)))
+}
+
+/// Watches a socket of another kind on the current runtime.
+pub fn readable(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives, and it is not replaced.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// The congestion control of connections that stay inside a pod. They have nothing to congest, and some algorithms
+/// (BBR) would pace them nevertheless, with a timer for every few packets. Every kernel has this one.
+pub const LOCAL_CONGESTION: &str = "reno";
+
+/// Sets the congestion control of a socket before it is connected, or of what a listener will accept. Later is too
+/// late: who began to pace a connection (BBR) leaves that behind when it is replaced.
+///
+/// One the kernel does not have is passed over.
+pub fn set_congestion(socket: &impl AsFd, algorithm: &str) {
+    if let Err(error) = SockRef::from(socket).set_tcp_congestion(algorithm.as_bytes()) {
+        tracing::debug!(%error, algorithm, "the kernel does not have this congestion control");
+    }
 }
 
 /// A listener whose connections are taken on the current runtime.
@@ -134,58 +166,171 @@ pub trait PodNetwork: Send + Sync {
     /// carries the pod's address.
     fn leave(&self, to: SocketAddr) -> Dial;
 
-    /// Dials the pod's application, which sees `client` as its peer.
-    fn deliver(&self, client: IpAddr, to: SocketAddr) -> Dial;
+    /// [`Self::leave`] for a tunnel.
+    fn tunnel(&self, to: SocketAddr) -> Dial {
+        self.leave(to)
+    }
+
+    /// Dials the pod's application, which sees `client` as its peer. What there is to say to it is in `first`: it
+    /// may be sent with the dial, and what was sent is taken from the front.
+    fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery>;
 }
 
 /// A dial under way. It takes as long as the kernel takes, unless it is dropped.
 pub type Dial = BoxFuture<'static, io::Result<tokio::net::TcpStream>>;
+
+/// A dial to a pod's application.
+pub enum Delivery {
+    /// It has taken the connection.
+    Connected(tokio::net::TcpStream),
+    /// It has not yet: its queue is full, say.
+    Waiting(Dial),
+}
 
 /// A captured pod: its sockets live in its network namespace.
 pub struct CapturedPod {
     netns: Arc<Netns>,
     bypass: Arc<dyn Bypass>,
     keepalive: Keepalive,
+    tunnel_congestion: Option<String>,
+    spares: Arc<Spares>,
 }
 
 impl CapturedPod {
-    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it.
-    pub fn new(netns: Arc<Netns>, bypass: Arc<dyn Bypass>, keepalive: Keepalive) -> Self {
-        Self { netns, bypass, keepalive }
-    }
-
-    fn socket(&self, to: SocketAddr, mark: u32) -> io::Result<Socket> {
-        let create = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
-        let socket = self.netns.run(create)??;
-        socket.set_tcp_nodelay(true)?;
-        self.keepalive.apply(SockRef::from(&socket))?;
-        socket.set_mark(mark)?;
-        Ok(socket)
+    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it. Tunnels get
+    /// `tunnel_congestion`, where it is to differ from the system's.
+    pub fn new(
+        netns: Arc<Netns>,
+        bypass: Arc<dyn Bypass>,
+        keepalive: Keepalive,
+        tunnel_congestion: Option<String>,
+    ) -> Self {
+        let spares = Arc::new(Spares::new(Arc::clone(&netns)));
+        Self { netns, bypass, keepalive, tunnel_congestion, spares }
     }
 
     fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
-        let socket = self.socket(to, BYPASS)?;
+        let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
+        socket.set_tcp_nodelay(true)?;
+        self.keepalive.apply(SockRef::from(&socket))?;
+        socket.set_mark(BYPASS)?;
         self.bypass.vouch(socket.as_fd())?;
         Ok(socket)
     }
 
     fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
-        let socket = self.socket(to, REPLY)?;
-        // Without the device, a dial to the pod's own address would look like one from the wire to the
-        // programs that pick the listener, and come back to the daemon.
-        socket.bind_device(Some(b"lo"))?;
-        // A pod that calls itself is its own client: its address needs no transparency.
+        let socket = self.spares.take(to.is_ipv6())?;
+        // A pod that calls itself is its own client: its address needs no binding.
         if client != to.ip() {
-            if client.is_ipv4() {
-                socket.set_ip_transparent_v4(true)?;
-            } else {
-                socket.set_ip_transparent_v6(true)?;
-            }
-            // The port is chosen at connect, per destination, so that clients do not run out of ports.
-            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(client, 0).into())?;
         }
         Ok(socket)
+    }
+}
+
+fn tcp_socket(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))
+}
+
+/// What every delivery's socket has. No probes: who is on the same machine cannot vanish without a word.
+fn prepare_delivery(socket: &Socket, ipv6: bool) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    set_congestion(socket, LOCAL_CONGESTION);
+    socket.set_mark(REPLY)?;
+    // Without the device, a dial to the pod's own address would look like one from the wire to the programs that
+    // pick the listener, and come back to the daemon.
+    socket.bind_device(Some(b"lo"))?;
+    if ipv6 {
+        socket.set_ip_transparent_v6(true)?;
+    } else {
+        socket.set_ip_transparent_v4(true)?;
+    }
+    // The port is chosen at connect, per destination, so that clients do not run out of ports.
+    Ok(setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?)
+}
+
+/// The most sockets made ahead at once, and so the most that wait.
+const BATCH_MAX: usize = 16;
+
+/// Batches that follow each other within this time grow; sockets that nobody took in it are closed.
+const SPARE_TIME: Duration = Duration::from_millis(200);
+
+/// Sockets for deliveries, made ahead: entering the pod's namespace costs about as much as making a socket there,
+/// so it is entered once for several. How many follows how often they are needed: who delivers now and then has
+/// none waiting.
+struct Spares {
+    netns: Arc<Netns>,
+    /// IPv4, IPv6.
+    batches: [Mutex<Batch>; 2],
+}
+
+#[derive(Default)]
+struct Batch {
+    waiting: Vec<Socket>,
+    /// The size of the last one.
+    size: usize,
+    /// When it was made.
+    made: Option<Instant>,
+    /// Whether somebody will come and close what nobody took.
+    watched: bool,
+}
+
+impl Spares {
+    fn new(netns: Arc<Netns>) -> Self {
+        Self { netns, batches: Default::default() }
+    }
+
+    fn batch(&self, ipv6: bool) -> MutexGuard<'_, Batch> {
+        self.batches[usize::from(ipv6)].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A prepared socket. In the context of a runtime.
+    fn take(self: &Arc<Self>, ipv6: bool) -> io::Result<Socket> {
+        let mut batch = self.batch(ipv6);
+        if let Some(socket) = batch.waiting.pop() {
+            return Ok(socket);
+        }
+        let now = Instant::now();
+        let often = batch.made.is_some_and(|made| now.duration_since(made) < SPARE_TIME);
+        batch.size = if often { (batch.size * 2).min(BATCH_MAX) } else { 1 };
+        batch.made = Some(now);
+        let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+        let (size, waiting) = (batch.size, &mut batch.waiting);
+        self.netns.run(|| {
+            for made in 0..size {
+                match tcp_socket(domain) {
+                    Ok(socket) => waiting.push(socket),
+                    Err(error) if made == 0 => return Err(error),
+                    // Who needs another one will learn why there is none.
+                    Err(_) => break,
+                }
+            }
+            Ok(())
+        })??;
+        if let Err(error) = waiting.iter().try_for_each(|socket| prepare_delivery(socket, ipv6)) {
+            waiting.clear();
+            return Err(error);
+        }
+        let socket = waiting.pop().ok_or_else(|| io::Error::other("no socket was made"))?;
+        if !batch.waiting.is_empty() && !batch.watched {
+            batch.watched = true;
+            shutdown::spawn(Self::watch(Arc::downgrade(self), ipv6));
+        }
+        Ok(socket)
+    }
+
+    /// Closes what waits once nobody takes any more.
+    async fn watch(spares: Weak<Self>, ipv6: bool) {
+        loop {
+            tokio::time::sleep(SPARE_TIME).await;
+            let Some(spares) = spares.upgrade() else { return };
+            let mut batch = spares.batch(ipv6);
+            if batch.made.is_none_or(|made| made.elapsed() >= SPARE_TIME) {
+                batch.watched = false;
+                batch.waiting = Vec::new();
+                return;
+            }
+        }
     }
 }
 
@@ -198,13 +343,70 @@ impl PodNetwork for CapturedPod {
         dial(self.leaving(to), to)
     }
 
-    fn deliver(&self, client: IpAddr, to: SocketAddr) -> Dial {
-        dial(self.delivering(client, to), to)
+    fn tunnel(&self, to: SocketAddr) -> Dial {
+        let socket = self.leaving(to);
+        if let (Ok(socket), Some(congestion)) = (&socket, &self.tunnel_congestion) {
+            set_congestion(socket, congestion);
+        }
+        dial(socket, to)
+    }
+
+    fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery> {
+        connect_at_once(self.delivering(client, to)?, to, first)
     }
 }
 
-fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
+pub(super) fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
     Box::pin(async move { TcpSocket::from_std_stream(socket?.into()).connect(to).await })
+}
+
+/// Connects on this machine and says `first`.
+fn connect_at_once(socket: Socket, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery> {
+    let speaks = !first.is_empty();
+    if speaks {
+        // The last packet of the handshake then waits for `first` to go with, which spares the application a
+        // packet, and a wake-up for nothing.
+        socket.set_tcp_quickack(false)?;
+    }
+    let to = to.into();
+    let connected = match socket.connect(&to) {
+        Ok(()) => Ok(()),
+        // It has only begun, the kernel says, as it does not look again before it returns.
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+            if speaks {
+                socket.send_with_flags(first, libc::MSG_NOSIGNAL).map(|sent| first.advance(sent))
+            } else {
+                socket.connect(&to)
+            }
+        }
+        Err(error) => Err(error),
+    };
+    if speaks {
+        // From here on as in any new connection: one that writes its answer in pieces must not wait for each.
+        socket.set_tcp_quickack(true)?;
+    }
+    match connected {
+        Ok(()) => {}
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EALREADY | libc::EINPROGRESS | libc::EINTR) => {
+                return Ok(Delivery::Waiting(Box::pin(connecting(socket))));
+            }
+            // It had taken the connection, and reset it: that is for whoever moves bytes to find.
+            Some(libc::ECONNRESET | libc::EPIPE) => {}
+            _ => return Err(error),
+        },
+    }
+    tokio::net::TcpStream::from_std(socket.into()).map(Delivery::Connected)
+}
+
+/// Waits for a connection that has begun.
+async fn connecting(socket: Socket) -> io::Result<tokio::net::TcpStream> {
+    let socket = tokio::net::TcpStream::from_std(socket.into())?;
+    socket.writable().await?;
+    match socket.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(socket),
+    }
 }
 
 #[cfg(test)]
@@ -217,6 +419,8 @@ mod tests {
         let keepalive =
             Keepalive { time: Duration::from_secs(33), interval: Duration::from_secs(7), retries: 4 };
         prepare_listener(&listener, &keepalive).unwrap();
+        set_congestion(&listener, LOCAL_CONGESTION);
+        set_congestion(&listener, "no-such");
         assert_eq!(accept(&listener).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -229,6 +433,8 @@ mod tests {
         assert_eq!(accepted.tcp_keepalive_time().unwrap(), keepalive.time);
         assert_eq!(accepted.tcp_keepalive_interval().unwrap(), keepalive.interval);
         assert_eq!(accepted.tcp_keepalive_retries().unwrap(), 4);
+        let congestion = accepted.tcp_congestion().unwrap();
+        assert_eq!(congestion.split(|byte| *byte == 0).next().unwrap(), LOCAL_CONGESTION.as_bytes());
     }
 
     #[test]
@@ -238,5 +444,78 @@ mod tests {
         let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
         let (_accepted, peer) = accept(&listener).unwrap();
         assert_eq!(peer, client.local_addr().unwrap());
+    }
+
+    fn listening(backlog: i32) -> (Socket, SocketAddr) {
+        let socket = tcp_socket(Domain::IPV4).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        socket.listen(backlog).unwrap();
+        let to = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket, to)
+    }
+
+    #[tokio::test]
+    async fn an_application_on_this_machine_takes_connection_and_first_words_at_once() {
+        let (listener, to) = listening(8);
+        for words in ["", "hello"] {
+            let mut first = Bytes::from_static(words.as_bytes());
+            let dialled = connect_at_once(tcp_socket(Domain::IPV4).unwrap(), to, &mut first).unwrap();
+            let Delivery::Connected(dialled) = dialled else { panic!("it waits") };
+            assert!(first.is_empty());
+            // Taken before anything else is done here.
+            let (mut taken, _) = listener.accept().unwrap();
+            drop(dialled);
+            let mut said = String::new();
+            taken.set_nonblocking(false).unwrap();
+            io::Read::read_to_string(&mut taken, &mut said).unwrap();
+            assert_eq!(said, words);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_application_that_is_not_there_is_an_error() {
+        let (listener, to) = listening(1);
+        drop(listener);
+        for words in ["", "hello"] {
+            let mut first = Bytes::from_static(words.as_bytes());
+            let refused = connect_at_once(tcp_socket(Domain::IPV4).unwrap(), to, &mut first).err().unwrap();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_application_whose_queue_is_full_is_waited_for() {
+        let (listener, to) = listening(0);
+        let _queued = TcpStream::connect(to).unwrap();
+        let mut first = Bytes::from_static(b"hello");
+        let dialled = connect_at_once(tcp_socket(Domain::IPV4).unwrap(), to, &mut first).unwrap();
+        let Delivery::Waiting(dial) = dialled else { panic!("it was taken") };
+        assert_eq!(first.len(), 5);
+        let (_taken, _) = listener.accept().unwrap();
+        // The kernel tries again after a second.
+        tokio::time::timeout(Duration::from_secs(10), dial).await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sockets_are_made_ahead_where_they_are_needed_often() {
+        let spares = Arc::new(Spares::new(Arc::new(Netns::current().unwrap())));
+        let waiting = || spares.batch(false).waiting.len();
+        let _first = spares.take(false).unwrap();
+        assert_eq!(waiting(), 0);
+        let mut most = 0;
+        for _ in 0..100 {
+            let socket = spares.take(false).unwrap();
+            let socket = SockRef::from(&socket);
+            assert_eq!(socket.mark().unwrap(), REPLY);
+            assert_eq!(socket.device().unwrap().as_deref(), Some(b"lo".as_slice()));
+            assert!(socket.tcp_nodelay().unwrap());
+            assert!(socket.ip_transparent_v4().unwrap());
+            most = most.max(waiting());
+        }
+        assert_eq!(most, BATCH_MAX - 1);
+        tokio::time::sleep(3 * SPARE_TIME).await;
+        assert_eq!((waiting(), spares.batch(false).watched), (0, false));
+        let _again = spares.take(false).unwrap();
+        assert_eq!(waiting(), 0);
     }
 }

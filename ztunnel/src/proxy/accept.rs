@@ -21,6 +21,7 @@ use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::shutdown;
+use crate::shutdown::Signal;
 use crate::telemetry::AcceptedSocket;
 use crate::telemetry::events::Reporter;
 
@@ -59,20 +60,34 @@ impl Arrival {
     /// Serves the connection on `shard`, which is the current thread's.
     pub(super) fn serve(self, shard: &Arc<Shard>) {
         let Self { kind, pod, socket, client, entered } = self;
-        let (shard_, connection) = (Arc::clone(shard), (socket, client));
+        let (shard_, connection, cut) = (Arc::clone(shard), (socket, client), pod.cut());
         let counted = |reporter| (entered, shard.telemetry.accepted(reporter));
         match kind {
             Kind::Outbound => {
-                shutdown::spawn(outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
+                spawn(cut, outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
             }
             Kind::Inbound => {
-                shutdown::spawn(passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
+                spawn(cut, passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
             Kind::Hbone => {
-                shutdown::spawn(inbound::serve(shard_, pod, connection, counted(Reporter::Destination)));
+                spawn(cut, inbound::serve(shard_, pod, connection, counted(Reporter::Destination)));
             }
         }
     }
+}
+
+/// Spawns what serves a connection; it ends with `cut`, if there is such a thing.
+fn spawn(cut: Option<Signal>, connection: impl Future<Output = ()> + Send + 'static) {
+    let _task = match cut {
+        None => shutdown::spawn(connection),
+        Some(mut cut) => shutdown::spawn(async move {
+            tokio::select! {
+                () = connection => {}
+                // What is dropped before its end is reset.
+                () = cut.closing() => {}
+            }
+        }),
+    };
 }
 
 /// Counts a connection for as long as it lives: for the drain, and for telemetry.
@@ -149,6 +164,8 @@ fn end<'a>(shard: &'a Shard, pod: &'a Pod) -> impl Future<Output = ()> + 'a {
                 }
                 sleep(shard.config.linger).await;
             } => {}
+            // Somebody else has the same sockets: what is queued on them is not lost.
+            () = pod.sockets_handed_over() => {}
         }
     }
 }

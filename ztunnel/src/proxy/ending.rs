@@ -29,6 +29,16 @@ pub trait Ending: Error {
     fn is_reset(&self) -> bool;
 }
 
+impl<E: Ending> Ending for &E {
+    fn flag(&self) -> ResponseFlag {
+        E::flag(self)
+    }
+
+    fn is_reset(&self) -> bool {
+        E::is_reset(self)
+    }
+}
+
 impl Tally {
     /// Tells how the connection ended.
     pub fn close<E: Ending>(self, ended: Result<(), E>) {

@@ -8,7 +8,10 @@ use std::net::SocketAddr;
 use std::net::TcpStream;
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Context;
 use std::task::Poll;
+
+use bytes::Bytes;
 
 use crate::hbone::address::Authority;
 use crate::hbone::server;
@@ -19,6 +22,9 @@ use crate::hbone::stream::StreamError;
 use crate::identity::worker::Unavailable;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::canonical;
+use crate::model::identity::SpiffeId;
+use crate::model::workload::Named;
+use crate::model::workload::Workload;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::authorize;
@@ -36,6 +42,7 @@ use crate::proxy::pod::TooMany;
 use crate::proxy::pod::UnknownWorkload;
 use crate::proxy::relay::Application;
 use crate::proxy::relay::Read;
+use crate::proxy::relay::Received;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Entered;
@@ -75,6 +82,23 @@ pub(super) struct Tunnel {
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
     peer: VerifiedPeer,
+}
+
+impl Tunnel {
+    fn caller(&self) -> Caller<'_> {
+        Caller { client: self.client, local: self.local, identity: self.peer.id() }
+    }
+}
+
+/// Who asks for an application of a pod.
+#[derive(Clone, Copy)]
+pub(super) struct Caller<'a> {
+    /// Where it comes from.
+    pub(super) client: ClientAddr,
+    /// The address of the pod that it asked, with the HBONE port.
+    pub(super) local: SocketAddr,
+    /// Who it proved to be.
+    pub(super) identity: &'a SpiffeId,
 }
 
 /// Serves one connection to `pod`'s HBONE port. `counted` lives as long.
@@ -127,10 +151,11 @@ async fn accept(
     let Some(_handshake) = pod.admit_handshake(limit) else {
         return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
+    let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
     let mesh = shard.mesh.snapshot();
     let workload = mesh
-        .workload(&pod.workload)
-        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload))))?;
+        .workload(&uid)
+        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid)))))?;
     let identity = workload.identity.clone();
     drop(mesh);
     let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
@@ -261,32 +286,107 @@ async fn establish(
     tunnel: Arc<Tunnel>,
     mut incoming: Incoming,
 ) -> Option<Connected> {
-    let refuse = |incoming: Incoming, asked: Option<SocketAddr>, failure: StreamFailure| {
-        let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: asked };
-        shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
-        answer(incoming, &failure);
-        None
+    let asked = match incoming.authority() {
+        Some(Authority::Address(asked)) => Some(asked),
+        // A name would have to be resolved to a service of which this pod is an endpoint.
+        Some(_) | None => None,
     };
-    let to = match destination(&incoming, &pod, &tunnel) {
+    let delivered = match admit(&shard, &pod, tunnel.caller(), asked, &mut incoming).await {
+        Ok(delivered) => delivered,
+        Err(refusal) => {
+            if let Some(refusal) = refusal {
+                incoming.refuse(refusal);
+            }
+            return None;
+        }
+    };
+    let Delivered { application, first, workload, tally, registered, admitted } = delivered;
+    match incoming.connect(Some(pod.baggage(&workload))) {
+        Ok(halves) => {
+            let application = (application, Application::Server);
+            let relay = Relay::new(application, halves, Read::default(), tally).after(first);
+            Some(Connected { relay, registered, admitted })
+        }
+        Err(error) => {
+            tally.close(Err(StreamFailure::Abandoned(error)));
+            None
+        }
+    }
+}
+
+/// An application that was dialled for a caller who may have it, and what goes with the connection.
+pub(super) struct Delivered {
+    /// The application.
+    pub(super) application: ResetUnlessDone,
+    /// What the caller had said before it was dialled.
+    pub(super) first: Received,
+    /// Whose it is.
+    pub(super) workload: Arc<Workload>,
+    /// What is told of it on this side.
+    pub(super) tally: Tally,
+    /// Judged again whenever the mesh changes.
+    pub(super) registered: Registered,
+    /// Its place among the pod's connections.
+    pub(super) admitted: Admitted,
+}
+
+/// A caller, while the application is being dialled for it.
+pub(super) trait Asker {
+    /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
+    fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
+
+    /// Waits for it to give up.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError>;
+}
+
+impl Asker for Incoming {
+    fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+        Self::first_words(self, cx)
+    }
+
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        Self::poll_gone(self, cx)
+    }
+}
+
+/// Decides and dials. `asked` is the address asked for, if what was asked for is one. What it came to when it came to nothing has been told then, and the answer to the caller is the
+/// error: none to one that is gone.
+pub(super) async fn admit(
+    shard: &Shard,
+    pod: &Arc<Pod>,
+    caller: Caller<'_>,
+    asked: Option<SocketAddr>,
+    asker: &mut impl Asker,
+) -> Result<Delivered, Option<Refusal>> {
+    let refuse = |asked: Option<SocketAddr>, failure: StreamFailure| {
+        let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: asked };
+        shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
+        Err(failure.refusal())
+    };
+    let to = match destination(asked, pod, caller.local) {
         Ok(to) => to,
-        Err(failure) => return refuse(incoming, None, failure),
+        Err(failure) => return refuse(None, failure),
     };
     let limit = shard.config.pod_connections_max;
     let Some(admitted) = pod.admit(limit) else {
         shard.count.turn_away();
-        return refuse(incoming, Some(to), StreamFailure::TooMany(TooMany(limit)));
+        return refuse(Some(to), StreamFailure::TooMany(TooMany(limit)));
+    };
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(Some(to), StreamFailure::UnknownWorkload(unknown)),
     };
     let facts = Facts {
-        workload: Arc::clone(&pod.workload),
-        identity: Some(tunnel.peer.id().clone()),
-        source: tunnel.client.0.ip(),
+        workload: Arc::clone(&uid),
+        identity: Some(caller.identity.clone()),
+        source: caller.client.0.ip(),
         destination: to,
     };
     let mut registered = shard.live.register(facts.clone());
     let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
-        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Arc::clone(&pod.workload)));
-        return refuse(incoming, Some(to), unknown);
+    let Some(workload) = mesh.workload(&uid).cloned() else {
+        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
+        return refuse(Some(to), unknown);
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
     let parties = Parties {
@@ -299,68 +399,62 @@ async fn establish(
         service: None,
     };
     drop(mesh);
-    let addresses = Addresses { source: tunnel.client.0, destination: tunnel.local, hbone: Some(to) };
+    let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(to) };
     let tally = Tally(shard.telemetry.open(parties, addresses));
+    let mut first = Received::default();
     let delivered = match permit {
         Ok(permit) => registered
-            .run(dial(permit, &shard, &pod, &tunnel, to, &mut incoming))
+            .run(dial(permit, shard, pod, caller.client, to, (asker, &mut first)))
             .await
             .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
         Err(denial) => Err(DeliveryError::from(denial).into()),
     };
-    let application = match delivered {
-        Ok(application) => ResetUnlessDone::new(application),
+    match delivered {
+        Ok(application) => {
+            let application = ResetUnlessDone::new(application);
+            Ok(Delivered { application, first, workload, tally, registered, admitted })
+        }
         Err(failure) => {
-            answer(incoming, &failure);
+            let refusal = failure.refusal();
             tally.close(Err(failure));
-            return None;
-        }
-    };
-    match incoming.connect(Some(pod.baggage(&workload))) {
-        Ok(halves) => {
-            let application = (application, Application::Server);
-            let relay = Relay::new(application, halves, Read::default(), tally);
-            Some(Connected { relay, registered, admitted })
-        }
-        Err(error) => {
-            tally.close(Err(StreamFailure::Abandoned(error)));
-            None
+            Err(refusal)
         }
     }
 }
 
-fn answer(incoming: Incoming, failure: &StreamFailure) {
-    if let Some(refusal) = failure.refusal() {
-        incoming.refuse(refusal);
-    }
-}
-
-/// Dials the application, unless the client gives up meanwhile.
+/// Dials the application, unless the caller gives up meanwhile. What the caller has said already goes with it.
 async fn dial(
     permit: Permit,
     shard: &Shard,
     pod: &Pod,
-    tunnel: &Tunnel,
+    client: ClientAddr,
     to: SocketAddr,
-    incoming: &mut Incoming,
+    (asker, first): (&mut impl Asker, &mut Received),
 ) -> Result<tokio::net::TcpStream, StreamFailure> {
-    let mut dial = pin!(deliver(permit, shard, pod, tunnel.client.0, to));
-    poll_fn(|cx| {
-        if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
-            return Poll::Ready(dialled.map_err(StreamFailure::from));
-        }
-        incoming.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
-    })
-    .await
+    // Policy has spoken: from here on the caller's words may be looked at.
+    if let Some(said) = poll_fn(|cx| Poll::Ready(asker.first_words(cx))).await {
+        first.unsent = said.map_err(StreamFailure::Abandoned)?;
+    }
+    let said = first.unsent.len();
+    let dialled = {
+        let mut dial = pin!(deliver(permit, shard, pod, client.0, to, &mut first.unsent));
+        poll_fn(|cx| {
+            if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
+                return Poll::Ready(dialled.map_err(StreamFailure::from));
+            }
+            asker.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
+        })
+        .await
+    };
+    first.sent = said - first.unsent.len();
+    dialled
 }
 
-/// Where a stream goes: the address of the pod its tunnel was dialled at or another one of it, and a port that
-/// is the application's to have.
-fn destination(incoming: &Incoming, pod: &Pod, tunnel: &Tunnel) -> Result<SocketAddr, StreamFailure> {
-    // A name would have to be resolved to a service of which this pod is an endpoint.
-    let Some(Authority::Address(asked)) = incoming.authority() else { return Err(StreamFailure::BadRequest) };
-    let asked = canonical(asked);
-    if asked.ip() != tunnel.local.ip() && !pod.has(asked.ip()) {
+/// Where a connection goes: the address of the pod that was asked or another one of it, and a port that is the
+/// application's to have.
+fn destination(asked: Option<SocketAddr>, pod: &Pod, local: SocketAddr) -> Result<SocketAddr, StreamFailure> {
+    let asked = asked.map(canonical).ok_or(StreamFailure::BadRequest)?;
+    if asked.ip() != local.ip() && !pod.has(asked.ip()) {
         return Err(StreamFailure::BadRequest);
     }
     if RESERVED_PORTS.contains(&asked.port()) {

@@ -39,6 +39,7 @@ use crate::model::addr::HbonePeer;
 use crate::model::addr::OriginalDst;
 use crate::model::identity::SpiffeId;
 use crate::model::service::Service;
+use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy;
 use crate::net::copy::CopyError;
@@ -46,6 +47,7 @@ use crate::net::copy::ResetUnlessDone;
 use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
+use crate::proxy::near;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
@@ -183,6 +185,8 @@ enum Connected {
     Tunnelled { relay: Relay<Tally>, lease: Lease, admitted: Admitted },
     /// On as it is.
     Plain { relay: copy::Relay<Tally>, admitted: Admitted },
+    /// To another pod of this daemon.
+    Near { connection: Box<near::Connection>, admitted: Admitted },
 }
 
 /// Serves one connection that `pod` dialled. `counted` lives as long.
@@ -198,6 +202,11 @@ pub(super) async fn serve(
     let ended = match &mut connected {
         Connected::Tunnelled { relay, .. } => relay.await.map_err(OutboundError::Relay),
         Connected::Plain { relay, .. } => relay.await.map_err(OutboundError::Copy),
+        // It knows itself how it ended: for both ends.
+        Connected::Near { connection, .. } => {
+            connection.run().await;
+            Ok(())
+        }
     };
     match connected {
         Connected::Tunnelled { relay, lease, admitted } => {
@@ -206,6 +215,10 @@ pub(super) async fn serve(
         }
         Connected::Plain { relay, admitted } => {
             relay.into_meter().close(ended);
+            drop(admitted);
+        }
+        Connected::Near { connection, admitted } => {
+            connection.close();
             drop(admitted);
         }
     }
@@ -238,9 +251,13 @@ async fn establish(
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(dst, &unknown),
+    };
     let mesh = shard.mesh.snapshot();
-    let Some(source) = mesh.workload(&pod.workload).cloned() else {
-        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    let Some(source) = mesh.workload(&uid).cloned() else {
+        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
     let planned = plan(&mesh, &source, dst, rand::random());
     drop(mesh);
@@ -254,12 +271,22 @@ async fn establish(
                 reporter: Reporter::Source,
                 source: Some(Arc::clone(&source)),
                 source_identity: Some(source.identity.clone()),
-                destination: Some(destination),
+                destination: Some(Arc::clone(&destination)),
                 destination_identity: expect.first().cloned(),
                 service: service.clone(),
             };
             let tally = told(parties, peer.0, Some(target));
-            let route = Route { pod, source, client, peer, expect, target, service };
+            let route = Route { pod, source, client, peer, expect, target, destination, service };
+            if let Some(to) = near::neighbour(&shard, &route) {
+                match near::open(&shard, &to, &route, &mut application).await {
+                    Ok(opened) => {
+                        let connection = Box::new(near::Connection::new(application, tally, opened));
+                        return Some(Connected::Near { connection, admitted });
+                    }
+                    Err(error) => tally.close(Err(error)),
+                }
+                return None;
+            }
             match open(&shard, route, &mut application).await {
                 Ok(Opened { lease, halves, early }) => {
                     tally.0.received(early.bytes() as u64);
@@ -299,14 +326,15 @@ async fn dial(shard: &Shard, pod: &Pod, to: SocketAddr) -> Result<tokio::net::Tc
 }
 
 /// One connection through a tunnel: whose, from where, to whom.
-struct Route {
-    pod: Arc<Pod>,
-    source: Arc<Workload>,
-    client: ClientAddr,
-    peer: HbonePeer,
-    expect: Vec<SpiffeId>,
-    target: SocketAddr,
-    service: Option<Arc<Service>>,
+pub(super) struct Route {
+    pub(super) pod: Arc<Pod>,
+    pub(super) source: Arc<Workload>,
+    pub(super) client: ClientAddr,
+    pub(super) peer: HbonePeer,
+    pub(super) expect: Vec<SpiffeId>,
+    pub(super) target: SocketAddr,
+    pub(super) destination: Arc<Workload>,
+    pub(super) service: Option<Arc<Service>>,
 }
 
 struct Opened {
@@ -379,7 +407,7 @@ enum Asked {
 }
 
 /// How long an application may be gone before it is noticed, where it is not being read.
-const LOOK_PERIOD: Duration = Duration::from_secs(1);
+pub(super) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// Asks for the stream and waits for the answer, `limit` at most. Meanwhile the application's first words are
 /// sent: a peer delivers nothing before it has decided, and the round trip is saved.
@@ -440,7 +468,7 @@ impl Dialer for TunnelDialer<'_> {
 
     fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>> {
         let (peer, config) = (self.peer, Arc::clone(&self.shard.config));
-        let (dial, tls) = (self.pod.network.leave(peer.0), credentials.client_config(self.expect));
+        let (dial, tls) = (self.pod.network.tunnel(peer.0), credentials.client_config(self.expect));
         Box::pin(async move {
             let socket = connect(dial, peer, config.connect_timeout).await?;
             handshake(socket, peer, tls, &config.hbone).await

@@ -7,13 +7,16 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::timeout;
 
 use crate::model::addr::ClientAddr;
 use crate::model::addr::OriginalDst;
+use crate::model::workload::Named;
 use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::ResetUnlessDone;
+use crate::net::socket::Delivery;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::authorize;
@@ -83,19 +86,27 @@ impl Ending for DeliveryError {
     }
 }
 
-/// Dials the pod's application on behalf of `client`. Nobody is delivered without leave.
+/// Dials the pod's application on behalf of `client`, with what it says `first` ([`PodNetwork::deliver`]). Nobody is
+/// delivered without leave.
+///
+/// [`PodNetwork::deliver`]: crate::net::socket::PodNetwork::deliver
 pub(super) async fn deliver(
     _permit: Permit,
     shard: &Shard,
     pod: &Pod,
     client: SocketAddr,
     to: SocketAddr,
+    first: &mut Bytes,
 ) -> Result<tokio::net::TcpStream, DeliveryError> {
-    let after = shard.config.connect_timeout;
-    timeout(after, pod.network.deliver(client.ip(), to))
-        .await
-        .map_err(|_elapsed| DeliveryError::Timeout { to, after })?
-        .map_err(|source| DeliveryError::Connect { to, source })
+    let failed = |source| DeliveryError::Connect { to, source };
+    match pod.network.deliver(client.ip(), to, first).map_err(failed)? {
+        Delivery::Connected(application) => Ok(application),
+        Delivery::Waiting(dial) => {
+            let after = shard.config.connect_timeout;
+            let dialled = timeout(after, dial).await.map_err(|_elapsed| DeliveryError::Timeout { to, after });
+            dialled?.map_err(failed)
+        }
+    }
 }
 
 /// A connection in both directions: all there is of it.
@@ -149,16 +160,16 @@ async fn establish(
     if RESERVED_PORTS.contains(&dst.0.port()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
-    let facts = Facts {
-        workload: Arc::clone(&pod.workload),
-        identity: None,
-        source: client.0.ip(),
-        destination: dst.0,
+    let uid = match pod.workload(&shard.mesh).await {
+        Ok(uid) => uid,
+        Err(unknown) => return refuse(dst, &unknown),
     };
+    let facts =
+        Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
     let mut registered = shard.live.register(facts.clone());
     let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&pod.workload).cloned() else {
-        return refuse(dst, &UnknownWorkload(Arc::clone(&pod.workload)));
+    let Some(workload) = mesh.workload(&uid).cloned() else {
+        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
     let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
@@ -168,7 +179,7 @@ async fn establish(
     let tally = Tally(shard.telemetry.open(parties, addresses));
     let delivered = match permit {
         Ok(permit) => registered
-            .run(deliver(permit, &shard, &pod, client.0, dst.0))
+            .run(deliver(permit, &shard, &pod, client.0, dst.0, &mut Bytes::new()))
             .await
             .unwrap_or_else(|cut| Err(cut.into())),
         Err(denial) => Err(denial.into()),

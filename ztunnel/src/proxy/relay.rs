@@ -14,10 +14,13 @@ use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
 
+use crate::hbone::stream::BULK_SIZE;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
+use crate::net::buffer::poll_read_up_to;
 use crate::net::copy::Meter;
 use crate::net::copy::Outflow;
 use crate::net::copy::ResetUnlessDone;
@@ -67,6 +70,8 @@ pub struct Relay<M> {
     recv: RecvHalf,
     /// What was read and not yet sent. While there is any, nothing more is read.
     chunk: Bytes,
+    /// Whether there was much to read the last time.
+    bulk: bool,
     from: From,
     /// What was received and not yet written; bounded by the stream's window, as it is released only then.
     outflow: Outflow,
@@ -98,6 +103,15 @@ pub struct Read {
     pub ended: bool,
 }
 
+/// What was already received from the stream.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// How much of it was written to the application.
+    pub sent: usize,
+    /// The rest.
+    pub unsent: Bytes,
+}
+
 impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
@@ -112,12 +126,23 @@ impl<M: Meter> Relay<M> {
             send,
             recv,
             chunk: read.unsent,
+            bulk: false,
             from: if read.ended { From::Ending } else { From::Reading },
             outflow: Outflow::default(),
             to: To::Receiving,
             watch: Watch::default(),
             meter,
         }
+    }
+
+    /// The same, with what was received before: counted from here on.
+    pub fn after(mut self, received: Received) -> Self {
+        if received.sent > 0 {
+            self.recv.release(received.sent);
+            self.count_written(received.sent);
+        }
+        self.outflow.push(received.unsent);
+        self
     }
 
     /// What counted; the rest is dropped.
@@ -140,14 +165,23 @@ impl<M: Meter> Relay<M> {
     }
 
     fn poll_from(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        let mut passed = 0;
         loop {
             while !self.chunk.is_empty() {
                 ready!(self.send.poll_send(cx, &mut self.chunk)).map_err(RelayError::Stream)?;
             }
             match self.from {
                 From::Reading => {
-                    let read = ready!(poll_read_chunk(&mut self.application.socket, cx));
+                    // The tunnel has its turn while what was read is still in the cache.
+                    if passed >= BULK_SIZE {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    let size = if self.bulk { BULK_SIZE } else { READ_SIZE };
+                    let read = ready!(poll_read_up_to(size, &mut self.application.socket, cx));
                     self.chunk = read.map_err(RelayError::Application)?;
+                    self.bulk = self.chunk.len() >= READ_SIZE;
+                    passed += self.chunk.len();
                     self.count_read(self.chunk.len());
                     if self.chunk.is_empty() {
                         self.from = From::Ending;
@@ -180,7 +214,11 @@ impl<M: Meter> Relay<M> {
                 return Poll::Pending;
             }
             if !self.outflow.is_empty() {
-                match self.outflow.poll_write(&mut self.application.socket, cx) {
+                let written = match self.to {
+                    To::Ending => self.outflow.poll_write_last(&self.application.socket, cx),
+                    To::Receiving | To::Ended => self.outflow.poll_write(&mut self.application.socket, cx),
+                };
+                match written {
                     Poll::Ready(written) => {
                         let written = written.map_err(RelayError::Application)?;
                         self.recv.release(written);
@@ -193,8 +231,11 @@ impl<M: Meter> Relay<M> {
             match self.to {
                 To::Receiving => return Poll::Pending,
                 To::Ending => {
-                    let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
-                    ready!(ended).map_err(RelayError::Application)?;
+                    // Where the other direction has ended, too, the close that follows says it.
+                    if self.from != From::Ended {
+                        let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
+                        ready!(ended).map_err(RelayError::Application)?;
+                    }
                     self.to = To::Ended;
                 }
                 To::Ended => return Poll::Ready(Ok(())),

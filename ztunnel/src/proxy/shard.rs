@@ -15,6 +15,7 @@ use crate::mesh::MeshReader;
 use crate::proxy::Config;
 use crate::proxy::accept::Arrival;
 use crate::proxy::live::Live;
+use crate::proxy::near::Neighbours;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::telemetry::LocalTelemetry;
@@ -33,6 +34,8 @@ pub struct Shard {
     pub pool: Pool,
     /// This thread's inbound connections.
     pub live: Live,
+    /// Pods to which connections can be handed over.
+    pub neighbours: Arc<Neighbours>,
     /// What is open, on all threads together.
     pub count: Arc<Count>,
     /// The end of the process.
@@ -49,19 +52,21 @@ impl Shard {
         mesh: MeshReader,
         identities: Identities,
         telemetry: LocalTelemetry,
+        neighbours: Arc<Neighbours>,
         count: Arc<Count>,
         signal: Signal,
         runtime: Handle,
         others: Vec<mpsc::Sender<Arrival>>,
     ) -> Self {
         Self {
-            pool: Pool::new(config.hbone.waiters_max),
+            pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
             live: Live::default(),
             turn: AtomicUsize::new(0),
             config,
             mesh,
             identities,
             telemetry,
+            neighbours,
             count,
             signal,
             runtime,

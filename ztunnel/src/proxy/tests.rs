@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::HeaderValue;
 use tokio::io::AsyncReadExt;
@@ -50,16 +51,21 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
+use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
+use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
+use crate::net::socket::Keepalive;
 use crate::net::socket::PodNetwork;
+use crate::net::socket::prepare_listener;
 use crate::net::socket::reset_on_close;
 use crate::proxy::Config;
 use crate::proxy::DataPlane;
 use crate::proxy::Listeners;
 use crate::proxy::PodSpec;
+use crate::proxy::pod::Pod;
 use crate::shutdown;
 use crate::telemetry;
 use crate::telemetry::Telemetry;
@@ -72,12 +78,17 @@ const CLIENT: &str = "10.0.0.1";
 const SERVER: &str = "10.0.0.2";
 const SERVICE: &str = "10.0.0.2:80";
 
-/// The authority and the roots it shares with tests that speak HBONE themselves.
+/// The authority and the roots it shares with tests that speak HBONE themselves. It has nothing for `stranger`.
 struct Ca(Arc<TestCa>);
 
 impl CertificateAuthority for Ca {
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
-        Box::pin(async { Ok(self.0.certify(identity)) })
+        Box::pin(async move {
+            if *identity == id("stranger") {
+                return Err(IssueError::Refused { reason: "unknown".to_owned() });
+            }
+            Ok(self.0.certify(identity))
+        })
     }
 }
 
@@ -117,8 +128,8 @@ impl PodNetwork for TestPod {
         self.0.dial(to)
     }
 
-    fn deliver(&self, _client: IpAddr, to: SocketAddr) -> Dial {
-        self.0.dial(to)
+    fn deliver(&self, _client: IpAddr, to: SocketAddr, _first: &mut Bytes) -> io::Result<Delivery> {
+        Ok(Delivery::Waiting(self.0.dial(to)))
     }
 }
 
@@ -151,7 +162,21 @@ struct Node {
     hbone: SocketAddr,
 }
 
-fn workload(name: &str, address: &str) -> Arc<Workload> {
+/// A pod that goes nowhere.
+pub(super) fn pod(name: &str, addresses: &[&str]) -> Arc<Pod> {
+    let net = Net { places: Mutex::default(), dst: Mutex::new(SERVICE.parse().unwrap()) };
+    let spec = PodSpec {
+        uid: PodUid::from(name),
+        workload: Named::Uid(name.into()),
+        addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+    };
+    let (trigger, signal) = shutdown::channel();
+    // A trigger that is gone means the end.
+    std::mem::forget(trigger);
+    Arc::new(Pod::new(spec, (0, 0), Arc::new(TestPod(net.into())), signal.clone(), None, signal))
+}
+
+pub(super) fn workload(name: &str, address: &str) -> Arc<Workload> {
     Arc::new(Workload {
         uid: name.into(),
         name: name.into(),
@@ -228,29 +253,56 @@ impl Node {
             inbound: nowhere,
             hbone: nowhere,
         };
-        node.outbound = node.add("client", CLIENT, 1)[0];
+        // The client's applications are on the loopback device.
+        node.outbound = node.add("client", &[CLIENT, "127.0.0.1"], 1)[0];
         node.add_server();
         node
     }
 
+    /// The pods are neighbours, and nothing but the server's application can be dialled.
+    async fn start_near(config: Config) -> Self {
+        let node = Self::start_with(config).await;
+        node.place("10.0.0.2:15008", "127.0.0.1:1".parse().unwrap());
+        node.plane.neighbour(&PodUid::from("client"));
+        node.plane.neighbour(&PodUid::from("server"));
+        node.certified("server").await;
+        node.certified("client").await;
+        node
+    }
+
+    /// Waits for the workload's certificate.
+    async fn certified(&self, name: &str) {
+        let identities = self.plane.shards[0].identities.clone();
+        timeout(PATIENCE, identities.credentials(&id(name))).await.expect("in time").unwrap();
+    }
+
+    /// Connects and expects to be sent through a tunnel, for which there is no peer.
+    async fn sent_through_a_tunnel(&self) {
+        self.refused(self.outbound).await;
+        self.logged(&["direction=\"outbound\"", "could not connect to HBONE peer 10.0.0.2:15008"]).await;
+    }
+
     fn add_server(&mut self) {
-        let [_, inbound, hbone] = self.add("server", SERVER, 2);
+        let [_, inbound, hbone] = self.add("server", &[SERVER], 2);
         (self.inbound, self.hbone) = (inbound, hbone);
         self.place("10.0.0.2:15008", hbone);
     }
 
-    fn add(&self, name: &str, address: &str, netns: u64) -> [SocketAddr; 3] {
+    fn add(&self, name: &str, addresses: &[&str], netns: u64) -> [SocketAddr; 3] {
         let listeners =
             Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
         let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
             .map(|listener| listener.local_addr().unwrap());
         let spec = PodSpec {
             uid: PodUid::from(name),
-            workload: name.into(),
-            addresses: vec![address.parse().unwrap()],
+            workload: Named::Uid(name.into()),
+            addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         };
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            prepare_listener(listener, &Keepalive::default()).unwrap();
+        }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, None).unwrap();
         places
     }
 
@@ -346,7 +398,15 @@ async fn a_connection_goes_through_both_proxies_and_is_told_of_by_both() {
 
 #[tokio::test]
 async fn much_data_both_ways_arrives_whole() {
-    let node = Node::start().await;
+    much_data(Node::start().await).await;
+}
+
+#[tokio::test]
+async fn much_data_between_neighbours_arrives_whole() {
+    much_data(Node::start_near(Config { threads: 1, ..Config::default() }).await).await;
+}
+
+async fn much_data(node: Node) {
     let (client, server) = node.connect().await;
     let data: Arc<Vec<u8>> = Arc::new((0..20_000_000_u32).map(|n| (n % 253) as u8).collect());
     let mut ends = Vec::new();
@@ -487,7 +547,7 @@ async fn what_was_not_captured_goes_nowhere() {
     node.mesh.publish(Mesh::default());
     node.toward(SERVICE);
     node.refused(node.outbound).await;
-    node.logged(&["connection failed", "the mesh does not know workload client"]).await;
+    node.logged(&["connection failed", "information about local workload: client"]).await;
 }
 
 #[tokio::test]
@@ -866,4 +926,155 @@ fn connections_stay_small() {
     // What an idle connection costs besides its sockets and its stream.
     let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
     assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
+    // Instead of a tunnel's two ends.
+    let near = size_of::<super::near::Connection>();
+    assert!(near <= 1024, "{near}");
+}
+
+#[tokio::test]
+async fn neighbours_are_joined_without_a_tunnel_and_both_ends_tell() {
+    let node = Node::start_near(Config::default()).await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"question").await;
+    say(&mut server, &mut client, b"answer").await;
+    client.shutdown().await.unwrap();
+    assert_eq!(ended(&mut server).await, b"");
+    // The other direction is still open.
+    say(&mut server, &mut client, b"more").await;
+    drop(server);
+    assert_eq!(ended(&mut client).await, b"");
+
+    // As through a tunnel.
+    let told = [
+        "connection complete",
+        "src.addr=127.0.0.1:",
+        "dst.addr=10.0.0.2:15008",
+        "dst.hbone_addr=10.0.0.2:80",
+        "src.identity=\"spiffe://cluster.local/ns/test/sa/client",
+        "dst.identity=\"spiffe://cluster.local/ns/test/sa/server",
+    ];
+    node.logged(&[&told[..], &["direction=\"outbound\"", "bytes_sent=8", "bytes_recv=10"]].concat()).await;
+    node.logged(&[&told[..], &["direction=\"inbound\"", "bytes_sent=10", "bytes_recv=8"]].concat()).await;
+    assert_eq!(node.plane.shards.iter().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
+}
+
+#[tokio::test]
+async fn a_reset_between_neighbours_is_a_reset() {
+    let node = Node::start_near(Config::default()).await;
+    let (client, mut server) = node.connect().await;
+    reset_on_close(&client);
+    drop(client);
+    assert_reset(&mut server).await;
+
+    let (mut client, server) = node.connect().await;
+    reset_on_close(&server);
+    drop(server);
+    assert_reset(&mut client).await;
+}
+
+#[tokio::test]
+async fn policies_hold_between_neighbours() {
+    let mut node = Node::start_near(Config::default()).await;
+    let (mut client, mut server) = node.connect().await;
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/client")]));
+    say(&mut client, &mut server, b"still fine").await;
+
+    node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/other")]));
+    assert_reset(&mut client).await;
+    assert_reset(&mut server).await;
+    node.logged(&["direction=\"inbound\"", "dst.hbone_addr", "connection closed due to policy change"]).await;
+    node.logged(&["connection complete", "direction=\"outbound\"", "bytes_sent=10"]).await;
+
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"inbound\"", "error", "allow policies exist, but none allowed"]).await;
+    node.logged(&["direction=\"outbound\"", "error", "http status: 401"]).await;
+}
+
+#[tokio::test]
+async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
+    let node = Node::start_near(Config { pod_connections_max: 1, ..Config::default() }).await;
+    for (to, why) in [
+        ("10.0.0.2:81", "could not connect to the application at 10.0.0.2:81"),
+        ("10.0.0.2:15006", "attempted recursive call to ourselves: 10.0.0.2:15006"),
+    ] {
+        node.toward(to);
+        node.refused(node.outbound).await;
+        node.logged(&["direction=\"inbound\"", why]).await;
+        let asked = format!("dst.hbone_addr={to}");
+        node.logged(&["direction=\"outbound\"", &asked, "http status: 503"]).await;
+    }
+    node.toward(SERVICE);
+    let server = Arc::clone(&node.plane.pods().get(&PodUid::from("server")).unwrap().pod);
+    let full = server.admit(1);
+    node.refused(node.outbound).await;
+    node.logged(&["connection failed", "direction=\"inbound\"", "already has 1 connections"]).await;
+    drop(full);
+    let _through = node.connect().await;
+}
+
+#[tokio::test]
+async fn only_a_pod_that_is_served_now_is_a_neighbour() {
+    let off = Config { near: false, ..Config::default() };
+    Node::start_near(off).await.sent_through_a_tunnel().await;
+
+    let node = Node::start_near(Config::default()).await;
+    node.plane.no_neighbour(&PodUid::from("server"));
+    node.sent_through_a_tunnel().await;
+
+    let node = Node::start_near(Config::default()).await;
+    node.plane.no_neighbours();
+    node.sent_through_a_tunnel().await;
+
+    let node = Node::start_near(Config::default()).await;
+    node.plane.stop_accepting();
+    node.plane.neighbour(&PodUid::from("server"));
+    node.sent_through_a_tunnel().await;
+}
+
+#[tokio::test]
+async fn a_removed_pod_keeps_its_neighbours_connections() {
+    let node = Node::start_near(Config::default()).await;
+    let (mut client, mut server) = node.connect().await;
+    let leaving = node.plane.remove_pod(&PodUid::from("server")).unwrap();
+    say(&mut client, &mut server, b"still here").await;
+    assert!(!leaving.is_over());
+    node.sent_through_a_tunnel().await;
+    say(&mut server, &mut client, b"and still here").await;
+    drop((client, server));
+    let over = async {
+        while !leaving.is_over() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, over).await.expect("nothing is kept of the pod");
+}
+
+#[tokio::test]
+async fn a_drain_waits_for_neighbours() {
+    let linger = Duration::from_millis(50);
+    let node = Node::start_near(Config { linger, ..Config::default() }).await;
+    let (mut client, mut server) = node.connect().await;
+    let mut drained = Box::pin(node.plane.drained());
+    node.stop.drain();
+    assert!(timeout(Duration::from_millis(200), &mut drained).await.is_err(), "one is open");
+    say(&mut client, &mut server, b"last words").await;
+    drop((client, server));
+    timeout(PATIENCE, drained).await.unwrap();
+}
+
+#[tokio::test]
+async fn without_a_certificate_there_is_no_neighbour() {
+    for (client, server, why) in [
+        ("stranger", "server", "no certificate for spiffe://cluster.local/ns/test/sa/stranger"),
+        ("client", "stranger", "could not connect to HBONE peer"),
+    ] {
+        let mut node = Node::start_near(Config::default()).await;
+        let as_whom = |name, who, address| {
+            Arc::new(Workload { identity: id(who), ..Workload::clone(&workload(name, address)) })
+        };
+        let workloads = [as_whom("client", client, CLIENT), as_whom("server", server, SERVER)];
+        node.mesh.publish(Mesh::new(TrustDomain::default(), workloads, [], []));
+        node.refused(node.outbound).await;
+        node.logged(&["direction=\"outbound\"", why]).await;
+    }
 }

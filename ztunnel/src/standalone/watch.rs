@@ -1,9 +1,11 @@
 //! Loads a mesh file again whenever it changes.
 //!
-//! Looks at names, inodes, sizes and times a few times a second. That costs less than it seems and sees what
-//! change notifications do not: a swapped symbolic link above the files, a directory that is removed and made
-//! again, another node's write to a shared file system, an overflown queue. Does not know what a mesh file
-//! says, and keeps no last good one: whoever receives an error simply does not apply it.
+//! A change is seen by names, inodes, sizes and times of all files. Whether it is worth while to look at all of them is
+//! asked a few times a second: something is announced in the directory (inotify), or the directory is another one or
+//! has other entries, as after the swap of a symbolic link above it. Not everything is announced (another node's
+//! write to a shared file system, a write to what a symbolic link points to), so they are looked at every few
+//! seconds anyway, and always if there are symbolic links among them. Does not know what a mesh file says, and
+//! keeps no last good one: whoever receives an error simply does not apply it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -11,8 +13,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::inotify::AddWatchFlags;
+use nix::sys::inotify::InitFlags;
+use nix::sys::inotify::Inotify;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
@@ -24,8 +32,11 @@ use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file;
 use crate::standalone::file::Loaded;
 
-/// How often the files are looked at.
+/// How often it is asked whether there may be a change.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// How many times in a row the files are not looked at when there seems to be none.
+const UNANNOUNCED: u32 = 25;
 
 /// For how long files must stay as they are before they are read: whoever writes several files, or one in
 /// several steps, should be done.
@@ -65,7 +76,8 @@ async fn run(
     mut signal: Signal,
     sender: mpsc::Sender<Result<Loaded, Vec<Diagnostic>>>,
 ) {
-    let mut applied = look(&path).await;
+    let watched = Arc::new(Mutex::new(Watched::new(Arc::clone(&path))));
+    let mut applied = look(&watched).await;
     let mut pending = Some(load(&path, &node).await);
     loop {
         tokio::select! {
@@ -74,8 +86,8 @@ async fn run(
                 Err(_) => return,
             },
             () = sleep(LOOK) => {
-                if look(&path).await != applied {
-                    applied = settled(&path).await;
+                if glance(&watched).await.is_some_and(|seen| seen != applied) {
+                    applied = settled(&watched).await;
                     pending = Some(load(&path, &node).await);
                 }
             }
@@ -86,12 +98,12 @@ async fn run(
 }
 
 /// Waits until the files stay as they are, but not for long.
-async fn settled(path: &Arc<Path>) -> Stamp {
+async fn settled(watched: &Arc<Mutex<Watched>>) -> Stamp {
     let deadline = Instant::now() + SETTLE_MAX;
-    let mut before = look(path).await;
+    let mut before = look(watched).await;
     loop {
         sleep(SETTLE).await;
-        let after = look(path).await;
+        let after = look(watched).await;
         if after == before || Instant::now() >= deadline {
             return after;
         }
@@ -124,36 +136,101 @@ struct File {
     changed: (i64, i64),
 }
 
-async fn look(path: &Arc<Path>) -> Stamp {
-    let path = Arc::clone(path);
-    // A look that failed is like one that showed nothing: the load that follows says why.
-    spawn_blocking(move || stamp(&path)).await.unwrap_or(Stamp(Vec::new()))
-}
-
-fn stamp(path: &Path) -> Stamp {
-    let stat = |path: &Path| {
+impl File {
+    fn at(path: &Path) -> Option<Self> {
         let metadata = fs::metadata(path).ok()?;
-        Some(File {
+        Some(Self {
             device: metadata.dev(),
             inode: metadata.ino(),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         })
-    };
-    let mut files: Vec<(OsString, Option<File>)> = match fs::read_dir(path) {
-        Ok(entries) => entries
-            .filter_map(|entry| Some(entry.ok()?.file_name()))
-            .filter(|name| file::is_mesh_file(Path::new(name)))
-            .map(|name| {
-                let file = stat(&path.join(&name));
-                (name, file)
-            })
-            .collect(),
-        Err(_) => vec![(path.as_os_str().to_owned(), stat(path))],
-    };
-    files.sort_by(|(a, _), (b, _)| a.cmp(b));
-    Stamp(files)
+    }
+}
+
+async fn look(watched: &Arc<Mutex<Watched>>) -> Stamp {
+    // A look that failed is like one that showed nothing: the load that follows says why.
+    blocking(watched, Watched::look).await.unwrap_or(Stamp(Vec::new()))
+}
+
+/// `None` if there seems to be no change.
+async fn glance(watched: &Arc<Mutex<Watched>>) -> Option<Stamp> {
+    blocking(watched, |watched| watched.gives_cause().then(|| watched.look())).await.unwrap_or_default()
+}
+
+/// On a thread that may wait for a slow file system.
+async fn blocking<T: Send + 'static>(
+    watched: &Arc<Mutex<Watched>>,
+    work: impl FnOnce(&mut Watched) -> T + Send + 'static,
+) -> Option<T> {
+    let watched = Arc::clone(watched);
+    spawn_blocking(move || work(&mut watched.lock().unwrap_or_else(PoisonError::into_inner))).await.ok()
+}
+
+/// The path, and what tells whether a look at the files is worth while.
+struct Watched {
+    path: Arc<Path>,
+    /// Without it every look is one at the files.
+    announcements: Option<Inotify>,
+    /// The path itself, at the last look.
+    top: Option<File>,
+    /// Whether there were symbolic links: what they point to may be anywhere.
+    links: bool,
+    /// How many looks have been spared since.
+    spared: u32,
+}
+
+impl Watched {
+    fn new(path: Arc<Path>) -> Self {
+        let announcements = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
+            .inspect_err(|error| tracing::debug!(%error, "no inotify: the mesh files are polled"));
+        Self { path, announcements: announcements.ok(), top: None, links: false, spared: 0 }
+    }
+
+    /// Whether there may be a change since the last look.
+    fn gives_cause(&mut self) -> bool {
+        let silent = self
+            .announcements
+            .as_ref()
+            .is_some_and(|inotify| matches!(inotify.read_events(), Err(Errno::EAGAIN)));
+        self.spared += 1;
+        !silent || self.links || self.spared > UNANNOUNCED || File::at(&self.path) != self.top
+    }
+
+    fn look(&mut self) -> Stamp {
+        let what = AddWatchFlags::IN_MODIFY
+            | AddWatchFlags::IN_ATTRIB
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVE
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF;
+        // Before the look, so that nothing is missed after it. Without a watch the change of the path's own stamp, or
+        // the next look that is not spared, tells.
+        let _unwatched = self.announcements.as_ref().map(|inotify| inotify.add_watch(&*self.path, what));
+        self.spared = 0;
+        self.top = File::at(&self.path);
+        let mut links = false;
+        let mut files: Vec<(OsString, Option<File>)> = match fs::read_dir(&self.path) {
+            Ok(entries) => entries
+                .filter_map(|entry| {
+                    let entry = entry.ok()?;
+                    let name = entry.file_name();
+                    if !file::is_mesh_file(Path::new(&name)) {
+                        return None;
+                    }
+                    links |= entry.file_type().map_or(true, |kind| kind.is_symlink());
+                    let file = File::at(&entry.path());
+                    Some((name, file))
+                })
+                .collect(),
+            Err(_) => vec![(self.path.as_os_str().to_owned(), File::at(&self.path))],
+        };
+        self.links = links;
+        files.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Stamp(files)
+    }
 }
 
 #[cfg(test)]
@@ -234,6 +311,39 @@ mod tests {
         symlink("..2", dir.path().join("..data_tmp")).unwrap();
         fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
         assert_eq!(next(&mut updates).await, pods(&["b"]));
+    }
+
+    #[test]
+    fn files_are_looked_at_only_for_a_cause() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        fs::write(&file, pod("a")).unwrap();
+        let mut watched = Watched::new(Arc::from(dir.path()));
+        let before = watched.look();
+        assert!(!watched.gives_cause());
+
+        let mut open = fs::OpenOptions::new().append(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut open, b"# more\n").unwrap();
+        assert!(watched.gives_cause(), "written in place");
+        assert_ne!(watched.look(), before);
+        assert!(!watched.gives_cause());
+
+        fs::write(dir.path().join("b.yaml"), pod("b")).unwrap();
+        assert!(watched.gives_cause(), "a new file");
+        watched.look();
+        fs::remove_dir_all(dir.path()).unwrap();
+        fs::create_dir(dir.path()).unwrap();
+        assert!(watched.gives_cause(), "another directory");
+        watched.look();
+        fs::write(&file, pod("c")).unwrap();
+        assert!(watched.gives_cause(), "a file in it");
+        watched.look();
+        let causes = (0..2 * UNANNOUNCED).filter(|_| watched.gives_cause() && !watched.look().0.is_empty());
+        assert_eq!(causes.count(), 1, "now and then without a cause");
+
+        symlink(&file, dir.path().join("link.yaml")).unwrap();
+        watched.look();
+        assert!((0..10).all(|_| watched.gives_cause()), "what a link points to may be anywhere");
     }
 
     #[tokio::test]

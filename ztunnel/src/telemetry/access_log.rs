@@ -75,7 +75,7 @@ fn outcome(line: &mut Line<'_>, closed: &Closed) {
     };
     line.number("bytes_sent", sent);
     line.number("bytes_recv", received);
-    line.text("duration", &format!("{}ms", closed.duration.as_millis()));
+    line.quoted("duration", format_args!("{}ms", closed.duration.as_millis()));
     if let Some(error) = &closed.error {
         line.text("error", error);
     }

@@ -3,9 +3,11 @@
 //! Plain: `<time>\t<level>\t<target>[:<span>{<k>=<v>}]\t<message>\t<k>=<v> <k>=<v>`. JSON:
 //! `{"level","time","scope","message",<fields>,<spans>}`. Knows nothing of what is logged.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::fmt::Write as _;
 use std::str::FromStr;
+use std::time::Duration;
 use std::time::SystemTime;
 
 use time::OffsetDateTime;
@@ -123,17 +125,37 @@ impl<'a> Line<'a> {
     pub fn text(&mut self, key: &str, value: &str) {
         self.key(key);
         match self.format {
+            // Most texts have nothing to escape, and looking at each character for it takes long.
+            _ if is_plain(value) => self.out.extend(["\"", value, "\""]),
             Format::Plain => write!(self.out, "{value:?}").expect("a String takes every write"),
             Format::Json => push_json(self.out, value),
         }
     }
 
+    /// A string that has nothing to escape, as numbers with their units have not: `key="value"`.
+    pub fn quoted(&mut self, key: &str, value: fmt::Arguments<'_>) {
+        self.key(key);
+        write!(self.out, "\"{value}\"").expect("a String takes every write");
+    }
+
     /// Something shown by its own rules: `key=value`.
     pub fn shown(&mut self, key: &str, value: impl fmt::Display) {
         self.key(key);
+        let quote = if self.format == Format::Json { "\"" } else { "" };
+        self.out.push_str(quote);
+        let start = self.out.len();
+        write!(self.out, "{value}").expect("a String takes every write");
+        if is_plain(&self.out[start..]) {
+            self.out.push_str(quote);
+            return;
+        }
+        let text = self.out.split_off(start);
         match self.format {
-            Format::Plain => push_clean(self.out, &value.to_string()),
-            Format::Json => push_json(self.out, &value.to_string()),
+            Format::Plain => push_clean(self.out, &text),
+            Format::Json => {
+                self.out.truncate(start - quote.len());
+                push_json(self.out, &text);
+            }
         }
     }
 
@@ -203,21 +225,46 @@ fn level_name(level: Level) -> &'static str {
     }
 }
 
-const TIME: &[BorrowedFormatItem<'_>] =
-    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
+const SECOND: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].");
+
+thread_local! {
+    /// The last second that was written, since 1970, and how it reads: the next line mostly has the same.
+    static WRITTEN: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
+}
 
 fn push_time(out: &mut String, at: SystemTime) {
-    let text =
-        OffsetDateTime::from(at).format(TIME).expect("every component of the format is in an OffsetDateTime");
-    out.push_str(&text);
+    // A clock before 1970 is as good as none.
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    WRITTEN.with_borrow_mut(|(second, text)| {
+        if *second != since.as_secs() {
+            *second = since.as_secs();
+            let whole = SystemTime::UNIX_EPOCH + Duration::from_secs(*second);
+            let known = OffsetDateTime::from(whole).format(SECOND);
+            *text = known.expect("every component of the format is in an OffsetDateTime");
+        }
+        out.push_str(text);
+    });
+    write!(out, "{:06}Z", since.subsec_micros()).expect("a String takes every write");
+}
+
+/// Whether nothing in `text` has to be escaped, in either format.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|b| matches!(b, b' '..=b'~') && b != b'"' && b != b'\\')
 }
 
 fn push_clean(out: &mut String, text: &str) {
+    if is_plain(text) {
+        return out.push_str(text);
+    }
     for c in text.chars() {
         if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
     }
 }
 
 fn push_json(out: &mut String, text: &str) {
+    if is_plain(text) {
+        return out.extend(["\"", text, "\""]);
+    }
     out.push_str(&serde_json::Value::from(text).to_string());
 }

@@ -1,7 +1,8 @@
 //! The one thread that writes log lines, and the bounded queue in front of it.
 //!
 //! Nobody who logs ever waits: a line that does not fit is dropped and counted. The writer formats what it finds
-//! in the queue, up to a batch, and writes it at once.
+//! in the queue, up to a batch, and writes it at once. A line that comes alone is written when it comes; after one
+//! the writer rests, so that it is not woken, nor the output written to, for each line of many.
 
 use std::io;
 use std::io::Write;
@@ -24,6 +25,10 @@ const QUEUE_MAX: usize = 10_000;
 
 /// How much is written at once, about.
 const BATCH_BYTES: usize = 64 * 1024;
+
+/// How long the writer rests after a write. Waking it costs whoever logs more than all else there is to a line.
+/// The queue takes in the meantime a million lines a second.
+const REST: Duration = Duration::from_millis(10);
 
 /// A line on its way to the writer.
 #[derive(Debug)]
@@ -118,6 +123,7 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
     let mut batch = String::with_capacity(BATCH_BYTES);
     while let Ok(first) = waiting.recv() {
         let mut lines = 0;
+        let mut full = false;
         let mut next = Some(first);
         while let Some(entry) = next {
             match entry {
@@ -125,7 +131,8 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
                 Entry::Text(text) => batch.push_str(&text),
             }
             lines += 1;
-            next = if batch.len() < BATCH_BYTES { waiting.try_recv().ok() } else { None };
+            full = batch.len() >= BATCH_BYTES;
+            next = if full { None } else { waiting.try_recv().ok() };
         }
         // There is nowhere to report that the log cannot be written but a counter.
         if out.write_all(batch.as_bytes()).and_then(|()| out.flush()).is_err() {
@@ -133,6 +140,9 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
         }
         batch.clear();
         tally.advance(lines);
+        if !full {
+            thread::sleep(REST);
+        }
     }
 }
 

@@ -1,0 +1,108 @@
+//! What traffic costs the daemons, in system calls: a count is the same on every machine, busy or not.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use crate::binaries;
+use crate::peer::open::Outcome;
+use crate::syscalls::{Calls, Counting};
+use crate::world::{BOTH, HTTP, LARGE_MIB, World};
+
+/// For one request with its answer a daemon waits, reads and writes once in each direction.
+const PER_REQUEST: f64 = 6.5;
+/// In bulk one call moves far more than a TLS record (16 KiB). The kernel hands on a stream in pieces as it comes, so
+/// there is room above what was seen.
+const PER_MIB: f64 = 30.0;
+
+/// For one connection after the other, each with a request and its answer. Seen: 20.1 for the client's daemon, whose
+/// part is to wait, accept and watch, to move request, answer and both ends between application and tunnel, and to
+/// close; 25.2 for the server's, which has no accept but a socket to make (eight calls) and to connect (two).
+const PER_CONNECTION: [f64; 2] = [21.5, 27.0];
+const CONNECTIONS: u32 = 300;
+
+/// New connections, one after the other.
+pub const NEW_CONNECTIONS: Story = Story {
+    name: "a new connection with a request costs the daemons a bounded number of system calls",
+    tell: |world| {
+        let urls = format!("http://{}:{HTTP}/?[1-{CONNECTIONS}]", world.server.v4);
+        let place = world.client.place.clone();
+        let (counted, ()) = counting(world, "connections", || {
+            let arguments = ["-q", "-sS", "-m", "50", "-o", "/dev/null", "-w", "%{num_connects}\n"];
+            let output =
+                place.run("curl", &[&arguments[..], &["-H", "Connection: close", &urls]].concat())?;
+            let made = String::from_utf8_lossy(&output.stdout).lines().filter(|line| *line == "1").count();
+            let words = String::from_utf8_lossy(&output.stderr);
+            ensure!(made == CONNECTIONS as usize, "{made} of {CONNECTIONS} connections were made: {words}");
+            Ok(())
+        })?;
+        hold_to(&counted, f64::from(CONNECTIONS), PER_CONNECTION, "connection")
+    },
+};
+
+/// Requests over one connection, one after the other.
+pub const REQUESTS: Story = Story {
+    name: "a request costs each daemon six system calls: wait, read and write, in each direction",
+    tell: |world| {
+        let target = format!("{}:{HTTP}", world.server.v4);
+        let place = world.client.place.clone();
+        let (counted, outcome) = counting(world, "requests", || {
+            let program = binaries::peer()?.display().to_string();
+            let output = place.run(&program, &["open", &target, "/", "400", "1", "2"])?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            let outcome: Outcome = serde_json::from_str(&text)
+                .with_context(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))?;
+            ensure!(outcome.answered == outcome.due, "{} of {} answered", outcome.answered, outcome.due);
+            Ok(outcome)
+        })?;
+        hold_to(&counted, outcome.answered as f64, [PER_REQUEST; 2], "request")
+    },
+};
+
+/// One large answer.
+pub const BULK: Story = Story {
+    name: "a megabyte costs each daemon at most thirty system calls",
+    tell: |world| {
+        let url = format!("http://{}:{HTTP}/large", world.server.v4);
+        let place = world.client.place.clone();
+        let (counted, ()) = counting(world, "bulk", || {
+            let arguments = ["-q", "-sS", "-m", "50", "-o", "/dev/null", "-w", "%{size_download}", &url];
+            let output = place.run("curl", &arguments)?;
+            let got = String::from_utf8_lossy(&output.stdout);
+            let all = (LARGE_MIB << 20).to_string();
+            ensure!(got == all, "got {got} of {all}: {}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        })?;
+        hold_to(&counted, LARGE_MIB as f64, [PER_MIB; 2], "MiB")
+    },
+};
+
+/// What the data plane of both daemons does meanwhile.
+fn counting<T>(world: &mut World, name: &str, load: impl FnOnce() -> Result<T>) -> Result<([Calls; 2], T)> {
+    let logs: PathBuf = world.run.path("logs");
+    let mut start = |on| {
+        let pid = world.daemon(on)?.process().pid();
+        Counting::start(pid, "data-", &logs.join(format!("strace-{name}-{on:?}")))
+    };
+    let [a, b] = BOTH.map(&mut start);
+    let (a, b) = (a?, b?);
+    let result = load()?;
+    Ok(([a.finish()?, b.finish()?], result))
+}
+
+/// `limits`: the client's daemon, the server's.
+fn hold_to(counted: &[Calls; 2], units: f64, limits: [f64; 2], unit: &str) -> Result<String> {
+    let [a, b] = counted;
+    let said = format!(
+        "per {unit}, the client's daemon: {:.2} ({}); the server's: {:.2} ({})",
+        a.total() as f64 / units,
+        a.per(units),
+        b.total() as f64 / units,
+        b.per(units),
+    );
+    for (calls, limit) in counted.iter().zip(limits) {
+        ensure!(calls.total() as f64 / units <= limit, "more than {limit}: {said}");
+    }
+    Ok(said)
+}

@@ -1,0 +1,173 @@
+//! Two pods of one node: no wire between them, and all else as with one.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Story;
+use super::basics::sees_client;
+use super::tunnel::{field, identity, inbound_line, marker, outbound_line};
+use crate::mesh::{Enrolment, MESHED};
+use crate::peer::hold::Held;
+use crate::poll::{eventually, throughout};
+use crate::topology::Pod;
+use crate::wire::{HBONE_PORT, Watch};
+use crate::world::{On, World, http, http_refused, lines_at};
+
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// What is reported of a connection, and that no device carries it.
+pub const SAME_NODE: Story = Story {
+    name: "a server on the client's own node is reached the same way, and nothing of it leaves the daemon",
+    tell: |world| {
+        let log = world.setting(On::A).log();
+        let (mark, said) = (log.mark(), marker());
+        let watches = watch_devices(world, "same-node", "tcp")?;
+        let mut evidence = Vec::new();
+        for address in world.near.addresses() {
+            let answer = http(&world.client.place, address, &format!("?marker={said}"))?;
+            sees_client(&answer, &world.client, address)?;
+            evidence.push(format!("{address} saw {}", answer.local));
+        }
+        for watch in watches {
+            let segments = watch.finish()?.segments_by_port();
+            ensure!(segments.is_empty(), "TCP on a pod's device (port, packets): {segments:?}");
+        }
+        // Not a short cut past the mesh: both sides tell the same, and by whose identity it was judged.
+        let inward = inbound_line(&log, mark, "client", "near")?;
+        let outward = outbound_line(&log, mark, "client", "near")?;
+        for key in ["dst.addr", "dst.hbone_addr"] {
+            let (out, into) = (field(&outward, key), field(&inward, key));
+            ensure!(out.is_some() && out == into, "{key} differs: {outward} / {inward}");
+        }
+        for reporter in ["source", "destination"] {
+            counted(world, reporter)?;
+        }
+        // The same look at a connection from outside the mesh shows that it would have been seen.
+        let control = Watch::start(&world.near.place, "eth0", "same-node-control", "tcp")?;
+        http(&world.outsider.place, world.near.v4.into(), &format!("?marker={said}"))?;
+        ensure!(control.finish()?.with_marker(&said) > 0, "the capture does not see what is on the device");
+        Ok(format!(
+            "{}; no packet on either pod's device; both sides reported mutual TLS",
+            evidence.join("; ")
+        ))
+    },
+};
+
+/// What ends an open connection, and what does not.
+pub const POLICY_AND_CHANGE: Story = Story {
+    name: "between two pods of a node policies refuse and cut; withdrawing the server and a restart keep what is open",
+    tell: |world| {
+        let log = world.setting(On::A).log();
+        let (near, client, other) = (world.near.clone(), world.client.clone(), world.other.clone());
+        let targets = near.addresses().map(lines_at);
+        let watches = watch_devices(world, "near-held", "tcp port 9000")?;
+        let open =
+            |pod: &Pod| targets.iter().map(|to| Held::open(&pod.place, *to)).collect::<Result<Vec<_>>>();
+        let (mut kept, mut cut) = (open(&client)?, open(&other)?);
+
+        let mark = log.mark();
+        world.mesh.deny("no-other", "near", "other")?;
+        for held in &mut cut {
+            eventually(SETTLE, || match held.say() {
+                Ok(_) => bail!("still answered"),
+                Err(_) => Ok(()),
+            })?;
+        }
+        log.wait_line(mark, SETTLE, "the cut", |line| line.contains("due to policy change"))?;
+        let mark = log.mark();
+        http_refused(&other.place, near.v4.into())?;
+        let refused = inbound_line(&log, mark, "other", "near")?;
+        ensure!(refused.contains("demo/no-other"), "the policy is not named: {refused}");
+        let told = outbound_line(&log, mark, "other", "near")?;
+        ensure!(told.contains("http status: 401"), "the client's side says: {told}");
+        world.mesh.remove("policy-no-other")?;
+
+        world.mesh.pod(MESHED, &near, Enrolment::None)?;
+        eventually(SETTLE, || seen(world, true)).context("after the server was withdrawn")?;
+        all_answer(&mut kept, "after the server was withdrawn")?;
+        world.mesh.pod(MESHED, &near, Enrolment::Inherit)?;
+        eventually(SETTLE, || seen(world, false)).context("after the server was enrolled again")?;
+        all_answer(&mut kept, "after the server was enrolled again")?;
+
+        let mut next = world.setting(On::A).start()?;
+        next.wait_ready()?;
+        let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        throughout(Duration::from_secs(1), || all_answer(&mut kept, "after the second daemon took over"))?;
+        all_answer(&mut open(&client)?, "opened in the second daemon")?;
+        drop(kept);
+        first.ended().context("the first daemon was to end with its last connection")?;
+        for watch in watches {
+            let segments = watch.finish()?.segments_by_port();
+            ensure!(segments.is_empty(), "the connections were on a pod's device: {segments:?}");
+        }
+        let error = field(&refused, "error").unwrap_or(&refused);
+        Ok(format!("refused: \"{error}\"; 2 cut, 2 others went on through withdrawal, enrolment and restart"))
+    },
+};
+
+/// For those who must have every byte encrypted.
+pub const ENCRYPTED: Story = Story {
+    name: "with --encrypt-same-node a connection between two pods of a node goes through a tunnel too",
+    tell: |world| {
+        let mut setting = world.setting(On::A).clone();
+        setting.further.push("--encrypt-same-node".to_owned());
+        let mut next = setting.start()?;
+        next.wait_ready()?;
+        let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        first.ended().context("the first daemon was to drain")?;
+        let (mark, said) = (setting.log().mark(), marker());
+        let watch = Watch::start(&world.near.place, "eth0", "encrypted", "tcp")?;
+        for address in world.near.addresses() {
+            let answer = http(&world.client.place, address, &format!("?marker={said}"))?;
+            sees_client(&answer, &world.client, address)?;
+        }
+        let packets = watch.finish()?;
+        let tunnels = crate::wire::tunnels_only(&packets)?;
+        ensure!(packets.with_marker(&said) == 0, "the payload is seen in clear");
+        inbound_line(&setting.log(), mark, "client", "near")?;
+        Ok(format!(
+            "{} packets, all of port {HBONE_PORT}, {} encrypted records",
+            tunnels.packets, tunnels.encrypted
+        ))
+    },
+};
+
+/// What passes the devices of both pods.
+fn watch_devices(world: &World, name: &str, filter: &str) -> Result<Vec<Watch>> {
+    let pods = [&world.client, &world.near].into_iter();
+    pods.map(|pod| Watch::start(&pod.place, "eth0", &format!("{name}-{}", pod.name), filter)).collect()
+}
+
+/// Checks whether a new connection from the client to the server on its node is in clear on the server's device.
+fn seen(world: &World, clear: bool) -> Result<()> {
+    let said = marker();
+    let watch = Watch::start(&world.near.place, "eth0", "near-clear", "tcp")?;
+    for address in world.near.addresses() {
+        http(&world.client.place, address, &format!("?marker={said}"))?;
+    }
+    let seen = watch.finish()?.with_marker(&said) > 0;
+    ensure!(seen == clear, "on the device in clear: {seen}, expected {clear}");
+    Ok(())
+}
+
+fn all_answer(held: &mut [Held], when: &'static str) -> Result<()> {
+    held.iter_mut().try_for_each(|held| held.say().map(|_| ()).context(when))
+}
+
+/// Checks that one side has counted connections from the client to the server, as secured by mutual TLS.
+fn counted(world: &World, reporter: &str) -> Result<()> {
+    let parts = [
+        format!("reporter=\"{reporter}\""),
+        format!("source_principal=\"{}\"", identity("client")),
+        format!("destination_principal=\"{}\"", identity("near")),
+        "connection_security_policy=\"mutual_tls\"".to_owned(),
+    ];
+    let metrics = world.setting(On::A).metrics()?;
+    let line = metrics.lines().find(|line| {
+        line.starts_with("istio_tcp_connections_closed_total") && parts.iter().all(|part| line.contains(part))
+    });
+    let line = line.with_context(|| format!("the {reporter}'s side has counted nothing"))?;
+    ensure!(!line.ends_with(" 0"), "{line}");
+    Ok(())
+}

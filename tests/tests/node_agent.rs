@@ -1,0 +1,335 @@
+//! Pods that a node agent enrols over ZDS, and whose traffic its own rules redirect.
+
+mod common;
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use ztunnel_tests::agent::{self, Listener, NodeAgent};
+use ztunnel_tests::peer::hold::Held;
+use ztunnel_tests::peer::load::Load;
+use ztunnel_tests::poll::{eventually, throughout};
+use ztunnel_tests::redirect::{Backend, PROBES};
+use ztunnel_tests::stories::outage::nothing_in_clear;
+use ztunnel_tests::topology::Pod;
+use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
+
+use common::act_in;
+
+/// Something in a world where node agents enrol the pods of these nodes.
+fn in_redirected(name: &str, nodes: &[On], backend: Backend, act: impl FnOnce(&mut World) -> Result<String>) {
+    let world = World::start_prepared(Options::default(), |world| world.enrol_by_agent(nodes, backend));
+    act_in(world, name, |world| {
+        let told = act(world)?;
+        for on in nodes {
+            world.agent(*on)?.check()?;
+        }
+        Ok(told)
+    });
+}
+
+/// Client and server see each other's own addresses, on both families, and nothing goes in clear.
+fn talk(world: &World) -> Result<String> {
+    let watch = world.watch_link_for_clear("redirected")?;
+    let mut said = Vec::new();
+    for (from, to) in [(&world.client, &world.server), (&world.client, &world.near)] {
+        for (own, address) in from.addresses().into_iter().zip(to.addresses()) {
+            let answer = http(&from.place, address, "?marker=secret")
+                .with_context(|| format!("{} to {} at {address}", from.name, to.name))?;
+            ensure!(answer.body.contains(&format!("pod={} client={own}", to.name)), "{}", answer.body);
+            ensure!(answer.remote == address.to_string(), "{answer:?}");
+            said.push(answer.body);
+        }
+    }
+    for address in SERVICE_IPS {
+        let address: IpAddr = address.parse()?;
+        let url = format!("http://{}/", ztunnel_tests::topology::in_url(address));
+        let answer = curl(&world.client.place, &[&url]).with_context(|| format!("service {address}"))?;
+        ensure!(answer.body.contains("pod=server"), "{}", answer.body);
+    }
+    nothing_in_clear(&watch.finish()?, &world.client, "secret")?;
+    Ok(said.join("; "))
+}
+
+/// Connections that are not between two pods of the mesh: as without it.
+fn outside(world: &World) -> Result<()> {
+    for (from, to) in [(&world.client, &world.outside), (&world.outsider, &world.server)] {
+        for (own, address) in from.addresses().into_iter().zip(to.addresses()) {
+            let answer = http(&from.place, address, "")
+                .with_context(|| format!("{} to {} at {address}", from.name, to.name))?;
+            ensure!(answer.body.contains(&format!("client={own}")), "{}", answer.body);
+        }
+    }
+    // A pod that calls itself is not redirected at all.
+    for address in world.server.addresses() {
+        http(&world.server.place, address, "").with_context(|| format!("server to itself at {address}"))?;
+    }
+    Ok(())
+}
+
+/// Under STRICT the node's own connections pass, under the address of probes, and nobody else's.
+fn strict(world: &World) -> Result<()> {
+    let server = &world.server;
+    world.mesh.peer_authentication("STRICT")?;
+    eventually(Duration::from_secs(5), || http_refused(&world.outsider.place, server.v4.into()))?;
+    for (address, probe) in server.addresses().into_iter().zip(PROBES) {
+        let answer = http(&world.b.place, address, "").with_context(|| format!("probe of {address}"))?;
+        ensure!(answer.body.contains(&format!("client={probe}")), "{}", answer.body);
+        http_refused(&world.outsider.place, address)?;
+        http(&world.client.place, address, "").context("by tunnel")?;
+    }
+    world.mesh.no_policies()
+}
+
+fn everything(world: &mut World) -> Result<String> {
+    let said = talk(world)?;
+    outside(world)?;
+    strict(world)?;
+    Ok(said)
+}
+
+#[test]
+fn pods_of_two_nodes_talk_through_rules_of_iptables() {
+    in_redirected("iptables on nf_tables", &BOTH, Backend::IptablesNft, everything);
+}
+
+#[test]
+fn pods_of_two_nodes_talk_through_rules_of_legacy_iptables() {
+    in_redirected("legacy iptables", &BOTH, Backend::IptablesLegacy, everything);
+}
+
+#[test]
+fn pods_of_two_nodes_talk_through_rules_of_nftables() {
+    in_redirected("nftables", &BOTH, Backend::Nft, everything);
+}
+
+#[test]
+fn a_node_with_an_agent_works_with_one_without() {
+    in_redirected("agent on the server's node", &[On::B], Backend::IptablesNft, everything);
+}
+
+#[test]
+fn a_node_without_an_agent_works_with_one_that_has() {
+    in_redirected("agent on the client's node", &[On::A], Backend::IptablesNft, |world| {
+        let said = talk(world)?;
+        outside(world)?;
+        Ok(said)
+    });
+}
+
+#[test]
+fn restarts_under_load_fail_no_attempt() {
+    const ROUNDS: usize = 8;
+    in_redirected("restarts", &BOTH, Backend::IptablesNft, |world| {
+        let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
+        let load = Load::start(&world.client.place, 500, &targets)?;
+        std::thread::sleep(Duration::from_millis(500));
+        for round in 0..ROUNDS {
+            let ready = world.restart_daemon(BOTH[round % 2], round / 2 % 2 == 1);
+            ready.with_context(|| format!("restart {round}"))?;
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let outcome = load.finish()?;
+        ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
+        ensure!(outcome.rate() >= 400.0, "too little to show anything: {}", outcome.evidence());
+        Ok(format!("{ROUNDS} restarts: {}", outcome.evidence()))
+    });
+}
+
+#[test]
+fn beside_a_daemon_that_hands_nothing_over_the_ports_are_shared() {
+    in_redirected("rolling update", &[On::B], Backend::IptablesNft, |world| {
+        let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
+        let load = Load::start(&world.outsider.place, 300, &targets)?;
+        std::thread::sleep(Duration::from_millis(500));
+        for round in 0..4 {
+            // Where it looks for the one before it there is nobody.
+            let mut setting = world.setting(On::B).clone();
+            setting.meeting = world.run.path(format!("elsewhere-{round}"));
+            let next = setting.start_ready()?;
+            let first = world.replace_daemon(On::B, next).context("no first daemon")?;
+            first.stop().context("the first daemon, after SIGTERM")?;
+        }
+        let outcome = load.finish()?;
+        let failed: u64 = outcome.failed.values().sum();
+        // What is between SYN and ACK when a listener closes is reset: some microseconds' worth each time.
+        ensure!(failed <= 4, "{}", outcome.evidence());
+        ensure!(outcome.rate() >= 200.0, "too little to show anything: {}", outcome.evidence());
+        Ok(format!("4 replacements: {}", outcome.evidence()))
+    });
+}
+
+#[test]
+fn a_killed_daemon_is_closed_and_the_next_serves_without_the_agent_asking() {
+    in_redirected("kill -9", &BOTH, Backend::IptablesNft, |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        for on in BOTH {
+            let watch = world.watch_link_for_clear("killed")?;
+            world.kill_daemon(on)?;
+            let tries = throughout(Duration::from_millis(500), || {
+                for address in server.addresses() {
+                    http_refused(&client.place, address)?;
+                }
+                Ok(())
+            })?;
+            ensure!(tries > 0, "nothing was tried");
+            nothing_in_clear(&watch.finish()?, &client, "nothing")?;
+            world.start_daemon(on)?;
+            http(&client.place, server.v4.into(), "").context("after the restart")?;
+        }
+        Ok(format!("{} daemons called the agent of node-b", world.agent(On::B)?.seen()))
+    });
+}
+
+#[test]
+fn an_agent_that_restarts_changes_nothing_for_its_pods() {
+    in_redirected("agent restarts", &BOTH, Backend::IptablesNft, |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let mut held = Held::open(&client.place, lines_at(server.v4))?;
+        let path = world.agent(On::B)?.path().to_owned();
+        world.replace_agent(On::B, None);
+        eventually(Duration::from_secs(5), || {
+            let answer = world.setting(On::B).readiness();
+            let error = answer.err().context("it is ready without its agent")?;
+            ensure!(format!("{error:#}").contains("workload proxy manager"), "{error:#}");
+            Ok(())
+        })?;
+        held.say().context("without the agent")?;
+        http(&client.place, server.v4.into(), "").context("without the agent")?;
+        world.replace_agent(On::B, Some(NodeAgent::start(path, &[&server])?));
+        eventually(Duration::from_secs(20), || world.setting(On::B).readiness())?;
+        held.say().context("with the agent back")?;
+        http(&client.place, server.v4.into(), "").context("with the agent back")?;
+        Ok("open and new connections went on".to_owned())
+    });
+}
+
+#[test]
+fn a_deleted_pod_is_let_go_wholly() {
+    in_redirected("deletion", &BOTH, Backend::IptablesNft, |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        http(&client.place, server.v4.into(), "")?;
+        let count = |world: &mut World| world.daemon(On::B)?.descriptors();
+        let mut before = None;
+        for _ in 0..3 {
+            let mut held = Held::open(&client.place, lines_at(server.v4))?;
+            world.agent(On::B)?.del(&server)?;
+            eventually(Duration::from_secs(5), || {
+                ensure!(held.say().is_err(), "the connection of the deleted pod goes on");
+                Ok(())
+            })?;
+            eventually(Duration::from_secs(5), || http_refused(&client.place, server.v4.into()))?;
+            let after = eventually(Duration::from_secs(5), || {
+                let now = count(world)?;
+                ensure!(before.is_none_or(|before| now <= before), "{now} descriptors, before {before:?}");
+                Ok(now)
+            })?;
+            before.get_or_insert(after);
+            world.agent(On::B)?.add(&server)?;
+            http(&client.place, server.v4.into(), "").context("added again: at once")?;
+        }
+        Ok(format!("{before:?} descriptors after each deletion"))
+    });
+}
+
+#[test]
+fn whatever_an_agent_sends_its_pods_are_served() {
+    in_redirected("a hostile agent", &BOTH, Backend::IptablesNft, hostile);
+}
+
+fn hostile(world: &mut World) -> Result<String> {
+    let (client, server) = (world.client.clone(), world.server.clone());
+    let path = world.agent(On::B)?.path().to_owned();
+    world.replace_agent(On::B, None);
+    let listener = Listener::at(&path)?;
+    let within = Duration::from_secs(15);
+    let served = |world: &mut World, when: &str| -> Result<usize> {
+        http(&client.place, server.v4.into(), "").with_context(|| format!("after {when}"))?;
+        let daemon = world.daemon(On::B)?;
+        daemon.process().must_run().with_context(|| format!("after {when}"))?;
+        daemon.descriptors()
+    };
+    // A connection that has just ended still has its own for a moment.
+    let none_leaked = |world: &mut World, when: &str, before: usize| {
+        eventually(Duration::from_secs(3), || {
+            let now = served(world, when)?;
+            ensure!(now <= before, "{now} descriptors after {when}, {before} before");
+            Ok(())
+        })
+    };
+    let connection = listener.accept(within)?;
+    agent::snapshot(&connection, [&server].into_iter())?;
+    connection.silent(Duration::from_millis(300))?;
+    let before = served(world, "a good snapshot")?;
+
+    // What is refused and ends nothing.
+    let netns = agent::handle(&server.place.netns)?;
+    let plain = File::open("/dev/null")?;
+    let add = agent::encode(agent::add(&server));
+    let other = Pod { name: "nobody".to_owned(), ..server.clone() };
+    let unknown_kind = [0x7a, 0];
+    let cases: [(&str, Vec<u8>, Vec<&File>); 6] = [
+        ("Add without a namespace", add.clone(), vec![]),
+        ("Add with two", add.clone(), vec![&netns, &netns]),
+        ("Add with a file", add.clone(), vec![&plain]),
+        ("Del with a namespace", agent::encode(agent::del(&other)), vec![&netns]),
+        ("an unknown kind", unknown_kind.to_vec(), vec![]),
+        ("Add of nothing", vec![0x0a, 0], vec![&netns]),
+    ];
+    for (what, bytes, files) in &cases {
+        for _ in 0..20 {
+            let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+            let error = connection.exchange(bytes, &descriptors).with_context(|| (*what).to_owned())?;
+            ensure!(!error.is_empty(), "{what} was acknowledged");
+        }
+    }
+    none_leaked(world, "bad messages", before)?;
+    connection.request(agent::del(&other), &[]).context("an unknown pod is gone already")?;
+    connection.request(agent::add(&server), &[netns.as_fd()]).context("a repeated Add")?;
+
+    // What ends the connection; the next one begins anew. Each Add is answered in time, well or not.
+    let mut last = connection;
+    let many = vec![netns.as_fd(); 60];
+    let long = vec![0x0a; 4000];
+    let broken: [(&str, &[u8], &[std::os::fd::BorrowedFd<'_>]); 4] = [
+        ("garbage", &[0xff; 64], &[]),
+        ("a long message", &long, &[]),
+        ("sixty descriptors", &add, &many),
+        ("a second SnapshotSent", &agent::encode(agent::sent()), &[]),
+    ];
+    for (what, bytes, descriptors) in broken {
+        let error = last.exchange(bytes, descriptors).with_context(|| what.to_owned())?;
+        ensure!(error.contains("protocol error"), "{what}: {error:?}");
+        last.closed().with_context(|| what.to_owned())?;
+        last = listener.accept(within).with_context(|| format!("after {what}"))?;
+        agent::snapshot(&last, [&server].into_iter()).with_context(|| format!("after {what}"))?;
+        none_leaked(world, what, before)?;
+    }
+    // A pod whose port is taken is refused in time, named, and served as soon as that is over.
+    let outside = world.outside.clone();
+    let taken = outside.place.netns.enter(|| Ok(std::net::TcpListener::bind("0.0.0.0:15006")?))?;
+    let netns = agent::handle(&outside.place.netns)?;
+    let began = Instant::now();
+    let error = last.exchange(&agent::encode(agent::add(&outside)), &[netns.as_fd()])?;
+    ensure!(error.contains("cannot listen on port 15006"), "{error}");
+    ensure!(began.elapsed() < Duration::from_secs(5), "the agent had given up");
+    drop(taken);
+    eventually(Duration::from_secs(5), || last.request(agent::add(&outside), &[netns.as_fd()]))?;
+    last.request(agent::del(&outside), &[])?;
+    // Gone in the middle of an Add.
+    last.send(&add, &[agent::handle(&server.place.netns)?.as_fd()])?;
+    drop(last);
+    served(world, "an agent that is gone")?;
+    // The rest is for an agent that behaves.
+    drop(listener);
+    world.replace_agent(On::B, Some(NodeAgent::start(path, &[&server])?));
+    eventually(Duration::from_secs(20), || world.setting(On::B).readiness())?;
+    Ok(format!(
+        "{} kinds of bad messages, {} of broken protocol; {before} descriptors",
+        cases.len(),
+        broken.len()
+    ))
+}

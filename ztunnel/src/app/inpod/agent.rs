@@ -1,0 +1,327 @@
+//! What the node agent asks for, carried out.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::error::Error;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::ifaddrs::getifaddrs;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use tokio::time::Instant;
+use tokio::time::sleep_until;
+
+use crate::app::handover::HandedPod;
+use crate::capture;
+use crate::capture::Listeners;
+use crate::config::resolved::Zds;
+use crate::enrol::zds::AgentPod;
+use crate::enrol::zds::link::Happened;
+use crate::enrol::zds::link::Link;
+use crate::enrol::zds::machine::Action;
+use crate::enrol::zds::machine::Event;
+use crate::enrol::zds::machine::Machine;
+use crate::enrol::zds::message;
+use crate::model::addr::PodUid;
+use crate::model::addr::canonical_ip;
+use crate::model::workload::Named;
+use crate::model::workload::Workload;
+use crate::net::netns::Netns;
+use crate::net::redirected::Settings;
+use crate::proxy;
+use crate::proxy::DataPlane;
+
+/// Answers on their way: one per pod at most, and a node has fewer.
+const ANSWERS: usize = 2048;
+
+/// What a call of [`Agent::next`] was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Pods came or went.
+    Pods,
+    /// Nothing that changes which pods there are.
+    Other,
+}
+
+/// How the capture of a pod ended: with its listeners, or why not.
+type Answer = (AgentPod, Result<Arc<Listeners>, String>);
+
+/// The connection to the agent, the machine behind it, and the pods that are served.
+pub(super) struct Agent {
+    machine: Machine<AgentPod>,
+    link: Link,
+    reconciled: bool,
+    zds: Zds,
+    settings: Arc<Settings>,
+    node: Arc<str>,
+    data_plane: Arc<DataPlane>,
+    /// What is served, for the next daemon.
+    served: HashMap<PodUid, HandedPod>,
+    /// Listeners by network namespace that came from the daemon before this one, until they are used.
+    inherited: HashMap<(u64, u64), Arc<Listeners>>,
+    answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+}
+
+impl Agent {
+    /// Does nothing yet.
+    pub(super) fn new(zds: Zds, node: Arc<str>, data_plane: Arc<DataPlane>) -> Self {
+        Self {
+            machine: Machine::default(),
+            link: Link::new(zds.socket.clone()),
+            reconciled: false,
+            settings: Arc::new(zds.listeners.settings.clone()),
+            zds,
+            node,
+            data_plane,
+            served: HashMap::new(),
+            inherited: HashMap::new(),
+            answers: mpsc::channel(ANSWERS),
+        }
+    }
+
+    /// Serves the pods of the daemon before this one, on its sockets.
+    pub(super) fn inherit(&mut self, pods: Vec<HandedPod>) {
+        for HandedPod { pod, listeners } in pods {
+            self.inherited.insert(pod.netns.id(), listeners);
+            self.step(Event::Inherited(pod));
+        }
+    }
+
+    /// Waits until each pod that is wanted was tried, but not for long.
+    pub(super) async fn settled(&mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut left = self.machine.pending();
+        while left > 0 {
+            let answer = tokio::time::timeout_at(deadline, self.answers.1.recv()).await;
+            let Ok(Some(answer)) = answer else { return };
+            self.answered(answer);
+            left -= 1;
+        }
+    }
+
+    /// Waits until the agent's snapshot is carried out.
+    pub(super) async fn reconciled(&mut self) {
+        while !self.reconciled {
+            self.next().await;
+        }
+        // What the agent does not know is not this node's any more.
+        self.inherited.clear();
+    }
+
+    /// Carries out what happens next. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Step {
+        let wake = self.machine.wake();
+        let due = async {
+            match wake {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // A sender is kept here, so there is always another answer to wait for.
+            Some(answer) = self.answers.1.recv() => self.answered(answer),
+            happened = self.link.next(self.machine.owes()) => self.happened(happened),
+            () = due => self.step(Event::Tick),
+        }
+    }
+
+    /// Asks the agent for a new snapshot.
+    pub(super) fn reconnect(&mut self) {
+        self.link.close();
+        self.reconciled = false;
+        self.step(Event::Disconnected);
+    }
+
+    /// Whether `workload` is a pod that is served here.
+    pub(super) fn serves(&self, workload: &Workload) -> bool {
+        // Few pods, many workloads: most are of another node.
+        (*workload.node == *self.node || workload.node.is_empty())
+            && self.machine.wanted().any(|pod| self.named(pod).is(workload))
+    }
+
+    /// Whether everything is as the agent's last snapshot says, and it is there.
+    pub(super) fn is_reconciled(&self) -> bool {
+        self.reconciled
+    }
+
+    /// Pods that are served.
+    pub(super) fn captured(&self) -> usize {
+        self.machine.captured()
+    }
+
+    /// Pods that should be.
+    pub(super) fn pending(&self) -> usize {
+        self.machine.pending()
+    }
+
+    /// Everything that is served, for the next daemon.
+    pub(super) fn handed(&self) -> Vec<HandedPod> {
+        self.served.values().cloned().collect()
+    }
+
+    fn happened(&mut self, happened: Happened) -> Step {
+        match happened {
+            Happened::Connected => self.step(Event::Connected),
+            Happened::Received(packet) => {
+                let message = message::request(packet);
+                if let Err(rejected) = &message {
+                    tracing::warn!(error = %rejected, "a request of the node agent is refused");
+                }
+                self.step(Event::Message(message))
+            }
+            Happened::Lost(error) => {
+                tracing::warn!(%error, "the node agent is gone; its pods are served as before");
+                self.reconciled = false;
+                self.step(Event::Disconnected)
+            }
+        }
+    }
+
+    fn answered(&mut self, (pod, result): Answer) -> Step {
+        let uid = pod.uid.clone();
+        match result {
+            Ok(listeners) => {
+                tracing::info!(pod = %uid, name = %pod.name, namespace = %pod.namespace, "pod captured");
+                self.served.insert(uid.clone(), HandedPod { pod, listeners });
+                self.step(Event::Captured(uid))
+            }
+            Err(error) => {
+                tracing::error!(pod = %uid, name = %pod.name, namespace = %pod.namespace, error, "pod not captured, trying again");
+                self.step(Event::CaptureFailed(uid, error))
+            }
+        }
+    }
+
+    fn step(&mut self, event: Event<AgentPod>) -> Step {
+        let (mut events, mut step) = (VecDeque::from([event]), Step::Other);
+        while let Some(event) = events.pop_front() {
+            for action in self.machine.step(event, Instant::now()) {
+                match action {
+                    Action::Hello => self.send(&message::hello(), &mut events),
+                    Action::Ack(answer) => {
+                        if let Err(error) = &answer {
+                            tracing::warn!(error, "the node agent is told of an error");
+                        }
+                        self.send(&message::ack(&answer), &mut events);
+                    }
+                    Action::Close => {
+                        self.link.close();
+                        self.reconciled = false;
+                    }
+                    Action::Capture(pod) => {
+                        step = Step::Pods;
+                        self.capture(pod);
+                    }
+                    Action::Release(uid) => {
+                        step = Step::Pods;
+                        self.release(&uid);
+                        events.push_back(Event::Released(uid));
+                    }
+                    Action::Reconciled => {
+                        self.reconciled = true;
+                        self.link.proved();
+                        tracing::info!(pods = self.machine.captured(), "every pod is as the node agent says");
+                    }
+                }
+            }
+        }
+        step
+    }
+
+    fn send(&mut self, bytes: &[u8], events: &mut VecDeque<Event<AgentPod>>) {
+        if let Err(error) = self.link.send(bytes) {
+            tracing::warn!(%error, "the node agent does not listen");
+            self.reconciled = false;
+            events.push_back(Event::Disconnected);
+        }
+    }
+
+    fn named(&self, pod: &AgentPod) -> Named {
+        let AgentPod { name, namespace, service_account, .. } = pod;
+        let [name, namespace, service_account] = [name, namespace, service_account].map(Arc::clone);
+        Named::Pod { name, namespace, service_account, node: Arc::clone(&self.node) }
+    }
+
+    fn capture(&mut self, pod: AgentPod) {
+        let known = self.served.get(&pod.uid).filter(|served| served.pod.netns.id() == pod.netns.id());
+        let listeners = self
+            .inherited
+            .remove(&pod.netns.id())
+            .or_else(|| known.map(|served| Arc::clone(&served.listeners)));
+        let (data_plane, config) = (Arc::clone(&self.data_plane), self.zds.listeners.clone());
+        let (settings, workload) = (Arc::clone(&self.settings), self.named(&pod));
+        let answers = self.answers.0.clone();
+        // It enters the pod's namespace, which may take its time; the answer comes by the channel.
+        let _task = spawn_blocking(move || {
+            let result = serve(&pod, workload, listeners, &config, settings, &data_plane);
+            // The agent may be dropped by now: the daemon stops.
+            let _gone = answers.blocking_send((pod, result));
+        });
+    }
+
+    fn release(&mut self, uid: &PodUid) {
+        self.served.remove(uid);
+        if self.data_plane.remove_pod(uid).is_some() {
+            tracing::info!(pod = %uid, "pod released");
+        }
+    }
+}
+
+/// Listens in the pod, unless the listeners are there, and takes its connections from now on.
+fn serve(
+    pod: &AgentPod,
+    workload: Named,
+    listeners: Option<Arc<Listeners>>,
+    config: &capture::rules::Config,
+    settings: Arc<Settings>,
+    data_plane: &DataPlane,
+) -> Result<Arc<Listeners>, String> {
+    let listeners = match listeners {
+        Some(listeners) => listeners,
+        None => Arc::new(capture::rules::bind(&pod.netns, config).map_err(|error| chain(&error))?),
+    };
+    let addresses =
+        addresses(&pod.netns).map_err(|error| format!("its addresses cannot be read: {error}"))?;
+    let spec = proxy::PodSpec { uid: pod.uid.clone(), workload, addresses };
+    let taken = proxy::Listeners {
+        outbound: Arc::clone(&listeners.outbound),
+        inbound: Arc::clone(&listeners.inbound),
+        hbone: Arc::clone(&listeners.hbone),
+    };
+    data_plane
+        .add_redirected_pod(spec, taken, Arc::clone(&pod.netns), settings)
+        .map_err(|error| format!("the data plane does not take the pod's listeners: {error}"))?;
+    data_plane.neighbour(&pod.uid);
+    Ok(listeners)
+}
+
+/// The addresses in a network namespace, those of `lo` aside, in canonical form.
+fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
+    let found = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
+    let mut addresses: Vec<IpAddr> = found
+        .iter()
+        .filter_map(|interface| {
+            let address = interface.address.as_ref()?;
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))
+        })
+        .map(canonical_ip)
+        .filter(|ip| !ip.is_loopback())
+        .collect();
+    addresses.dedup();
+    Ok(addresses)
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -120,7 +120,8 @@ impl Keys {
         self.root.pem()
     }
 
-    fn serving(&self) -> ServerConfig {
+    /// For a server of the control plane: a certificate for `localhost` (127.0.0.1) and istiod's name.
+    pub fn serving(&self) -> ServerConfig {
         let key = KeyPair::generate().expect("a key can be made");
         let names = vec!["localhost".to_owned(), "istiod.istio-system.svc".to_owned()];
         let mut params = CertificateParams::new(names).expect("the names are host names");

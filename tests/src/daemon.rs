@@ -42,6 +42,17 @@ pub struct Setting {
     pub further: Vec<String>,
     /// `--zds`: where the node agent is that enrols the pods, if one does.
     pub agent: Option<PathBuf>,
+    /// Started as Istio's chart does instead: `proxy ztunnel`, everything else by the environment.
+    pub chart: Option<Chart>,
+}
+
+/// How Istio's chart starts a node proxy.
+#[derive(Debug, Clone)]
+pub struct Chart {
+    /// The working directory, below which are the token and the root that the chart mounts.
+    pub root: PathBuf,
+    /// The variables.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -79,7 +90,15 @@ impl Setting {
     /// Starts a daemon without waiting for anything.
     pub fn start(&self) -> Result<Daemon> {
         let mut command = self.place.command(binaries::daemon()?)?;
-        command.args(self.arguments());
+        match &self.chart {
+            None => {
+                command.args(self.arguments());
+            }
+            Some(chart) => {
+                command.args(["proxy", "ztunnel"]).current_dir(&chart.root);
+                command.envs(chart.environment.iter().map(|(name, value)| (name, value)));
+            }
+        }
         // One file for all daemons of a node: who reads it reads the node's history.
         let mark = self.log().mark();
         let process = self.place.start(&format!("daemon-{}", self.node), command)?;

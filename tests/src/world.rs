@@ -9,6 +9,7 @@
 //! | `outside` | node-b | no | nginx on 8080, a line server on 9000 |
 
 mod agents;
+pub mod istio;
 mod programs;
 mod traces;
 
@@ -456,6 +457,7 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         kubepods: node.kubepods.path().to_owned(),
         further: Vec::new(),
         agent: None,
+        chart: None,
     }
 }
 

@@ -1,14 +1,11 @@
 //! The mesh from a control plane over the network, well and badly behaved. Needs no privileges.
 
-#[path = "common/control_plane.rs"]
-mod control_plane;
-
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use control_plane::{ControlPlane, Served};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::ServerConfig;
 use tokio::sync::watch;
@@ -16,11 +13,13 @@ use ztunnel::mesh::{MeshReader, mesh};
 use ztunnel::shutdown;
 use ztunnel::telemetry::line::Format;
 use ztunnel::telemetry::{self, Telemetry, writer};
-use ztunnel::tls::control::Roots;
-use ztunnel::xds::client::{self, Config, Identity, Status, Token};
+use ztunnel::tls::grpc::{self, Roots, Token};
+use ztunnel::xds::client::{self, Config, Identity, Status};
 use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::{Any, security, workload};
+use ztunnel_tests::ca::Keys;
+use ztunnel_tests::control_plane::{ControlPlane, Served};
 
 const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
@@ -41,7 +40,7 @@ impl Client {
         let (stop, signal) = shutdown::channel();
         let log = writer::start(Box::new(io::sink()), Format::Plain).expect("a log writer");
         let telemetry = Telemetry::new(telemetry::Config::default(), log);
-        let status = client::start(config, mesh_writer, &telemetry, signal);
+        let status = client::start(config, None, mesh_writer, &telemetry, signal);
         Self { mesh, status, telemetry, _stop: stop }
     }
 
@@ -63,14 +62,30 @@ impl Client {
     }
 }
 
+static KEYS: LazyLock<Arc<Keys>> = LazyLock::new(|| Keys::new("root"));
+
+/// A port of the loopback.
+fn at(port: u16) -> SocketAddr {
+    ([127, 0, 0, 1], port).into()
+}
+
+/// `config`, with another way to talk to the control plane.
+fn talking(config: Config, change: impl FnOnce(&mut grpc::Config)) -> Config {
+    let mut config = config;
+    change(&mut config.plane);
+    config
+}
+
 fn config(plane: &ControlPlane) -> Config {
     Config {
-        address: format!("http://{}", plane.address).parse().expect("an address"),
-        roots: Roots::System,
-        alt_hostname: None,
-        token: None,
-        cluster_id: "c1".into(),
-        headers: vec![("X-Extra".into(), "1".into())],
+        plane: grpc::Config {
+            address: plane.address.to_string().parse().expect("an address"),
+            roots: Roots::Pem(KEYS.root_pem()),
+            alternate: None,
+            token: Token::None,
+            cluster: "c1".into(),
+            headers: vec![(http::HeaderName::from_static("x-extra"), http::HeaderValue::from_static("1"))],
+        },
         identity: Identity { pod: "z".into(), namespace: "istio-system".into(), ..Identity::default() },
         answer_timeout: PATIENCE,
     }
@@ -125,11 +140,11 @@ async fn begin(plane: &mut ControlPlane) -> (Served, [DeltaDiscoveryRequest; 2])
 #[test]
 fn a_mesh_comes_over_a_stream_and_goes_on_over_the_next() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let token = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(token.path(), "first\n").expect("written");
-        let token_file = Some(Token::File(token.path().into()));
-        let mut client = Client::start(Config { token: token_file, ..config(&plane) });
+        let token_file = Token::File(token.path().into());
+        let mut client = Client::start(talking(config(&plane), |plane| plane.token = token_file));
         let (mut stream, first) = begin(&mut plane).await;
         assert_eq!(
             first[0].node.as_ref().expect("a node").id,
@@ -176,7 +191,7 @@ fn a_mesh_comes_over_a_stream_and_goes_on_over_the_next() {
 #[test]
 fn what_is_bad_is_refused_again_and_again_and_nothing_else_suffers() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let mut client = Client::start(config(&plane));
         let (mut stream, _) = begin(&mut plane).await;
         let bad = || resource(ADDRESS, "bad", "1", workload::Address { r#type: None });
@@ -201,7 +216,7 @@ fn what_is_bad_is_refused_again_and_again_and_nothing_else_suffers() {
 #[test]
 fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let mut client = Client::start(config(&plane));
         let (mut stream, _) = begin(&mut plane).await;
         let all = |from: usize| (from..from + 20_000).map(pod).collect();
@@ -222,12 +237,13 @@ fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
 #[test]
 fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let token = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(token.path(), "expired").expect("written");
         let answer_timeout = Duration::from_millis(300);
-        let token_file = Some(Token::File(token.path().into()));
-        let mut client = Client::start(Config { token: token_file, answer_timeout, ..config(&plane) });
+        let token_file = Token::File(token.path().into());
+        let patient = Config { answer_timeout, ..config(&plane) };
+        let mut client = Client::start(talking(patient, |plane| plane.token = token_file));
         while client.metric("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}") < 2 {
             tokio::task::yield_now().await;
         }
@@ -255,7 +271,7 @@ fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
         let port = plane.address.port();
         drop((stream, plane));
         client.until(|status| status.stale_since.is_some()).await;
-        let mut plane = ControlPlane::start(port, None).await;
+        let mut plane = ControlPlane::start(at(port), KEYS.serving().into()).await;
         let (mut stream, first) = begin(&mut plane).await;
         assert_eq!(first[0].initial_resource_versions.len(), 1);
         assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(2)])).await, "n1"));
@@ -290,11 +306,13 @@ fn only_a_control_plane_that_the_root_vouches_for_is_believed() {
     test(async {
         let (root, tls) = certified("localhost");
         let (other, _) = certified("localhost");
-        let mut plane = ControlPlane::start(0, Some(tls)).await;
+        let mut plane = ControlPlane::start(at(0), tls).await;
         let folder = tempfile::tempdir().expect("a folder");
         let file: PathBuf = folder.path().join("root-cert.pem");
         let address = format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
-        let secure = Config { address, roots: Roots::File(file.clone()), ..config(&plane) };
+        let secure = talking(config(&plane), |plane| {
+            (plane.address, plane.roots) = (address, Roots::File(file.clone()));
+        });
         // No file, then the wrong root, then the right one: read again for every connection.
         let client = Client::start(secure);
         while client.metric("istio_xds_connection_terminations_total{reason=\"Error\"}") < 2 {
@@ -315,14 +333,15 @@ fn only_a_control_plane_that_the_root_vouches_for_is_believed() {
 fn another_name_is_believed_only_if_it_was_configured() {
     test(async {
         let (root, tls) = certified("istiod.istio-system.svc");
-        let mut plane = ControlPlane::start(0, Some(tls)).await;
-        let address: http::Uri =
+        let mut plane = ControlPlane::start(at(0), tls).await;
+        let address: grpc::Address =
             format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
-        let with = |alt: Option<&str>| Config {
-            address: address.clone(),
-            roots: Roots::Pem(root.clone()),
-            alt_hostname: alt.map(str::to_owned),
-            ..config(&plane)
+        let config = config(&plane);
+        let with = |alt: Option<&str>| {
+            talking(config.clone(), |plane| {
+                (plane.address, plane.roots) = (address.clone(), Roots::Pem(root.clone()));
+                plane.alternate = alt.map(str::to_owned);
+            })
         };
         for wrong in [None, Some("istiod.other.svc")] {
             let client = Client::start(with(wrong));

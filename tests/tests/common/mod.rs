@@ -41,7 +41,7 @@ pub(crate) fn in_world_that<T>(
     end(world, name, told);
 }
 
-fn end(mut world: World, name: &str, told: Result<String>) {
+fn end(world: World, name: &str, told: Result<String>) {
     if told.is_err() {
         // The logs are in the world's directory, which is about to be removed.
         match world.save_logs() {

@@ -449,7 +449,7 @@ mod tests {
             assert!(*got == large);
             assert!(matches!(ask(&path).await, Found::Yielded(_)));
         };
-        let ((), outcome) = tokio::join!(successor, async { old.next().await.outcome().await });
+        let ((), outcome) = tokio::join!(successor, async { old.next().await.outcome(&[]).await });
         assert_eq!(outcome, Outcome::Abandoned);
         drop(old);
         let old = Successors::listen(&path, nothing()).unwrap();

@@ -153,6 +153,8 @@ impl PodNetwork for RedirectedPod {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

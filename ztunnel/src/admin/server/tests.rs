@@ -31,6 +31,7 @@ use crate::telemetry::logging::Filter;
 use crate::telemetry::logging::Levels;
 use crate::telemetry::writer;
 use crate::tls::configs::Credentials;
+use crate::tls::trust::Trust;
 
 /// A server on a free port of the loopback.
 async fn start(site: Site, connections_max: usize) -> (SocketAddr, Trigger) {
@@ -162,7 +163,7 @@ async fn admin() -> Admin {
     let (mut mesh_writer, reader) = mesh::mesh();
     mesh_writer.publish(dump::tests::sample_mesh());
     let (trigger, signal) = shutdown::channel();
-    let identities = worker::start(Arc::new(NoAuthority), signal.clone());
+    let identities = worker::start(Arc::new(NoAuthority), Trust::default(), signal.clone());
     let log = writer::start(Box::new(io::sink()), Format::Plain).unwrap();
     let telemetry = Telemetry::new(telemetry::Config::default(), log);
     let config = proxy::Config { threads: 1, ..proxy::Config::default() };

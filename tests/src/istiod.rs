@@ -89,12 +89,12 @@ impl Istiod {
         Ok(istiod)
     }
 
-    /// Closes every connection, and listens again at the same address with the same mesh.
+    /// Closes every connection, and listens again at the same address with the same mesh, in the network namespace of
+    /// the caller.
     pub fn restart(&mut self) -> Result<()> {
         self.stop();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (address, tls, shared) = (self.address, Arc::clone(&self.tls), self.shared.clone());
-        // In the network namespace of the caller, which threads inherit.
         let plane = runtime.block_on(ControlPlane::start(address, tls));
         let (stop, stopped) = oneshot::channel();
         let serving = move || {

@@ -205,7 +205,7 @@ fn without_istiod_a_node_serves_what_it_has() {
         // It is back, is told what is held, and sends the rest.
         let before = istio.discovery.opened().len();
         istio.discovery.remove(AUTHORIZATION, "demo/no-client");
-        istio.discovery.restart()?;
+        world.a.place.netns.enter(|| istio.discovery.restart())?;
         eventually(Duration::from_secs(40), || http(&client.place, server.v4.into(), ""))?;
         let opened = eventually(Duration::from_secs(40), || {
             let opened = istio.discovery.opened();
@@ -250,7 +250,7 @@ fn a_first_start_without_istiod_is_not_ready_and_says_why() {
         log.wait_line(mark, SETTLE, "why", |line| line.contains("no control plane"))?;
         // Nothing leaves in clear meanwhile, and pods that start are not kept waiting.
         log.wait_line(mark, SETTLE, "its pods", |line| line.contains("every pod is as the node agent says"))?;
-        istio.discovery.restart()?;
+        world.a.place.netns.enter(|| istio.discovery.restart())?;
         eventually(Duration::from_secs(40), || world.setting(On::A).readiness())?;
         world.start_daemon(On::B)?;
         eventually(SETTLE, || http(&world.client.place, world.server.v4.into(), ""))?;

@@ -1,4 +1,3 @@
-use super::control_plane::LocalMesh;
 use super::control_plane::RootCert;
 use super::control_plane::Token;
 use super::*;
@@ -47,7 +46,9 @@ fn without_a_word_the_defaults_hold() {
     let keepalive = &settings.data_plane.keepalive;
     assert_eq!((keepalive.time, keepalive.retries), (Duration::from_secs(180), 9));
     assert_eq!(settings.data_plane.hbone.client_streams_max, 100);
-    assert_eq!(settings.warnings, []);
+    assert_eq!(settings.mesh_cache, Some("/var/run/ztunnel/mesh.cache".into()));
+    let ineffective: Vec<_> = settings.warnings.iter().map(|said| said.name).collect();
+    assert_eq!(ineffective, ["ISTIO_META_DNS_CAPTURE"]);
     assert!(settings.shown.iter().all(|shown| matches!(shown.origin, Origin::Default | Origin::Machine)));
 }
 
@@ -72,7 +73,8 @@ fn the_charts_environment_is_understood() {
         ("ZTUNNEL_RESOURCE_CPU_REQUEST", "200m"),
         ("KUBERNETES_SERVICE_HOST", "10.0.0.1"),
     ]);
-    assert_eq!(settings.warnings, []);
+    let ineffective: Vec<_> = settings.warnings.iter().map(|said| said.name).collect();
+    assert_eq!(ineffective, ["ISTIO_META_DNS_CAPTURE"]);
     assert_eq!(settings.control_plane.authority.address, "https://istiod.istio-system.svc:15012");
     assert_eq!(settings.drain_deadline, Duration::from_secs(25));
     let origin = Origin::Variable("TERMINATION_GRACE_PERIOD_SECONDS");
@@ -214,7 +216,6 @@ fn secrets_are_kept() {
     let settings = settings(&[
         ("AUTH_TOKEN", "eyJh.bGci.OiJS"),
         ("XDS_HEADER_x-tenant", "hush"),
-        ("LOCAL_XDS", "workloads: []"),
         ("XDS_ROOT_CA", "SYSTEM"),
         ("CA_ROOT_CA", "-----BEGIN CERTIFICATE-----\nQUJD\n-----END CERTIFICATE-----\n"),
         ("ALT_XDS_HOSTNAME", "other.example"),
@@ -226,7 +227,6 @@ fn secrets_are_kept() {
     assert_eq!(discovery.root, RootCert::System);
     assert!(matches!(control.authority.root, RootCert::Pem(_)));
     assert_eq!(discovery.alternative_name.as_deref(), Some("other.example"));
-    assert_eq!(control.local, Some(LocalMesh::Text("workloads: []".into())));
     let told = format!("{settings:?}");
     for secret in ["bGci", "hush"] {
         assert!(!told.contains(secret), "{secret} is told");
@@ -277,6 +277,11 @@ fn what_cannot_be_used_is_named_with_what_can() {
         (
             &[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "false")],
             "ENABLE_PROXY=\"false\": there is nothing left to do: pods' DNS is not answered here",
+        ),
+        (
+            &[("LOCAL_XDS", "hush")],
+            "LOCAL_XDS=\"(not shown)\": a mesh in this format is not read: use XDS_ADDRESS, \
+             or `ztunnel run --mesh` with Kubernetes' objects",
         ),
         (
             &[("LOCAL_XDS", "x"), ("LOCAL_XDS_PATH", "y")],

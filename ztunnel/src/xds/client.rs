@@ -17,6 +17,7 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::metadata::MetadataMap;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
+use ztunnel_proto::discovery::Resource;
 use ztunnel_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::prost_types::ListValue;
@@ -28,15 +29,20 @@ use crate::mesh::MeshWriter;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
 use crate::telemetry::metrics::Source;
 use crate::tls::control;
 use crate::tls::control::Roots;
 use crate::tls::control::RootsError;
 use crate::xds::backoff::Backoff;
 use crate::xds::backoff::Ended;
+use crate::xds::cache::Cache;
 use crate::xds::connect::connect;
+use crate::xds::convert::Rejected;
 use crate::xds::counts::Counts;
+use crate::xds::counts::Loaded;
 use crate::xds::counts::Reason;
+use crate::xds::session::Kind;
 use crate::xds::session::Received;
 use crate::xds::session::Session;
 
@@ -44,6 +50,8 @@ use crate::xds::session::Session;
 const MESSAGE_MAX: usize = 200 * 1024 * 1024;
 /// Resources that are applied before others on the thread get a turn: a few milliseconds' work.
 const SLICE: usize = 512;
+/// How long the file with the last good mesh may take to be read: no disk keeps a proxy from its control plane.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
 
@@ -99,14 +107,21 @@ pub struct Config {
     pub identity: Identity,
     /// How long a new stream may stay without any response.
     pub answer_timeout: Duration,
+    /// Where the last good mesh is kept, to be served at the next start until the control plane is there. The folder
+    /// must be there, and its owner's alone; beside it a file of the same name with `.new` is made.
+    pub cache: Option<PathBuf>,
 }
 
 /// How the mesh stands to the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
-    /// The first response of every type was accepted. Stays true.
+    /// The mesh can be served: the first response of every type was accepted, or the last good mesh was found in the
+    /// cache. Stays true.
     pub synced: bool,
-    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one.
+    /// The first response of every type was accepted: nothing is only what the cache had. Stays true.
+    pub confirmed: bool,
+    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one. With a
+    /// mesh from the cache this may be long before the process began.
     pub stale_since: Option<Instant>,
     /// Resources that the control plane sent and this proxy rejected, in all.
     pub rejected: u64,
@@ -120,11 +135,11 @@ pub fn start(
     mut signal: shutdown::Signal,
 ) -> watch::Receiver<Status> {
     let counts = Arc::new(Counts::default());
-    telemetry.register(Shown(Arc::clone(&counts)));
-    let first = Status { synced: false, stale_since: Some(Instant::now()), rejected: 0 };
+    let first = Status { synced: false, confirmed: false, stale_since: Some(Instant::now()), rejected: 0 };
     let (status, watched) = watch::channel(first);
+    telemetry.register(Shown(Arc::clone(&counts), watched.clone()));
     let session = Session::new(node(&config.identity));
-    let mut client = Client { config, session, writer, counts, status };
+    let mut client = Client { config, session, writer, counts, status, cache: None, confirmed: [false; 2] };
     shutdown::spawn(async move {
         tokio::select! {
             () = client.run() => {}
@@ -135,11 +150,15 @@ pub fn start(
     watched
 }
 
-struct Shown(Arc<Counts>);
+struct Shown(Arc<Counts>, watch::Receiver<Status>);
 
 impl Source for Shown {
     fn collect(&self, families: &mut Families<'_>) -> fmt::Result {
-        self.0.collect(families)
+        self.0.collect(families)?;
+        let stale_since = self.1.borrow().stale_since;
+        let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        let help = "Seconds since the mesh was last known to be that of the control plane; 0 while there is a stream.";
+        families.gauge("ztunnel_xds_mesh_age_seconds", help, &[Sample { labels: &[], value }])
     }
 }
 
@@ -230,15 +249,21 @@ struct Client {
     writer: MeshWriter,
     counts: Arc<Counts>,
     status: watch::Sender<Status>,
+    cache: Option<Cache>,
+    /// Of which types the first response was accepted.
+    confirmed: [bool; 2],
 }
 
 impl Client {
     async fn run(&mut self) {
+        if let Some(path) = self.config.cache.clone() {
+            self.restore(path).await;
+        }
         let mut backoff = Backoff::default();
         loop {
             let mut responses = 0_u64;
             let Err(interrupted) = self.connection(&mut responses).await;
-            self.counts.connected(false);
+            self.connected(false);
             self.status.send_modify(|status| {
                 status.stale_since.get_or_insert_with(Instant::now);
             });
@@ -259,6 +284,80 @@ impl Client {
                 }
             }
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Begins with the last good mesh, if there is one, and keeps it from now on.
+    async fn restore(&mut self, path: PathBuf) {
+        let (cache, stored) =
+            match Cache::open(path, self.config.cluster_id.clone(), Arc::clone(&self.counts)) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn Error, "the mesh will not be kept");
+                    return;
+                }
+            };
+        match tokio::time::timeout(CACHE_TIMEOUT, stored).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(stored))) => {
+                let age = stored.age;
+                match self.replay(stored.resources).await {
+                    Ok(()) => {
+                        tracing::info!(?age, "the mesh is the last one known until there is a control plane");
+                        self.status.send_modify(|status| {
+                            status.synced = true;
+                            status.stale_since = Instant::now().checked_sub(age).or(status.stale_since);
+                        });
+                    }
+                    Err((name, reason)) => {
+                        tracing::warn!(name, %reason, "the mesh cache is not used");
+                        self.counts.cache_loaded(Loaded::Rejected);
+                        self.session = Session::new(node(&self.config.identity));
+                        cache.disown();
+                    }
+                }
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!("the mesh cache is not used: it could not be read in time");
+                self.counts.cache_loaded(Loaded::Unreadable);
+                cache.disown();
+            }
+        }
+        self.session.keep_accepted();
+        self.cache = Some(cache);
+    }
+
+    /// Takes all of this as if it had been received, or nothing: a mesh without one of its policies would allow what it
+    /// does not.
+    async fn replay(&mut self, resources: [Vec<Resource>; 2]) -> Result<(), (String, Rejected)> {
+        let mut changes = Vec::new();
+        for (kind, resources) in Kind::ALL.into_iter().zip(resources) {
+            let type_url = kind.type_url().to_owned();
+            let response = DeltaDiscoveryResponse { type_url, resources, ..Default::default() };
+            // It is of a known type.
+            let Received::Push(mut push) = self.session.receive(response) else { continue };
+            while !push.is_done() {
+                changes.extend(self.session.advance(&mut push, SLICE));
+                if let Some(rejected) = push.take_rejected() {
+                    return Err(rejected);
+                }
+                tokio::task::yield_now().await;
+            }
+            self.session.finish(push);
+        }
+        let mut changes = changes.into_iter();
+        while changes.len() > 0 {
+            self.writer.draft(changes.by_ref().take(SLICE));
+            tokio::task::yield_now().await;
+        }
+        self.writer.release();
+        Ok(())
+    }
+
+    fn connected(&self, connected: bool) {
+        self.counts.connected(connected);
+        if let Some(cache) = &self.cache {
+            cache.connected(connected);
         }
     }
 
@@ -291,7 +390,7 @@ impl Client {
             .map_err(|status| Interrupted::Refused(Box::new(status)))?;
         let mut stream = stream.into_inner();
         tracing::info!(address = %config.address, "connected to the control plane");
-        self.counts.connected(true);
+        self.connected(true);
         loop {
             let message = match *responses {
                 0 => tokio::time::timeout_at(until, stream.message())
@@ -328,6 +427,9 @@ impl Client {
         while !push.is_done() {
             let changes = self.session.advance(&mut push, SLICE);
             self.writer.draft(changes);
+            if let Some(cache) = &self.cache {
+                cache.note(kind, push.take_accepted());
+            }
             tokio::task::yield_now().await;
         }
         self.writer.release();
@@ -342,9 +444,15 @@ impl Client {
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");
         let answer = self.session.finish(push);
         let synced = self.session.is_synced();
+        if let Some(cache) = self.cache.as_ref().filter(|_| synced) {
+            cache.settle();
+        }
+        self.confirmed[kind as usize] |= answer.error_detail.is_none();
+        let confirmed = self.confirmed == [true; 2];
         self.status.send_if_modified(|status| {
             let before = *status;
             status.synced = synced;
+            status.confirmed = confirmed;
             status.stale_since = None;
             status.rejected += rejected as u64;
             *status != before

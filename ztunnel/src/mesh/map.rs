@@ -19,7 +19,7 @@ const DEPTH_MAX: u32 = u64::BITS / BITS;
 enum Node<K, V> {
     Bucket(Arc<Vec<(u64, K, V)>>),
     /// As many as there are values of so many bits.
-    Branch(Arc<[Node<K, V>; 1 << BITS]>),
+    Branch(Arc<[Self; 1 << BITS]>),
 }
 
 impl<K, V> Default for Node<K, V> {

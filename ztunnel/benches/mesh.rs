@@ -256,7 +256,7 @@ fn benches(criterion: &mut Criterion, bytes: &[u8]) {
     });
     for (name, node, vip) in [("10 endpoints", &node, 7_u32), ("10k endpoints", &large, 0)] {
         let snapshot = node.reader.snapshot();
-        let source = snapshot.workloads().next().expect("one").clone();
+        let source = Arc::clone(snapshot.workloads().next().expect("one"));
         let ip = IpAddr::from((0x0b00_0000 + vip).to_be_bytes());
         let mut roll = 1_u64;
         criterion.bench_function(&format!("a connection's plan, service of {name}"), |bencher| {
@@ -322,7 +322,9 @@ impl Candidate for Whole {
 
 /// A list of small maps, of which a version copies the list and one map.
 #[derive(Clone)]
-struct Shards(Arc<Vec<Arc<HashMap<Arc<str>, u64>>>>, RandomState);
+struct Shards(Arc<Vec<Shard>>, RandomState);
+
+type Shard = Arc<HashMap<Arc<str>, u64>>;
 
 impl Shards {
     const COUNT: usize = 512;

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use crate::capture;
 use crate::config::raw;
-use crate::hbone;
 use crate::net::redirected::ClientAddress;
 use crate::net::redirected::Settings;
 use crate::net::socket::Keepalive;
@@ -175,9 +174,10 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         Some(_) => places_with(&typed.kernel, Some(Path::new("/")))?,
         None => places(&typed.kernel)?,
     };
-    let defaults = proxy::Config::default();
-    let threads = typed.threads.unwrap_or(defaults.threads);
-    if threads == 0 {
+    let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
+    proxy.threads = typed.threads.unwrap_or(proxy.threads);
+    proxy.hbone.congestion = Some(typed.tunnel_congestion.clone()).filter(|name| name != "system");
+    if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
     Ok(Run {
@@ -188,15 +188,7 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
-        proxy: proxy::Config {
-            threads,
-            near: !typed.encrypt_same_node,
-            hbone: hbone::Config {
-                congestion: Some(typed.tunnel_congestion.clone()).filter(|name| name != "system"),
-                ..defaults.hbone
-            },
-            ..defaults
-        },
+        proxy,
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

@@ -55,8 +55,7 @@ async fn dial(uri: Uri, tls: Option<Arc<ClientConfig>>) -> io::Result<Box<dyn Du
     let invalid = |error| io::Error::new(io::ErrorKind::InvalidInput, error);
     let host = uri.host().ok_or_else(|| invalid("the address of the control plane has no host"))?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let usual = if tls.is_some() { 443 } else { 80 };
-    let port = uri.port_u16().unwrap_or(usual);
+    let port = uri.port_u16().unwrap_or_else(|| if tls.is_some() { 443 } else { 80 });
     let socket = TcpStream::connect((host, port)).await?;
     socket.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new()

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 use rustls::ServerConfig;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::{Any, security, workload};
@@ -205,9 +206,11 @@ pub fn uid(pod: &Pod) -> String {
 }
 
 async fn serve(mut plane: ControlPlane, shared: Shared) {
+    // They end with it.
+    let mut streams = JoinSet::new();
     loop {
         let stream = plane.stream().await;
-        tokio::spawn(stream_of(stream, shared.clone()));
+        streams.spawn(stream_of(stream, shared.clone()));
     }
 }
 
@@ -223,7 +226,8 @@ async fn stream_of(stream: Served, shared: Shared) {
     let mut changed = shared.changed.subscribe();
     let (mut requests, answers) = stream.split();
     let (said, mut saying) = mpsc::channel(16);
-    tokio::spawn(async move {
+    let mut reading = JoinSet::new();
+    reading.spawn(async move {
         while let Ok(Some(request)) = requests.message().await {
             if said.send(request).await.is_err() {
                 return;

@@ -199,7 +199,7 @@ fn without_istiod_a_node_serves_what_it_has() {
             let ready = world.setting(on).readiness()?;
             ensure!(ready.starts_with("ready, with the mesh of "), "{ready}");
             let metrics = world.setting(on).metrics()?;
-            ensure!(metrics.contains("ztunnel_mesh_current_timestamp_seconds"), "{metrics}");
+            ensure!(metrics.contains("ztunnel_xds_mesh_age_seconds"), "{metrics}");
             serves(world, "after a crash")?;
         }
         // It is back, is told what is held, and sends the rest.

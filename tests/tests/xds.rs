@@ -40,7 +40,7 @@ impl Client {
         let (stop, signal) = shutdown::channel();
         let log = writer::start(Box::new(io::sink()), Format::Plain).expect("a log writer");
         let telemetry = Telemetry::new(telemetry::Config::default(), log);
-        let status = client::start(config, None, mesh_writer, &telemetry, signal);
+        let status = client::start(config, mesh_writer, &telemetry, signal);
         Self { mesh, status, telemetry, _stop: stop }
     }
 
@@ -88,6 +88,7 @@ fn config(plane: &ControlPlane) -> Config {
         },
         identity: Identity { pod: "z".into(), namespace: "istio-system".into(), ..Identity::default() },
         answer_timeout: PATIENCE,
+        cache: None,
     }
 }
 
@@ -277,6 +278,120 @@ fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
         assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(2)])).await, "n1"));
         client.until_workloads(2).await;
         assert!(client.status.borrow().synced);
+    });
+}
+
+/// Waits until the file has been written so many times, and no more is to come.
+async fn until_written(client: Client, times: u64) {
+    let Client { telemetry, _stop: stop, .. } = client;
+    stop.close();
+    let written = || {
+        let all = telemetry.encode_metrics().expect("metrics");
+        all.contains(&format!("ztunnel_xds_cache_writes_total{{result=\"written\"}} {times}\n"))
+    };
+    while !written() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn the_last_good_mesh_is_served_without_a_control_plane_and_put_right_by_the_next() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = folder.path().join("mesh");
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let kept = || Some(cache.clone());
+        let mut client = Client::start(Config { cache: kept(), ..config(&plane) });
+        let (mut stream, first) = begin(&mut plane).await;
+        assert!(first[0].initial_resource_versions.is_empty());
+        assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"absent\"}"), 1);
+        stream.push(response(ADDRESS, "n1", vec![pod(1), pod(2), pod(3)])).await;
+        // Policies belong to a mesh, so there is none without: nothing may be written yet.
+        stream.push(response(AUTHORIZATION, "n2", vec![policy("p"), policy("q")])).await;
+        client.until(|status| status.confirmed).await;
+        let mut gone = response(ADDRESS, "n3", vec![]);
+        gone.removed_resources = vec!["c//Pod/shop/p3".into()];
+        stream.push(gone).await;
+        assert!(!cache.exists());
+        until_written(client, 1).await;
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&cache).expect("a file").permissions().mode() & 0o777, 0o600);
+        let port = plane.address.port();
+        let config = config(&plane);
+        drop((stream, plane));
+
+        let started = Instant::now();
+        let mut client = Client::start(Config { cache: kept(), ..config.clone() });
+        let status = client.until(|status| status.synced).await;
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(!status.confirmed && status.stale_since.is_some());
+        let mesh = client.mesh.snapshot();
+        assert_eq!((mesh.workloads().len(), mesh.policies().len()), (2, 2));
+        assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"whole\"}"), 1);
+
+        let mut plane = ControlPlane::start(at(port), KEYS.serving().into()).await;
+        let (mut stream, first) = begin(&mut plane).await;
+        let versions = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect()
+        };
+        let held = versions(&[("c//Pod/shop/p1", "v1"), ("c//Pod/shop/p2", "v2")]);
+        assert_eq!(first[0].initial_resource_versions, held);
+        assert_eq!(first[1].initial_resource_versions, versions(&[("shop/p", ""), ("shop/q", "")]));
+        // What went while nobody was told is gone now.
+        let mut changed = response(ADDRESS, "n1", vec![pod(4)]);
+        changed.removed_resources = vec!["c//Pod/shop/p1".into()];
+        assert!(is_accepted(&stream.push(changed).await, "n1"));
+        assert!(!client.status.borrow().confirmed, "not every type was heard of");
+        let mut fewer = response(AUTHORIZATION, "n2", vec![policy("p")]);
+        fewer.removed_resources = vec!["shop/q".into()];
+        assert!(is_accepted(&stream.push(fewer).await, "n2"));
+        let status = client.until(|status| status.confirmed).await;
+        assert_eq!((status.stale_since, client.metric("ztunnel_xds_mesh_age_seconds")), (None, 0));
+        let mesh = client.mesh.snapshot();
+        assert!(mesh.workload("c//Pod/shop/p1").is_none() && mesh.workload("c//Pod/shop/p4").is_some());
+        assert_eq!(mesh.policies().len(), 1);
+        until_written(client, 1).await;
+        drop((stream, plane));
+
+        // The file says the same.
+        let mut client = Client::start(Config { cache: kept(), ..config.clone() });
+        client.until(|status| status.synced).await;
+        let mesh = client.mesh.snapshot();
+        assert!(mesh.workload("c//Pod/shop/p1").is_none() && mesh.workload("c//Pod/shop/p4").is_some());
+        assert_eq!((mesh.workloads().len(), mesh.policies().len()), (2, 1));
+        drop(client);
+        // That of another cluster is not believed.
+        let other = talking(Config { cache: kept(), ..config }, |plane| plane.cluster = "c2".into());
+        let client = Client::start(other);
+        while client.metric("ztunnel_xds_cache_loads_total{result=\"foreign\"}") == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!client.status.borrow().synced);
+    });
+}
+
+#[test]
+fn a_file_that_is_damaged_is_not_used_and_made_anew() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = folder.path().join("mesh");
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let kept = || Some(cache.clone());
+        for round in 0..2 {
+            let mut client = Client::start(Config { cache: kept(), ..config(&plane) });
+            let (mut stream, first) = begin(&mut plane).await;
+            assert!(first[0].initial_resource_versions.is_empty());
+            assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"damaged\"}"), round);
+            assert!(!client.status.borrow().synced);
+            stream.push(response(AUTHORIZATION, "n1", vec![policy("p")])).await;
+            stream.push(response(ADDRESS, "n2", vec![pod(1)])).await;
+            client.until(|status| status.synced).await;
+            until_written(client, 1).await;
+            let mut bytes = std::fs::read(&cache).expect("a file");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&cache, bytes).expect("written");
+        }
     });
 }
 

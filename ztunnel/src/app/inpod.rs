@@ -166,7 +166,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
 
     // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
     let mut admin = match &config.mesh {
-        Source::Istiod { .. } | Source::Nothing => Some(serve_admin()?),
+        Source::Istiod(_) | Source::Nothing => Some(serve_admin()?),
         Source::File(_) => None,
     };
     if !first_mesh(&mut node.world, &socket, &mut signals).await {

@@ -305,7 +305,7 @@ fn dns_address(reader: &mut Reader<'_>) -> Option<SocketAddr> {
 fn in_pod(reader: &mut Reader<'_>) -> InPod {
     let socket = reader.path("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
     // The chart mounts it from the host, into the pod of the next daemon as well.
-    let beside = socket.parent().unwrap_or(Path::new("/")).display().to_string();
+    let beside = socket.parent().unwrap_or_else(|| Path::new("/")).display().to_string();
     InPod {
         run_dir: reader.path("ZTUNNEL_RUN_DIR", &beside),
         socket,

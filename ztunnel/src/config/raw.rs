@@ -281,7 +281,11 @@ fn settings(matches: &ArgMatches) -> Vec<Setting> {
             _ => "command line",
         };
         let values = typed.get_raw(flag.get_id().as_str())?.map(|value| value.to_string_lossy().into_owned());
-        let (name, value) = (format!("--{}", flag.get_long()?), values.collect::<Vec<_>>().join(" "));
+        let (name, mut value) = (format!("--{}", flag.get_long()?), values.collect::<Vec<_>>().join(" "));
+        // A token, unless it is a file with one.
+        if flag.is_hide_env_values_set() && !value.contains('/') {
+            value = "(not shown)".to_owned();
+        }
         Some(Setting { name, value, origin: origin.to_owned() })
     };
     command.get_arguments().filter_map(setting).collect()
@@ -293,10 +297,11 @@ mod tests {
 
     #[test]
     fn flags_are_told_with_where_they_came_from() {
-        let line = ["ztunnel", "run", "--mesh", "m.yaml", "--admin-port", "1"];
+        let line = ["ztunnel", "run", "--mesh", "m.yaml", "--admin-port", "1", "--ca-token", "a.b.c"];
         let matches = Cli::command().try_get_matches_from(line).unwrap();
         let settings = settings(&matches);
         let told = |name: &str| settings.iter().find(|setting| setting.name == name).unwrap();
+        assert_eq!(told("--ca-token").value, "(not shown)");
         assert_eq!((&*told("--admin-port").value, &*told("--admin-port").origin), ("1", "command line"));
         assert_eq!(
             (&*told("--metrics-addr").value, &*told("--metrics-addr").origin),

@@ -19,7 +19,6 @@ use crate::config::env::Surroundings;
 use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
 use crate::config::raw;
-use crate::hbone;
 use crate::identity::istiod;
 use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
@@ -208,12 +207,7 @@ pub enum Source {
     /// A file or directory of Kubernetes' objects.
     File(PathBuf),
     /// A control plane.
-    Istiod {
-        /// How it is asked.
-        client: Box<xds::client::Config>,
-        /// Where the mesh is kept for a start without it.
-        cache: Option<PathBuf>,
-    },
+    Istiod(Box<xds::client::Config>),
     /// Nowhere: it is empty.
     Nothing,
 }
@@ -262,12 +256,13 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         Some(_) => places_without_capture(&typed.kernel)?,
         None => places(&typed.kernel)?,
     };
-    let defaults = proxy::Config::default();
-    let threads = typed.threads.unwrap_or(defaults.threads);
-    if threads == 0 {
+    let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
+    proxy.threads = typed.threads.unwrap_or(proxy.threads);
+    proxy.hbone.congestion = Some(typed.tunnel_congestion.clone()).filter(|name| name != "system");
+    if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
-    let completed = [("--node", places.node.to_string()), ("--threads", threads.to_string())];
+    let completed = [("--node", places.node.to_string()), ("--threads", proxy.threads.to_string())];
     for (name, value) in completed {
         if settings.iter().all(|setting| setting.name != name) {
             settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });
@@ -295,15 +290,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
-        proxy: proxy::Config {
-            threads,
-            near: !typed.encrypt_same_node,
-            hbone: hbone::Config {
-                congestion: Some(typed.tunnel_congestion.clone()).filter(|name| name != "system"),
-                ..defaults.hbone
-            },
-            ..defaults
-        },
+        proxy,
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,

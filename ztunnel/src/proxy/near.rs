@@ -198,7 +198,7 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
         return None;
     }
     // As it is now, and not as it was when the connection was planned.
-    let destination = shard.mesh.snapshot().workload(&route.destination.uid)?.clone();
+    let destination = Arc::clone(shard.mesh.snapshot().workload(&route.destination.uid)?);
     let to = shard.neighbours.find(&destination).filter(|pod| !pod.is_leaving())?;
     let identity = destination.identity.clone();
     is_neighbour(&Asked { route, identity: &identity }, &to).ok()?;

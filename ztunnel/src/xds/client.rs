@@ -1,22 +1,20 @@
 //! Carries a [`Session`] out: connects, keeps the stream, applies what comes, and starts again when it ends.
 
-use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use std::time::SystemTime;
 
 use tokio::sync::mpsc;
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tonic::Code;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Channel;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
+use ztunnel_proto::discovery::Resource;
 use ztunnel_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::prost_types::ListValue;
@@ -28,6 +26,7 @@ use crate::mesh::MeshWriter;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
 use crate::telemetry::metrics::Source;
 use crate::tls::grpc;
 use crate::tls::grpc::Connector;
@@ -35,26 +34,26 @@ use crate::tls::grpc::ControlError;
 use crate::tls::grpc::ControlPlane;
 use crate::xds::backoff::Backoff;
 use crate::xds::backoff::Ended;
+use crate::xds::cache::Cache;
+use crate::xds::convert::Rejected;
 use crate::xds::counts::Counts;
+use crate::xds::counts::Loaded;
 use crate::xds::counts::Reason;
-use crate::xds::kept::Keeper;
-use crate::xds::kept::Kept;
+use crate::xds::session::Kind;
 use crate::xds::session::Received;
 use crate::xds::session::Session;
 
 /// The largest response. The push of a whole mesh is one.
-pub(super) const MESSAGE_MAX: usize = 200 * 1024 * 1024;
+const MESSAGE_MAX: usize = 200 * 1024 * 1024;
 /// Resources that are applied before others on the thread get a turn: a few milliseconds' work.
 const SLICE: usize = 512;
+/// How long the file with the last good mesh may take to be read: no disk keeps a proxy from its control plane.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
 
 /// Bytes on their way: a push of a whole mesh is large.
 const WINDOW: u32 = 4 * 1024 * 1024;
-
-/// How often it is written down that the mesh is still the control plane's.
-const CURRENT_EVERY: Duration = Duration::from_secs(15);
-
 /// How long a new stream may stay without any response, unless said otherwise: a control plane that has just started
 /// has much to do.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -83,17 +82,22 @@ pub struct Config {
     pub identity: Identity,
     /// How long a new stream may stay without any response.
     pub answer_timeout: Duration,
+    /// Where the last good mesh is kept, to be served at the next start until the control plane is there. The folder
+    /// must be there, and its owner's alone; beside it a file of the same name with `.new` is made.
+    pub cache: Option<PathBuf>,
 }
 
 /// How the mesh stands to the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
-    /// The first response of every type was accepted. Stays true.
+    /// The mesh can be served: the first response of every type was accepted, or the last good mesh was found in the
+    /// cache. Stays true.
     pub synced: bool,
-    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one.
+    /// The first response of every type was accepted: nothing is only what the cache had. Stays true.
+    pub confirmed: bool,
+    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one. With a
+    /// mesh from the cache this may be long before the process began.
     pub stale_since: Option<Instant>,
-    /// When the mesh was the control plane's, if it was kept from then, and not received since the start.
-    pub kept: Option<SystemTime>,
     /// Resources that the control plane sent and this proxy rejected, in all.
     pub rejected: u64,
 }
@@ -101,28 +105,21 @@ pub struct Status {
 /// Starts the client on the runtime of the caller; it ends when the process does. It alone writes the mesh.
 pub fn start(
     config: Config,
-    cache: Option<PathBuf>,
     writer: MeshWriter,
     telemetry: &Telemetry,
     mut signal: shutdown::Signal,
 ) -> watch::Receiver<Status> {
     let counts = Arc::new(Counts::default());
-    telemetry.register(Shown(Arc::clone(&counts)));
-    let first = Status { synced: false, stale_since: Some(Instant::now()), kept: None, rejected: 0 };
+    let first = Status { synced: false, confirmed: false, stale_since: Some(Instant::now()), rejected: 0 };
     let (status, watched) = watch::channel(first);
+    telemetry.register(Shown(Arc::clone(&counts), watched.clone()));
     let session = Session::new(node(&config.identity));
-    let Config { plane, answer_timeout, identity: _ } = config;
-    let of = format!("{} {}", plane.address, plane.cluster);
-    let plane = ControlPlane::new(plane);
-    let mut client = Client { plane, answer_timeout, session, writer, counts, status, keeper: None };
+    let plane = ControlPlane::new(config.plane.clone());
+    let mut client =
+        Client { config, plane, session, writer, counts, status, cache: None, confirmed: [false; 2] };
     shutdown::spawn(async move {
         tokio::select! {
-            () = async {
-                if let Some(path) = cache {
-                    client.restore(path, of).await;
-                }
-                client.run().await;
-            } => {}
+            () = client.run() => {}
             // Whoever is still connected while the daemon drains stays under the newest policy.
             () = signal.closing() => {}
         }
@@ -130,11 +127,15 @@ pub fn start(
     watched
 }
 
-struct Shown(Arc<Counts>);
+struct Shown(Arc<Counts>, watch::Receiver<Status>);
 
 impl Source for Shown {
     fn collect(&self, families: &mut Families<'_>) -> fmt::Result {
-        self.0.collect(families)
+        self.0.collect(families)?;
+        let stale_since = self.1.borrow().stale_since;
+        let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        let help = "Seconds since the mesh was last known to be that of the control plane; 0 while there is a stream.";
+        families.gauge("ztunnel_xds_mesh_age_seconds", help, &[Sample { labels: &[], value }])
     }
 }
 
@@ -214,78 +215,27 @@ fn is_leaving(status: &tonic::Status) -> bool {
 }
 
 struct Client {
+    config: Config,
     plane: ControlPlane,
-    answer_timeout: Duration,
     session: Session,
     writer: MeshWriter,
     counts: Arc<Counts>,
     status: watch::Sender<Status>,
-    keeper: Option<Keeper>,
+    cache: Option<Cache>,
+    /// Of which types the first response was accepted.
+    confirmed: [bool; 2],
 }
 
 impl Client {
-    /// Begins with the mesh that was kept at `path`, and keeps it there from now on.
-    async fn restore(&mut self, path: PathBuf, of: String) {
-        let (from, whose) = (path.clone(), of.clone());
-        match spawn_blocking(move || Kept::open(&from, &whose)).await {
-            Ok(Ok(Some(kept))) => self.replay(kept).await,
-            Ok(Ok(None)) | Err(_) => {}
-            Ok(Err(error)) => tracing::warn!(%error, path = %path.display(), "the kept mesh is of no use"),
-        }
-        match Keeper::start(path, of) {
-            Ok(keeper) => {
-                self.counts.unkept(keeper.lost());
-                self.keeper = Some(keeper);
-            }
-            Err(error) => tracing::warn!(%error, "the mesh is not kept"),
-        }
-    }
-
-    async fn replay(&mut self, kept: Kept) {
-        let at = kept.at;
-        let (mut kept, mut responses) = (Some(kept), 0_usize);
-        while let Some(mut open) = kept.take() {
-            let Ok((open, next)) = spawn_blocking(move || {
-                let next = open.next();
-                (open, next)
-            })
-            .await
-            else {
-                return;
-            };
-            let Some(response) = next else { break };
-            kept = Some(open);
-            responses += 1;
-            if let Received::Push(mut push) = self.session.receive(response) {
-                while !push.is_done() {
-                    let changes = self.session.advance(&mut push, SLICE);
-                    self.writer.draft(changes);
-                    tokio::task::yield_now().await;
-                }
-            }
-        }
-        if responses == 0 {
-            return;
-        }
-        self.writer.release();
-        self.counts.current_at(at);
-        self.status.send_modify(|status| status.kept = Some(at));
-        let (workloads, services) = (self.writer.mesh().workloads().len(), self.writer.mesh().services_len());
-        let age = at.elapsed().unwrap_or_default();
-        tracing::info!(
-            workloads,
-            services,
-            ?age,
-            "serving the mesh as it was kept, until the control plane answers"
-        );
-    }
-
     async fn run(&mut self) {
+        if let Some(path) = self.config.cache.clone() {
+            self.restore(path).await;
+        }
         let mut backoff = Backoff::default();
         loop {
             let mut responses = 0_u64;
             let Err(interrupted) = self.connection(&mut responses).await;
-            self.counts.connected(false);
+            self.connected(false);
             self.status.send_modify(|status| {
                 status.stale_since.get_or_insert_with(Instant::now);
             });
@@ -309,6 +259,80 @@ impl Client {
         }
     }
 
+    /// Begins with the last good mesh, if there is one, and keeps it from now on.
+    async fn restore(&mut self, path: PathBuf) {
+        let (cache, stored) =
+            match Cache::open(path, self.config.plane.cluster.clone(), Arc::clone(&self.counts)) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn Error, "the mesh will not be kept");
+                    return;
+                }
+            };
+        match tokio::time::timeout(CACHE_TIMEOUT, stored).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(stored))) => {
+                let age = stored.age;
+                match self.replay(stored.resources).await {
+                    Ok(()) => {
+                        tracing::info!(?age, "the mesh is the last one known until there is a control plane");
+                        self.status.send_modify(|status| {
+                            status.synced = true;
+                            status.stale_since = Instant::now().checked_sub(age).or(status.stale_since);
+                        });
+                    }
+                    Err((name, reason)) => {
+                        tracing::warn!(name, %reason, "the mesh cache is not used");
+                        self.counts.cache_loaded(Loaded::Rejected);
+                        self.session = Session::new(node(&self.config.identity));
+                        cache.disown();
+                    }
+                }
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!("the mesh cache is not used: it could not be read in time");
+                self.counts.cache_loaded(Loaded::Unreadable);
+                cache.disown();
+            }
+        }
+        self.session.keep_accepted();
+        self.cache = Some(cache);
+    }
+
+    /// Takes all of this as if it had been received, or nothing: a mesh without one of its policies would allow what it
+    /// does not.
+    async fn replay(&mut self, resources: [Vec<Resource>; 2]) -> Result<(), (String, Rejected)> {
+        let mut changes = Vec::new();
+        for (kind, resources) in Kind::ALL.into_iter().zip(resources) {
+            let type_url = kind.type_url().to_owned();
+            let response = DeltaDiscoveryResponse { type_url, resources, ..Default::default() };
+            // It is of a known type.
+            let Received::Push(mut push) = self.session.receive(response) else { continue };
+            while !push.is_done() {
+                changes.extend(self.session.advance(&mut push, SLICE));
+                if let Some(rejected) = push.take_rejected() {
+                    return Err(rejected);
+                }
+                tokio::task::yield_now().await;
+            }
+            self.session.finish(push);
+        }
+        let mut changes = changes.into_iter();
+        while changes.len() > 0 {
+            self.writer.draft(changes.by_ref().take(SLICE));
+            tokio::task::yield_now().await;
+        }
+        self.writer.release();
+        Ok(())
+    }
+
+    fn connected(&self, connected: bool) {
+        self.counts.connected(connected);
+        if let Some(cache) = &self.cache {
+            cache.connected(connected);
+        }
+    }
+
     /// One connection, from its first to its last moment.
     async fn connection(&mut self, responses: &mut u64) -> Result<std::convert::Infallible, Interrupted> {
         let connector = self.plane.connector()?;
@@ -324,7 +348,7 @@ impl Client {
         let channel = connect(&self.plane, connector).await.map_err(Interrupted::Connect)?;
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
-        let silent = self.answer_timeout;
+        let silent = self.config.answer_timeout;
         let until = Instant::now() + silent;
         let stream = tokio::time::timeout_at(until, client.delta_aggregated_resources(request))
             .await
@@ -332,18 +356,13 @@ impl Client {
             .map_err(|status| Interrupted::Refused(Box::new(status)))?;
         let mut stream = stream.into_inner();
         tracing::info!(address = %self.plane.address(), "connected to the control plane");
-        self.counts.connected(true);
+        self.connected(true);
         loop {
             let message = match *responses {
                 0 => tokio::time::timeout_at(until, stream.message())
                     .await
                     .map_err(|_elapsed| Interrupted::Silent(silent))?,
-                _ => loop {
-                    tokio::select! {
-                        message = stream.message() => break message,
-                        () = tokio::time::sleep(CURRENT_EVERY) => self.current(),
-                    }
-                },
+                _ => stream.message().await,
             };
             let response = message.map_err(|status| Interrupted::Broken(Box::new(status)))?;
             let response = response.ok_or(Interrupted::Complete)?;
@@ -355,16 +374,6 @@ impl Client {
         }
     }
 
-    /// The mesh is the control plane's now.
-    fn current(&self) {
-        if self.session.is_synced() {
-            self.counts.current_at(SystemTime::now());
-            if let Some(keeper) = &self.keeper {
-                keeper.current();
-            }
-        }
-    }
-
     /// Applies a response as a unit, and in slices: others on the thread are not held up.
     async fn apply(
         &mut self,
@@ -372,7 +381,6 @@ impl Client {
     ) -> ztunnel_proto::discovery::DeltaDiscoveryRequest {
         let bytes = response.encoded_len();
         let (resources, removed) = (response.resources.len(), response.removed_resources.len());
-        let mut kept = self.keeper.is_some().then(|| response.clone());
         let mut push = match self.session.receive(response) {
             Received::Push(push) => push,
             Received::Refused(answer) => {
@@ -385,6 +393,9 @@ impl Client {
         while !push.is_done() {
             let changes = self.session.advance(&mut push, SLICE);
             self.writer.draft(changes);
+            if let Some(cache) = &self.cache {
+                cache.note(kind, push.take_accepted());
+            }
             tokio::task::yield_now().await;
         }
         self.writer.release();
@@ -396,18 +407,18 @@ impl Client {
                 tracing::warn!(kind = kind.type_url(), name, %reason, "resource rejected");
             }
         }
-        if let (Some(keeper), Some(mut accepted)) = (&self.keeper, kept.take()) {
-            let bad: HashSet<&str> = push.rejected().iter().map(|(name, _)| name.as_str()).collect();
-            accepted.resources.retain(|resource| !bad.contains(resource.name.as_str()));
-            keeper.response(accepted);
-        }
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");
         let answer = self.session.finish(push);
         let synced = self.session.is_synced();
-        self.current();
+        if let Some(cache) = self.cache.as_ref().filter(|_| synced) {
+            cache.settle();
+        }
+        self.confirmed[kind as usize] |= answer.error_detail.is_none();
+        let confirmed = self.confirmed == [true; 2];
         self.status.send_if_modified(|status| {
             let before = *status;
             status.synced = synced;
+            status.confirmed = confirmed;
             status.stale_since = None;
             status.rejected += rejected as u64;
             *status != before

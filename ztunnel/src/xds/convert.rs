@@ -5,7 +5,7 @@
 //! newer than this version (an enumerator it does not know) is taken with the most careful meaning and counted, so that
 //! a newer control plane does not blind an older proxy: an endpoint in an unknown state is not healthy, one that is
 //! reached in an unknown way is not reached, a scope that is not known has nobody in common. An authorization policy is
-//! always taken, however little of it is understood: see [`authorization`].
+//! always taken, however little of it is understood: see `convert::authorization`.
 
 use std::sync::Arc;
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::time::Duration;
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -37,7 +38,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Who writes the mesh.
 enum Feed {
     /// This, from what is read of the mesh file.
-    File { updates: Updates, writer: MeshWriter, trust_domain: TrustDomain },
+    File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
     Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
     /// Nobody any more.
@@ -73,12 +74,11 @@ impl World {
                 };
                 let trust_domain = loaded.mesh.trust_domain().clone();
                 publish(loaded, &mut writer);
-                Feed::File { updates, writer, trust_domain }
+                Feed::File { updates, writer: Box::new(writer), trust_domain }
             }
-            Source::Istiod { client, cache } => {
+            Source::Istiod(config) => {
                 let blocker = Some(readiness.block(READINESS));
-                let client = client.as_ref().clone();
-                let status = client::start(client, cache.clone(), writer, telemetry, signal.clone());
+                let status = client::start(config.as_ref().clone(), writer, telemetry, signal.clone());
                 Feed::Istiod { status, readiness: readiness.clone(), blocker }
             }
             Source::Nothing => {
@@ -111,10 +111,7 @@ impl World {
     pub(super) fn is_known(&self) -> bool {
         match &self.feed {
             Feed::File { .. } | Feed::Nothing => true,
-            Feed::Istiod { status, .. } => {
-                let status = status.borrow();
-                status.synced || status.kept.is_some()
-            }
+            Feed::Istiod { status, .. } => status.borrow().synced,
         }
     }
 
@@ -122,7 +119,7 @@ impl World {
     fn is_current(&self) -> bool {
         match &self.feed {
             Feed::File { .. } | Feed::Nothing => true,
-            Feed::Istiod { status, .. } => status.borrow().synced,
+            Feed::Istiod { status, .. } => status.borrow().confirmed,
         }
     }
 
@@ -170,12 +167,14 @@ impl World {
     fn tell(&mut self) {
         let Feed::Istiod { status, readiness, blocker } = &mut self.feed else { return };
         let now = *status.borrow_and_update();
-        if (now.synced || now.kept.is_some())
+        if now.synced
             && let Some(blocker) = blocker.take()
         {
             blocker.lift();
         }
-        readiness.stale(if now.synced { None } else { now.kept });
+        let kept = now.synced && !now.confirmed;
+        let since = now.stale_since.filter(|_| kept).map(|since| SystemTime::now() - since.elapsed());
+        readiness.stale(since);
     }
 
     /// Asks for the certificates of the pods that are enrolled, and for no others.

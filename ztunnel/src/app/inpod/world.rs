@@ -41,8 +41,8 @@ enum Feed {
     File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
     Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
-    /// Nobody any more.
-    Nothing,
+    /// Nobody: it stays empty.
+    Nothing { _writer: Box<MeshWriter> },
 }
 
 /// The mesh, and what follows from it for this node.
@@ -86,7 +86,7 @@ impl World {
                     "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
                 );
                 writer.publish(Mesh::default());
-                Feed::Nothing
+                Feed::Nothing { _writer: Box::new(writer) }
             }
         };
         let mut world = Self { feed, reader, due: None, looked: Instant::now() };
@@ -103,14 +103,14 @@ impl World {
     pub(super) fn trust_domain(&self) -> TrustDomain {
         match &self.feed {
             Feed::File { trust_domain, .. } => trust_domain.clone(),
-            Feed::Istiod { .. } | Feed::Nothing => TrustDomain::default(),
+            Feed::Istiod { .. } | Feed::Nothing { .. } => TrustDomain::default(),
         }
     }
 
     /// Whether there is a mesh to decide from: of the control plane, or what was kept of it.
     pub(super) fn is_known(&self) -> bool {
         match &self.feed {
-            Feed::File { .. } | Feed::Nothing => true,
+            Feed::File { .. } | Feed::Nothing { .. } => true,
             Feed::Istiod { status, .. } => status.borrow().synced,
         }
     }
@@ -118,7 +118,7 @@ impl World {
     /// Whether that is of the control plane itself.
     fn is_current(&self) -> bool {
         match &self.feed {
-            Feed::File { .. } | Feed::Nothing => true,
+            Feed::File { .. } | Feed::Nothing { .. } => true,
             Feed::Istiod { status, .. } => status.borrow().confirmed,
         }
     }
@@ -209,7 +209,7 @@ async fn fed(feed: &mut Feed) -> bool {
             None => false,
         },
         Feed::Istiod { status, .. } => status.changed().await.is_ok(),
-        Feed::Nothing => std::future::pending().await,
+        Feed::Nothing { .. } => std::future::pending().await,
     }
 }
 

@@ -1,4 +1,5 @@
-//! Compiles the eBPF programs and tells the crate where the object is (`ZTUNNEL_EBPF_OBJECT`).
+//! Compiles the eBPF programs and tells the crate where the object is (`ZTUNNEL_EBPF_OBJECT`), and who compiled it
+//! (`ZTUNNEL_RUSTC`).
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,6 +12,7 @@ fn main() -> ExitCode {
         tell(&format!("rerun-if-changed={}", ebpf.join(part).display()));
     }
     tell(&format!("rerun-if-env-changed={}", ztunnel_ebpf_build::SKIP));
+    tell(&format!("rustc-env=ZTUNNEL_RUSTC={}", compiler().unwrap_or_else(|| "unknown".to_owned())));
     match object(&ebpf, &out) {
         Ok(object) => {
             tell(&format!("rustc-env=ZTUNNEL_EBPF_OBJECT={}", object.display()));
@@ -21,6 +23,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What the compiler says it is.
+fn compiler() -> Option<String> {
+    let output = std::process::Command::new(std::env::var_os("RUSTC")?).arg("--version").output().ok()?;
+    let said = String::from_utf8(output.stdout).ok()?;
+    Some(said.trim().to_owned()).filter(|said| output.status.success() && !said.contains('\n'))
 }
 
 fn object(ebpf: &Path, out: &Path) -> anyhow::Result<PathBuf> {

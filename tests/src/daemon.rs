@@ -18,6 +18,8 @@ pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 const START_LIMIT: Duration = Duration::from_secs(20);
 const METRICS_PORT: u16 = 15020;
 const READINESS_PORT: u16 = 15021;
+/// The port of the loopback where operators ask.
+pub const ADMIN_PORT: u16 = 15000;
 
 /// What a daemon is started with; the same for each process that follows another on the node.
 #[derive(Debug, Clone)]
@@ -40,6 +42,17 @@ pub struct Setting {
     pub further: Vec<String>,
     /// `--zds`: where the node agent is that enrols the pods, if one does.
     pub agent: Option<PathBuf>,
+    /// Started as Istio's chart does instead: `proxy ztunnel`, everything else by the environment.
+    pub chart: Option<Chart>,
+}
+
+/// How Istio's chart starts a node proxy.
+#[derive(Debug, Clone)]
+pub struct Chart {
+    /// The working directory, below which are the token and the root that the chart mounts.
+    pub root: PathBuf,
+    /// The variables.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -77,7 +90,15 @@ impl Setting {
     /// Starts a daemon without waiting for anything.
     pub fn start(&self) -> Result<Daemon> {
         let mut command = self.place.command(binaries::daemon()?)?;
-        command.args(self.arguments());
+        match &self.chart {
+            None => {
+                command.args(self.arguments());
+            }
+            Some(chart) => {
+                command.args(["proxy", "ztunnel"]).current_dir(&chart.root);
+                command.envs(chart.environment.iter().map(|(name, value)| (name, value)));
+            }
+        }
         // One file for all daemons of a node: who reads it reads the node's history.
         let mark = self.log().mark();
         let process = self.place.start(&format!("daemon-{}", self.node), command)?;
@@ -104,6 +125,24 @@ impl Setting {
     /// The answer of the readiness port.
     pub fn readiness(&self) -> Result<String> {
         self.http(READINESS_PORT, "/healthz/ready")
+    }
+
+    /// What the admin port answers, asked for inside the node: the status and the body.
+    pub fn ask(&self, method: &str, path: &str) -> Result<(u16, Vec<u8>)> {
+        self.place.netns.enter(|| {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, ADMIN_PORT))
+                .with_context(|| format!("the admin port of {} does not answer", self.node))?;
+            stream.set_read_timeout(Some(DRAIN_DEADLINE + Duration::from_secs(10)))?;
+            // Version 1.0: the answer comes in one piece, to the end of the connection.
+            write!(stream, "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            let end =
+                answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").context("not an HTTP answer")?;
+            let head = std::str::from_utf8(&answer[..end])?;
+            let status = head.split(' ').nth(1).context("no status")?.parse()?;
+            Ok((status, answer.split_off(end + 4)))
+        })
     }
 
     fn http(&self, port: u16, path: &str) -> Result<String> {

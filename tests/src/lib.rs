@@ -9,6 +9,7 @@
 //! * [`netns`], [`cgroup`], [`place`], [`process`]: where a program runs, and running it there;
 //! * [`topology`]: two nodes, their pods, and the link between them; [`run`] remembers what to remove;
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
+//! * [`ca`], [`control_plane`], [`istiod`]: a certificate authority and a control plane that speak istiod's protocols;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
@@ -19,8 +20,11 @@
 
 pub mod agent;
 pub mod binaries;
+pub mod ca;
 pub mod cgroup;
+pub mod control_plane;
 pub mod daemon;
+pub mod istiod;
 pub mod leftovers;
 pub mod mesh;
 pub mod netns;

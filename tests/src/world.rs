@@ -9,6 +9,7 @@
 //! | `outside` | node-b | no | nginx on 8080, a line server on 9000 |
 
 mod agents;
+pub mod istio;
 mod programs;
 mod traces;
 
@@ -132,7 +133,15 @@ impl World {
         }
     }
 
-    fn start_daemons(&mut self) -> Result<()> {
+    /// Has every daemon that is started from now on started with these arguments, too.
+    pub fn start_with(&mut self, further: &[String]) {
+        for setting in &mut self.settings {
+            setting.further = further.to_vec();
+        }
+    }
+
+    /// Starts both daemons, and waits until client and server can talk.
+    pub fn start_daemons(&mut self) -> Result<()> {
         for on in BOTH {
             self.say(&format!("starting the daemon of {}", self.node(on).name));
             self.start_daemon(on)?;
@@ -448,6 +457,7 @@ fn setting(run: &Run, mesh: &MeshFiles, node: &Node) -> Setting {
         kubepods: node.kubepods.path().to_owned(),
         further: Vec::new(),
         agent: None,
+        chart: None,
     }
 }
 

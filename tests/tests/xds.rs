@@ -1,14 +1,11 @@
 //! The mesh from a control plane over the network, well and badly behaved. Needs no privileges.
 
-#[path = "common/control_plane.rs"]
-mod control_plane;
-
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use control_plane::{ControlPlane, Served};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::ServerConfig;
 use tokio::sync::watch;
@@ -16,11 +13,13 @@ use ztunnel::mesh::{MeshReader, mesh};
 use ztunnel::shutdown;
 use ztunnel::telemetry::line::Format;
 use ztunnel::telemetry::{self, Telemetry, writer};
-use ztunnel::tls::control::Roots;
-use ztunnel::xds::client::{self, Config, Identity, Status, Token};
+use ztunnel::tls::grpc::{self, Roots, Token};
+use ztunnel::xds::client::{self, Config, Identity, Status};
 use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::{Any, security, workload};
+use ztunnel_tests::ca::Keys;
+use ztunnel_tests::control_plane::{ControlPlane, Served};
 
 const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
@@ -63,16 +62,33 @@ impl Client {
     }
 }
 
+static KEYS: LazyLock<Arc<Keys>> = LazyLock::new(|| Keys::new("root"));
+
+/// A port of the loopback.
+fn at(port: u16) -> SocketAddr {
+    ([127, 0, 0, 1], port).into()
+}
+
+/// `config`, with another way to talk to the control plane.
+fn talking(config: Config, change: impl FnOnce(&mut grpc::Config)) -> Config {
+    let mut config = config;
+    change(&mut config.plane);
+    config
+}
+
 fn config(plane: &ControlPlane) -> Config {
     Config {
-        address: format!("http://{}", plane.address).parse().expect("an address"),
-        roots: Roots::System,
-        alt_hostname: None,
-        token: None,
-        cluster_id: "c1".into(),
-        headers: vec![("X-Extra".into(), "1".into())],
+        plane: grpc::Config {
+            address: plane.address.to_string().parse().expect("an address"),
+            roots: Roots::Pem(KEYS.root_pem()),
+            alternate: None,
+            token: Token::None,
+            cluster: "c1".into(),
+            headers: vec![(http::HeaderName::from_static("x-extra"), http::HeaderValue::from_static("1"))],
+        },
         identity: Identity { pod: "z".into(), namespace: "istio-system".into(), ..Identity::default() },
         answer_timeout: PATIENCE,
+        cache: None,
     }
 }
 
@@ -125,11 +141,11 @@ async fn begin(plane: &mut ControlPlane) -> (Served, [DeltaDiscoveryRequest; 2])
 #[test]
 fn a_mesh_comes_over_a_stream_and_goes_on_over_the_next() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let token = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(token.path(), "first\n").expect("written");
-        let token_file = Some(Token::File(token.path().into()));
-        let mut client = Client::start(Config { token: token_file, ..config(&plane) });
+        let token_file = Token::File(token.path().into());
+        let mut client = Client::start(talking(config(&plane), |plane| plane.token = token_file));
         let (mut stream, first) = begin(&mut plane).await;
         assert_eq!(
             first[0].node.as_ref().expect("a node").id,
@@ -176,7 +192,7 @@ fn a_mesh_comes_over_a_stream_and_goes_on_over_the_next() {
 #[test]
 fn what_is_bad_is_refused_again_and_again_and_nothing_else_suffers() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let mut client = Client::start(config(&plane));
         let (mut stream, _) = begin(&mut plane).await;
         let bad = || resource(ADDRESS, "bad", "1", workload::Address { r#type: None });
@@ -201,7 +217,7 @@ fn what_is_bad_is_refused_again_and_again_and_nothing_else_suffers() {
 #[test]
 fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let mut client = Client::start(config(&plane));
         let (mut stream, _) = begin(&mut plane).await;
         let all = |from: usize| (from..from + 20_000).map(pod).collect();
@@ -222,12 +238,13 @@ fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
 #[test]
 fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
     test(async {
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let token = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(token.path(), "expired").expect("written");
         let answer_timeout = Duration::from_millis(300);
-        let token_file = Some(Token::File(token.path().into()));
-        let mut client = Client::start(Config { token: token_file, answer_timeout, ..config(&plane) });
+        let token_file = Token::File(token.path().into());
+        let patient = Config { answer_timeout, ..config(&plane) };
+        let mut client = Client::start(talking(patient, |plane| plane.token = token_file));
         while client.metric("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}") < 2 {
             tokio::task::yield_now().await;
         }
@@ -255,12 +272,126 @@ fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
         let port = plane.address.port();
         drop((stream, plane));
         client.until(|status| status.stale_since.is_some()).await;
-        let mut plane = ControlPlane::start(port, None).await;
+        let mut plane = ControlPlane::start(at(port), KEYS.serving().into()).await;
         let (mut stream, first) = begin(&mut plane).await;
         assert_eq!(first[0].initial_resource_versions.len(), 1);
         assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(2)])).await, "n1"));
         client.until_workloads(2).await;
         assert!(client.status.borrow().synced);
+    });
+}
+
+/// Waits until the file has been written so many times, and no more is to come.
+async fn until_written(client: Client, times: u64) {
+    let Client { telemetry, _stop: stop, .. } = client;
+    stop.close();
+    let written = || {
+        let all = telemetry.encode_metrics().expect("metrics");
+        all.contains(&format!("ztunnel_xds_cache_writes_total{{result=\"written\"}} {times}\n"))
+    };
+    while !written() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn the_last_good_mesh_is_served_without_a_control_plane_and_put_right_by_the_next() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = folder.path().join("mesh");
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let kept = || Some(cache.clone());
+        let mut client = Client::start(Config { cache: kept(), ..config(&plane) });
+        let (mut stream, first) = begin(&mut plane).await;
+        assert!(first[0].initial_resource_versions.is_empty());
+        assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"absent\"}"), 1);
+        stream.push(response(ADDRESS, "n1", vec![pod(1), pod(2), pod(3)])).await;
+        // Policies belong to a mesh, so there is none without: nothing may be written yet.
+        stream.push(response(AUTHORIZATION, "n2", vec![policy("p"), policy("q")])).await;
+        client.until(|status| status.confirmed).await;
+        let mut gone = response(ADDRESS, "n3", vec![]);
+        gone.removed_resources = vec!["c//Pod/shop/p3".into()];
+        stream.push(gone).await;
+        assert!(!cache.exists());
+        until_written(client, 1).await;
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&cache).expect("a file").permissions().mode() & 0o777, 0o600);
+        let port = plane.address.port();
+        let config = config(&plane);
+        drop((stream, plane));
+
+        let started = Instant::now();
+        let mut client = Client::start(Config { cache: kept(), ..config.clone() });
+        let status = client.until(|status| status.synced).await;
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(!status.confirmed && status.stale_since.is_some());
+        let mesh = client.mesh.snapshot();
+        assert_eq!((mesh.workloads().len(), mesh.policies().len()), (2, 2));
+        assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"whole\"}"), 1);
+
+        let mut plane = ControlPlane::start(at(port), KEYS.serving().into()).await;
+        let (mut stream, first) = begin(&mut plane).await;
+        let versions = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect()
+        };
+        let held = versions(&[("c//Pod/shop/p1", "v1"), ("c//Pod/shop/p2", "v2")]);
+        assert_eq!(first[0].initial_resource_versions, held);
+        assert_eq!(first[1].initial_resource_versions, versions(&[("shop/p", ""), ("shop/q", "")]));
+        // What went while nobody was told is gone now.
+        let mut changed = response(ADDRESS, "n1", vec![pod(4)]);
+        changed.removed_resources = vec!["c//Pod/shop/p1".into()];
+        assert!(is_accepted(&stream.push(changed).await, "n1"));
+        assert!(!client.status.borrow().confirmed, "not every type was heard of");
+        let mut fewer = response(AUTHORIZATION, "n2", vec![policy("p")]);
+        fewer.removed_resources = vec!["shop/q".into()];
+        assert!(is_accepted(&stream.push(fewer).await, "n2"));
+        let status = client.until(|status| status.confirmed).await;
+        assert_eq!((status.stale_since, client.metric("ztunnel_xds_mesh_age_seconds")), (None, 0));
+        let mesh = client.mesh.snapshot();
+        assert!(mesh.workload("c//Pod/shop/p1").is_none() && mesh.workload("c//Pod/shop/p4").is_some());
+        assert_eq!(mesh.policies().len(), 1);
+        until_written(client, 1).await;
+        drop((stream, plane));
+
+        // The file says the same.
+        let mut client = Client::start(Config { cache: kept(), ..config.clone() });
+        client.until(|status| status.synced).await;
+        let mesh = client.mesh.snapshot();
+        assert!(mesh.workload("c//Pod/shop/p1").is_none() && mesh.workload("c//Pod/shop/p4").is_some());
+        assert_eq!((mesh.workloads().len(), mesh.policies().len()), (2, 1));
+        drop(client);
+        // That of another cluster is not believed.
+        let other = talking(Config { cache: kept(), ..config }, |plane| plane.cluster = "c2".into());
+        let client = Client::start(other);
+        while client.metric("ztunnel_xds_cache_loads_total{result=\"foreign\"}") == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!client.status.borrow().synced);
+    });
+}
+
+#[test]
+fn a_file_that_is_damaged_is_not_used_and_made_anew() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = folder.path().join("mesh");
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let kept = || Some(cache.clone());
+        for round in 0..2 {
+            let mut client = Client::start(Config { cache: kept(), ..config(&plane) });
+            let (mut stream, first) = begin(&mut plane).await;
+            assert!(first[0].initial_resource_versions.is_empty());
+            assert_eq!(client.metric("ztunnel_xds_cache_loads_total{result=\"damaged\"}"), round);
+            assert!(!client.status.borrow().synced);
+            stream.push(response(AUTHORIZATION, "n1", vec![policy("p")])).await;
+            stream.push(response(ADDRESS, "n2", vec![pod(1)])).await;
+            client.until(|status| status.synced).await;
+            until_written(client, 1).await;
+            let mut bytes = std::fs::read(&cache).expect("a file");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&cache, bytes).expect("written");
+        }
     });
 }
 
@@ -290,11 +421,13 @@ fn only_a_control_plane_that_the_root_vouches_for_is_believed() {
     test(async {
         let (root, tls) = certified("localhost");
         let (other, _) = certified("localhost");
-        let mut plane = ControlPlane::start(0, Some(tls)).await;
+        let mut plane = ControlPlane::start(at(0), tls).await;
         let folder = tempfile::tempdir().expect("a folder");
         let file: PathBuf = folder.path().join("root-cert.pem");
         let address = format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
-        let secure = Config { address, roots: Roots::File(file.clone()), ..config(&plane) };
+        let secure = talking(config(&plane), |plane| {
+            (plane.address, plane.roots) = (address, Roots::File(file.clone()));
+        });
         // No file, then the wrong root, then the right one: read again for every connection.
         let client = Client::start(secure);
         while client.metric("istio_xds_connection_terminations_total{reason=\"Error\"}") < 2 {
@@ -315,14 +448,15 @@ fn only_a_control_plane_that_the_root_vouches_for_is_believed() {
 fn another_name_is_believed_only_if_it_was_configured() {
     test(async {
         let (root, tls) = certified("istiod.istio-system.svc");
-        let mut plane = ControlPlane::start(0, Some(tls)).await;
-        let address: http::Uri =
+        let mut plane = ControlPlane::start(at(0), tls).await;
+        let address: grpc::Address =
             format!("https://localhost:{}", plane.address.port()).parse().expect("an address");
-        let with = |alt: Option<&str>| Config {
-            address: address.clone(),
-            roots: Roots::Pem(root.clone()),
-            alt_hostname: alt.map(str::to_owned),
-            ..config(&plane)
+        let config = config(&plane);
+        let with = |alt: Option<&str>| {
+            talking(config.clone(), |plane| {
+                (plane.address, plane.roots) = (address.clone(), Roots::Pem(root.clone()));
+                plane.alternate = alt.map(str::to_owned);
+            })
         };
         for wrong in [None, Some("istiod.other.svc")] {
             let client = Client::start(with(wrong));

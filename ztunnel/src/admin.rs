@@ -1,6 +1,11 @@
-//! What operators, probes and scrapers ask over HTTP: metrics and readiness, each on its own port.
+//! What operators, probes and scrapers ask over HTTP: metrics and readiness, each on its own port, and the admin port.
 //!
-//! Reads handles and changes nothing. The listeners are the caller's; nothing here knows a port.
+//! Reads handles and changes nothing but the log's levels. The listeners are the caller's; nothing here knows a port.
 
+pub mod body;
+pub mod console;
+pub mod dump;
+pub mod profile;
+pub mod quit;
 pub mod ready;
 pub mod server;

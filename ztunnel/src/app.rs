@@ -18,6 +18,9 @@ use tokio::signal::unix::signal;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 
+use crate::admin::console::Console;
+use crate::admin::dump::Sources;
+use crate::admin::quit;
 use crate::admin::ready::Readiness;
 use crate::app::control::Control;
 use crate::app::handover::Claim;
@@ -31,12 +34,13 @@ use crate::app::memory::Housekeeping;
 use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
+use crate::config::resolved::Source;
 use crate::enrol::pods::Event;
 use crate::identity;
+use crate::identity::inheritance;
 use crate::mesh;
 use crate::proxy::DataPlane;
 use crate::shutdown;
-use crate::standalone::authority::Authority;
 use crate::standalone::authority::AuthorityError;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::watch;
@@ -44,8 +48,11 @@ use crate::standalone::watch::Updates;
 use crate::telemetry;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
+use crate::telemetry::logging::Levels;
 use crate::telemetry::writer;
+use crate::tls::configs::TooLate;
 
+pub mod certificates;
 pub mod commands;
 pub mod control;
 pub mod handover;
@@ -53,6 +60,7 @@ pub mod inpod;
 pub mod kernel;
 pub mod memory;
 pub mod ports;
+pub mod version;
 
 /// How often the kernel is compared with what it should hold.
 const RECONCILE_EVERY: Duration = Duration::from_secs(2);
@@ -60,6 +68,8 @@ const RECONCILE_EVERY: Duration = Duration::from_secs(2);
 const TAKE_OVER_WITHIN: Duration = Duration::from_secs(60);
 /// How long the end of the process waits for its last log lines to be written.
 const LOG_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the end of the process waits for the answer to who asked for it to leave.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The socket at which daemons of one node meet.
 const CONTROL_SOCKET: &str = "control.sock";
 
@@ -69,6 +79,9 @@ pub enum RunError {
     /// The mesh has errors, and there is no last good one yet.
     #[error("the mesh file has errors:\n{}", lines(.0))]
     Mesh(Vec<Diagnostic>),
+    /// Only a mesh file says which pods programs are to capture.
+    #[error("a mesh of a control plane does not say which pods to capture: a node agent has to (--zds)")]
+    NoPods,
     /// A directory or a socket of the daemon cannot be used.
     #[error("{what} {path:?}")]
     Path {
@@ -89,6 +102,9 @@ pub enum RunError {
     /// A privilege is missing.
     #[error(transparent)]
     NotPermitted(#[from] capture::rules::NotPermitted),
+    /// What TLS has to comply with.
+    #[error("COMPLIANCE_POLICY")]
+    Compliance(#[from] TooLate),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -111,26 +127,29 @@ fn lines(diagnostics: &[Diagnostic]) -> String {
 pub fn run(config: Run) -> Result<(), RunError> {
     let log = writer::start(Box::new(io::stdout()), config.log_format)
         .map_err(|source| RunError::System("cannot start the log writer", source))?;
-    logging::install(&config.log_filter, config.log_format, log.clone())?;
+    let levels = logging::install(&config.log_filter, config.log_format, log.clone())?;
     let access_log = config.log_filter.access_log();
     let telemetry = Telemetry::new(telemetry::Config { access_log, ..telemetry::Config::default() }, log);
     raise_open_files();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %config.places.node, "starting");
-    let result = serve_on_a_runtime(config, telemetry.clone());
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let result = serve_on_a_runtime(config, telemetry.clone(), levels);
     // Whoever reads the log sees the end of it.
     telemetry.log().flush(LOG_PATIENCE);
     result
 }
 
-fn serve_on_a_runtime(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+fn serve_on_a_runtime(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), RunError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| RunError::System("cannot start the control runtime", source))?;
     runtime.block_on(async {
         match config.zds.clone() {
-            Some(zds) => inpod::serve(config, zds, telemetry).await,
-            None => serve(config, telemetry).await,
+            Some(zds) => inpod::serve(config, zds, telemetry, levels).await,
+            None => serve(config, telemetry, levels).await,
         }
     })
 }
@@ -145,15 +164,17 @@ fn raise_open_files() {
     }
 }
 
-async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
+async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), RunError> {
     let started = Instant::now();
-    let mut signals = Signals::new()?;
+    let (quit, asked) = quit::quit();
+    let mut signals = Signals::new(asked)?;
     let (trigger, signal) = shutdown::channel();
 
     let run_dir = &config.places.run_dir;
     make_run_dir(run_dir)?;
 
-    let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
+    let Source::File(path) = &config.mesh else { return Err(RunError::NoPods) };
+    let mut updates = watch::watch(path.clone(), config.places.node.to_string(), signal.clone());
     let loaded = match updates.next().await {
         Some(Ok(loaded)) => loaded,
         Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
@@ -161,11 +182,15 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     };
 
     let trust_domain = loaded.mesh.trust_domain().clone();
-    let authority = Authority::open(&config.state_dir, &config.places.node, &trust_domain)?;
-    let identities = identity::worker::start(Arc::new(authority), signal.clone());
-    let (writer, reader) = mesh::mesh();
     let ready = Readiness::new();
-    let pods_pending = ready.block("pods");
+    let authority = certificates::authority(&config, &trust_domain)?;
+    let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let inherited = certificates::inherited(&socket).await;
+    let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
+    let left = identities.clone();
+    let (writer, reader) = mesh::mesh();
+    let pods_pending = ready.block("workload proxy manager");
 
     let verdict = capture::selftest::self_test(&config.places.capture);
     if !verdict.works {
@@ -174,7 +199,6 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     tracing::info!(%verdict, "capture self-test");
 
     // From here on the node's other daemon, if there is one, changes nothing any more.
-    let socket = run_dir.join(CONTROL_SOCKET);
     let predecessor = match handover::ask(&socket).await {
         Found::Nobody => None,
         Found::Yielded(predecessor) => {
@@ -200,7 +224,7 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     }
     let data_plane = DataPlane::start(
         config.proxy.clone(),
-        reader,
+        reader.clone(),
         identities.clone(),
         &telemetry,
         node.vouch(),
@@ -209,18 +233,30 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
     let data_plane = Arc::new(
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
-    ports::register_metrics(&telemetry, node.counter_reader()?, &data_plane);
+    let counters = node.counter_reader()?;
     let kernel = Kernel::start(node, Arc::clone(&data_plane))
         .map_err(|source| RunError::System("cannot start the capture thread", source))?;
-    let mut control = Control::new(writer, trust_domain, identities, kernel.clone(), pods_pending);
+    let mut control = Control::new(writer, trust_domain, identities.clone(), kernel.clone(), pods_pending);
+    ports::register_capture(&telemetry, counters);
+    ports::register_components(&telemetry, &data_plane, control.waiting(), identities.clone());
     control.start(loaded).await;
 
-    let admin = Admin::start(&config, &telemetry, &ready, signal.clone())?;
+    let sources = Sources {
+        mesh: reader,
+        identities,
+        data_plane: Arc::clone(&data_plane),
+        waiting: control.waiting(),
+        settings: config.settings.clone().into(),
+        version: version::version("unknown"),
+    };
+    let console = Console::new(sources, levels, telemetry.clone(), quit);
+    let admin = Admin::start(&config, &telemetry, &ready, console, signal.clone())?;
     let mut departing = match predecessor {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+    let legacy = Box::new(move || inheritance::encode(&left.list()));
+    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,
@@ -327,6 +363,9 @@ async fn serve(config: Run, telemetry: Telemetry) -> Result<(), RunError> {
         }
     }
     trigger.close();
+    if tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await.is_err() {
+        tracing::debug!("who asked to stop was not answered in time");
+    }
     data_plane.join();
     // Whoever waits for this daemon to be gone must not take that for the end of the one before it.
     if departing.is_some() && tokio::time::timeout(config.drain_deadline, gone(&mut departing)).await.is_err()
@@ -397,23 +436,26 @@ fn report_rejected(diagnostics: &[Diagnostic]) {
     }
 }
 
-/// SIGTERM and SIGINT, which mean the same.
+/// SIGTERM, SIGINT and the request over HTTP, which mean the same.
 struct Signals {
     terminate: UnixSignal,
     interrupt: UnixSignal,
+    quit: quit::Asked,
 }
 
 impl Signals {
-    fn new() -> Result<Self, RunError> {
+    fn new(quit: quit::Asked) -> Result<Self, RunError> {
         let listen =
             |kind| signal(kind).map_err(|source| RunError::System("cannot listen to signals", source));
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        let (terminate, interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt, quit })
     }
 
     async fn next(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            () = self.quit.asked() => {}
         }
     }
 }

@@ -2,5 +2,7 @@
 //!
 //! Nobody else reads the environment or the command line, and nobody receives the whole.
 
+pub mod env;
+pub mod istio;
 pub mod raw;
 pub mod resolved;

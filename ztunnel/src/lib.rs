@@ -31,7 +31,7 @@
 //! | `mesh` | single writer of the mesh, snapshots for readers | model |
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
-//! | `tls` | rustls configurations and SPIFFE verification; the only maker of `VerifiedPeer` | model |
+//! | `tls` | rustls configurations, roots and revocation, SPIFFE verification; the only maker of `VerifiedPeer` | model |
 //! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model, shutdown |
 //! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
 //! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
@@ -41,9 +41,10 @@
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
-//! | `admin` | HTTP: metrics and readiness | telemetry, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | capture, net, proxy, telemetry |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, enrol, capture, hbone, proxy, standalone, admin, config, shutdown |
+//! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
+//! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, proxy, standalone, telemetry, api |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
 //! where they come in and go no further.
@@ -56,12 +57,14 @@
 //! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails. To a pod whose
 //!   traffic is redirected to the same daemon it is not sent at all, but handed over (`proxy::near`).
 //! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
-//! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire).
+//! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire), also
+//!   when the daemon is replaced meanwhile.
 //! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first
 //!   certificate and for a pod that its node agent knows before the mesh does.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
 pub mod admin;
+pub mod api;
 pub mod app;
 pub mod capture;
 pub mod config;

@@ -4,15 +4,18 @@ use std::error::Error;
 use std::fmt::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
+use ztunnel::config::istio;
+use ztunnel::config::raw;
 use ztunnel::config::raw::Cli;
 use ztunnel::config::raw::Command;
 use ztunnel::config::resolved;
 
 fn main() -> ExitCode {
-    match execute(Cli::parse()) {
+    let (cli, settings) = raw::parse();
+    match execute(cli, settings) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ztunnel: {}", chain(&*error));
@@ -21,11 +24,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(cli: Cli) -> Result<ExitCode, Box<dyn Error>> {
+fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>> {
     match cli.command {
         Command::Run(typed) => {
-            let config = resolved::run(&typed)?;
+            let config = resolved::run(&typed, settings)?;
             app::run(config)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Proxy { ignored: _ } => {
+            app::run(istio::run(resolved::istio()?)?)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Check(typed) => {
@@ -38,6 +45,14 @@ fn execute(cli: Cli) -> Result<ExitCode, Box<dyn Error>> {
         }
         Command::Uninstall(typed) => {
             commands::uninstall(&resolved::places(&typed.kernel)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Config(typed) => {
+            commands::config(&resolved::istio()?, typed.output)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Version => {
+            commands::version()?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -13,6 +13,7 @@
 //! * [`passthrough`]: plain connections to the pod.
 //! * [`relay`]: moving bytes between an application and a stream.
 //! * [`live`]: inbound connections are judged again when the mesh changes.
+//! * [`listing`]: which connections are open, for those who ask.
 //! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
 
 use std::collections::HashMap;
@@ -28,6 +29,8 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::Weak;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -50,6 +53,7 @@ use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
 use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
+use crate::proxy::listing::Connection;
 use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
@@ -62,6 +66,7 @@ use crate::telemetry::Telemetry;
 pub mod accept;
 pub mod ending;
 pub mod inbound;
+pub mod listing;
 pub mod live;
 pub mod near;
 pub mod outbound;
@@ -100,6 +105,8 @@ pub struct Config {
     pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
+    /// Whether clients are told in the answer who serves them.
+    pub response_baggage: bool,
     /// Tunnels.
     pub hbone: hbone::Config,
 }
@@ -118,6 +125,7 @@ impl Default for Config {
             handover_max: 1024,
             near: true,
             keepalive: Keepalive::default(),
+            response_baggage: true,
             hbone: hbone::Config::default(),
         }
     }
@@ -195,6 +203,19 @@ pub struct Activity {
     pub connections: usize,
     /// Connections, streams and tunnels turned away because their pod had too many.
     pub turned_away: usize,
+    /// Pods whose connections were ever taken.
+    pub started: usize,
+    /// Pods whose connections were taken and no longer are.
+    pub stopped: usize,
+}
+
+/// A pod that is served, as those see it who ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedPod {
+    /// This incarnation of the pod.
+    pub uid: PodUid,
+    /// What its workload in the mesh is known by.
+    pub workload: Named,
 }
 
 /// The data plane: its threads run from [`DataPlane::start`] until the signal closes.
@@ -206,6 +227,7 @@ pub struct DataPlane {
     pods: Mutex<HashMap<PodUid, Served>>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
+    started: AtomicUsize,
     /// Ends the accepting of all pods, as a drain does, without one.
     handover: Trigger,
     handing_over: Signal,
@@ -250,9 +272,18 @@ impl DataPlane {
             threads.push(thread);
         }
         let (handover, handing_over) = shutdown::channel();
-        let threads = Mutex::new(threads);
-        let pods = Mutex::default();
-        Ok(Self { config, bypass, shards, threads, pods, neighbours, count, handover, handing_over })
+        Ok(Self {
+            config,
+            bypass,
+            shards,
+            threads: Mutex::new(threads),
+            pods: Mutex::default(),
+            neighbours,
+            count,
+            started: AtomicUsize::new(0),
+            handover,
+            handing_over,
+        })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
@@ -315,9 +346,13 @@ impl DataPlane {
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
         let served = Served { home: home.runtime.clone(), pod, stop, cut };
-        let replaced = self.pods().insert(uid, served);
-        if let Some(replaced) = replaced {
-            replaced.leave();
+        match self.pods().insert(uid, served) {
+            Some(replaced) => {
+                replaced.leave();
+            }
+            None => {
+                self.started.fetch_add(1, Ordering::Relaxed);
+            }
         }
         Ok(())
     }
@@ -385,11 +420,36 @@ impl DataPlane {
 
     /// How much is going on now.
     pub fn live(&self) -> Activity {
+        // Under the lock both change together.
+        let (pods, started) = {
+            let pods = self.pods();
+            (pods.len(), self.started.load(Ordering::Relaxed))
+        };
         Activity {
-            pods: self.pods().len(),
+            pods,
             connections: self.count.connections(),
             turned_away: self.count.turned_away(),
+            started,
+            stopped: started.saturating_sub(pods),
         }
+    }
+
+    /// The pods whose connections are taken, in no order.
+    pub fn served(&self) -> Vec<ServedPod> {
+        let pods = self.pods();
+        let pods = pods.values().map(|served| &served.pod);
+        pods.map(|pod| ServedPod { uid: pod.uid.clone(), workload: pod.named().clone() }).collect()
+    }
+
+    /// The connections and streams that are open, in no order. Not for a data-plane thread; those wait for it no
+    /// longer than it takes to copy a few hundred entries.
+    pub fn connections(&self) -> Vec<Connection> {
+        self.shards.iter().flat_map(|shard| shard.listing.all()).collect()
+    }
+
+    /// What the runtimes of the threads tell of themselves, in the order of the threads.
+    pub fn runtimes(&self) -> impl Iterator<Item = runtime::RuntimeMetrics> {
+        self.shards.iter().map(|shard| shard.runtime.metrics())
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {

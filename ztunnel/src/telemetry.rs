@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
+use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -50,7 +51,7 @@ pub mod series;
 pub mod writer;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -77,25 +78,44 @@ pub struct Telemetry(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    access_log: LevelFilter,
+    /// How many of [`LEVELS`] are written to the access log.
+    access_log: AtomicU8,
     log: LogQueue,
     table: Arc<SeriesTable>,
     sockets: Arc<[AtomicI64; Reporter::ALL.len()]>,
+    refused: Arc<[AtomicU64; Reporter::ALL.len()]>,
     metrics: Metrics,
 }
+
+/// From the most important to the least.
+const LEVELS: [Level; 5] = [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE];
 
 impl Telemetry {
     /// Starts counting from zero; the access log goes to `log`.
     pub fn new(config: Config, log: LogQueue) -> Self {
         let table = Arc::new(SeriesTable::new(config.series_max));
         let sockets = Arc::new([AtomicI64::new(0), AtomicI64::new(0)]);
+        let refused = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
         let metrics = Metrics::new(Arc::clone(&table));
         metrics.register(process::collect);
         metrics.register({
             let (table, sockets, log) = (Arc::clone(&table), Arc::clone(&sockets), log.clone());
-            move |families: &mut Families<'_>| own(families, config.version, &table, &sockets, &log)
+            let refused = Arc::clone(&refused);
+            move |families: &mut Families<'_>| {
+                own(families, config.version, &table, &sockets, &log)?;
+                own_refused(families, &refused)
+            }
         });
-        Self(Arc::new(Shared { access_log: config.access_log, log, table, sockets, metrics }))
+        let access_log = AtomicU8::new(0);
+        let telemetry = Self(Arc::new(Shared { access_log, log, table, sockets, refused, metrics }));
+        telemetry.set_access_log(config.access_log);
+        telemetry
+    }
+
+    /// Changes which access log lines are written from now on: the least important of them.
+    pub fn set_access_log(&self, least: LevelFilter) {
+        let written = LEVELS.iter().filter(|level| **level <= least).count();
+        self.0.access_log.store(written as u8, Ordering::Relaxed);
     }
 
     /// The handle of one data-plane thread: take one per thread, and clone that within the thread. Sharing one
@@ -155,6 +175,17 @@ fn own(
     families.counter("ztunnel_metrics_overflowed_connections", help, &alone(table.overflowed()))
 }
 
+fn own_refused(families: &mut Families<'_>, refused: &[AtomicU64; Reporter::ALL.len()]) -> fmt::Result {
+    let [source, destination] = Reporter::ALL.map(|reporter| [("reporter", reporter.label())]);
+    let count = |reporter: Reporter| refused[reporter as usize].load(Ordering::Relaxed);
+    let samples = [
+        Sample { labels: &source, value: count(Reporter::Source) },
+        Sample { labels: &destination, value: count(Reporter::Destination) },
+    ];
+    let help = "Connections refused before their parties were known.";
+    families.counter("ztunnel_connections_refused_early", help, &samples)
+}
+
 /// Telemetry as one data-plane thread uses it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct LocalTelemetry(Arc<Local>);
@@ -181,9 +212,10 @@ impl LocalTelemetry {
         OpenConnection { live: Some(live), received: AtomicU64::new(0), sent: AtomicU64::new(0) }
     }
 
-    /// Logs that a connection was refused before its parties were known. Not counted: traffic metrics are
-    /// labelled with the parties.
+    /// Logs that a connection was refused before its parties were known. It is counted by itself: the traffic
+    /// metrics are labelled with the parties.
     pub fn refused_early(&self, addresses: Addresses, reporter: Reporter, error: &dyn fmt::Display) {
+        self.0.shared.refused[reporter as usize].fetch_add(1, Ordering::Relaxed);
         if self.0.shared.writes(Level::WARN) {
             let (at, error) = (SystemTime::now(), error.to_string());
             let refused = RefusedEarly { at, reporter, addresses, error };
@@ -227,7 +259,7 @@ impl Local {
 
 impl Shared {
     fn writes(&self, level: Level) -> bool {
-        level <= self.access_log
+        LEVELS.iter().position(|known| *known == level) < Some(self.access_log.load(Ordering::Relaxed).into())
     }
 
     fn write(&self, record: AccessRecord) {

@@ -1,13 +1,16 @@
 //! Mutual TLS as the mesh speaks it: TLS 1.3, `h2`, SPIFFE certificates on both sides.
 //!
-//! Owns the rustls configurations and the verification of a peer's certificate; only [`verify`] makes a
-//! [`verify::VerifiedPeer`]. Does not know where certificates come from (see [`crate::identity`]), nor sockets.
+//! [`trust`] says whom the node trusts and what was [revoked](revocation), [`grpc`] makes the connections to the
+//! control plane. Owns the rustls configurations and the verification of a peer's certificate; only [`verify`] makes a
+//! [`verify::VerifiedPeer`]. Does not know where certificates come from (see [`crate::identity`]).
 
 pub mod configs;
-pub mod control;
+pub mod grpc;
+pub mod revocation;
+pub mod trust;
 pub mod verify;
 
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,18 +2,19 @@
 //!
 //! [`session`] decides (which requests to send, what to accept and reject, what was received) and knows no network;
 //! [`client`] connects, reads, writes and waits; [`backoff`] says how long. [`convert`] is the only place that knows
-//! what a message means.
+//! what a message means. `cache` keeps the last good mesh in a file.
 //!
 //! # Use
 //!
 //! [`client::start`] takes a [`client::Config`] and the one [`MeshWriter`](crate::mesh::MeshWriter), and gives back a
 //! [`client::Status`] to watch. The mesh is complete enough to serve as soon as [`client::Status::synced`] is true: the
-//! first response of every type was accepted. It never becomes false again: when the control plane is lost the mesh
-//! stays as it was, and [`client::Status::stale_since`] says since when.
+//! first response of every type was accepted, or the last good mesh of a process before was found. It never becomes
+//! false again: when the control plane is lost the mesh stays as it was, and [`client::Status::stale_since`] says since
+//! when.
 
 pub mod backoff;
+mod cache;
 pub mod client;
-mod connect;
 pub mod convert;
 mod counts;
 mod intern;

@@ -23,6 +23,25 @@ pub(crate) fn in_world(name: &str, act: impl FnOnce(&mut World) -> Result<String
 pub(crate) fn act_in(world: Result<World>, name: &str, act: impl FnOnce(&mut World) -> Result<String>) {
     let mut world = world.unwrap_or_else(|error| panic!("no world: {error:#}"));
     let told = act(&mut world);
+    end(world, name, told);
+}
+
+/// [`in_world`], in a world that is prepared before its daemons start; what that makes lives as long as the world.
+pub(crate) fn in_world_that<T>(
+    name: &str,
+    prepare: impl FnOnce(&mut World) -> Result<T>,
+    act: impl FnOnce(&mut World, &mut T) -> Result<String>,
+) {
+    let mut world =
+        World::without_daemons(Options::default()).unwrap_or_else(|error| panic!("no world: {error:#}"));
+    let told = prepare(&mut world).and_then(|mut prepared| {
+        world.start_daemons()?;
+        act(&mut world, &mut prepared)
+    });
+    end(world, name, told);
+}
+
+fn end(world: World, name: &str, told: Result<String>) {
     if told.is_err() {
         // The logs are in the world's directory, which is about to be removed.
         match world.save_logs() {

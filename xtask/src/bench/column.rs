@@ -193,6 +193,7 @@ fn setting(site: &Site, node: &Node) -> Setting {
         kubepods: node.kubepods.path().to_owned(),
         further: Vec::new(),
         agent: None,
+        chart: None,
     }
 }
 

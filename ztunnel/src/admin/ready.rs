@@ -5,11 +5,18 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::SystemTime;
 
 /// Ready once nobody blocks it. Cheap to clone. A new one is ready: whoever must come first blocks it before the
 /// server starts.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
+pub struct Readiness(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    blockers: BTreeMap<&'static str, usize>,
+    stale: Option<SystemTime>,
+}
 
 /// Keeps the daemon from being ready until [`Blocker::lift`] is called. Dropping it does not lift it: a task that
 /// failed is not ready.
@@ -29,16 +36,26 @@ impl Readiness {
     /// Not ready from now on, until the answer is lifted. `name` is shown to who asks: a word for the part of the
     /// daemon that has yet to come up. A name can be blocked more than once, and again after it was lifted.
     pub fn block(&self, name: &'static str) -> Blocker {
-        *self.blockers().entry(name).or_default() += 1;
+        *self.state().blockers.entry(name).or_default() += 1;
         Blocker { name, readiness: self.clone() }
     }
 
     /// Who still blocks, each name once, in alphabetical order. Empty when ready.
     pub fn pending(&self) -> Vec<&'static str> {
-        self.blockers().keys().copied().collect()
+        self.state().blockers.keys().copied().collect()
     }
 
-    fn blockers(&self) -> MutexGuard<'_, BTreeMap<&'static str, usize>> {
+    /// What is served is as it was at this time, as its source is away; `None` where it is as it is.
+    pub fn stale(&self, since: Option<SystemTime>) {
+        self.state().stale = since;
+    }
+
+    /// What [`Self::stale`] was last told.
+    pub fn stale_since(&self) -> Option<SystemTime> {
+        self.state().stale
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
         // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -47,7 +64,7 @@ impl Readiness {
 impl Blocker {
     /// This part is up.
     pub fn lift(self) {
-        let mut blockers = self.readiness.blockers();
+        let blockers = &mut self.readiness.state().blockers;
         if let Some(count) = blockers.get_mut(self.name) {
             *count -= 1;
             if *count == 0 {

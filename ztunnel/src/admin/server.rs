@@ -2,7 +2,11 @@
 //! may take, so that nobody who can reach a port can hold more than a little memory for a little while.
 
 use std::convert::Infallible;
+use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +15,6 @@ use http::HeaderValue;
 use http::Method;
 use http::StatusCode;
 use http::header;
-use http_body_util::Full;
 use hyper::Request;
 use hyper::Response;
 use hyper::body::Incoming;
@@ -24,6 +27,11 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time;
 
+use crate::admin::body;
+use crate::admin::body::Body;
+use crate::admin::console;
+use crate::admin::console::Console;
+use crate::admin::quit::Unanswered;
 use crate::admin::ready::Readiness;
 use crate::shutdown;
 use crate::shutdown::Signal;
@@ -34,6 +42,13 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a connection may last, however it is used. It bounds what a slow reader can hold.
 const CONNECTION_MAX: Duration = Duration::from_secs(30);
+
+/// The same on the admin port, where an answer may be a long profile, the dump of a big mesh through a slow tunnel,
+/// or the end of a drain.
+const CONSOLE_MAX: Duration = Duration::from_secs(600);
+
+/// How long an answer that is being given may still take when the process closes.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The largest header taken, in bytes.
 const HEADER_MAX: usize = 8 * 1024;
@@ -48,6 +63,9 @@ const SCRAPES_MAX: usize = 8;
 /// How many connections the readiness server has at once. More wait in the listener's backlog.
 const PROBES_MAX: usize = 256;
 
+/// How many connections the admin server has at once. More wait in the listener's backlog.
+const CONSOLES_MAX: usize = 16;
+
 /// How long to wait after the kernel refused to accept, as it does when descriptors run out.
 const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 
@@ -61,16 +79,22 @@ pub async fn serve_metrics(listener: TcpListener, telemetry: Telemetry, signal: 
     serve(listener, Site::Metrics(telemetry), SCRAPES_MAX, signal).await;
 }
 
-/// Serves `GET /healthz/ready` (port 15021 as a rule) until the process closes: 200 and `ready`, or 503 and who is
+/// Serves `GET /healthz/ready` (port 15021 as a rule) until the process closes: 200 and `ready`, or 500 and who is
 /// waited for.
 pub async fn serve_readiness(listener: TcpListener, readiness: Readiness, signal: Signal) {
     serve(listener, Site::Readiness(readiness), PROBES_MAX, signal).await;
 }
 
-#[derive(Debug, Clone)]
+/// Serves what operators ask (port 15000 of the loopback as a rule) until the process closes.
+pub async fn serve_console(listener: TcpListener, console: Console, signal: Signal) {
+    serve(listener, Site::Console(console), CONSOLES_MAX, signal).await;
+}
+
+#[derive(Clone)]
 enum Site {
     Metrics(Telemetry),
     Readiness(Readiness),
+    Console(Console),
 }
 
 async fn serve(listener: TcpListener, site: Site, connections_max: usize, mut signal: Signal) {
@@ -102,9 +126,23 @@ async fn serve(listener: TcpListener, site: Site, connections_max: usize, mut si
 }
 
 async fn converse(stream: TcpStream, site: Site, mut signal: Signal) {
+    let limit = match site {
+        Site::Console(_) => CONSOLE_MAX,
+        Site::Metrics(_) | Site::Readiness(_) => CONNECTION_MAX,
+    };
+    let closing = signal.clone();
+    // Held until the answer has left.
+    let unanswered: Arc<Mutex<Option<Unanswered>>> = Arc::default();
+    let hold = Arc::clone(&unanswered);
     let answer = service_fn(move |request: Request<Incoming>| {
-        let site = site.clone();
-        async move { Ok::<_, Infallible>(site.answer(&request).await) }
+        let (site, closing, hold) = (site.clone(), closing.clone(), Arc::clone(&hold));
+        async move {
+            let (response, unanswered) = site.answer(&request, closing).await;
+            if unanswered.is_some() {
+                *hold.lock().unwrap_or_else(PoisonError::into_inner) = unanswered;
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -112,47 +150,71 @@ async fn converse(stream: TcpStream, site: Site, mut signal: Signal) {
         .max_buf_size(HEADER_MAX)
         .max_headers(FIELDS_MAX)
         .serve_connection(TokioIo::new(stream), answer);
+    let mut connection = pin!(connection);
     tokio::select! {
         // Whatever ended it (a time-out, a client that hung up, a request that is none) is the client's affair.
-        _over = time::timeout(CONNECTION_MAX, connection) => {}
-        () = signal.closing() => {}
+        _over = time::timeout(limit, connection.as_mut()) => {}
+        () = signal.closing() => {
+            connection.as_mut().graceful_shutdown();
+            let _said = time::timeout(LAST_WORDS, connection).await;
+        }
     }
+    drop(unanswered);
 }
 
 impl Site {
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(
+        &self,
+        request: &Request<Incoming>,
+        signal: Signal,
+    ) -> (Response<Body>, Option<Unanswered>) {
+        let (method, path) = (request.method(), request.uri().path());
         let known = match self {
-            Self::Metrics(_) => ["/metrics", "/stats/prometheus"].contains(&request.uri().path()),
-            Self::Readiness(_) => request.uri().path() == "/healthz/ready",
+            Self::Console(console) => {
+                let query = request.uri().query().unwrap_or_default();
+                let asked = console::Asked { method, path, query, headers: request.headers() };
+                return console.answer(asked, signal).await;
+            }
+            Self::Metrics(_) => ["/metrics", "/stats/prometheus"].contains(&path),
+            Self::Readiness(_) => path == "/healthz/ready",
         };
-        if !known {
-            return text(StatusCode::NOT_FOUND, "not found\n");
-        }
-        if ![Method::GET, Method::HEAD].contains(request.method()) {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return response;
-        }
-        match self {
+        let response = match self {
+            _ if !known => text(StatusCode::NOT_FOUND, "not found\n"),
+            _ if ![Method::GET, Method::HEAD].contains(method) => not_allowed("GET, HEAD"),
             Self::Metrics(telemetry) => metrics(telemetry, request.headers()).await,
             Self::Readiness(readiness) => ready(readiness),
-        }
+            Self::Console(_) => unreachable!("it has answered above"),
+        };
+        (response, None)
     }
 }
 
-async fn metrics(telemetry: &Telemetry, asked: &HeaderMap) -> Response<Full<Bytes>> {
-    let telemetry = telemetry.clone();
+pub(super) fn not_allowed(allowed: &'static str) -> Response<Body> {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+    response
+}
+
+async fn metrics(telemetry: &Telemetry, asked: &HeaderMap) -> Response<Body> {
+    let (telemetry, gzip) = (telemetry.clone(), body::takes_gzip(asked));
+    let encode = move || {
+        let body = telemetry.encode_metrics()?;
+        if gzip { body::compressed(&body).map_err(|_| fmt::Error) } else { Ok(body.into_bytes()) }
+    };
     // Some milliseconds of work for a big mesh: off the runtime, whose other tasks renew certificates.
-    match tokio::task::spawn_blocking(move || telemetry.encode_metrics()).await {
+    match tokio::task::spawn_blocking(encode).await {
         Ok(Ok(body)) => {
             let mut response = text(StatusCode::OK, body);
             if wants_openmetrics(asked) {
                 response.headers_mut().insert(header::CONTENT_TYPE, OPENMETRICS);
             }
+            if gzip {
+                response.headers_mut().insert(header::CONTENT_ENCODING, body::GZIP);
+            }
             response
         }
-        Ok(Err(error)) => {
-            tracing::error!(%error, "a component cannot show its metrics");
+        Ok(Err(fmt::Error)) => {
+            tracing::error!("a component cannot show its metrics");
             text(StatusCode::INTERNAL_SERVER_ERROR, "a component cannot show its metrics\n")
         }
         Err(error) => {
@@ -169,17 +231,24 @@ fn wants_openmetrics(asked: &HeaderMap) -> bool {
     asked.get_all(header::ACCEPT).iter().any(names_it)
 }
 
-fn ready(readiness: &Readiness) -> Response<Full<Bytes>> {
+fn ready(readiness: &Readiness) -> Response<Body> {
     let pending = readiness.pending();
     if pending.is_empty() {
-        text(StatusCode::OK, "ready\n")
+        match readiness.stale_since() {
+            None => text(StatusCode::OK, "ready\n"),
+            Some(since) => {
+                let age = since.elapsed().unwrap_or_default().as_secs();
+                text(StatusCode::OK, format!("ready, with the mesh of {age} seconds ago: no control plane\n"))
+            }
+        }
     } else {
-        text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready, pending: {}\n", pending.join(", ")))
+        // Istio's status for it.
+        text(StatusCode::INTERNAL_SERVER_ERROR, format!("not ready, pending: {}\n", pending.join(", ")))
     }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
+pub(super) fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Body::from(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, TEXT);
     response

@@ -4,8 +4,12 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use crate::api::Setting;
 use crate::app::CONTROL_SOCKET;
+use crate::app::version;
 use crate::capture;
+use crate::config::env::Settings;
+use crate::config::raw::Output;
 use crate::config::resolved::Places;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file;
@@ -55,6 +59,45 @@ fn print(out: &mut impl Write, diagnostics: &[Diagnostic]) -> std::io::Result<()
     diagnostics.iter().try_for_each(|diagnostic| writeln!(out, "{diagnostic}"))
 }
 
+/// Prints what Istio's environment says; what of it has no effect, on standard error.
+pub fn config(settings: &Settings, output: Output) -> std::io::Result<()> {
+    for warning in &settings.warnings {
+        writeln!(std::io::stderr(), "{warning}")?;
+    }
+    let shown: Vec<Setting> = settings.shown.iter().map(Setting::from).collect();
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Text => write!(out, "{}", table(&shown)),
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &shown)?;
+            writeln!(out)
+        }
+    }
+}
+
+fn table(settings: &[Setting]) -> String {
+    let width = |text: fn(&Setting) -> &str| {
+        settings.iter().map(|setting| text(setting).chars().count()).max().unwrap_or_default()
+    };
+    let (names, origins) = (width(|setting| &setting.name), width(|setting| &setting.origin));
+    let mut table = String::new();
+    for Setting { name, value, origin } in settings {
+        // Values may be long: they come last.
+        let row = format!("{name:names$}  {origin:origins$}  {value}");
+        table.extend([row.trim_end(), "\n"]);
+    }
+    table
+}
+
+/// Prints which build this is.
+pub fn version() -> std::io::Result<()> {
+    let known = version::version("unknown");
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "ztunnel {}", known.version)?;
+    writeln!(out, "revision {} ({})", known.git_revision, known.build_status)?;
+    writeln!(out, "{} build, {}, {}", known.build_profile, known.rust_version, known.crypto_provider)
+}
+
 /// Prints whether capture works here. The exit status: 1 if it does not.
 pub fn selftest(config: &capture::Config) -> std::io::Result<u8> {
     let verdict = capture::selftest::self_test(config);
@@ -71,4 +114,20 @@ pub fn uninstall(places: &Places) -> Result<(), UninstallError> {
     let removed = capture::uninstall::uninstall(&places.capture)?;
     writeln!(std::io::stdout(), "{removed}")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_a_table() {
+        let setting = |name: &str, value: &str, origin: &str| Setting {
+            name: name.to_owned(),
+            value: value.to_owned(),
+            origin: origin.to_owned(),
+        };
+        let settings = [setting("CLUSTER_ID", "c1", "environment"), setting("NETWORK", "", "default")];
+        assert_eq!(table(&settings), "CLUSTER_ID  environment  c1\nNETWORK     default\n");
+    }
 }

@@ -1,13 +1,16 @@
 //! What the mesh says, carried out: published to the data plane, and pod by pod in the kernel.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::admin::ready::Blocker;
 use crate::app::kernel::Kernel;
+use crate::enrol::pod::Awaited;
 use crate::enrol::pods::Action;
 use crate::enrol::pods::Event;
 use crate::enrol::pods::Pods;
@@ -38,6 +41,8 @@ pub struct Control {
     identities: Identities,
     kernel: Kernel,
     pods: Pods,
+    /// The pods that are not captured yet, for those who ask.
+    waiting: watch::Sender<Arc<[Awaited]>>,
     events: mpsc::Sender<Event>,
     answers: mpsc::Receiver<Event>,
     wake: Option<Instant>,
@@ -66,6 +71,7 @@ impl Control {
             identities,
             kernel,
             pods: Pods::default(),
+            waiting: watch::Sender::new(Arc::default()),
             events,
             answers,
             wake: None,
@@ -74,6 +80,11 @@ impl Control {
             settling: false,
             warned: HashSet::new(),
         }
+    }
+
+    /// The pods that should be captured and are not yet, now and from now on.
+    pub fn waiting(&self) -> watch::Receiver<Arc<[Awaited]>> {
+        self.waiting.subscribe()
     }
 
     /// The first version of the mesh: returns when every pod was tried once, so that a predecessor is let go only
@@ -171,7 +182,12 @@ impl Control {
 
     /// Advances enrolment by one event.
     pub async fn step(&mut self, event: Event) {
-        for action in self.pods.step(event, Instant::now()) {
+        let told = matches!(event, Event::Desired(_));
+        let actions = self.pods.step(event, Instant::now());
+        if told || self.waiting.borrow().len() != self.pods.pending() {
+            self.waiting.send_replace(self.pods.waiting().map(Awaited::from).collect());
+        }
+        for action in actions {
             match action {
                 Action::Capture(pod) => self.kernel.capture(pod, self.events.clone()).await,
                 Action::Release(uid) => self.kernel.release(uid, self.events.clone()).await,

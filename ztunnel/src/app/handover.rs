@@ -16,11 +16,23 @@
 //! pods themselves, after "yielded": it says "pods", is answered with one pod and its sockets, says "next", and so on
 //! until "end". Both then listen on the same sockets, so that no connection attempt is lost when one of them closes.
 //!
+//! Before that, on a connection of its own, the successor asks for the certificates of the node's workloads, so that
+//! it does not depend on their authority being there:
+//!
+//! ```text
+//!  successor ── "credentials 1" ──▶ predecessor
+//!            ◀── the bytes, then closes ──
+//! ```
+//!
+//! Only a process of the same user gets an answer, or is believed one. A predecessor that does not know the question
+//! closes the connection.
+//!
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
 //! while it starts costs nothing. A predecessor that does not answer in time is overruled: the generation in the
 //! pinned maps tells it that it is no longer the owner (see [`crate::capture`]). Its successor stays connected all
 //! the same, so that when it wakes up it does not take the node back.
 
+use std::fmt;
 use std::io;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
@@ -49,6 +61,9 @@ use tokio::io::Interest;
 use tokio::net::UnixListener;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
+
+use crate::shutdown;
 
 use crate::capture::Listeners;
 use crate::enrol::zds::AgentPod;
@@ -80,6 +95,14 @@ pub struct HandedPod {
     /// Where its connections arrive, in both daemons.
     pub listeners: Arc<Listeners>,
 }
+
+/// The question for the node's certificates, with the version of the answer.
+const CREDENTIALS: &str = "credentials 1";
+/// More than the certificates of all pods a node can have.
+const CREDENTIALS_MAX: u64 = 32 << 20;
+
+/// What a daemon leaves to its successor: made when asked for, and overwritten when sent.
+pub type Legacy = Box<dyn Fn() -> Zeroizing<Vec<u8>> + Send>;
 
 /// A line-wise connection to the other daemon.
 #[derive(Debug)]
@@ -207,6 +230,36 @@ pub async fn ask(socket: &Path) -> Found {
     }
 }
 
+/// Whether a daemon has the node.
+pub async fn is_served(socket: &Path) -> bool {
+    matches!(timeout(HELLO_WITHIN, UnixStream::connect(socket)).await, Ok(Ok(_)))
+}
+
+/// The certificates that the running daemon has, if there is one that gives them.
+pub async fn credentials(socket: &Path) -> Option<Zeroizing<Vec<u8>>> {
+    let asking = async {
+        let stream = UnixStream::connect(socket).await?;
+        if !is_ours(&stream) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let mut line = Line(BufReader::new(stream));
+        line.write(CREDENTIALS).await?;
+        let mut bytes = Zeroizing::new(Vec::new());
+        line.0.take(CREDENTIALS_MAX).read_to_end(&mut bytes).await?;
+        io::Result::Ok(bytes)
+    };
+    match timeout(ANSWER_WITHIN, asking).await {
+        Ok(Ok(bytes)) if !bytes.is_empty() => Some(bytes),
+        // Nobody there, or nobody who knows the question: the authority is asked as at every first start.
+        _ => None,
+    }
+}
+
+/// Whether the process at the other end is of the same user.
+fn is_ours(stream: &UnixStream) -> bool {
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw())
+}
+
 impl Predecessor {
     /// The pods that the predecessor serves, and their listeners, which from now on both have.
     pub async fn pods(&mut self) -> io::Result<Vec<HandedPod>> {
@@ -256,23 +309,30 @@ impl Departing {
 }
 
 /// The socket at which successors call.
-#[derive(Debug)]
 pub struct Successors {
     listener: UnixListener,
     path: PathBuf,
     inode: u64,
+    legacy: Legacy,
+}
+
+impl fmt::Debug for Successors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Successors").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 impl Successors {
     /// Takes the place at `path`, whoever had it before: call when the node is this daemon's.
-    pub fn listen(path: &Path) -> io::Result<Self> {
+    /// Who asks for certificates gets `legacy`.
+    pub fn listen(path: &Path, legacy: Legacy) -> io::Result<Self> {
         // A new name swapped in by rename, so that at no moment there is no socket.
         let fresh = path.with_extension(format!("sock.{}", std::process::id()));
         let _stale = std::fs::remove_file(&fresh);
         let listener = UnixListener::bind(&fresh)?;
         std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
         std::fs::rename(&fresh, path)?;
-        Ok(Self { listener, path: path.to_owned(), inode: inode(path)? })
+        Ok(Self { listener, path: path.to_owned(), inode: inode(path)?, legacy })
     }
 
     /// Whether this is still the socket that successors find.
@@ -289,10 +349,15 @@ impl Successors {
                 continue;
             };
             let mut line = Line(BufReader::new(stream));
-            if let Ok(Ok(hello)) = timeout(HELLO_WITHIN, line.read()).await
-                && hello == format!("yield {VERSION}")
-            {
+            let Ok(Ok(hello)) = timeout(HELLO_WITHIN, line.read()).await else { continue };
+            if hello == format!("yield {VERSION}") {
                 return Claim(line);
+            }
+            if hello == CREDENTIALS && is_ours(line.0.get_ref()) {
+                let bytes = (self.legacy)();
+                let sending = async move { line.0.get_mut().write_all(&bytes).await };
+                // Whoever does not read them does not keep others from calling.
+                shutdown::spawn(timeout(ANSWER_WITHIN, sending));
             }
         }
     }
@@ -365,6 +430,35 @@ mod tests {
         (dir, path)
     }
 
+    fn nothing() -> Legacy {
+        Box::new(Zeroizing::default)
+    }
+
+    #[tokio::test]
+    async fn certificates_are_given_to_who_asks_and_the_take_over_follows() {
+        let (_dir, path) = socket();
+        assert!(credentials(&path).await.is_none(), "nobody is there");
+        let large: Vec<u8> = (0..1_000_000_u32).map(|n| n as u8).collect();
+        let left = large.clone();
+        let old = Successors::listen(&path, Box::new(move || Zeroizing::new(left.clone()))).unwrap();
+        let successor = async {
+            // One that asks and does not read is in nobody's way.
+            let mut idle = Line(BufReader::new(UnixStream::connect(&path).await.unwrap()));
+            idle.write(CREDENTIALS).await.unwrap();
+            let got = credentials(&path).await.expect("the certificates");
+            assert!(*got == large);
+            assert!(matches!(ask(&path).await, Found::Yielded(_)));
+        };
+        let ((), outcome) = tokio::join!(successor, async { old.next().await.outcome(&[]).await });
+        assert_eq!(outcome, Outcome::Abandoned);
+        drop(old);
+        let old = Successors::listen(&path, nothing()).unwrap();
+        tokio::select! {
+            got = credentials(&path) => assert!(got.is_none(), "nothing was left"),
+            _claim = old.next() => panic!("a question is no claim"),
+        }
+    }
+
     #[tokio::test]
     async fn a_successor_finds_nobody_on_a_fresh_node() {
         let (_dir, path) = socket();
@@ -377,7 +471,7 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         assert!(matches!(ask(&path).await, Found::Nobody));
-        let again = Successors::listen(&path).unwrap();
+        let again = Successors::listen(&path, nothing()).unwrap();
         drop(again);
         assert!(!path.exists());
     }
@@ -385,12 +479,12 @@ mod tests {
     #[tokio::test]
     async fn a_take_over_runs_to_its_end() {
         let (_dir, path) = socket();
-        let old = Successors::listen(&path).unwrap();
+        let old = Successors::listen(&path, nothing()).unwrap();
         let successor = async {
             let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
             assert_eq!(predecessor.pid, std::process::id().to_string());
             let mut departing = predecessor.done().await;
-            let new = Successors::listen(&path).unwrap();
+            let new = Successors::listen(&path, nothing()).unwrap();
             departing.gone().await;
             new
         };
@@ -419,7 +513,7 @@ mod tests {
     #[tokio::test]
     async fn pods_are_handed_over_with_their_sockets() {
         let (_dir, path) = socket();
-        let old = Successors::listen(&path).unwrap();
+        let old = Successors::listen(&path, nothing()).unwrap();
         let given: Vec<HandedPod> = (0..300).map(|number| handed(&format!("uid-{number}"))).collect();
         let ports: Vec<_> = given.iter().map(|pod| pod.listeners.hbone.local_addr().unwrap()).collect();
         let successor = async {
@@ -448,7 +542,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_pod_is_refused() {
         let (_dir, path) = socket();
-        let old = Successors::listen(&path).unwrap();
+        let old = Successors::listen(&path, nothing()).unwrap();
         let successor = async {
             let Found::Yielded(mut predecessor) = ask(&path).await else { panic!("not yielded") };
             predecessor.pods().await
@@ -467,7 +561,7 @@ mod tests {
     #[tokio::test]
     async fn a_successor_that_dies_gives_the_node_back() {
         let (_dir, path) = socket();
-        let old = Successors::listen(&path).unwrap();
+        let old = Successors::listen(&path, nothing()).unwrap();
         let successor = async {
             let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
             drop(predecessor);
@@ -480,7 +574,7 @@ mod tests {
     #[tokio::test]
     async fn garbage_at_the_socket_does_not_stop_a_successor_after_it() {
         let (_dir, path) = socket();
-        let old = Successors::listen(&path).unwrap();
+        let old = Successors::listen(&path, nothing()).unwrap();
         let garbage = UnixStream::connect(&path).await.unwrap();
         let mut garbage = Line(BufReader::new(garbage));
         garbage.write(&"x".repeat(1000)).await.unwrap();
@@ -496,7 +590,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_predecessor_that_hangs_is_overruled() {
         let (_dir, path) = socket();
-        let hung = Successors::listen(&path).unwrap();
+        let hung = Successors::listen(&path, nothing()).unwrap();
         let Found::Late(predecessor) = ask(&path).await else { panic!("not late") };
         // It wakes up, finds what it was asked, and that all is done.
         let (done, outcome) = tokio::join!(predecessor.done(), async {

@@ -5,18 +5,26 @@
 //! ours; both listen on the same sockets until the old one stops. Beside another daemon it listens on ports of its
 //! own, which share the number.
 
-use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+use tokio::time::sleep_until;
 
+use crate::admin::console::Console;
+use crate::admin::dump::Sources;
+use crate::admin::quit;
 use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
 use crate::app::CONTROL_SOCKET;
+use crate::app::LAST_ANSWER;
+use crate::app::RECONCILE_EVERY;
 use crate::app::RunError;
 use crate::app::Signals;
 use crate::app::TAKE_OVER_WITHIN;
+use crate::app::certificates;
 use crate::app::gone;
 use crate::app::handover;
 use crate::app::handover::Claim;
@@ -26,30 +34,27 @@ use crate::app::handover::Outcome;
 use crate::app::handover::Successors;
 use crate::app::inpod::agent::Agent;
 use crate::app::inpod::agent::Step;
+use crate::app::inpod::world::World;
 use crate::app::make_run_dir;
+use crate::app::memory::Housekeeping;
 use crate::app::ports;
 use crate::app::ports::Admin;
-use crate::app::report_rejected;
+use crate::app::version;
 use crate::capture;
 use crate::config::resolved::Run;
+use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
 use crate::identity;
+use crate::identity::inheritance;
 use crate::identity::worker::Identities;
-use crate::mesh;
-use crate::mesh::MeshReader;
-use crate::mesh::MeshWriter;
-use crate::model::identity::SpiffeId;
-use crate::model::identity::TrustDomain;
 use crate::net::bypass::Unguarded;
 use crate::proxy::DataPlane;
 use crate::shutdown;
-use crate::standalone::authority::Authority;
-use crate::standalone::file::Loaded;
-use crate::standalone::watch;
-use crate::standalone::watch::Updates;
 use crate::telemetry::Telemetry;
+use crate::telemetry::logging::Levels;
 
 mod agent;
+mod world;
 
 /// What waits for the agent's snapshot, by the name that operators know from Istio.
 const READINESS: &str = "workload proxy manager";
@@ -57,40 +62,33 @@ const READINESS: &str = "workload proxy manager";
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a predecessor is kept waiting for its pods to be taken over.
 const INHERIT_WITHIN: Duration = Duration::from_secs(20);
+/// How long the node agent is kept waiting for a first mesh: pods that start wait with it, and a daemon that serves
+/// the pods beside this one loses half of their connections once this one listens.
+const MESH_WITHIN: Duration = Duration::from_secs(2);
 
-/// The mesh, and what follows from it for this node.
-struct World {
-    writer: MeshWriter,
-    reader: MeshReader,
-    trust_domain: TrustDomain,
+/// Everything that goes on while the node is served.
+struct Node {
+    world: World,
+    agent: Agent,
     identities: Identities,
+    ready: Ready,
 }
 
-impl World {
-    fn publish(&mut self, loaded: Loaded) {
-        let (new, old) = (loaded.mesh.trust_domain(), &self.trust_domain);
-        if new != old {
-            tracing::error!(%new, %old, "the changed mesh file is not applied: its trust domain is another one");
-            return;
+impl Node {
+    /// Carries out what happens next. False where the process ends. Cancel-safe.
+    async fn next(&mut self) -> bool {
+        let step = tokio::select! {
+            more = self.world.next() => match more {
+                true => Step::Pods,
+                false => return false,
+            },
+            step = self.agent.next() => step,
+        };
+        if step == Step::Pods {
+            self.world.retain_identities(&self.identities, &self.agent);
         }
-        for warning in &loaded.warnings {
-            tracing::debug!(%warning, "mesh file");
-        }
-        let (workloads, services) = (loaded.mesh.workloads().count(), loaded.mesh.services().count());
-        let policies = loaded.mesh.policies().count();
-        self.writer.publish(loaded.mesh);
-        tracing::info!(workloads, services, policies, "mesh applied");
-    }
-
-    /// Asks for the certificates of the pods that are enrolled, and for no others.
-    fn retain_identities(&self, agent: &Agent) {
-        let mesh = self.reader.snapshot();
-        let ids: HashSet<SpiffeId> = mesh
-            .workloads()
-            .filter(|workload| agent.serves(workload))
-            .map(|workload| workload.identity.clone())
-            .collect();
-        self.identities.retain(ids);
+        self.ready.follow(&self.agent);
+        true
     }
 }
 
@@ -116,39 +114,35 @@ impl Ready {
 }
 
 /// [`super::run`] for such a node.
-pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), RunError> {
+pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) -> Result<(), RunError> {
     let started = Instant::now();
-    let mut signals = Signals::new()?;
+    let (quit, asked) = quit::quit();
+    let mut signals = Signals::new(asked)?;
     let (trigger, signal) = shutdown::channel();
     capture::rules::check(&zds.listeners)?;
     let run_dir = &config.places.run_dir;
     make_run_dir(run_dir)?;
 
-    let mut updates = watch::watch(config.mesh.clone(), config.places.node.to_string(), signal.clone());
-    let loaded = match updates.next().await {
-        Some(Ok(loaded)) => loaded,
-        Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
-        None => return Ok(()),
-    };
-    let trust_domain = loaded.mesh.trust_domain().clone();
-    let authority = Authority::open(&config.state_dir, &config.places.node, &trust_domain)?;
-    let identities = identity::worker::start(Arc::new(authority), signal.clone());
-    let (writer, reader) = mesh::mesh();
-    let mut world = World { writer, reader: reader.clone(), trust_domain, identities: identities.clone() };
+    let readiness = Readiness::new();
+    let ready = Ready::new(&readiness);
+    // Before anything uses TLS.
+    let trust = certificates::trust(&config, &telemetry, &readiness, &signal)?;
     // Decisions first: a pod that is served finds its workload.
-    world.publish(loaded);
+    let Some(world) = World::open(&config, &telemetry, &readiness, &signal).await? else { return Ok(()) };
+    let authority = certificates::authority(&config, &world.trust_domain())?;
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let inherited = certificates::inherited(&socket).await;
+    let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
     let pins = &config.places.capture.pin_dir;
     if pins.exists() {
         let path = pins.display();
         tracing::warn!(%path, "this node also has pods that programs capture; `ztunnel uninstall` opens them");
     }
-    let readiness = Readiness::new();
-    let mut ready = Ready::new(&readiness);
 
     let data_plane = DataPlane::start(
         config.proxy.clone(),
-        reader,
-        identities,
+        world.reader(),
+        identities.clone(),
         &telemetry,
         Arc::new(Unguarded),
         signal.clone(),
@@ -156,10 +150,33 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     let data_plane = Arc::new(
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
-    ports::register_proxies(&telemetry, &data_plane);
-    let mut agent = Agent::new(zds, Arc::clone(&config.places.node), Arc::clone(&data_plane));
+    let agent = Agent::new(zds, Arc::clone(&config.places.node), Arc::clone(&data_plane));
+    ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
+    let sources = Sources {
+        mesh: world.reader(),
+        identities: identities.clone(),
+        data_plane: Arc::clone(&data_plane),
+        waiting: agent.awaited(),
+        settings: config.settings.clone().into(),
+        version: version::version("unknown"),
+    };
+    let console = Console::new(sources, levels, telemetry.clone(), quit);
+    let serve_admin = || Admin::start(&config, &telemetry, &readiness, console.clone(), signal.clone());
+    let mut node = Node { world, agent, identities: identities.clone(), ready };
 
-    let socket = run_dir.join(CONTROL_SOCKET);
+    // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
+    let mut admin = match &config.mesh {
+        Source::Istiod(_) | Source::Nothing => Some(serve_admin()?),
+        Source::File(_) => None,
+    };
+    if !first_mesh(&mut node.world, &socket, &mut signals).await {
+        tracing::info!("stopping: told to, before there was a mesh");
+        trigger.close();
+        // Who asked over HTTP is answered.
+        let _late = tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await;
+        data_plane.join();
+        return Ok(());
+    }
     let predecessor = match handover::ask(&socket).await {
         Found::Nobody => None,
         Found::Yielded(mut predecessor) => {
@@ -167,9 +184,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
                 Ok(pods) => {
                     let (pid, pods_) = (&predecessor.pid, pods.len());
                     tracing::info!(pid, pods = pods_, "taking over from a running daemon");
-                    agent.inherit(pods);
-                    agent.settled(INHERIT_WITHIN).await;
-                    world.retain_identities(&agent);
+                    node.agent.inherit(pods);
+                    node.agent.settled(INHERIT_WITHIN).await;
+                    node.world.retain_identities(&node.identities, &node.agent);
                 }
                 Err(error) => tracing::warn!(%error, "the running daemon does not hand its pods over"),
             }
@@ -186,47 +203,49 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     };
     if predecessor.is_some() {
         // Until then the agent's next pod would find nobody.
-        let within = tokio::time::timeout(SNAPSHOT_WITHIN, agent.reconciled()).await;
+        let within = tokio::time::timeout(SNAPSHOT_WITHIN, node.agent.reconciled()).await;
         if within.is_err() {
             tracing::warn!("no snapshot of the node agent yet; its pods are those of the daemon before");
         }
     }
-    let admin = Admin::start(&config, &telemetry, &readiness, signal.clone())?;
+    let admin = match admin.take() {
+        Some(admin) => admin,
+        None => serve_admin()?,
+    };
     let mut departing = match predecessor {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let successors = Successors::listen(&socket).map_err(|source| RunError::Path {
+    let legacy = Box::new(move || inheritance::encode(&identities.list()));
+    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),
         source,
     })?;
-    tracing::info!(pods = agent.captured(), after = ?started.elapsed(), "serving");
-    world.retain_identities(&agent);
-    ready.follow(&agent);
+    tracing::info!(pods = node.agent.captured(), after = ?started.elapsed(), "serving");
+    node.world.retain_identities(&node.identities, &node.agent);
+    node.ready.follow(&node.agent);
 
+    let mut tidy = tokio::time::interval(RECONCILE_EVERY);
+    tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
-            update = updates.next() => match update {
-                Some(Ok(loaded)) => {
-                    world.publish(loaded);
-                    world.retain_identities(&agent);
-                }
-                Some(Err(diagnostics)) => report_rejected(&diagnostics),
-                None => break End::Signal,
+            more = node.next() => if !more {
+                break End::Signal;
             },
-            step = agent.next() => follow(step, &agent, &world, &mut ready),
+            _ = tidy.tick() => housekeeping.look(RECONCILE_EVERY),
             () = gone(&mut departing) => departing = None,
             mut claim = successors.next() => {
-                let pods = agent.handed();
-                match claimed(&mut claim, &pods, &mut agent, &mut world, &mut ready, &mut updates, &mut signals).await {
+                let pods = node.agent.handed();
+                match claimed(&mut claim, &pods, &mut node, &mut signals).await {
                     Outcome::Done => break End::HandedOver(claim),
                     Outcome::Abandoned if !successors.is_current() => break End::Superseded,
                     Outcome::Abandoned => {
                         tracing::warn!("the daemon that was taking over is gone; this one goes on");
                         drop(claim);
                         // What the agent has told that one, it must tell this one.
-                        agent.reconnect();
+                        node.agent.reconnect();
                     }
                 }
             }
@@ -235,6 +254,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     };
     drop(admin);
     // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
+    let Node { mut world, agent, .. } = node;
     drop(agent);
     // A daemon that starts from now on finds nobody who would not answer it, and has ports of its own.
     drop(successors);
@@ -265,7 +285,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
                 break;
             }
             // Whoever is still connected stays under the newest policy.
-            update = updates.next() => if let Some(Ok(loaded)) = update { world.publish(loaded) },
+            true = world.next() => {}
             () = signals.next() => {
                 if told {
                     tracing::warn!("told twice to stop; closing what is open");
@@ -277,6 +297,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
         }
     }
     trigger.close();
+    if tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await.is_err() {
+        tracing::debug!("who asked to stop was not answered in time");
+    }
     data_plane.join();
     drop((held, departing));
     tracing::info!("stopped");
@@ -293,23 +316,32 @@ enum End {
     HandedOver(Claim),
 }
 
-fn follow(step: Step, agent: &Agent, world: &World, ready: &mut Ready) {
-    if step == Step::Pods {
-        world.retain_identities(agent);
+/// Waits for a first mesh: for as long as another daemon serves the node, which need not stop for one that could not;
+/// else only a little. False where the daemon is told to stop.
+async fn first_mesh(world: &mut World, socket: &Path, signals: &mut Signals) -> bool {
+    let mut look = Instant::now() + MESH_WITHIN;
+    loop {
+        tokio::select! {
+            () = world.current() => return true,
+            () = signals.next() => return false,
+            // What was kept of it is better than nothing, and not as good as what it is about to say.
+            () = sleep_until(look) => {
+                if world.is_known() {
+                    return true;
+                }
+                if !handover::is_served(socket).await {
+                    tracing::warn!("no mesh yet: what pods send is refused until the control plane answers");
+                    return true;
+                }
+                tracing::info!("no mesh yet: the running daemon goes on");
+                look = Instant::now() + MESH_WITHIN;
+            }
+        }
     }
-    ready.follow(agent);
 }
 
 /// Waits until a successor serves the node, or is gone, or has taken too long. This daemon goes on meanwhile.
-async fn claimed(
-    claim: &mut Claim,
-    pods: &[HandedPod],
-    agent: &mut Agent,
-    world: &mut World,
-    ready: &mut Ready,
-    updates: &mut Updates,
-    signals: &mut Signals,
-) -> Outcome {
+async fn claimed(claim: &mut Claim, pods: &[HandedPod], node: &mut Node, signals: &mut Signals) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
     tokio::pin!(deadline);
     let outcome = claim.outcome(pods);
@@ -317,11 +349,7 @@ async fn claimed(
     loop {
         tokio::select! {
             outcome = &mut outcome => return outcome,
-            update = updates.next() => if let Some(Ok(loaded)) = update {
-                world.publish(loaded);
-                world.retain_identities(agent);
-            },
-            step = agent.next() => follow(step, agent, world, ready),
+            true = node.next() => {}
             () = &mut deadline => {
                 tracing::error!("the daemon that was taking over does not get ready; going on");
                 return Outcome::Abandoned;

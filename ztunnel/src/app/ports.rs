@@ -1,28 +1,37 @@
 //! The daemon's own ports, and the numbers of the components it is made of.
 
+use std::net::Ipv4Addr;
+use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::Socket;
 use socket2::Type;
 use tokio::net::TcpListener;
+use tokio::runtime::RuntimeMetrics;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::admin::console::Console;
 use crate::admin::ready::Readiness;
 use crate::admin::server;
 use crate::app::RunError;
 use crate::capture::node::CounterReader;
 use crate::config::resolved::Run;
+use crate::enrol::pod::Awaited;
+use crate::identity::worker::Identities;
+use crate::identity::worker::Standing;
 use crate::proxy::DataPlane;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Sample;
 
-/// Metrics and readiness. Their ports are free again when this is dropped.
-pub struct Admin([JoinHandle<()>; 2]);
+/// Metrics, readiness and the admin port. Their ports are free again when this is dropped.
+pub struct Admin(Vec<JoinHandle<()>>);
 
 impl Admin {
     /// Starts to listen; another daemon of this node may still have the same ports.
@@ -30,11 +39,16 @@ impl Admin {
         config: &Run,
         telemetry: &Telemetry,
         ready: &Readiness,
+        console: Console,
         signal: shutdown::Signal,
     ) -> Result<Self, RunError> {
         let metrics = server::serve_metrics(listen(config.metrics_addr)?, telemetry.clone(), signal.clone());
-        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal);
-        Ok(Self([shutdown::spawn(metrics), shutdown::spawn(readiness)]))
+        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal.clone());
+        let mut servers = vec![shutdown::spawn(metrics), shutdown::spawn(readiness)];
+        for listener in listen_on_loopback(config.admin_port)? {
+            servers.push(shutdown::spawn(server::serve_console(listener, console.clone(), signal.clone())));
+        }
+        Ok(Self(servers))
     }
 }
 
@@ -42,6 +56,17 @@ impl Drop for Admin {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
     }
+}
+
+/// Whoever reaches the admin port may stop the daemon, so nobody but this host does.
+fn listen_on_loopback(port: u16) -> Result<Vec<TcpListener>, RunError> {
+    let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, port).into())?];
+    match listen((Ipv6Addr::LOCALHOST, port).into()) {
+        Ok(listener) => listeners.push(listener),
+        // Not every host has IPv6.
+        Err(error) => tracing::info!(%error, "the admin port is served over IPv4 only"),
+    }
+    Ok(listeners)
 }
 
 /// A listening socket that a daemon of the same node may have as well, for the moment of a hand-over.
@@ -58,10 +83,25 @@ fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
     bind().map_err(|source| RunError::Listen(address, source))
 }
 
-/// Has the scrape show what the programs in the kernel counted, and the pods that are served.
-pub fn register_metrics(telemetry: &Telemetry, counters: CounterReader, data_plane: &Arc<DataPlane>) {
+/// Has the scrape show what the programs in the kernel counted.
+pub fn register_capture(telemetry: &Telemetry, counters: CounterReader) {
     telemetry.register(move |families: &mut Families<'_>| capture_metrics(families, &counters));
-    register_proxies(telemetry, data_plane);
+}
+
+/// Has the scrape show what the components know of themselves.
+pub fn register_components(
+    telemetry: &Telemetry,
+    data_plane: &Arc<DataPlane>,
+    waiting: watch::Receiver<Arc<[Awaited]>>,
+    identities: Identities,
+) {
+    let weak = Arc::downgrade(data_plane);
+    telemetry.register(move |families: &mut Families<'_>| {
+        let Some(data_plane) = weak.upgrade() else { return Ok(()) };
+        proxy_metrics(families, &data_plane, waiting.borrow().len())?;
+        runtime_metrics(families, &data_plane)
+    });
+    telemetry.register(move |families: &mut Families<'_>| certificate_metrics(families, &identities));
 }
 
 /// What the programs in the kernel counted.
@@ -74,19 +114,72 @@ fn capture_metrics(families: &mut Families<'_>, counters: &CounterReader) -> std
     families.counter("ztunnel_capture_events", help, &samples)
 }
 
-/// What is known of the pods that are served.
-pub fn register_proxies(telemetry: &Telemetry, data_plane: &Arc<DataPlane>) {
-    let data_plane = Arc::downgrade(data_plane);
-    telemetry.register(move |families: &mut Families<'_>| {
-        let Some(data_plane) = data_plane.upgrade() else { return Ok(()) };
-        let live = data_plane.live();
-        let alone = |value| [Sample { labels: &[], value }];
-        let help = "Pods whose connections are taken.";
-        families.gauge("workload_manager_active_proxy_count", help, &alone(live.pods as f64))?;
-        let help = "Connections and streams that are open.";
-        families.gauge("ztunnel_connections_open", help, &alone(live.connections as f64))?;
-        let help = "Connections and streams turned away because their pod had too many.";
-        let turned_away = [Sample { labels: &[], value: live.turned_away as u64 }];
-        families.counter("ztunnel_connections_turned_away", help, &turned_away)
+/// What is known of the pods that are served, and how many are yet to be.
+fn proxy_metrics(families: &mut Families<'_>, data_plane: &DataPlane, pending: usize) -> std::fmt::Result {
+    let live = data_plane.live();
+    let alone = |value| [Sample { labels: &[], value }];
+    let help = "Pods whose connections are taken.";
+    families.gauge("workload_manager_active_proxy_count", help, &alone(live.pods as f64))?;
+    let help = "Pods whose connections are to be taken and are not yet.";
+    families.gauge("workload_manager_pending_proxy_count", help, &alone(pending as f64))?;
+    let help = "Connections and streams that are open.";
+    families.gauge("ztunnel_connections_open", help, &alone(live.connections as f64))?;
+    let alone = |value: usize| [Sample { labels: &[], value: value as u64 }];
+    let help = "Pods whose connections were ever taken.";
+    families.counter("workload_manager_proxies_started", help, &alone(live.started))?;
+    let help = "Pods whose connections were taken and no longer are.";
+    families.counter("workload_manager_proxies_stopped", help, &alone(live.stopped))?;
+    let help = "Connections and streams turned away because their pod had too many.";
+    families.counter("ztunnel_connections_turned_away", help, &alone(live.turned_away))
+}
+
+/// What the runtimes of the data plane tell of themselves: each thread has its own, so each is a worker.
+fn runtime_metrics(families: &mut Families<'_>, data_plane: &DataPlane) -> std::fmt::Result {
+    let runtimes: Vec<_> = data_plane.runtimes().collect();
+    let sum = |value: fn(&RuntimeMetrics) -> usize| {
+        let sum: usize = runtimes.iter().map(value).sum();
+        [Sample { labels: &[], value: sum as f64 }]
+    };
+    families.gauge("tokio_num_workers", "Data-plane threads.", &sum(RuntimeMetrics::num_workers))?;
+    let help = "Tasks waiting in the data plane's queues for work from other threads.";
+    families.gauge("tokio_global_queue_depth", help, &sum(RuntimeMetrics::global_queue_depth))?;
+    let help = "Tasks of the data plane that have not ended.";
+    families.gauge("tokio_num_alive_tasks", help, &sum(RuntimeMetrics::num_alive_tasks))?;
+
+    let workers: Vec<String> = (0..runtimes.len()).map(|worker| worker.to_string()).collect();
+    let labels: Vec<_> = workers.iter().map(|worker| [("worker", worker.as_str())]).collect();
+    let each = |value: fn(&RuntimeMetrics) -> u64| -> Vec<Sample<'_, u64>> {
+        let values = runtimes.iter().map(value);
+        labels.iter().zip(values).map(|(labels, value)| Sample { labels, value }).collect()
+    };
+    let help = "How long a thread was busy, in seconds.";
+    let busy = runtimes.iter().map(|runtime| runtime.worker_total_busy_duration(0).as_secs_f64());
+    let busy: Vec<_> = labels.iter().zip(busy).map(|(labels, value)| Sample { labels, value }).collect();
+    families.counter_of_seconds("tokio_worker_total_busy_duration_seconds", help, &busy)?;
+    let help = "How often a thread had nothing to do.";
+    families.counter("tokio_worker_park_count", help, &each(|runtime| runtime.worker_park_count(0)))?;
+    let help = "How often a thread went to sleep or woke up.";
+    let unparks = each(|runtime| runtime.worker_park_unpark_count(0));
+    families.counter("tokio_worker_park_unpark_count", help, &unparks)
+}
+
+/// When certificates end, and how many identities have none.
+fn certificate_metrics(families: &mut Families<'_>, identities: &Identities) -> std::fmt::Result {
+    let standings = identities.standings();
+    let end =
+        |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let held = standings.iter().filter_map(|standing| {
+        Some(([("identity", standing.identity.as_str())], end(standing.credentials.as_ref()?.not_after())))
     });
+    let held: Vec<_> = held.collect();
+    let samples: Vec<_> = held.iter().map(|(labels, value)| Sample { labels, value: *value }).collect();
+    let help = "When the certificate of an identity of this node ends, in seconds since 1970.";
+    families.gauge("ztunnel_certificate_expiry_timestamp_seconds", help, &samples)?;
+    let count = |wanted: fn(&Standing) -> bool| standings.iter().filter(|known| wanted(known)).count() as f64;
+    let failing = count(|standing| standing.failure.is_some());
+    let help = "Identities of this node whose last request for a certificate failed.";
+    families.gauge("ztunnel_certificates_failing", help, &[Sample { labels: &[], value: failing }])?;
+    let missing = count(|standing| standing.credentials.is_none());
+    let help = "Identities of this node without a certificate.";
+    families.gauge("ztunnel_certificates_missing", help, &[Sample { labels: &[], value: missing }])
 }

@@ -5,10 +5,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ArgAction;
+use clap::ArgMatches;
 use clap::Args;
+use clap::CommandFactory;
+use clap::FromArgMatches;
 use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
+use clap::parser::ValueSource;
+
+use crate::api::Setting;
 
 /// The node proxy of an ambient mesh: pods' TCP, captured with eBPF, carried over mutual TLS.
 ///
@@ -42,6 +48,40 @@ pub enum Command {
     ///
     /// Removes programs, pins, rules, routes and addresses. Refuses while a daemon serves the node.
     Uninstall(Uninstall),
+    /// Say what Istio's environment variables, PROXY_CONFIG and the mesh configuration file amount to
+    ///
+    /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
+    /// status 1 when one of them cannot be used.
+    Config(Config),
+    /// Serve the pods of this node in the place of Istio's own ztunnel
+    ///
+    /// Everything is read from the environment that Istio's chart sets: the mesh comes from istiod, and so do
+    /// certificates; istio-cni says which pods there are, and redirects their traffic. `ztunnel config` shows what
+    /// the environment amounts to. Arguments are accepted and mean nothing, as Istio's image is given one.
+    Proxy {
+        /// Not used
+        #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        ignored: Vec<String>,
+    },
+    /// Say which build this is
+    Version,
+}
+
+/// `ztunnel config`
+#[derive(Debug, Args)]
+pub struct Config {
+    /// How it is shown
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+}
+
+/// How answers are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table.
+    Text,
+    /// JSON.
+    Json,
 }
 
 /// Where things are in the kernel and the file system.
@@ -76,6 +116,9 @@ pub struct Run {
     /// Where the embedded certificate authority keeps its root. Nodes of one mesh share its content
     #[arg(long, value_name = "DIR", default_value = "/var/lib/ztunnel")]
     pub state_dir: PathBuf,
+    /// Certificates.
+    #[command(flatten)]
+    pub certificates: Certificates,
     /// Kernel and file system.
     #[command(flatten)]
     pub kernel: Kernel,
@@ -104,6 +147,9 @@ pub struct Run {
     /// Pods that a node agent enrols.
     #[command(flatten)]
     pub zds: Zds,
+    /// The port of the loopback where dumps, profiles and the log's levels are served
+    #[arg(long, value_name = "PORT", default_value_t = 15000)]
+    pub admin_port: u16,
     /// How log lines look. RUST_LOG chooses which there are (e.g. RUST_LOG=info,access=off)
     #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", default_value = "plain")]
     pub log_format: LogFormat,
@@ -149,6 +195,46 @@ pub struct Zds {
     pub user_timeout: bool,
 }
 
+/// Where certificates come from, and what is demanded of peers'.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Certificates {
+    /// The certificate authority, istiod's or one that speaks its protocol: https://HOST:PORT, several separated by commas [default: the embedded one]
+    #[arg(long, env = "CA_ADDRESS", value_name = "ADDRESS")]
+    pub ca_address: Option<String>,
+    /// Who vouches for the authority: a PEM file, which is read again when it changes, PEM itself, or SYSTEM
+    #[arg(
+        long,
+        env = "CA_ROOT_CA",
+        value_name = "ROOTS",
+        default_value = "./var/run/secrets/istio/root-cert.pem"
+    )]
+    pub ca_root: String,
+    /// A name the authority's certificate may have instead of the one in its address
+    #[arg(long, env = "ALT_CA_HOSTNAME", value_name = "NAME")]
+    pub ca_alt_hostname: Option<String>,
+    /// The token by which this node proves who it is: a file (with a slash), or the token itself
+    #[arg(
+        long,
+        env = "AUTH_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true,
+        default_value = "./var/run/secrets/tokens/istio-token"
+    )]
+    pub ca_token: String,
+    /// How long certificates are to be valid
+    #[arg(long, env = "SECRET_TTL", value_name = "TIME", default_value = "24h", value_parser = humantime::parse_duration)]
+    pub secret_ttl: Duration,
+    /// The cluster this node is of, as the control plane calls it
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// Certificate revocation lists, PEM or DER. Watched. Without a good one no peer is accepted
+    #[arg(long, env = "CRL_PATH", value_name = "FILE")]
+    pub crl: Option<PathBuf>,
+    /// What cryptography has to comply with: pqc leaves X25519MLKEM768 as the only key exchange
+    #[arg(long, env = "COMPLIANCE_POLICY", value_name = "POLICY")]
+    pub compliance_policy: Option<String>,
+}
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -177,11 +263,51 @@ pub struct Uninstall {
     pub kernel: Kernel,
 }
 
+/// The command line, and each flag that is in force with its value and where that came from.
+pub fn parse() -> (Cli, Vec<Setting>) {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    (cli, settings(&matches))
+}
+
+fn settings(matches: &ArgMatches) -> Vec<Setting> {
+    let command = Cli::command();
+    let Some((name, typed)) = matches.subcommand() else { return Vec::new() };
+    let Some(command) = command.find_subcommand(name) else { return Vec::new() };
+    let setting = |flag: &clap::Arg| {
+        let origin = match typed.value_source(flag.get_id().as_str())? {
+            ValueSource::DefaultValue => "default",
+            ValueSource::EnvVariable => "environment",
+            _ => "command line",
+        };
+        let values = typed.get_raw(flag.get_id().as_str())?.map(|value| value.to_string_lossy().into_owned());
+        let (name, mut value) = (format!("--{}", flag.get_long()?), values.collect::<Vec<_>>().join(" "));
+        // A token, unless it is a file with one.
+        if flag.is_hide_env_values_set() && !value.contains('/') {
+            value = "(not shown)".to_owned();
+        }
+        Some(Setting { name, value, origin: origin.to_owned() })
+    };
+    command.get_arguments().filter_map(setting).collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    #[test]
+    fn flags_are_told_with_where_they_came_from() {
+        let line = ["ztunnel", "run", "--mesh", "m.yaml", "--admin-port", "1", "--ca-token", "a.b.c"];
+        let matches = Cli::command().try_get_matches_from(line).unwrap();
+        let settings = settings(&matches);
+        let told = |name: &str| settings.iter().find(|setting| setting.name == name).unwrap();
+        assert_eq!(told("--ca-token").value, "(not shown)");
+        assert_eq!((&*told("--admin-port").value, &*told("--admin-port").origin), ("1", "command line"));
+        assert_eq!(
+            (&*told("--metrics-addr").value, &*told("--metrics-addr").origin),
+            ("[::]:15020", "default")
+        );
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -1,20 +1,36 @@
 //! From what was typed to what each module is given.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::HeaderName;
+use http::HeaderValue;
+
+use crate::api::Setting;
 use crate::capture;
+use crate::config::env;
+use crate::config::env::Settings;
+use crate::config::env::Surroundings;
+use crate::config::env::proxy_config::MESH_CONFIG_PATH;
+use crate::config::env::reader::Problems;
 use crate::config::raw;
+use crate::identity::istiod;
+use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
-use crate::net::redirected::Settings;
 use crate::net::socket::Keepalive;
 use crate::proxy;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
 use crate::telemetry::logging::InvalidFilter;
+use crate::tls::configs::Compliance;
+use crate::tls::grpc;
+use crate::tls::grpc::InvalidAddress;
+use crate::xds;
 
 /// Why what was typed cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +56,32 @@ pub enum Invalid {
     /// RUST_LOG.
     #[error("RUST_LOG cannot be used")]
     Log(#[from] InvalidFilter),
+    /// The mesh configuration is there and cannot be read.
+    #[error("the mesh configuration {path:?} cannot be read: {source}")]
+    MeshConfig {
+        /// Where it is.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: std::io::Error,
+    },
+    /// Istio's environment.
+    #[error(transparent)]
+    Environment(#[from] Problems),
+    /// Where the certificate authority is.
+    #[error("CA_ADDRESS (--ca-address)")]
+    Authority(#[from] InvalidAddress),
+    /// Where the control plane is.
+    #[error("XDS_ADDRESS")]
+    Discovery(#[source] InvalidAddress),
+    /// The validity of certificates.
+    #[error("SECRET_TTL (--secret-ttl) {0:?}: certificates are to be valid for a minute at least")]
+    SecretTtl(Duration),
+    /// A header for the certificate authority.
+    #[error("{0} cannot be sent as a header: use CA_HEADER_<name>=<value>")]
+    Header(String),
+    /// What to comply with.
+    #[error("COMPLIANCE_POLICY {0:?} is not known: the one there is is pqc")]
+    Compliance(String),
     /// No threads, no traffic.
     #[error("--threads 0: the data plane needs at least one thread")]
     NoThreads,
@@ -70,6 +112,23 @@ pub struct Places {
 /// Completes `kernel` by what this machine has.
 pub fn places(kernel: &raw::Kernel) -> Result<Places, Invalid> {
     places_with(kernel, None)
+}
+
+/// [`places`] where nothing is captured by programs, so that what those need may be missing.
+pub(super) fn places_without_capture(kernel: &raw::Kernel) -> Result<Places, Invalid> {
+    places_with(kernel, Some(Path::new("/")))
+}
+
+/// Nothing of the kernel but the node's name, and where its daemons meet.
+pub(super) fn unused_kernel(node: Option<String>, run_dir: PathBuf) -> raw::Kernel {
+    raw::Kernel {
+        pin_dir: None,
+        cgroup_root: None,
+        kubepods_cgroup: None,
+        host_netns: PathBuf::from("/proc/self/ns/net"),
+        node,
+        run_dir: Some(run_dir),
+    }
 }
 
 /// [`places`], with a cgroup to name where no hierarchy is mounted.
@@ -123,33 +182,51 @@ pub struct Zds {
 }
 
 fn zds(typed: &raw::Zds) -> Option<Zds> {
-    let settings = Settings {
+    let settings = redirected::Settings {
         mark: typed.packet_mark,
         client_address: match typed.orig_src {
             None => ClientAddress::Preferred,
             Some(true) => ClientAddress::Required,
             Some(false) => ClientAddress::Hidden,
         },
-        keepalive: typed.keepalive.then_some(Keepalive {
+        keepalive: Keepalive {
+            enabled: typed.keepalive,
             time: typed.keepalive_time,
             interval: typed.keepalive_interval,
             retries: typed.keepalive_retries,
-        }),
-        user_timeout: typed.user_timeout,
+            user_timeout: typed.user_timeout,
+        },
     };
     let listeners = capture::rules::Config { share_ports: typed.port_reuse, ipv6: typed.ipv6, settings };
     Some(Zds { socket: typed.zds.clone()?, listeners })
 }
 
-/// Everything `ztunnel run` needs.
+/// Where the mesh comes from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A file or directory of Kubernetes' objects.
+    File(PathBuf),
+    /// A control plane.
+    Istiod(Box<xds::client::Config>),
+    /// Nowhere: it is empty.
+    Nothing,
+}
+
+/// Everything the daemon needs.
 #[derive(Debug, Clone)]
 pub struct Run {
     /// Where things of this node are.
     pub places: Places,
-    /// The mesh file or directory.
-    pub mesh: PathBuf,
+    /// Where the mesh comes from.
+    pub mesh: Source,
     /// Where the embedded authority keeps its root.
     pub state_dir: PathBuf,
+    /// The authority to ask instead of the embedded one.
+    pub authority: Option<istiod::Config>,
+    /// The file of revocation lists, where they are to be looked in.
+    pub crl: Option<PathBuf>,
+    /// What cryptography has to comply with.
+    pub compliance: Compliance,
     /// How long open connections may go on once the daemon is to end.
     pub drain_deadline: Duration,
     /// Where metrics are served.
@@ -158,6 +235,12 @@ pub struct Run {
     pub ready_addr: SocketAddr,
     /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
     pub zds: Option<Zds>,
+    /// The port of the loopback where operators ask.
+    pub admin_port: u16,
+    /// What was typed, and what was completed.
+    pub settings: Vec<Setting>,
+    /// What was said and has no effect, for the log.
+    pub warnings: Vec<String>,
     /// What the data plane is given.
     pub proxy: proxy::Config,
     /// How log lines look.
@@ -166,12 +249,11 @@ pub struct Run {
     pub log_filter: Filter,
 }
 
-/// Completes `typed` by what this machine has.
-pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
+/// Completes `typed` by what this machine has. `settings` is what was typed, for those who ask.
+pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid> {
     let zds = zds(&typed.zds);
     let places = match zds {
-        // Capture is not used, so what it would need may be missing.
-        Some(_) => places_with(&typed.kernel, Some(Path::new("/")))?,
+        Some(_) => places_without_capture(&typed.kernel)?,
         None => places(&typed.kernel)?,
     };
     let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
@@ -180,10 +262,30 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
     if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
+    let completed = [("--node", places.node.to_string()), ("--threads", proxy.threads.to_string())];
+    for (name, value) in completed {
+        if settings.iter().all(|setting| setting.name != name) {
+            settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });
+        }
+    }
+    let log_filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => text.parse()?,
+        _ => Filter::default(),
+    };
+    let origin = if std::env::var_os("RUST_LOG").is_some() { "environment" } else { "default" };
+    let (name, value) = ("RUST_LOG".to_owned(), log_filter.to_string());
+    settings.push(Setting { name, value, origin: origin.to_owned() });
     Ok(Run {
         places,
-        mesh: typed.mesh.clone(),
+        mesh: Source::File(typed.mesh.clone()),
         state_dir: typed.state_dir.clone(),
+        authority: authority(&typed.certificates, std::env::vars())?,
+        crl: typed.certificates.crl.clone(),
+        compliance: match typed.certificates.compliance_policy.as_deref() {
+            None | Some("") => Compliance::None,
+            Some("pqc") => Compliance::Pqc,
+            Some(other) => return Err(Invalid::Compliance(other.to_owned())),
+        },
         drain_deadline: typed.drain_deadline,
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
@@ -193,11 +295,77 @@ pub fn run(typed: &raw::Run) -> Result<Run, Invalid> {
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,
         },
-        log_filter: match std::env::var("RUST_LOG") {
-            Ok(text) if !text.is_empty() => text.parse()?,
-            _ => Filter::default(),
-        },
+        log_filter,
+        admin_port: typed.admin_port,
+        settings,
+        warnings: tls12(),
     })
+}
+
+fn tls12() -> Vec<String> {
+    let asked = std::env::var("TLS12_ENABLED").is_ok_and(|value| value == "true");
+    let said =
+        "TLS12_ENABLED has no effect: TLS is 1.3 only, as peers of a mesh and its control plane speak it";
+    asked.then(|| said.to_owned()).into_iter().collect()
+}
+
+/// What Istio's environment says on this machine.
+pub fn istio() -> Result<Settings, Invalid> {
+    let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+    let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+    let path = Path::new(MESH_CONFIG_PATH);
+    let mesh_config = match std::fs::read_to_string(path) {
+        Ok(text) => Some(text),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(source) => return Err(Invalid::MeshConfig { path: path.to_owned(), source }),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Ok(env::resolve(&variables, Surroundings { mesh_config: mesh_config.as_deref(), cores })?)
+}
+
+/// The prefix of variables that are headers of each request to the authority.
+const CA_HEADER: &str = "CA_HEADER_";
+
+/// How the certificate authority is asked, if one is named; `environment` is the process's.
+fn authority(
+    typed: &raw::Certificates,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<Option<istiod::Config>, Invalid> {
+    let Some(addresses) = typed.ca_address.as_deref().filter(|text| !text.trim().is_empty()) else {
+        return Ok(None);
+    };
+    if typed.secret_ttl < Duration::from_secs(60) {
+        return Err(Invalid::SecretTtl(typed.secret_ttl));
+    }
+    let mut headers = Vec::new();
+    let mut impersonate = true;
+    let mut cluster = typed.cluster_id.clone();
+    for (name, value) in environment {
+        match name.as_str() {
+            "PROXY_MODE" => impersonate = value != "dedicated",
+            "ISTIO_META_CLUSTER_ID" => cluster = value,
+            _ => {
+                let Some(header) = name.strip_prefix(CA_HEADER) else { continue };
+                let invalid = || Invalid::Header(name.clone());
+                headers.push((
+                    header.parse::<HeaderName>().map_err(|_| invalid())?,
+                    value.parse::<HeaderValue>().map_err(|_| invalid())?,
+                ));
+            }
+        }
+    }
+    let plane = |address: &str| {
+        Ok(grpc::Config {
+            address: address.parse()?,
+            roots: typed.ca_root.as_str().into(),
+            alternate: typed.ca_alt_hostname.clone().filter(|name| !name.is_empty()),
+            token: typed.ca_token.as_str().into(),
+            cluster: cluster.clone(),
+            headers: headers.clone(),
+        })
+    };
+    let planes: Result<Vec<_>, Invalid> = addresses.split(',').map(plane).collect();
+    Ok(Some(istiod::Config { planes: planes?, life: typed.secret_ttl, impersonate }))
 }
 
 /// The first cgroup v2 mount point in the text of `/proc/self/mounts` (proc(5)).
@@ -218,6 +386,54 @@ mod tests {
         let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(cgroup2_mount(mounts), Some(PathBuf::from("/sys/fs/cgroup/unified")));
         assert_eq!(cgroup2_mount("tmpfs /tmp tmpfs rw 0 0\n"), None);
+    }
+
+    fn certificates(address: &str) -> raw::Certificates {
+        raw::Certificates {
+            ca_address: Some(address.to_owned()),
+            ca_root: "SYSTEM".to_owned(),
+            secret_ttl: Duration::from_secs(3600),
+            cluster_id: "Kubernetes".to_owned(),
+            ..raw::Certificates::default()
+        }
+    }
+
+    fn variables(pairs: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect::<Vec<_>>()
+            .into_iter()
+    }
+
+    #[test]
+    fn an_authority_is_asked_if_one_is_named() {
+        assert_eq!(authority(&raw::Certificates::default(), variables(&[])).unwrap(), None);
+        assert_eq!(authority(&certificates(""), variables(&[])).unwrap(), None);
+        let set = [("CA_HEADER_x-team", "mesh"), ("PATH", "/"), ("ISTIO_META_CLUSTER_ID", "c2")];
+        let config = authority(&certificates("istiod-1:15012, https://istiod-2:15012"), variables(&set));
+        let config = config.unwrap().unwrap();
+        let addresses: Vec<_> = config.planes.iter().map(|plane| plane.address.to_string()).collect();
+        assert_eq!(addresses, ["https://istiod-1:15012", "https://istiod-2:15012"]);
+        assert!(config.impersonate);
+        for plane in &config.planes {
+            assert_eq!(plane.cluster, "c2");
+            assert_eq!(plane.headers, [("x-team".parse().unwrap(), "mesh".parse().unwrap())]);
+        }
+        let dedicated = authority(&certificates("istiod:15012"), variables(&[("PROXY_MODE", "dedicated")]));
+        assert!(!dedicated.unwrap().unwrap().impersonate);
+    }
+
+    #[test]
+    fn an_authority_that_cannot_be_asked_is_an_error_at_start() {
+        for address in ["istiod", "a:1,,b:1", "http://istiod:15010"] {
+            let error = authority(&certificates(address), variables(&[])).unwrap_err();
+            assert!(matches!(error, Invalid::Authority(_)), "{address:?}");
+        }
+        let header = authority(&certificates("a:1"), variables(&[("CA_HEADER_a b", "c")])).unwrap_err();
+        assert!(matches!(header, Invalid::Header(_)), "{header}");
+        let short = raw::Certificates { secret_ttl: Duration::from_secs(59), ..certificates("a:1") };
+        assert!(matches!(authority(&short, variables(&[])), Err(Invalid::SecretTtl(_))));
     }
 
     #[test]

@@ -193,6 +193,12 @@ impl<P: Enrolled> Pods<P> {
         self.pods.values().filter(|pod| pod.wanted.is_some() && pod.phase != Phase::Captured).count()
     }
 
+    /// The pods that should be captured and are not (yet).
+    pub fn waiting(&self) -> impl Iterator<Item = &P> {
+        let waiting = self.pods.values().filter(|pod| pod.phase != Phase::Captured);
+        waiting.filter_map(|pod| pod.wanted.as_ref())
+    }
+
     /// Whether nothing is under way: every pod that should be captured is, and of no other anything is left.
     pub fn is_settled(&self) -> bool {
         self.pods.values().all(|pod| pod.phase == Phase::Captured)

@@ -40,6 +40,8 @@ use crate::hbone::transport::defer;
 use crate::model::addr::HbonePeer;
 use crate::net::buffer::ReadAhead;
 use crate::net::socket::Dial;
+use crate::tls::trust::Side;
+use crate::tls::trust::Trust;
 
 /// Why there is no tunnel. Shared by all who waited for it.
 #[derive(Debug, thiserror::Error)]
@@ -117,15 +119,17 @@ pub async fn connect(dial: Dial, peer: HbonePeer, limit: Duration) -> Result<Tcp
 
 /// Makes a tunnel of a connection. The second result must be run for the tunnel to do anything.
 ///
-/// Whom `tls` accepts as the peer is all that is verified: afterwards nothing is left to check.
+/// Whom `tls` accepts as the peer is all that is verified: afterwards nothing is left to check but whether `trust`
+/// learns that a certificate of the peer was revoked, which breaks the tunnel.
 pub async fn handshake(
     socket: TcpStream,
     peer: HbonePeer,
     tls: Arc<ClientConfig>,
     config: &Config,
+    trust: &Trust,
 ) -> Result<(Arc<Tunnel>, Driver), DialError> {
     let limit = config.handshake_timeout;
-    match timeout(limit, shake(socket, peer, tls, config)).await {
+    match timeout(limit, shake(socket, peer, tls, config, trust)).await {
         Ok(result) => result,
         Err(_elapsed) => Err(DialError::Stalled { peer, after: limit }),
     }
@@ -136,6 +140,7 @@ async fn shake(
     peer: HbonePeer,
     tls: Arc<ClientConfig>,
     config: &Config,
+    trust: &Trust,
 ) -> Result<(Arc<Tunnel>, Driver), DialError> {
     // An address as a name: none is sent (RFC 6066 §3), and the expected identities are in `tls`.
     let name = ServerName::IpAddress(peer.0.ip().into());
@@ -146,6 +151,8 @@ async fn shake(
     if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
         return Err(DialError::NotHttp2 { peer });
     }
+    // Always there after a handshake; without, there is nothing that could be revoked.
+    let verified = trust.verified_peer(tls.get_ref().1).ok();
     let (io, backlog) = defer(tls.into());
     let handshake = h2::client::Builder::new()
         .initial_window_size(config.stream_window)
@@ -166,6 +173,7 @@ async fn shake(
             idle_since: Instant::now(),
             used: false,
             leaving: false,
+            revoked: false,
         }),
     });
     let mut keepalive = connection.ping_pong().map(|pings| Keepalive::new(pings, config));
@@ -193,8 +201,23 @@ async fn shake(
         ended
     });
     let marked = Arc::downgrade(&tunnel);
+    let trust = trust.clone();
     let driver = Driver(Box::pin(async move {
-        let ended = run.await;
+        let revoked = async {
+            match &verified {
+                Some(verified) => trust.revoked(verified, Side::Server).await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = tokio::select! {
+            ended = run => ended,
+            () = revoked => {
+                if let Some(tunnel) = marked.upgrade() {
+                    tunnel.state().revoked = true;
+                }
+                Err(TunnelEnd::Revoked)
+            }
+        };
         if let Some(tunnel) = marked.upgrade() {
             tunnel.retire();
         }
@@ -215,6 +238,9 @@ pub enum TunnelEnd {
     /// HTTP/2 ended in an error.
     #[error("HTTP/2 ended with an error")]
     Http2(#[source] h2::Error),
+    /// The peer is no longer who it was.
+    #[error("a certificate of the peer was revoked")]
+    Revoked,
 }
 
 /// Moves a tunnel's bytes. Resolves when the tunnel is closed; dropping it breaks the tunnel.
@@ -245,6 +271,8 @@ struct State {
     used: bool,
     /// Whether it is retired as soon as it has none.
     leaving: bool,
+    /// Whether it broke because a certificate of the peer was revoked.
+    revoked: bool,
 }
 
 impl State {
@@ -371,6 +399,11 @@ impl Lease {
     /// The tunnel is not to be used for new streams: it did not take this one.
     pub fn retire(&self) {
         self.tunnel.retire();
+    }
+
+    /// Whether the tunnel broke because a certificate of the peer was revoked.
+    pub fn is_revoked(&self) -> bool {
+        self.tunnel.state().revoked
     }
 
     /// Sends the request. Data may follow at once; the answer comes when it comes.

@@ -53,6 +53,7 @@ use crate::model::addr::HbonePeer;
 use crate::model::identity::SpiffeId;
 use crate::shutdown;
 use crate::tls::configs::Credentials;
+use crate::tls::trust::Trust;
 use crate::tls::verify::verified_peer;
 
 /// A root, and whom it certifies.
@@ -189,7 +190,8 @@ impl Dialer for Mesh {
         self.dials.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
             let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await?;
-            handshake(socket, peer, credentials.client_config(&[id("server")]), &config).await
+            handshake(socket, peer, credentials.client_config(&[id("server")]), &config, &Trust::default())
+                .await
         })
     }
 
@@ -633,7 +635,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
     };
     let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await.unwrap();
     let tls = ca.certify(&id("client")).client_config(&[id("server")]);
-    let (tunnel, driver) = handshake(socket, peer, tls, &config).await.unwrap();
+    let (tunnel, driver) = handshake(socket, peer, tls, &config, &Trust::default()).await.unwrap();
     let mut lease = tunnel.lease().unwrap();
     let driver = shutdown::spawn(driver);
     let mut opening = lease.open(&connect_to("10.0.0.1:80")).await.unwrap();
@@ -650,7 +652,7 @@ async fn the_wrong_server_is_no_peer() {
     let socket =
         connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, Duration::from_secs(5)).await.unwrap();
     let tls = mesh.client.client_config(&[id("somebody-else")]);
-    let result = handshake(socket, mesh.peer, tls, &mesh.config).await;
+    let result = handshake(socket, mesh.peer, tls, &mesh.config, &Trust::default()).await;
     assert!(matches!(result, Err(DialError::Tls { .. })));
 }
 

@@ -28,6 +28,11 @@ const BACKOFF_JITTER: f64 = 0.2;
 const RENEWAL_JITTER: f64 = 0.1;
 /// A certificate is never renewed sooner than this after it came, however short its life.
 const RENEWAL_MIN: Duration = Duration::from_secs(1);
+/// A connection that waits pulls a retry forward to so long after the last attempt, which bounds how often the
+/// authority is asked, whatever the number of connections.
+const PULLED_MIN: Duration = Duration::from_secs(5);
+/// Renewals for a common reason are spread over so long.
+const SPREAD: Duration = Duration::from_secs(60);
 /// A connection waits for a retry that is no further away than this; otherwise it hears of the failure at once.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Wall-clock times are compared at least so often: the clock may be set, or the machine may have slept.
@@ -57,7 +62,7 @@ enum Priority {
 enum Phase {
     Queued { priority: Priority, sequence: u64 },
     Issuing,
-    BackingOff { until: Instant },
+    BackingOff { since: Instant, until: Instant },
     Held,
 }
 
@@ -136,8 +141,11 @@ impl Schedule {
             self.add(id, Priority::Waiting, false);
             return Outlook::Wait;
         };
+        if let Phase::BackingOff { since, until } = &mut entry.phase {
+            *until = (*until).min((*since + PULLED_MIN).max(now.mono));
+        }
         match &mut entry.phase {
-            Phase::BackingOff { until } if *until > now.mono + PATIENCE => {
+            Phase::BackingOff { until, .. } if *until > now.mono + PATIENCE => {
                 return Outlook::FailedUntil(*until);
             }
             Phase::BackingOff { .. } | Phase::Issuing => {}
@@ -178,7 +186,7 @@ impl Schedule {
         self.entries.retain(|id, entry| {
             let is_due = match entry.phase {
                 Phase::Queued { .. } | Phase::Issuing => return true,
-                Phase::BackingOff { until } => until <= now.mono,
+                Phase::BackingOff { until, .. } => until <= now.mono,
                 Phase::Held => entry.held.is_none_or(|held| held.renew_at <= now.wall),
             };
             if entry.retained || entry.waiting {
@@ -251,6 +259,22 @@ impl Schedule {
         Issued::Publish
     }
 
+    /// An earlier daemon has left a certificate of this validity: it is kept if a workload here has the identity.
+    pub(super) fn inherit(
+        &mut self,
+        id: &SpiffeId,
+        validity: (SystemTime, SystemTime),
+        now: Now,
+        jitter: f64,
+    ) {
+        let entry = Entry { phase: Phase::Issuing, held: None, failures: 0, retained: true, waiting: false };
+        self.entries.insert(id.clone(), entry);
+        self.issued(id, validity, now, jitter);
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.retained = false;
+        }
+    }
+
     /// The attempt failed. `jitter` is between -1 and 1.
     pub(super) fn failed(&mut self, id: &SpiffeId, now: Now, jitter: f64) -> Failed {
         let Some(entry) = self.entries.get_mut(id) else {
@@ -265,15 +289,42 @@ impl Schedule {
         entry.failures += 1;
         let tell = delay > PATIENCE;
         entry.waiting &= !tell;
-        entry.phase = Phase::BackingOff { until: now.mono + delay };
+        entry.phase = Phase::BackingOff { since: now.mono, until: now.mono + delay };
         Failed { retry_in: Some(delay), tell }
+    }
+
+    /// Renews what is held and retained soon, and what is `exempt` not. `chance` gives numbers between -1 and 1.
+    pub(super) fn renew_all(&mut self, exempt: &SpiffeId, now: Now, mut chance: impl FnMut() -> f64) {
+        let mut held: Vec<_> =
+            self.entries.iter_mut().filter(|(id, entry)| *id != exempt && entry.retained).collect();
+        // In order, so that the same chances always lead to the same requests.
+        held.sort_by_key(|(id, _)| *id);
+        for held in held.into_iter().filter_map(|(_, entry)| entry.held.as_mut()) {
+            let soon = now.wall + SPREAD.mul_f64(f64::midpoint(chance(), 1.0).clamp(0.0, 1.0));
+            held.renew_at = held.renew_at.min(soon);
+        }
+    }
+
+    /// Renews `id` at once, if it is held and retained.
+    pub(super) fn renew(&mut self, id: &SpiffeId, now: Now) {
+        if let Some(held) =
+            self.entries.get_mut(id).filter(|entry| entry.retained).and_then(|entry| entry.held.as_mut())
+        {
+            held.renew_at = held.renew_at.min(now.wall);
+        }
+    }
+
+    /// Any identity that is held and retained: the first by name.
+    pub(super) fn any(&self) -> Option<SpiffeId> {
+        let held = self.entries.iter().filter(|(_, entry)| entry.retained && entry.held.is_some());
+        held.map(|(id, _)| id).min().cloned()
     }
 
     /// When [`Schedule::tick`] should be called again, if nothing else happens before.
     pub(super) fn wake_at(&self, now: Now) -> Instant {
         let due = self.entries.values().filter_map(|entry| match entry.phase {
             Phase::Queued { .. } | Phase::Issuing => None,
-            Phase::BackingOff { until } => Some(until),
+            Phase::BackingOff { until, .. } => Some(until),
             Phase::Held => entry.held.map(|held| {
                 let at = if entry.retained { held.renew_at } else { held.not_after };
                 now.mono + at.duration_since(now.wall).unwrap_or_default().min(LOOK_MAX)

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use futures_util::future::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use rustls::pki_types::UnixTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -18,6 +19,7 @@ use crate::identity::schedule::{Issued, Now, Outlook, Schedule};
 use crate::model::identity::SpiffeId;
 use crate::shutdown;
 use crate::tls::configs::{Credentials, InvalidCredentials};
+use crate::tls::trust::{Learnt, Side, Trust};
 
 /// One request to the authority takes no longer.
 const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
@@ -27,6 +29,9 @@ const WAIT_DEADLINE: Duration = Duration::from_secs(5);
 const QUESTIONS_MAX: usize = 1024;
 /// Connections that wait for a certificate. Further ones are refused at once.
 const WAITING_MAX: usize = 16 * 1024;
+
+/// Peers whose root is not known have the authority asked for a newer one no more often.
+const STRANGERS_EVERY: Duration = Duration::from_secs(300);
 
 /// Why a connection gets no certificate.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -72,30 +77,48 @@ impl Default for Environment {
 }
 
 /// Starts the worker on the runtime of the caller. It ends when `signal` closes or the last handle is gone.
-pub fn start(ca: Arc<dyn CertificateAuthority>, signal: shutdown::Signal) -> Identities {
-    start_in(Environment::default(), ca, signal)
+///
+/// Peers are judged by `trust`, which learns the authority's roots from each of its answers.
+pub fn start(ca: Arc<dyn CertificateAuthority>, trust: Trust, signal: shutdown::Signal) -> Identities {
+    start_in(Environment::default(), ca, trust, Vec::new(), signal)
+}
+
+/// [`start`] with what an earlier daemon has left.
+pub fn start_with(
+    ca: Arc<dyn CertificateAuthority>,
+    trust: Trust,
+    inherited: Vec<Credentials>,
+    signal: shutdown::Signal,
+) -> Identities {
+    start_in(Environment::default(), ca, trust, inherited, signal)
 }
 
 /// [`start`] with a time and chance of one's own.
 pub fn start_in(
     environment: Environment,
     ca: Arc<dyn CertificateAuthority>,
+    trust: Trust,
+    inherited: Vec<Credentials>,
     signal: shutdown::Signal,
 ) -> Identities {
     let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
     let (retained, retain) = watch::channel(Arc::default());
     let board = Arc::new(ArcSwap::default());
     let wall = Arc::clone(&environment.wall);
-    let worker = Worker {
+    let mut worker = Worker {
         ca,
         environment,
         board: Arc::clone(&board),
         schedule: Schedule::default(),
         waiting: HashMap::new(),
         waiting_count: 0,
+        trust: trust.clone(),
+        held_back: HashMap::new(),
+        asked_for_roots: None,
     };
+    inherited.into_iter().for_each(|credentials| worker.inherit(credentials));
     shutdown::spawn(worker.run(asked, retain, signal));
-    Identities { board, wall, questions, retained: Arc::new(retained) }
+    Identities { board, wall, questions, retained: Arc::new(retained), trust }
 }
 
 /// What is known about one identity.
@@ -105,6 +128,17 @@ struct Notice {
     credentials: Option<Arc<Credentials>>,
     /// What the last attempt ended with, if it failed.
     failure: Option<Arc<IssueError>>,
+}
+
+/// How an identity stands, for those who ask.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// Whose.
+    pub identity: SpiffeId,
+    /// The newest certificate, perhaps ended; nothing before the first one came.
+    pub credentials: Option<Arc<Credentials>>,
+    /// What the last attempt ended with, if it failed.
+    pub failure: Option<Arc<IssueError>>,
 }
 
 /// Written by the worker alone.
@@ -124,6 +158,7 @@ pub struct Identities {
     wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     questions: mpsc::Sender<Question>,
     retained: Arc<watch::Sender<Arc<HashSet<SpiffeId>>>>,
+    trust: Trust,
 }
 
 impl Identities {
@@ -143,6 +178,11 @@ impl Identities {
         ((self.wall)() < credentials.not_after()).then(|| Arc::clone(credentials))
     }
 
+    /// By what peers are judged.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
     /// Why the last attempt to get a certificate for `id` failed; nothing if it did not.
     pub fn failure(&self, id: &SpiffeId) -> Option<Arc<IssueError>> {
         self.board.load().get(id)?.failure.clone()
@@ -160,6 +200,20 @@ impl Identities {
         let mut all: Vec<_> = board.values().filter_map(|notice| notice.credentials.clone()).collect();
         all.sort_by(|one, other| one.identity().cmp(other.identity()));
         all
+    }
+
+    /// What is known about every identity of this node, in alphabetical order: for dumps.
+    pub fn standings(&self) -> Vec<Standing> {
+        let board = self.board.load();
+        let retained = Arc::clone(&self.retained.borrow());
+        let mut ids: Vec<_> = board.keys().chain(retained.iter()).cloned().collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let standing = |identity: SpiffeId| {
+            let Notice { credentials, failure } = board.get(&identity).cloned().unwrap_or_default();
+            Standing { identity, credentials, failure }
+        };
+        ids.into_iter().map(standing).collect()
     }
 
     // Apart from `credentials`, so that the future of a connection that need not wait stays small.
@@ -185,6 +239,11 @@ struct Worker {
     waiting: HashMap<SpiffeId, Vec<Answer>>,
     /// The answers in `waiting`, counted.
     waiting_count: usize,
+    trust: Trust,
+    /// Certificates under a root that peers may not know yet, until they are shown.
+    held_back: HashMap<SpiffeId, (SystemTime, Arc<Credentials>)>,
+    /// When a peer of an unknown root last had the authority asked.
+    asked_for_roots: Option<Instant>,
 }
 
 impl Worker {
@@ -197,8 +256,10 @@ impl Worker {
         let mut under_way = FuturesUnordered::new();
         let closing = signal.closing();
         tokio::pin!(closing);
+        let (mut strangers, mut revocations) = (self.trust.strangers(), self.trust.revocations());
         loop {
             let now = self.now();
+            self.show_what_was_held_back(now);
             for id in self.schedule.tick(now) {
                 self.post(&id, |_| None);
             }
@@ -216,9 +277,12 @@ impl Worker {
                     let ids = Arc::clone(&retain.borrow_and_update());
                     for id in self.schedule.retain(&ids) {
                         tracing::debug!(identity = %id, "certificate forgotten");
+                        self.held_back.remove(&id);
                         self.post(&id, |_| None);
                     }
                 }
+                Ok(()) = strangers.changed() => self.ask_for_roots(),
+                Ok(()) = revocations.changed() => self.look_own_up(),
                 Some((id, outcome)) = under_way.next() => match outcome {
                     Ok(credentials) => self.issued(&id, credentials),
                     Err(error) => self.failed(&id, error),
@@ -226,6 +290,20 @@ impl Worker {
                 () = sleep_until(self.schedule.wake_at(now)) => {}
             }
         }
+    }
+
+    fn inherit(&mut self, credentials: Credentials) {
+        let now = self.now();
+        let (from, until) = (credentials.not_before(), credentials.not_after());
+        if until <= now.wall {
+            return;
+        }
+        let life = until.duration_since(from).unwrap_or_default();
+        self.trust.learn(credentials.roots(), now.wall, life);
+        let id = credentials.identity().clone();
+        self.schedule.inherit(&id, (from, until), now, (self.environment.jitter)());
+        let credentials = Some(Arc::new(credentials.judged_by(&self.trust)));
+        self.post(&id, |_| Some(Notice { credentials, failure: None }));
     }
 
     fn now(&self) -> Now {
@@ -265,7 +343,7 @@ impl Worker {
 
     fn issued(&mut self, id: &SpiffeId, credentials: Credentials) {
         let now = self.now();
-        let credentials = Arc::new(credentials);
+        let credentials = Arc::new(credentials.judged_by(&self.trust));
         if credentials.identity() != id {
             let issued = credentials.identity().clone();
             let error = InvalidCredentials::OtherIdentity { wanted: id.clone(), issued };
@@ -278,10 +356,82 @@ impl Worker {
         let jitter = (self.environment.jitter)();
         if self.schedule.issued(id, validity, now, jitter) == Issued::Publish {
             tracing::debug!(identity = %id, serial = credentials.serial(), "certificate issued");
-            let notice = Notice { credentials: Some(Arc::clone(&credentials)), failure: None };
-            self.post(id, |_| Some(notice));
+            self.learn(&credentials, now);
+            self.publish(id, &credentials, now);
         }
         self.tell(id, &Ok(credentials));
+    }
+
+    /// Trusts the roots that came with a certificate. A new one is a reason to renew all others: they are then
+    /// certified under it well before anybody ceases to trust the old one.
+    fn learn(&mut self, credentials: &Credentials, now: Now) {
+        let life = credentials.not_after().duration_since(credentials.not_before()).unwrap_or_default();
+        if self.trust.learn(credentials.roots(), now.wall, life) == Learnt::NewRoot {
+            let roots = self.trust.roots().len();
+            tracing::info!(roots, "the certificate authority has a new root; all certificates are renewed");
+            self.schedule.renew_all(credentials.identity(), now, &mut self.environment.jitter);
+        }
+    }
+
+    /// Shows a new certificate to peers from now on, or, if it is under another root than the one that is shown now,
+    /// later: peers that have not been told of that root yet accept only the old one, and all of them renew within
+    /// the life of a certificate. Half of what is left of the old one is a balance between those that know only the
+    /// old root and, later, those that never knew it.
+    fn publish(&mut self, id: &SpiffeId, credentials: &Arc<Credentials>, now: Now) {
+        self.held_back.remove(id);
+        let shown = self.board.load().get(id).and_then(|notice| notice.credentials.clone());
+        if let Some(shown) = shown.filter(|shown| now.wall < shown.not_after() && !self.is_revoked(shown))
+            && !credentials.leads_to(shown.roots())
+        {
+            let at = now.wall + shown.not_after().duration_since(now.wall).unwrap_or_default() / 2;
+            tracing::info!(identity = %id, ?at, "certificate under a new root: shown once peers know the root");
+            self.held_back.insert(id.clone(), (at, Arc::clone(credentials)));
+            return self.post(id, |notice| Some(Notice { failure: None, ..notice }));
+        }
+        let notice = Notice { credentials: Some(Arc::clone(credentials)), failure: None };
+        self.post(id, |_| Some(notice));
+    }
+
+    fn show_what_was_held_back(&mut self, now: Now) {
+        let due: Vec<_> = self.held_back.extract_if(|_, (at, _)| *at <= now.wall).collect();
+        for (id, (_, credentials)) in due {
+            self.post(&id, |notice| Some(Notice { credentials: Some(credentials), ..notice }));
+        }
+    }
+
+    /// A peer's chain led to no known root: perhaps the authority has a new one by now.
+    fn ask_for_roots(&mut self) {
+        let now = self.now();
+        if self.asked_for_roots.is_some_and(|asked| now.mono < asked + STRANGERS_EVERY) {
+            return;
+        }
+        if let Some(id) = self.schedule.any() {
+            self.asked_for_roots = Some(now.mono);
+            tracing::info!(
+                "a peer's certificate is of an unknown root; asking the authority whether there is a new one"
+            );
+            self.schedule.renew(&id, now);
+        }
+    }
+
+    fn is_revoked(&self, credentials: &Credentials) -> bool {
+        let at = credentials.not_before().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.trust.names(credentials.chain(), UnixTime::since_unix_epoch(at), Side::Server)
+    }
+
+    /// Other lists are in force: what if they name a certificate of our own?
+    fn look_own_up(&mut self) {
+        let now = self.now();
+        let mut held: Vec<_> =
+            self.board.load().values().filter_map(|notice| notice.credentials.clone()).collect();
+        held.retain(|held| self.is_revoked(held));
+        for credentials in held {
+            tracing::error!(
+                identity = %credentials.identity(), serial = credentials.serial(),
+                "a certificate of this node was revoked; asking for another"
+            );
+            self.schedule.renew(credentials.identity(), now);
+        }
     }
 
     fn failed(&mut self, id: &SpiffeId, error: IssueError) {

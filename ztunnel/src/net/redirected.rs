@@ -11,7 +11,6 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use nix::sys::socket::setsockopt;
@@ -52,20 +51,13 @@ pub struct Settings {
     pub mark: u32,
     /// Whether applications see their client.
     pub client_address: ClientAddress,
-    /// Probes on idle connections; `None` sends none.
-    pub keepalive: Option<Keepalive>,
-    /// Whether what is sent must be acknowledged within the time that keepalive gives a dead peer.
-    pub user_timeout: bool,
+    /// Probes on idle connections, and how long what is sent may go without an acknowledgement.
+    pub keepalive: Keepalive,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self {
-            mark: 0x539,
-            client_address: ClientAddress::default(),
-            keepalive: Some(Keepalive::default()),
-            user_timeout: false,
-        }
+        Self { mark: 0x539, client_address: ClientAddress::default(), keepalive: Keepalive::default() }
     }
 }
 
@@ -74,13 +66,7 @@ impl Settings {
     pub fn apply(&self, socket: &Socket) -> io::Result<()> {
         socket.set_mark(self.mark)?;
         socket.set_tcp_nodelay(true)?;
-        let Some(keepalive) = &self.keepalive else { return Ok(()) };
-        keepalive.apply(SockRef::from(socket))?;
-        if self.user_timeout {
-            let timeout: Duration = keepalive.time + keepalive.interval * keepalive.retries;
-            socket.set_tcp_user_timeout(Some(timeout))?;
-        }
-        Ok(())
+        self.keepalive.apply(SockRef::from(socket))
     }
 }
 
@@ -167,11 +153,14 @@ impl PodNetwork for RedirectedPod {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn a_socket_carries_its_settings() {
-        let settings = Settings { user_timeout: true, ..Settings::default() };
+        let keepalive = Keepalive { user_timeout: true, ..Keepalive::default() };
+        let settings = Settings { keepalive, ..Settings::default() };
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         settings.apply(&socket).expect("needs CAP_NET_ADMIN");
         assert_eq!(socket.mark().unwrap(), 0x539);

@@ -49,22 +49,33 @@ use crate::shutdown;
 /// Probes that find dead peers of idle connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keepalive {
+    /// Whether there are any.
+    pub enabled: bool,
     /// How long a connection is idle before the first probe.
     pub time: Duration,
     /// Between probes.
     pub interval: Duration,
     /// Unanswered probes before the connection is dead.
     pub retries: u32,
+    /// Whether data that the peer does not acknowledge for as long ends the connection, too (TCP_USER_TIMEOUT).
+    pub user_timeout: bool,
 }
 
 impl Default for Keepalive {
     fn default() -> Self {
-        Self { time: Duration::from_secs(180), interval: Duration::from_secs(180), retries: 9 }
+        let period = Duration::from_secs(180);
+        Self { enabled: true, time: period, interval: period, retries: 9, user_timeout: false }
     }
 }
 
 impl Keepalive {
     pub(super) fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
+        if self.user_timeout {
+            socket.set_tcp_user_timeout(Some(self.time + self.interval * self.retries))?;
+        }
+        if !self.enabled {
+            return Ok(());
+        }
         let probes =
             TcpKeepalive::new().with_time(self.time).with_interval(self.interval).with_retries(self.retries);
         socket.set_tcp_keepalive(&probes)
@@ -416,8 +427,12 @@ mod tests {
     #[tokio::test]
     async fn an_accepted_socket_inherits_what_the_listener_was_given() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let keepalive =
-            Keepalive { time: Duration::from_secs(33), interval: Duration::from_secs(7), retries: 4 };
+        let keepalive = Keepalive {
+            time: Duration::from_secs(33),
+            interval: Duration::from_secs(7),
+            retries: 4,
+            ..Keepalive::default()
+        };
         prepare_listener(&listener, &keepalive).unwrap();
         set_congestion(&listener, LOCAL_CONGESTION);
         set_congestion(&listener, "no-such");

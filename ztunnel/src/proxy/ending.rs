@@ -3,12 +3,13 @@
 use std::error::Error;
 
 use crate::net::copy::Meter;
+use crate::proxy::listing::Listed;
 use crate::telemetry::OpenConnection;
 use crate::telemetry::events::ResponseFlag;
 
-/// A connection as telemetry knows it, counting what a relay moves.
+/// A connection as telemetry knows it, counting what a relay moves, and listed among those that are open.
 #[derive(Debug)]
-pub struct Tally(pub OpenConnection);
+pub struct Tally(pub OpenConnection, pub Listed);
 
 impl Meter for Tally {
     fn up(&self, bytes: u64) {

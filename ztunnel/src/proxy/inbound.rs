@@ -34,6 +34,7 @@ use crate::proxy::ending::Tally;
 use crate::proxy::ending::told;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
+use crate::proxy::live::TunnelId;
 use crate::proxy::passthrough::DeliveryError;
 use crate::proxy::passthrough::deliver;
 use crate::proxy::pod::Admitted;
@@ -53,10 +54,10 @@ use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
+use crate::tls::trust::Side;
 use crate::tls::verify;
 use crate::tls::verify::NoIdentity;
 use crate::tls::verify::VerifiedPeer;
-use crate::tls::verify::verified_peer;
 
 /// Why a connection to the HBONE port became no tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -82,11 +83,13 @@ pub(super) struct Tunnel {
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
     peer: VerifiedPeer,
+    id: TunnelId,
 }
 
 impl Tunnel {
     fn caller(&self) -> Caller<'_> {
-        Caller { client: self.client, local: self.local, identity: self.peer.id() }
+        let tunnel = Some(self.id);
+        Caller { client: self.client, local: self.local, identity: self.peer.id(), tunnel }
     }
 }
 
@@ -99,6 +102,8 @@ pub(super) struct Caller<'a> {
     pub(super) local: SocketAddr,
     /// Who it proved to be.
     pub(super) identity: &'a SpiffeId,
+    /// Where it proved that; `None` within this node.
+    pub(super) tunnel: Option<TunnelId>,
 }
 
 /// Serves one connection to `pod`'s HBONE port. `counted` lives as long.
@@ -119,12 +124,21 @@ pub(super) async fn serve(
     };
     let tunnel = Arc::new(tunnel);
     let drain = drain(&shard, &pod);
-    let served = server::serve(accepted, &shard.config.hbone, drain, |incoming| {
+    let serving = server::serve(accepted, &shard.config.hbone, drain, |incoming| {
         let (shard_, pod, tunnel) = (Arc::clone(&shard), Arc::clone(&pod), Arc::clone(&tunnel));
         let counted = shard.count.connection();
         shutdown::spawn(stream(shard_, pod, (tunnel, incoming), counted));
-    })
-    .await;
+    });
+    let trust = shard.identities.trust();
+    let served = tokio::select! {
+        served = serving => served,
+        () = trust.revoked(&tunnel.peer, Side::Client) => {
+            tracing::warn!(client = %client.0, peer = %tunnel.peer.id(), pod = %pod.uid, "tunnel cut: a certificate of the peer was revoked");
+            // Before any of the streams has a turn to notice that its tunnel is gone.
+            shard.live.revoke(tunnel.id);
+            Ok(())
+        }
+    };
     if let Err(error) = served {
         tracing::debug!(client = %client.0, pod = %pod.uid, error = &error as &dyn Error, "tunnel broke");
     }
@@ -162,8 +176,8 @@ async fn accept(
     let accepted = server::accept(socket, credentials.server_config(), &shard.config.hbone)
         .await
         .map_err(NoTunnel::Serve)?;
-    let peer = verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
-    Ok((Tunnel { _admitted: admitted, client, local, peer }, accepted))
+    let peer = shard.identities.trust().verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
+    Ok((Tunnel { _admitted: admitted, client, local, peer, id: shard.live.tunnel() }, accepted))
 }
 
 /// An error with its causes, and what they mean to whoever runs the mesh.
@@ -301,7 +315,8 @@ async fn establish(
         }
     };
     let Delivered { application, first, workload, tally, registered, admitted } = delivered;
-    match incoming.connect(Some(pod.baggage(&workload))) {
+    let baggage = shard.config.response_baggage.then(|| pod.baggage(&workload));
+    match incoming.connect(baggage) {
         Ok(halves) => {
             let application = (application, Application::Server);
             let relay = Relay::new(application, halves, Read::default(), tally).after(first);
@@ -382,7 +397,7 @@ pub(super) async fn admit(
         source: caller.client.0.ip(),
         destination: to,
     };
-    let mut registered = shard.live.register(facts.clone());
+    let mut registered = shard.live.register(facts.clone(), caller.tunnel);
     let mesh = shard.mesh.snapshot();
     let Some(workload) = mesh.workload(&uid).cloned() else {
         let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
@@ -400,7 +415,7 @@ pub(super) async fn admit(
     };
     drop(mesh);
     let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(to) };
-    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let tally = shard.tally(pod, parties, addresses, None);
     let mut first = Received::default();
     let delivered = match permit {
         Ok(permit) => registered

@@ -46,8 +46,18 @@ impl Facts {
 
 /// The connection was permitted and no longer is.
 #[derive(Debug, thiserror::Error)]
-#[error("connection closed due to policy change")]
-pub struct Cut(#[source] pub Denial);
+pub enum Cut {
+    /// By a policy.
+    #[error("connection closed due to policy change")]
+    Policy(#[source] Denial),
+    /// The peer is no longer who it was.
+    #[error("connection closed because a certificate of the peer was revoked")]
+    Revoked,
+}
+
+/// Tells the inbound tunnels of one thread apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TunnelId(u64);
 
 /// The open inbound connections of one thread.
 #[derive(Debug, Clone, Default)]
@@ -62,7 +72,9 @@ struct Entries {
 #[derive(Debug)]
 struct Entry {
     facts: Facts,
-    cut: oneshot::Sender<Denial>,
+    /// The tunnel it came by.
+    tunnel: Option<TunnelId>,
+    cut: oneshot::Sender<Cut>,
 }
 
 impl Live {
@@ -71,13 +83,27 @@ impl Live {
     }
 
     /// Registers a connection. Only then take the snapshot for its first check.
-    pub fn register(&self, facts: Facts) -> Registered {
+    pub fn register(&self, facts: Facts, tunnel: Option<TunnelId>) -> Registered {
         let (sender, cut) = oneshot::channel();
         let mut entries = self.entries();
         let key = entries.next;
         entries.next += 1;
-        entries.open.insert(key, Entry { facts, cut: sender });
+        entries.open.insert(key, Entry { facts, tunnel, cut: sender });
         Registered { live: self.clone(), key, cut }
+    }
+
+    /// A name for one more tunnel.
+    pub fn tunnel(&self) -> TunnelId {
+        let mut entries = self.entries();
+        entries.next += 1;
+        TunnelId(entries.next)
+    }
+
+    /// Cuts every connection that came by a tunnel whose peer's certificate was revoked.
+    pub fn revoke(&self, tunnel: TunnelId) {
+        for (_, entry) in self.entries().open.extract_if(|_, entry| entry.tunnel == Some(tunnel)) {
+            let _ended = entry.cut.send(Cut::Revoked);
+        }
     }
 
     /// How many are open.
@@ -107,7 +133,7 @@ impl Live {
                     if let Err(denial) = judge(mesh, &entry.facts)
                         && let Some(entry) = entries.open.remove(key)
                     {
-                        let _ended = entry.cut.send(denial);
+                        let _ended = entry.cut.send(Cut::Policy(denial));
                     }
                 }
             }
@@ -127,7 +153,7 @@ fn judge(mesh: &Mesh, facts: &Facts) -> Result<(), Denial> {
 pub struct Registered {
     live: Live,
     key: u64,
-    cut: oneshot::Receiver<Denial>,
+    cut: oneshot::Receiver<Cut>,
 }
 
 impl Registered {
@@ -136,7 +162,7 @@ impl Registered {
         tokio::select! {
             biased;
             // The sender is dropped only by sending, or by this value's own drop.
-            Ok(denial) = &mut self.cut => Err(Cut(denial)),
+            Ok(cut) = &mut self.cut => Err(cut),
             done = connection => Ok(done),
         }
     }

@@ -52,6 +52,7 @@ use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::tls::configs::Credentials;
+use crate::tls::trust::Revocation;
 
 /// The pods whose traffic is redirected to this daemon now, by what they are known by. Written by who redirects it;
 /// read without a lock.
@@ -192,6 +193,10 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     if !shard.config.near || shard.signal.is_draining() {
         return None;
     }
+    // Whether a certificate of this node was revoked is found out by the handshake.
+    if !matches!(shard.identities.trust().revocation(), Revocation::Off) {
+        return None;
+    }
     // As it is now, and not as it was when the connection was planned.
     let destination = Arc::clone(shard.mesh.snapshot().workload(&route.destination.uid)?);
     let to = shard.neighbours.find(&destination).filter(|pod| !pod.is_leaving())?;
@@ -275,7 +280,8 @@ pub(super) async fn open(
     application: &mut ResetUnlessDone,
 ) -> Result<Opened, OutboundError> {
     let counted = shard.count.connection();
-    let caller = Caller { client: route.client, local: route.peer.0, identity: &route.source.identity };
+    let caller =
+        Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
     let mut neighbour = Neighbour { application, look: pin!(sleep(LOOK_PERIOD)), error: None };
     match inbound::admit(shard, to, caller, Some(route.target), &mut neighbour).await {
         Ok(delivered) => Ok(Opened { delivered, counted }),

@@ -65,6 +65,7 @@ use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
 use crate::tls::configs::Credentials;
+use crate::tls::verify;
 
 /// Why a pod's connection got nowhere, or ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +124,9 @@ pub enum OutboundError {
     /// The application gave up while its connection was being made.
     #[error("the client disconnected before it was connected")]
     Abandoned(#[source] io::Error),
+    /// It was cut, as the peer is no longer who it was.
+    #[error("connection closed because a certificate of the HBONE peer was revoked")]
+    Revoked,
     /// It broke later, inside a tunnel.
     #[error(transparent)]
     Relay(RelayError),
@@ -145,6 +149,7 @@ impl Ending for OutboundError {
                 DialError::Connect { .. } | DialError::Busy { .. } | DialError::NoRoom { .. } => {
                     ResponseFlag::Connect
                 }
+                DialError::Tls { source, .. } if is_revocation(source) => ResponseFlag::Revoked,
                 DialError::Tls { .. } | DialError::Stalled { .. } => ResponseFlag::TlsFailure,
                 DialError::NotHttp2 { .. } => ResponseFlag::H2Handshake,
             },
@@ -154,6 +159,7 @@ impl Ending for OutboundError {
                 StreamError::Tunnel(TunnelError::Protocol(_)) => ResponseFlag::H2Handshake,
                 _ => ResponseFlag::Connect,
             },
+            Self::Revoked => ResponseFlag::Revoked,
             Self::Abandoned(_) | Self::Relay(_) | Self::Copy(_) => ResponseFlag::None,
         }
     }
@@ -166,6 +172,7 @@ impl Ending for OutboundError {
             Self::NoRoute(_)
             | Self::Identity(_)
             | Self::Dial(_)
+            | Self::Revoked
             | Self::Unanswered { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
@@ -173,6 +180,10 @@ impl Ending for OutboundError {
             | Self::Timeout { .. } => false,
         }
     }
+}
+
+fn is_revocation(error: &io::Error) -> bool {
+    verify::tls_error(error).is_some_and(|error| verify::cause(error).is_revocation())
 }
 
 fn is_tls(error: &io::Error) -> bool {
@@ -210,6 +221,8 @@ pub(super) async fn serve(
     };
     match connected {
         Connected::Tunnelled { relay, lease, admitted } => {
+            let ended =
+                ended.map_err(|error| if lease.is_revoked() { OutboundError::Revoked } else { error });
             relay.into_meter().close(ended);
             drop((lease, admitted));
         }
@@ -263,7 +276,7 @@ async fn establish(
     drop(mesh);
     let told = |parties: Parties, destination, hbone| {
         let addresses = Addresses { source: client.0, destination, hbone };
-        Tally(shard.telemetry.open(parties, addresses))
+        shard.tally(&pod, parties, addresses, Some(dst))
     };
     match planned {
         Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
@@ -468,10 +481,11 @@ impl Dialer for TunnelDialer<'_> {
 
     fn dial(&self, credentials: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>> {
         let (peer, config) = (self.peer, Arc::clone(&self.shard.config));
+        let trust = self.shard.identities.trust().clone();
         let (dial, tls) = (self.pod.network.tunnel(peer.0), credentials.client_config(self.expect));
         Box::pin(async move {
             let socket = connect(dial, peer, config.connect_timeout).await?;
-            handshake(socket, peer, tls, &config.hbone).await
+            handshake(socket, peer, tls, &config.hbone, &trust).await
         })
     }
 

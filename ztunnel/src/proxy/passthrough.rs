@@ -44,7 +44,7 @@ pub enum DeliveryError {
     /// Policy refused it.
     #[error(transparent)]
     Denied(#[from] Denial),
-    /// Policy refused it later.
+    /// Policy refused it later, or the peer's certificate was revoked.
     #[error(transparent)]
     Cut(#[from] Cut),
     /// The application does not take it.
@@ -72,7 +72,8 @@ pub enum DeliveryError {
 impl Ending for DeliveryError {
     fn flag(&self) -> ResponseFlag {
         match self {
-            Self::Denied(_) | Self::Cut(_) => ResponseFlag::Denied,
+            Self::Denied(_) | Self::Cut(Cut::Policy(_)) => ResponseFlag::Denied,
+            Self::Cut(Cut::Revoked) => ResponseFlag::Revoked,
             Self::Connect { .. } | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Copy(_) => ResponseFlag::None,
         }
@@ -166,7 +167,7 @@ async fn establish(
     };
     let facts =
         Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
-    let mut registered = shard.live.register(facts.clone());
+    let mut registered = shard.live.register(facts.clone(), None);
     let mesh = shard.mesh.snapshot();
     let Some(workload) = mesh.workload(&uid).cloned() else {
         return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
@@ -176,7 +177,7 @@ async fn establish(
     let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    let tally = Tally(shard.telemetry.open(parties, addresses));
+    let tally = shard.tally(&pod, parties, addresses, None);
     let delivered = match permit {
         Ok(permit) => registered
             .run(deliver(permit, &shard, &pod, client.0, dst.0, &mut Bytes::new()))

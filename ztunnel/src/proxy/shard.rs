@@ -12,13 +12,22 @@ use tokio::sync::mpsc;
 use crate::hbone::pool::Pool;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
+use crate::model::addr::OriginalDst;
 use crate::proxy::Config;
 use crate::proxy::accept::Arrival;
+use crate::proxy::ending::Tally;
+use crate::proxy::listing::Connection;
+use crate::proxy::listing::Listing;
+use crate::proxy::listing::Original;
 use crate::proxy::live::Live;
 use crate::proxy::near::Neighbours;
+use crate::proxy::pod::Pod;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::telemetry::LocalTelemetry;
+use crate::telemetry::events::Addresses;
+use crate::telemetry::events::Parties;
+use crate::telemetry::events::Reporter;
 
 /// One data-plane thread.
 pub struct Shard {
@@ -34,6 +43,8 @@ pub struct Shard {
     pub pool: Pool,
     /// This thread's inbound connections.
     pub live: Live,
+    /// This thread's connections, in both directions.
+    pub listing: Listing,
     /// Pods to which connections can be handed over.
     pub neighbours: Arc<Neighbours>,
     /// What is open, on all threads together.
@@ -61,6 +72,7 @@ impl Shard {
         Self {
             pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
             live: Live::default(),
+            listing: Listing::default(),
             turn: AtomicUsize::new(0),
             config,
             mesh,
@@ -94,6 +106,32 @@ impl Shard {
                 Some(arrival) = arrivals.recv() => arrival.serve(&self),
             }
         }
+    }
+
+    /// Tells that a connection of `pod` is open from now on. `original` is where its application dialled, for one
+    /// that leaves the pod.
+    pub fn tally(
+        &self,
+        pod: &Pod,
+        parties: Parties,
+        addresses: Addresses,
+        original: Option<OriginalDst>,
+    ) -> Tally {
+        let listed = self.listing.enter(Connection {
+            pod: pod.uid.clone(),
+            reporter: parties.reporter,
+            source: addresses.source,
+            original: match original {
+                Some(dst) => Some(Original::Address(dst)),
+                None => parties.service.as_ref().map(|service| Original::Host(Arc::clone(&service.hostname))),
+            },
+            actual: match parties.reporter {
+                Reporter::Source => addresses.destination,
+                Reporter::Destination => addresses.hbone.unwrap_or(addresses.destination),
+            },
+            tunnelled: addresses.hbone.is_some(),
+        });
+        Tally(self.telemetry.open(parties, addresses), listed)
     }
 
     /// Serves a connection on this thread or another, in turn.

@@ -72,6 +72,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::line::Format;
 use crate::telemetry::writer;
 use crate::tls::configs::Credentials;
+use crate::tls::trust::Trust;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const CLIENT: &str = "10.0.0.1";
@@ -229,7 +230,7 @@ impl Node {
         let (mut writer, reader) = mesh();
         writer.publish(two_pods(vec![]));
         let (stop, signal) = shutdown::channel();
-        let identities = worker::start(Arc::new(Ca(Arc::clone(&ca))), signal.clone());
+        let identities = worker::start(Arc::new(Ca(Arc::clone(&ca))), Trust::default(), signal.clone());
         let log = Log::default();
         let queue = writer::start(Box::new(log.clone()), Format::Plain).unwrap();
         let telemetry = Telemetry::new(telemetry::Config::default(), queue);
@@ -877,7 +878,8 @@ async fn a_peer_can_ask_only_for_what_is_the_pods() {
     let socket = TcpStream::connect(node.hbone).await.unwrap();
     let credentials = node.ca.certify(&id("client"));
     let (peer, tls) = (HbonePeer(node.hbone), credentials.client_config(&[id("server")]));
-    let (tunnel, driver) = handshake(socket, peer, tls, &hbone::Config::default()).await.unwrap();
+    let (tunnel, driver) =
+        handshake(socket, peer, tls, &hbone::Config::default(), &Trust::default()).await.unwrap();
     shutdown::spawn(driver);
     let baggage = HeaderValue::from_static("");
     for (authority, status) in [
@@ -913,7 +915,8 @@ async fn strangers_on_the_hbone_port_are_told_of() {
     // Somebody from another mesh.
     let socket = TcpStream::connect(node.hbone).await.unwrap();
     let tls = TestCa::new().certify(&id("client")).client_config(&[id("server")]);
-    let shaken = handshake(socket, HbonePeer(node.hbone), tls, &hbone::Config::default()).await;
+    let shaken =
+        handshake(socket, HbonePeer(node.hbone), tls, &hbone::Config::default(), &Trust::default()).await;
     assert!(shaken.is_err());
 }
 

@@ -112,6 +112,7 @@ pub enum AuthorityError {
 pub struct Authority {
     root: Root,
     roots: Arc<RootCertStore>,
+    root_certificates: Arc<[CertificateDer<'static>]>,
     node: String,
     intermediate: Mutex<Arc<Intermediate>>,
 }
@@ -146,6 +147,7 @@ impl Authority {
             })?;
         }
         Ok(Self {
+            root_certificates: root.trusted().cloned().collect(),
             root,
             roots: Arc::new(roots),
             node: node.to_owned(),
@@ -165,7 +167,8 @@ impl Authority {
             .map_err(signing)?;
         let chain = vec![leaf.into(), intermediate.certificate.clone()];
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        Ok(Credentials::new(identity.clone(), chain, key, Arc::clone(&self.roots))?)
+        let credentials = Credentials::new(identity.clone(), chain, key, Arc::clone(&self.roots))?;
+        Ok(credentials.with_root_certificates(Arc::clone(&self.root_certificates)))
     }
 
     /// The node's intermediate, replaced when it has not much longer to go and the root allows for more.

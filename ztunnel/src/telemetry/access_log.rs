@@ -177,14 +177,13 @@ mod tests {
         assert_eq!(
             text,
             "{\"level\":\"error\",\"time\":\"2026-01-01T00:00:00.000042Z\",\"scope\":\"access\",\
-             \"message\":\"connection complete\",\
              \"src.addr\":\"10.0.0.1:4242\",\"src.workload\":\"a-1\",\"src.namespace\":\"shop\",\
              \"src.identity\":\"spiffe://cluster.local/ns/shop/sa/a\",\"src.cluster\":\"Kubernetes\",\
              \"dst.addr\":\"10.0.0.2:15008\",\"dst.hbone_addr\":\"10.0.0.2:8080\",\
              \"dst.service\":\"b.shop.svc.cluster.local\",\"dst.workload\":\"b-1\",\"dst.namespace\":\"shop\",\
              \"dst.identity\":\"spiffe://cluster.local/ns/shop/sa/b\",\"dst.cluster\":\"Kubernetes\",\
              \"direction\":\"outbound\",\"bytes_sent\":84,\"bytes_recv\":175,\"duration\":\"2ms\",\
-             \"error\":\"no \\\"route\\\"\"}\n"
+             \"error\":\"no \\\"route\\\"\",\"message\":\"connection complete\"}\n"
         );
         serde_json::from_str::<serde_json::Value>(&text).unwrap();
     }

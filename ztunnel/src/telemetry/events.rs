@@ -62,11 +62,13 @@ pub enum ResponseFlag {
     NetworkPolicy,
     /// `IDENTITY_ERROR`: no certificate for the source or destination.
     Identity,
+    /// `CERT_REVOKED`: a certificate of the peer was revoked, before the connection or while it was open.
+    Revoked,
 }
 
 impl ResponseFlag {
     /// All flags, in the order of their discriminants.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::None,
         Self::Denied,
         Self::Connect,
@@ -74,6 +76,7 @@ impl ResponseFlag {
         Self::H2Handshake,
         Self::NetworkPolicy,
         Self::Identity,
+        Self::Revoked,
     ];
 
     /// The value of the `response_flags` label.
@@ -86,6 +89,7 @@ impl ResponseFlag {
             Self::H2Handshake => "H2_HANDSHAKE_FAILURE",
             Self::NetworkPolicy => "NETWORK_POLICY",
             Self::Identity => "IDENTITY_ERROR",
+            Self::Revoked => "CERT_REVOKED",
         }
     }
 }

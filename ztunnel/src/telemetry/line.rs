@@ -1,7 +1,7 @@
 //! One line of a log, in the two formats Istio's node proxy writes.
 //!
 //! Plain: `<time>\t<level>\t<target>[:<span>{<k>=<v>}]\t<message>\t<k>=<v> <k>=<v>`. JSON:
-//! `{"level","time","scope","message",<fields>,<spans>}`. Knows nothing of what is logged.
+//! `{"level","time","scope",<fields>,"message",<spans>}`. Knows nothing of what is logged.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -60,8 +60,10 @@ pub enum Value {
 pub struct Line<'a> {
     out: &'a mut String,
     format: Format,
-    /// Plain only: what comes before the next field.
+    /// What comes before the next field.
     separator: char,
+    /// JSON only: written behind the fields, as Istio has it.
+    message: &'a str,
 }
 
 /// What a line starts with.
@@ -88,7 +90,7 @@ pub struct Span {
 
 impl<'a> Line<'a> {
     /// Starts a line at the end of `out`. `spans` are the spans around it, the outermost first.
-    pub fn begin(out: &'a mut String, format: Format, head: Head<'_>, spans: &[Span]) -> Self {
+    pub fn begin(out: &'a mut String, format: Format, head: Head<'a>, spans: &[Span]) -> Self {
         let level = level_name(head.level);
         match format {
             Format::Plain => {
@@ -99,7 +101,7 @@ impl<'a> Line<'a> {
                     out.extend([":", span.name]);
                     if !span.fields.is_empty() {
                         out.push('{');
-                        let mut inner = Line { out: &mut *out, format, separator: '\0' };
+                        let mut inner = Line { out: &mut *out, format, separator: '\0', message: "" };
                         for (key, value) in &span.fields {
                             inner.value(key, value);
                         }
@@ -114,11 +116,9 @@ impl<'a> Line<'a> {
                 push_time(out, head.at);
                 out.push_str("\",\"scope\":");
                 push_json(out, head.target);
-                out.push_str(",\"message\":");
-                push_json(out, head.message);
             }
         }
-        Self { out, format, separator: '\t' }
+        Self { out, format, separator: '\t', message: head.message }
     }
 
     /// A string: `key="value"`.
@@ -177,13 +177,16 @@ impl<'a> Line<'a> {
         }
     }
 
-    /// Ends the line. JSON puts the spans here, each an object under its name.
+    /// Ends the line. JSON puts the message here, and the spans, each an object under its name.
     pub fn end(mut self, spans: &[Span]) {
         if self.format == Format::Json {
+            self.key("message");
+            push_json(self.out, self.message);
             for span in spans {
                 self.key(span.name);
                 self.out.push('{');
-                let mut inner = Line { out: &mut *self.out, format: Format::Json, separator: '\0' };
+                let (format, message) = (Format::Json, "");
+                let mut inner = Line { out: &mut *self.out, format, separator: '\0', message };
                 for (key, value) in &span.fields {
                     inner.value(key, value);
                 }

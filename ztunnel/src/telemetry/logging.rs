@@ -1,10 +1,16 @@
 //! The general log: `tracing` events as lines in the access log's format, through the same writer.
 //!
-//! The filter is `RUST_LOG`'s `target=level` list; the access log honours it under the target `access`.
+//! The filter is `RUST_LOG`'s `target=level` list, and can be changed while the daemon runs ([`Levels`]); the access
+//! log honours it under the target `access`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fmt::Write as _;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 use std::time::SystemTime;
 
 use tracing::Event;
@@ -19,6 +25,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::telemetry::access_log;
@@ -31,13 +38,24 @@ use crate::telemetry::writer::Entry;
 use crate::telemetry::writer::LogQueue;
 
 /// Which lines are written: `info`, or `info,access=off,ztunnel::proxy=debug`.
-#[derive(Debug, Clone)]
-pub struct Filter(Targets);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter {
+    rest: LevelFilter,
+    targets: BTreeMap<String, LevelFilter>,
+}
 
 impl Default for Filter {
     /// `info`
     fn default() -> Self {
-        Self(Targets::new().with_default(LevelFilter::INFO))
+        Self { rest: LevelFilter::INFO, targets: BTreeMap::new() }
+    }
+}
+
+impl fmt::Display for Filter {
+    /// As [`Filter::from_str`] reads it, the level of the rest first.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.rest)?;
+        self.targets.iter().try_for_each(|(target, level)| write!(f, ",{target}={level}"))
     }
 }
 
@@ -55,18 +73,74 @@ impl FromStr for Filter {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let targets: Targets =
             text.parse().map_err(|source| InvalidFilter { text: text.to_owned(), source })?;
-        // A list of targets alone says nothing of the rest, which keeps its default.
-        let rest = targets.default_level().unwrap_or(LevelFilter::INFO);
-        Ok(Self(targets.with_default(rest)))
+        Ok(Self {
+            // A list of targets alone says nothing of the rest, which keeps its default.
+            rest: targets.default_level().unwrap_or(LevelFilter::INFO),
+            targets: targets.iter().map(|(target, level)| (target.to_owned(), level)).collect(),
+        })
     }
 }
 
+/// One part of a change of the filter is not `<level>`, `<target>=<level>` or `<target>:<level>`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidChange {
+    /// The level is none.
+    #[error("{0:?} is not a level: use error, warn, info, debug, trace or off")]
+    Level(String),
+    /// The target is not the name of a part of the daemon.
+    #[error("{0:?} is not the name of a module, such as access or ztunnel::proxy")]
+    Target(String),
+}
+
 impl Filter {
+    /// The filter after a change such as `debug` or `access:off,ztunnel::proxy=debug`: a level alone is that of
+    /// the rest, a target's level is the target's, and what is not named stays.
+    pub fn changed(&self, change: &str) -> Result<Self, InvalidChange> {
+        let mut changed = self.clone();
+        for part in change.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            match split(part) {
+                Some((target, level)) => {
+                    let named = |c: char| c.is_ascii_alphanumeric() || "_:-".contains(c);
+                    if target.is_empty() || !target.chars().all(named) {
+                        return Err(InvalidChange::Target(target.to_owned()));
+                    }
+                    changed.targets.insert(target.to_owned(), level_of(level)?);
+                }
+                None => changed.rest = level_of(part)?,
+            }
+        }
+        Ok(changed)
+    }
+
     /// The least important access log lines that pass.
     pub fn access_log(&self) -> LevelFilter {
-        let passes = |level: &Level| self.0.would_enable(access_log::TARGET, level);
+        let targets = self.targets();
+        let passes = |level: &Level| targets.would_enable(access_log::TARGET, level);
         let by_importance = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
         by_importance.into_iter().find(passes).map_or(LevelFilter::OFF, LevelFilter::from)
+    }
+
+    fn targets(&self) -> Targets {
+        let named = self.targets.iter().map(|(target, level)| (target.as_str(), *level));
+        Targets::new().with_default(self.rest).with_targets(named)
+    }
+}
+
+/// The target and the level of `target=level` or `target:level`, of which the target may have `::` in it.
+fn split(part: &str) -> Option<(&str, &str)> {
+    part.split_once('=')
+        .or_else(|| part.rsplit_once(':').filter(|(before, _)| !before.ends_with(':')))
+        .map(|(target, level)| (target.trim(), level.trim()))
+}
+
+fn level_of(text: &str) -> Result<LevelFilter, InvalidChange> {
+    // The parser would take numbers, too.
+    match text.to_ascii_lowercase().as_str() {
+        known @ ("error" | "warn" | "info" | "debug" | "trace" | "off") => {
+            known.parse().map_err(|_| InvalidChange::Level(text.to_owned()))
+        }
+        "warning" => Ok(LevelFilter::WARN),
+        _ => Err(InvalidChange::Level(text.to_owned())),
     }
 }
 
@@ -75,13 +149,73 @@ impl Filter {
 #[error("the log was set up twice")]
 pub struct AlreadyInstalled(#[source] tracing_subscriber::util::TryInitError);
 
-/// Sends the process's `tracing` events that pass `filter` to `log`.
-pub fn install(filter: &Filter, format: Format, log: LogQueue) -> Result<(), AlreadyInstalled> {
-    subscriber(filter, format, log).try_init().map_err(AlreadyInstalled)
+/// The filter in force, which may change while the process runs. Cheap to clone.
+#[derive(Clone)]
+pub struct Levels(Arc<InForce>);
+
+struct InForce {
+    startup: Filter,
+    current: Mutex<Filter>,
+    apply: Box<dyn Fn(&Filter) + Send + Sync>,
 }
 
-fn subscriber(filter: &Filter, format: Format, log: LogQueue) -> impl Subscriber + Send + Sync + 'static {
-    tracing_subscriber::registry().with(Lines { format, log }.with_filter(filter.0.clone()))
+impl Levels {
+    fn new(startup: Filter, apply: impl Fn(&Filter) + Send + Sync + 'static) -> Self {
+        let current = Mutex::new(startup.clone());
+        Self(Arc::new(InForce { startup, current, apply: Box::new(apply) }))
+    }
+
+    /// Levels that nothing heeds.
+    #[cfg(test)]
+    pub(crate) fn unattached(startup: Filter) -> Self {
+        Self::new(startup, |_| {})
+    }
+
+    /// The filter in force.
+    pub fn current(&self) -> Filter {
+        self.lock().clone()
+    }
+
+    /// Makes the change in force, on top of the filter of the start if `reset`, and returns the filter that is in
+    /// force then. A change that cannot be read changes nothing.
+    pub fn change(&self, reset: bool, change: Option<&str>) -> Result<Filter, InvalidChange> {
+        let mut current = self.lock();
+        let base = if reset { &self.0.startup } else { &*current };
+        let changed = change.map_or_else(|| Ok(base.clone()), |change| base.changed(change))?;
+        (self.0.apply)(&changed);
+        current.clone_from(&changed);
+        Ok(changed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Filter> {
+        self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Levels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Levels").field(&self.current()).finish()
+    }
+}
+
+/// Sends the process's `tracing` events that pass `filter` to `log`.
+pub fn install(filter: &Filter, format: Format, log: LogQueue) -> Result<Levels, AlreadyInstalled> {
+    let (subscriber, levels) = subscriber(filter, format, log);
+    subscriber.try_init().map_err(AlreadyInstalled)?;
+    Ok(levels)
+}
+
+fn subscriber(
+    filter: &Filter,
+    format: Format,
+    log: LogQueue,
+) -> (impl Subscriber + Send + Sync + 'static, Levels) {
+    let (targets, handle) = reload::Layer::new(filter.targets());
+    let levels = Levels::new(filter.clone(), move |filter| {
+        // It fails only when the subscriber is gone, and with it every reader of the filter.
+        let _gone = handle.reload(filter.targets());
+    });
+    (tracing_subscriber::registry().with(Lines { format, log }.with_filter(targets)), levels)
 }
 
 #[derive(Debug)]
@@ -220,7 +354,7 @@ mod tests {
     fn written(filter: &str, format: Format, log: impl FnOnce()) -> String {
         let out = Written::default();
         let queue = writer::start(Box::new(out.clone()), format).unwrap();
-        let subscriber = subscriber(&filter.parse().unwrap(), format, queue.clone());
+        let (subscriber, _levels) = subscriber(&filter.parse().unwrap(), format, queue.clone());
         tracing::subscriber::with_default(subscriber, log);
         assert!(queue.flush(Duration::from_secs(10)));
         out.text()
@@ -270,7 +404,7 @@ mod tests {
         assert_eq!(time.len(), "2026-01-01T00:00:00.000000Z".len());
         assert_eq!(
             tail,
-            ",\"scope\":\"t\",\"message\":\"say \\\"hi\\\"\\n\",\"n\":1,\"odd\":\"NaN\",\"proxy\":{\"wl\":\"shop/a\"}}\n"
+            ",\"scope\":\"t\",\"n\":1,\"odd\":\"NaN\",\"message\":\"say \\\"hi\\\"\\n\",\"proxy\":{\"wl\":\"shop/a\"}}\n"
         );
         serde_json::from_str::<serde_json::Value>(&text).unwrap();
     }
@@ -321,6 +455,62 @@ mod tests {
         assert_eq!(level("debug,access=error"), LevelFilter::ERROR);
         assert_eq!(level("access=debug"), LevelFilter::DEBUG);
         assert_eq!(level("ztunnel=debug"), LevelFilter::INFO);
+    }
+
+    #[test]
+    fn a_filter_is_written_as_it_is_read() {
+        for (text, written) in [
+            ("debug", "debug"),
+            ("access=off,info", "info,access=off"),
+            ("ztunnel::proxy=debug", "info,ztunnel::proxy=debug"),
+            ("info,hickory_server::server=off", "info,hickory_server::server=off"),
+        ] {
+            assert_eq!(text.parse::<Filter>().unwrap().to_string(), written);
+        }
+    }
+
+    #[test]
+    fn a_filter_is_changed_as_istioctl_asks() {
+        let start: Filter = "info,access=off".parse().unwrap();
+        for (change, after) in [
+            ("debug", "debug,access=off"),
+            ("WARNING", "warn,access=off"),
+            ("access:debug", "info,access=debug"),
+            ("access=debug", "info,access=debug"),
+            ("ztunnel::proxy:trace,xds=off", "info,access=off,xds=off,ztunnel::proxy=trace"),
+            ("error,access:info", "error,access=info"),
+            ("", "info,access=off"),
+        ] {
+            assert_eq!(start.changed(change).unwrap().to_string(), after, "{change}");
+        }
+        for bad in ["loud", "access:loud", "access=", "access:", "ztunnel::proxy", "=debug", "a b=info", "3"]
+        {
+            assert!(start.changed(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    #[test]
+    fn levels_change_what_is_written_from_then_on() {
+        let out = Written::default();
+        let queue = writer::start(Box::new(out.clone()), Format::Plain).unwrap();
+        let (subscriber, levels) = subscriber(&"info".parse().unwrap(), Format::Plain, queue.clone());
+        let log = |text: &str| tracing::debug!(target: "t", "{text}");
+        tracing::subscriber::with_default(subscriber, || {
+            log("one");
+            assert_eq!(levels.change(false, Some("t:debug")).unwrap().to_string(), "info,t=debug");
+            log("two");
+            assert!(levels.change(true, Some("loud")).is_err());
+            assert_eq!(levels.current().to_string(), "info,t=debug", "an error changed the filter");
+            log("three");
+            assert_eq!(levels.change(true, None).unwrap().to_string(), "info");
+            log("four");
+            assert_eq!(levels.change(true, Some("debug")).unwrap().to_string(), "debug");
+            log("five");
+        });
+        assert!(queue.flush(Duration::from_secs(10)));
+        let text = out.text();
+        let said: Vec<_> = text.lines().map(|line| line.rsplit('\t').next().unwrap()).collect();
+        assert_eq!(said, ["two", "three", "five"]);
     }
 
     #[test]

@@ -49,6 +49,18 @@ pub struct Sample<'a, T> {
     pub value: T,
 }
 
+/// One distribution: how many observations fell into each bucket.
+#[derive(Debug, Clone, Copy)]
+pub struct Distribution<'a> {
+    /// The labels, in the order they are shown.
+    pub labels: &'a [(&'a str, &'a str)],
+    /// The sum of all observations.
+    pub sum: f64,
+    /// The upper bound of each bucket, the last of them infinity, and how many observations fell
+    /// into it and into no earlier one.
+    pub buckets: &'a [(f64, u64)],
+}
+
 /// Where a [`Source`] writes its metrics, one family (name) after the other.
 #[derive(Debug)]
 pub struct Families<'a>(DescriptorEncoder<'a>);
@@ -73,6 +85,31 @@ impl Families<'_> {
             labelled(&mut family, sample.labels, |encoder| match whole(sample.value) {
                 Some(whole) => encoder.encode_gauge(&whole),
                 None => encoder.encode_gauge(&sample.value),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Families<'_> {
+    /// Writes a counter of seconds: `name` gets the suffix `_total`. `help` is a sentence.
+    pub fn counter_of_seconds(&mut self, name: &str, help: &str, samples: &[Sample<'_, f64>]) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for sample in samples {
+            labelled(&mut family, sample.labels, |encoder| {
+                encoder.encode_counter::<NoLabelSet, f64, f64>(&sample.value, None)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes a histogram. `help` is a sentence.
+    pub fn histogram(&mut self, name: &str, help: &str, samples: &[Distribution<'_>]) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for sample in samples {
+            let count = sample.buckets.iter().map(|(_, count)| count).sum();
+            labelled(&mut family, sample.labels, |encoder| {
+                encoder.encode_histogram::<NoLabelSet>(sample.sum, count, sample.buckets, None)
             })?;
         }
         Ok(())

@@ -94,3 +94,16 @@ pub(crate) fn logged(telemetry: &Telemetry, written: &Written) -> String {
     assert!(telemetry.log().flush(Duration::from_secs(10)), "the writer is stuck");
     written.text()
 }
+
+/// Compares `actual` with the file `tests/golden/<name>`, or writes it there if `UPDATE_GOLDEN` is set.
+pub(crate) fn golden(name: &str, actual: &str) {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, actual).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap();
+    for (number, (expected, actual)) in expected.lines().zip(actual.lines()).enumerate() {
+        assert_eq!(actual, expected, "{name}, line {}", number + 1);
+    }
+    assert_eq!(actual, expected, "{name}");
+}

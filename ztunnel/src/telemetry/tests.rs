@@ -10,12 +10,21 @@ use tracing::level_filters::LevelFilter;
 use crate::telemetry::Config;
 use crate::telemetry::LocalTelemetry;
 use crate::telemetry::Telemetry;
+use crate::telemetry::access_log;
+use crate::telemetry::events::AccessRecord;
+use crate::telemetry::events::Addresses;
+use crate::telemetry::events::Closed;
+use crate::telemetry::events::Opened;
 use crate::telemetry::events::Parties;
+use crate::telemetry::events::RefusedEarly;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
+use crate::telemetry::line::Format;
+use crate::telemetry::metrics::Distribution;
 use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Sample;
 use crate::telemetry::testing::addresses;
+use crate::telemetry::testing::golden;
 use crate::telemetry::testing::logged;
 use crate::telemetry::testing::parties;
 use crate::telemetry::testing::telemetry;
@@ -249,6 +258,78 @@ fn the_access_log_keeps_to_its_level() {
     assert_eq!(lines(LevelFilter::WARN), 2);
     assert_eq!(lines(LevelFilter::INFO), 3);
     assert_eq!(lines(LevelFilter::DEBUG), 5);
+}
+
+/// What a scraper gets; where it differs from one process to the next, with a fixed value.
+#[test]
+fn the_scrape_is_as_recorded() {
+    let telemetry =
+        telemetry(Config { access_log: LevelFilter::OFF, version: "1.0.0", ..Config::default() }).0;
+    let local = telemetry.local();
+    let outbound = open(&local, Reporter::Source);
+    outbound.received(84);
+    outbound.sent(175);
+    outbound.close(ResponseFlag::None, None);
+    open(&local, Reporter::Destination).close(ResponseFlag::Denied, Some("no".to_owned()));
+    local.open(Parties::unknown(Reporter::Source), addresses()).close(ResponseFlag::Revoked, None);
+    let _socket = local.accepted(Reporter::Destination);
+    local.refused_early(addresses(), Reporter::Source, &"no");
+    let seconds: [(f64, u64); 3] = [(0.0005, 1), (0.1, 2), (f64::INFINITY, 1)];
+    telemetry.register(move |families: &mut Families<'_>| {
+        let labels: &[(&str, &str)] = &[("request_query_type", "A")];
+        let sample = Distribution { labels, sum: 0.25, buckets: &seconds };
+        families.histogram("istio_dns_upstream_request_duration_seconds", "How long.", &[sample])
+    });
+    let scraped = telemetry.encode_metrics().unwrap();
+    let fixed = scraped.lines().map(|line| match line.split_once(' ') {
+        Some((name @ ("process_open_fds" | "process_max_fds"), _)) => format!("{name} 0\n"),
+        _ => format!("{line}\n"),
+    });
+    golden("metrics.txt", &fixed.collect::<String>());
+}
+
+/// Each kind of line, in both formats.
+#[test]
+fn the_access_log_is_as_recorded() {
+    for (format, name) in [(Format::Plain, "access_log.txt"), (Format::Json, "access_log.json")] {
+        let mut out = String::new();
+        for record in records() {
+            access_log::write(&mut out, format, &record);
+        }
+        golden(name, &out);
+    }
+}
+
+fn records() -> Vec<AccessRecord> {
+    let at = std::time::SystemTime::UNIX_EPOCH + Duration::from_micros(1_767_225_600_000_042);
+    let closed = |parties: Parties, addresses, flag, error: Option<&str>| {
+        AccessRecord::Closed(Closed {
+            at,
+            parties,
+            addresses,
+            received: 84,
+            sent: 175,
+            duration: Duration::from_micros(2_900),
+            flag,
+            error: error.map(str::to_owned),
+        })
+    };
+    let plain = Addresses { hbone: None, ..addresses() };
+    let unencrypted =
+        Parties { source_identity: None, destination_identity: None, ..parties(Reporter::Destination) };
+    vec![
+        closed(parties(Reporter::Source), addresses(), ResponseFlag::None, None),
+        closed(parties(Reporter::Destination), addresses(), ResponseFlag::None, None),
+        closed(unencrypted, plain, ResponseFlag::Denied, Some("policy shop/x: no")),
+        closed(Parties::unknown(Reporter::Source), plain, ResponseFlag::Connect, Some("refused\n\"x\"")),
+        AccessRecord::Opened(Opened { at, parties: parties(Reporter::Source), addresses: addresses() }),
+        AccessRecord::RefusedEarly(RefusedEarly {
+            at,
+            reporter: Reporter::Destination,
+            addresses: plain,
+            error: "unknown source".to_owned(),
+        }),
+    ]
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The one thread that writes log lines, and the bounded queue in front of it.
 //!
-//! Nobody who logs ever waits: a line that does not fit is dropped and counted. The writer formats what it finds
-//! in the queue, up to a batch, and writes it at once. A line that comes alone is written when it comes; after one
-//! the writer rests, so that it is not woken, nor the output written to, for each line of many.
+//! Nobody who logs ever waits: a line that does not fit is dropped and counted, and the log says so as soon as it
+//! is read again. The writer formats what it finds in the queue, up to a batch, and writes it at once. A line that
+//! comes alone is written when it comes; after one the writer rests, so that it is not woken, nor the output written
+//! to, for each line of many.
 
 use std::io;
 use std::io::Write;
@@ -15,10 +16,15 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
+use std::time::SystemTime;
+
+use tracing::Level;
 
 use crate::telemetry::access_log;
 use crate::telemetry::events::AccessRecord;
 use crate::telemetry::line::Format;
+use crate::telemetry::line::Head;
+use crate::telemetry::line::Line;
 
 /// How many lines may wait. Beyond it, lines are dropped and counted.
 const QUEUE_MAX: usize = 10_000;
@@ -121,7 +127,13 @@ impl LogQueue {
 
 fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<Entry>, tally: &Tally) {
     let mut batch = String::with_capacity(BATCH_BYTES);
+    let mut said = [0, 0];
     while let Ok(first) = waiting.recv() {
+        let lost = [&tally.access_dropped, &tally.text_dropped].map(|count| count.load(Ordering::Relaxed));
+        if lost != said {
+            say_lost(&mut batch, format, [lost[0] - said[0], lost[1] - said[1]]);
+            said = lost;
+        }
         let mut lines = 0;
         let mut full = false;
         let mut next = Some(first);
@@ -144,6 +156,17 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
             thread::sleep(REST);
         }
     }
+}
+
+/// A reader of the log must not take a gap for silence.
+fn say_lost(out: &mut String, format: Format, [access, other]: [u64; 2]) {
+    let message = "log lines were dropped: the reader of the log is too slow";
+    let head =
+        Head { at: SystemTime::now(), level: Level::WARN, target: "ztunnel::telemetry::writer", message };
+    let mut line = Line::begin(out, format, head, &[]);
+    line.number("access", access);
+    line.number("other", other);
+    line.end(&[]);
 }
 
 #[cfg(test)]
@@ -178,7 +201,7 @@ mod tests {
     }
 
     fn access() -> Entry {
-        let (at, error) = (std::time::SystemTime::UNIX_EPOCH, "no".to_owned());
+        let (at, error) = (SystemTime::UNIX_EPOCH, "no".to_owned());
         let refused = RefusedEarly { at, reporter: Reporter::Source, addresses: addresses(), error };
         Entry::Access(Box::new(AccessRecord::RefusedEarly(refused)))
     }
@@ -214,8 +237,15 @@ mod tests {
             open.send(()).unwrap();
         }
         assert!(log.flush(LONG));
-        let written = out.text().lines().count() as u64;
-        assert_eq!(written + log.access_dropped() + log.text_dropped(), 10_000);
+        let text = out.text();
+        let (said, written): (Vec<_>, Vec<_>) =
+            text.lines().partition(|line| line.contains("log lines were dropped"));
+        assert_eq!(written.len() as u64 + log.access_dropped() + log.text_dropped(), 10_000);
+        let told = |key: &str| -> u64 {
+            let values = said.iter().filter_map(|line| line.split(key).nth(1)?.split(' ').next());
+            values.map(|value| value.parse::<u64>().unwrap()).sum()
+        };
+        assert_eq!((told("access="), told("other=")), (log.access_dropped(), log.text_dropped()), "{said:?}");
     }
 
     #[test]

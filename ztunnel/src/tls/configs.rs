@@ -5,20 +5,22 @@
 //! [`crate::identity`].
 
 use std::fmt;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
-use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, NamedGroup, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroize;
 
 use crate::model::identity::SpiffeId;
+use crate::tls::trust::Trust;
 use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 
 /// The cryptography of the mesh: TLS 1.3 with AES-GCM, key exchange hybrid with ML-KEM where the peer can.
@@ -27,13 +29,50 @@ use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 /// per byte, and who wants 256 bits can still have them by offering them first; peers that only know one of the two still meet.
 /// X25519MLKEM768 comes first so that traffic recorded today stays unreadable later; rustls sends the X25519
 /// share along with it, so an older peer costs no additional round trip.
-pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    Arc::new(CryptoProvider {
+static PROVIDER: LazyLock<Arc<CryptoProvider>> =
+    LazyLock::new(|| Arc::new(provider_for(COMPLIANCE.get().copied().unwrap_or_default())));
+
+pub(super) fn provider_for(compliance: Compliance) -> CryptoProvider {
+    let kx_groups = match compliance {
+        Compliance::None => vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
+        Compliance::Pqc => vec![kx_group::X25519MLKEM768],
+    };
+    CryptoProvider {
         cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
-        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
+        kx_groups,
         ..aws_lc_rs::default_provider()
-    })
-});
+    }
+}
+
+static COMPLIANCE: OnceLock<Compliance> = OnceLock::new();
+
+/// What the cryptography of the process has to comply with (`COMPLIANCE_POLICY`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compliance {
+    /// Nothing beyond the house's own choice.
+    #[default]
+    None,
+    /// Key exchange is X25519MLKEM768 or there is none: a peer without it is refused.
+    Pqc,
+}
+
+/// Has the whole process comply. Before its first TLS configuration, or else it comes too late, which is said.
+pub fn comply(compliance: Compliance) -> Result<(), TooLate> {
+    COMPLIANCE.set(compliance).map_err(|_| TooLate)?;
+    let hybrid = |group: &&dyn SupportedKxGroup| group.name() == NamedGroup::X25519MLKEM768;
+    let complies = compliance == Compliance::None || PROVIDER.kx_groups.iter().all(hybrid);
+    if complies { Ok(()) } else { Err(TooLate) }
+}
+
+/// TLS was used before it was said what it has to comply with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the compliance policy comes too late: TLS is in use already")]
+pub struct TooLate;
+
+/// The cryptography of every TLS connection of the process, those to the control plane included.
+pub(super) fn provider() -> &'static Arc<CryptoProvider> {
+    &PROVIDER
+}
 
 /// Why certificate, key and roots make no credentials.
 #[derive(Debug, thiserror::Error)]
@@ -66,14 +105,28 @@ pub enum InvalidCredentials {
     NoRoots,
 }
 
+/// A private key, overwritten when it is not needed any more.
+struct Secret(PrivateKeyDer<'static>);
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
 /// The certificate of one workload with its key, chain and roots. Immutable: a renewal makes another one.
 pub struct Credentials {
     identity: SpiffeId,
     key: Arc<CertifiedKey>,
+    secret: Secret,
     roots: Arc<RootCertStore>,
+    root_certificates: Arc<[CertificateDer<'static>]>,
     serial: String,
     not_before: SystemTime,
     not_after: SystemTime,
+    /// Seconds since the epoch from which every certificate of the chain is valid.
+    complete_from: Duration,
+    trust: Trust,
     server: Arc<ServerConfig>,
     /// Complete but for whom to expect: it accepts nobody.
     client: ClientConfig,
@@ -106,18 +159,49 @@ impl Credentials {
             PROVIDER.signature_verification_algorithms.all,
         )
         .map_err(InvalidCredentials::Untrusted)?;
-        let key = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(InvalidCredentials::Key)?;
-        let key = Arc::new(key);
+        let secret = Secret(key);
+        let key = CertifiedKey::from_der(chain, secret.0.clone_key(), &PROVIDER)
+            .map_err(InvalidCredentials::Key)?;
+        let (key, trust) = (Arc::new(key), Trust::of(&roots));
         Ok(Self {
-            server: Arc::new(server(&identity, &key, &roots)?),
-            client: client(&key, &roots),
+            server: Arc::new(server(&identity, &key, &trust)),
+            client: client(&key, &trust),
+            trust,
+            secret,
             identity,
             key,
             roots,
+            root_certificates: Arc::from([]),
             serial,
             not_before,
             not_after,
+            complete_from,
         })
+    }
+
+    /// The same, but peers are judged by `trust` instead of by the roots that came with the certificate.
+    pub fn judged_by(self, trust: &Trust) -> Self {
+        Self {
+            server: Arc::new(server(&self.identity, &self.key, trust)),
+            client: client(&self.key, trust),
+            trust: trust.clone(),
+            ..self
+        }
+    }
+
+    /// Whether a peer that has no roots but these accepts the chain.
+    pub fn leads_to(&self, roots: &RootCertStore) -> bool {
+        let Some((leaf, intermediates)) = self.chain().split_first() else { return false };
+        let verified = ParsedCertificate::try_from(leaf).and_then(|leaf| {
+            verify_server_cert_signed_by_trust_anchor(
+                &leaf,
+                roots,
+                intermediates,
+                UnixTime::since_unix_epoch(self.complete_from),
+                PROVIDER.signature_verification_algorithms.all,
+            )
+        });
+        verified.is_ok()
     }
 
     /// Who is certified.
@@ -130,9 +214,25 @@ impl Credentials {
         &self.key.cert
     }
 
-    /// The roots that vouch for peers.
+    /// The private key, for the daemon that follows on this one.
+    pub fn secret(&self) -> &PrivateKeyDer<'static> {
+        &self.secret.0
+    }
+
+    /// The roots that came with the certificate.
     pub fn roots(&self) -> &Arc<RootCertStore> {
         &self.roots
+    }
+
+    /// The same credentials, with the certificates behind [`Self::roots`] to be shown to who asks: those are
+    /// reduced to what verification needs.
+    pub fn with_root_certificates(self, root_certificates: Arc<[CertificateDer<'static>]>) -> Self {
+        Self { root_certificates, ..self }
+    }
+
+    /// The certificates of the roots, where they are known.
+    pub fn root_certificates(&self) -> &[CertificateDer<'static>] {
+        &self.root_certificates
     }
 
     /// From when the workload's certificate is valid.
@@ -161,8 +261,7 @@ impl Credentials {
     pub fn client_config(&self, expect: &[SpiffeId]) -> Arc<ClientConfig> {
         let mut config = self.client.clone();
         config.dangerous().set_certificate_verifier(Arc::new(Expected {
-            roots: Arc::clone(&self.roots),
-            algorithms: PROVIDER.signature_verification_algorithms,
+            trust: self.trust.clone(),
             expected: Arc::from(expect),
         }));
         Arc::new(config)
@@ -179,17 +278,8 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn server(
-    identity: &SpiffeId,
-    key: &Arc<CertifiedKey>,
-    roots: &Arc<RootCertStore>,
-) -> Result<ServerConfig, InvalidCredentials> {
-    let chain = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::clone(&PROVIDER))
-        // Peers have one certificate to show, whatever roots are named: naming none makes a smaller handshake.
-        .clear_root_hint_subjects()
-        .build()
-        .map_err(|_| InvalidCredentials::NoRoots)?;
-    let verifier = SameTrustDomain { chain, own: identity.clone() };
+fn server(identity: &SpiffeId, key: &Arc<CertifiedKey>, trust: &Trust) -> ServerConfig {
+    let verifier = SameTrustDomain { trust: trust.clone(), own: identity.clone() };
     let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])
         .expect("the provider's suites are those of TLS 1.3")
@@ -199,15 +289,11 @@ fn server(
     // A resumed session would carry yesterday's verification of the peer.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    Ok(config)
+    config
 }
 
-fn client(key: &Arc<CertifiedKey>, roots: &Arc<RootCertStore>) -> ClientConfig {
-    let nobody = Expected {
-        roots: Arc::clone(roots),
-        algorithms: PROVIDER.signature_verification_algorithms,
-        expected: Arc::from([]),
-    };
+fn client(key: &Arc<CertifiedKey>, trust: &Trust) -> ClientConfig {
+    let nobody = Expected { trust: trust.clone(), expected: Arc::from([]) };
     let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])
         .expect("the provider's suites are those of TLS 1.3")

@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, CustomExtension, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, CustomExtension,
+    DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::model::identity::SpiffeId;
 use crate::tls::configs::Credentials;
@@ -17,6 +19,8 @@ use crate::tls::configs::Credentials;
 pub(crate) struct Pki {
     root: CertifiedIssuer<'static, KeyPair>,
     intermediate: CertifiedIssuer<'static, KeyPair>,
+    /// Root and intermediate as issuers of lists, whether their certificates allow it or not.
+    listing: [Issuer<'static, KeyPair>; 2],
 }
 
 /// What a leaf says. Starts as a good one.
@@ -69,12 +73,33 @@ impl Pki {
 
     /// [`Pki::named`] with an intermediate that ends then.
     pub(crate) fn with(name: &str, intermediate_ends: SystemTime) -> Self {
+        Self::made(name, intermediate_ends, vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign])
+    }
+
+    /// [`Pki::new`] with signing certificates for these uses.
+    pub(crate) fn signing_with(uses: Vec<KeyUsagePurpose>) -> Self {
+        Self::made("root", CertificateParams::default().not_after.into(), uses)
+    }
+
+    fn made(name: &str, intermediate_ends: SystemTime, uses: Vec<KeyUsagePurpose>) -> Self {
+        let certify = |uses: &[KeyUsagePurpose], mut params: CertificateParams| {
+            params.key_usages = uses.to_vec();
+            params
+        };
         let key = || KeyPair::generate().expect("a key can be made");
-        let root = CertifiedIssuer::self_signed(signing(name, 1), key()).expect("a root can be made");
-        let mut node = signing("node", 0);
+        let copy = |key: &KeyPair| KeyPair::try_from(key.serialize_der()).expect("a key can be copied");
+        let listing = |params: &CertificateParams, key: &KeyPair| {
+            let uses = [KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            Issuer::new(certify(&uses, params.clone()), copy(key))
+        };
+        let (root, root_key) = (certify(&uses, signing(name, 1)), key());
+        let mut node = certify(&uses, signing("node", 0));
         node.not_after = intermediate_ends.into();
-        let intermediate = CertifiedIssuer::signed_by(node, key(), &root).expect("the root may sign");
-        Self { root, intermediate }
+        let node_key = key();
+        let listing = [listing(&root, &root_key), listing(&node, &node_key)];
+        let root = CertifiedIssuer::self_signed(root, root_key).expect("a root can be made");
+        let intermediate = CertifiedIssuer::signed_by(node, node_key, &root).expect("the root may sign");
+        Self { root, intermediate, listing }
     }
 
     /// The root, as trust anchor.
@@ -82,6 +107,16 @@ impl Pki {
         let mut roots = RootCertStore::empty();
         roots.add(self.root.der().clone()).expect("the root is a certificate");
         Arc::new(roots)
+    }
+
+    /// A list of the intermediate that names these, as PEM.
+    pub(crate) fn revoking(&self, certificates: &[&CertificateDer<'_>]) -> Vec<u8> {
+        revoking(&self.listing[1], certificates)
+    }
+
+    /// A list of the root that names the intermediate, as PEM.
+    pub(crate) fn revoking_intermediate(&self) -> Vec<u8> {
+        revoking(&self.listing[0], &[self.intermediate.der()])
     }
 
     /// A certificate chain and its key.
@@ -110,6 +145,30 @@ impl Pki {
         let (chain, key) = self.certify(Leaf { not_before, not_after, ..Leaf::of(id.as_str()) });
         Credentials::new(id.clone(), chain, key, self.roots()).expect("the parts fit together")
     }
+}
+
+fn revoking(issuer: &Issuer<'static, KeyPair>, certificates: &[&CertificateDer<'_>]) -> Vec<u8> {
+    let now = SystemTime::now();
+    let serial = |der: &CertificateDer<'_>| {
+        let (_, certificate) = X509Certificate::from_der(der).expect("tests use certificates");
+        SerialNumber::from_slice(certificate.raw_serial())
+    };
+    let revoked = |der: &&CertificateDer<'_>| RevokedCertParams {
+        serial_number: serial(der),
+        revocation_time: now.into(),
+        reason_code: None,
+        invalidity_date: None,
+    };
+    let list = CertificateRevocationListParams {
+        this_update: now.into(),
+        next_update: (now + Duration::from_secs(3600)).into(),
+        crl_number: SerialNumber::from(1_u64),
+        issuing_distribution_point: None,
+        revoked_certs: certificates.iter().map(revoked).collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    let list = list.signed_by(issuer).expect("the issuer may sign");
+    list.pem().expect("a list can be written").into_bytes()
 }
 
 fn signing(name: &str, path_length: u8) -> CertificateParams {

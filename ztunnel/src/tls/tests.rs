@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rcgen::{CustomExtension, ExtendedKeyUsagePurpose, KeyUsagePurpose, SanType};
 use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
-use rustls::crypto::aws_lc_rs;
+use rustls::crypto::{SupportedKxGroup, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ServerSessionMemoryCache;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -18,8 +18,9 @@ use rustls::{
 };
 use tokio::io::AsyncReadExt;
 
-use crate::tls::configs::{Credentials, InvalidCredentials};
+use crate::tls::configs::{Compliance, Credentials, InvalidCredentials, provider_for};
 use crate::tls::testing::{Leaf, Pki, id, uri};
+use crate::tls::trust::Trust;
 use crate::tls::verify::{
     Cause, Expected, NoIdentity, NotAccepted, cause, identity_of, tls_error, verified_peer,
 };
@@ -31,12 +32,12 @@ type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// What became of a handshake, seen from both sides.
 #[derive(Debug)]
-struct Outcome {
-    client: Result<ClientConnection, rustls::Error>,
-    server: Result<ServerConnection, rustls::Error>,
+pub(crate) struct Outcome {
+    pub(crate) client: Result<ClientConnection, rustls::Error>,
+    pub(crate) server: Result<ServerConnection, rustls::Error>,
 }
 
-fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
+pub(crate) fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
     let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
     let mut client = ClientConnection::new(client, name).unwrap();
     let mut server = ServerConnection::new(server).unwrap();
@@ -179,11 +180,7 @@ fn a_peer_that_only_knows_older_groups_and_the_other_suite_is_still_met() {
         let mut provider = aws_lc_rs::default_provider();
         provider.kx_groups = vec![group];
         provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384];
-        let verifier = Expected {
-            roots: pki.roots(),
-            algorithms: provider.signature_verification_algorithms,
-            expected: Arc::from([id(SERVER)]),
-        };
+        let verifier = Expected { trust: Trust::of(&pki.roots()), expected: Arc::from([id(SERVER)]) };
         let mut client = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&TLS13])
             .unwrap()
@@ -498,11 +495,7 @@ fn credentials_end_with_the_first_certificate_of_their_chain() {
 fn a_certificate_with_any_bit_changed_is_refused() {
     let pki = Pki::new();
     let (chain, _) = pki.certify(Leaf::of(SERVER));
-    let verifier = Expected {
-        roots: pki.roots(),
-        algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
-        expected: Arc::from([id(SERVER)]),
-    };
+    let verifier = Expected { trust: Trust::of(&pki.roots()), expected: Arc::from([id(SERVER)]) };
     let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
     let accepted = |leaf: &CertificateDer<'_>| {
         verifier.verify_server_cert(leaf, &chain[1..], &name, &[], UnixTime::now()).is_ok()
@@ -531,4 +524,38 @@ async fn the_reason_is_found_in_the_errors_of_a_socket() {
     let error = client.unwrap().read_u8().await.unwrap_err();
     assert!(matches!(cause(tls_error(&error).unwrap()), Cause::RefusedByPeer(_)), "{error:?}");
     assert!(tls_error(&std::io::ErrorKind::ConnectionReset.into()).is_none());
+}
+
+#[test]
+fn who_complies_with_pqc_meets_only_peers_with_the_hybrid_group() {
+    let pki = Pki::new();
+    let server = |compliance| {
+        let (chain, key) = pki.certify(Leaf::of(SERVER));
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider_for(compliance)))
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Arc::new(config)
+    };
+    let client = |groups: &[&'static dyn SupportedKxGroup]| {
+        let mut provider = provider_for(Compliance::None);
+        provider.kx_groups = groups.to_vec();
+        let verifier = Expected { trust: Trust::of(&pki.roots()), expected: Arc::from([id(SERVER)]) };
+        let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Arc::new(config)
+    };
+    let (hybrid, old) = (aws_lc_rs::kx_group::X25519MLKEM768, aws_lc_rs::kx_group::X25519);
+    let met = handshake(client(&[old, hybrid]), server(Compliance::Pqc)).server.unwrap();
+    assert_eq!(met.negotiated_key_exchange_group().unwrap().name(), NamedGroup::X25519MLKEM768);
+    assert!(handshake(client(&[old]), server(Compliance::Pqc)).server.is_err());
+    handshake(client(&[old]), server(Compliance::None)).server.unwrap();
 }

@@ -8,18 +8,18 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::ParsedCertificate;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    AlertDescription, CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, OtherError,
-    PeerIncompatible, RootCertStore, SignatureScheme,
+    AlertDescription, CertRevocationListError, CertificateError, CommonState, DigitallySignedStruct,
+    DistinguishedName, OtherError, PeerIncompatible, SignatureScheme,
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::model::identity::{InvalidSpiffeId, SpiffeId};
+use crate::tls::configs;
+use crate::tls::trust::Trust;
 
 /// The ALPN protocol of every connection of the mesh.
 pub const ALPN: &[u8] = b"h2";
@@ -29,13 +29,34 @@ const URI_MAX: usize = 2048;
 
 /// A peer whose chain and SPIFFE URI were verified on this connection. Only [`verified_peer`] makes one, so
 /// holding it is the proof.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct VerifiedPeer(SpiffeId);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedPeer {
+    id: SpiffeId,
+    shown: Option<Arc<Shown>>,
+}
+
+/// What a peer showed, to be looked up again when a certificate of its chain may have been revoked.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Shown {
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    /// When it was verified: a connection outlives the certificates it was made with.
+    pub(super) at: UnixTime,
+}
 
 impl VerifiedPeer {
     /// Who the peer is.
     pub fn id(&self) -> &SpiffeId {
-        &self.0
+        &self.id
+    }
+
+    /// The same peer, with what it showed on `connection`.
+    pub(super) fn showing(self, connection: &CommonState) -> Self {
+        let chain = connection.peer_certificates().unwrap_or_default().to_vec();
+        Self { shown: Some(Arc::new(Shown { chain, at: UnixTime::now() })), ..self }
+    }
+
+    pub(super) fn shown(&self) -> Option<&Shown> {
+        self.shown.as_deref()
     }
 }
 
@@ -65,9 +86,9 @@ pub fn verified_peer(connection: &CommonState) -> Result<VerifiedPeer, NoIdentit
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(NoIdentity::NotH2);
     }
-    let leaf =
-        connection.peer_certificates().and_then(|chain| chain.first()).ok_or(NoIdentity::NoCertificate)?;
-    Ok(VerifiedPeer(identity_of(leaf)?))
+    let chain = connection.peer_certificates().ok_or(NoIdentity::NoCertificate)?;
+    let id = identity_of(chain.first().ok_or(NoIdentity::NoCertificate)?)?;
+    Ok(VerifiedPeer { id, shown: None })
 }
 
 /// Why a certificate with a good chain is not accepted.
@@ -76,6 +97,12 @@ pub enum NotAccepted {
     /// Not a certificate, or its extensions contradict each other.
     #[error("the certificate cannot be read")]
     Malformed,
+    /// Nobody can say whether it was revoked.
+    #[error(
+        "certificate revocation lists are asked for and none could be loaded yet, so no peer is accepted: see the \
+         file that CRL_PATH names"
+    )]
+    NoRevocationList,
     /// It may sign other certificates, so it speaks for no workload (SPIFFE X509-SVID, section 5.2).
     #[error("the certificate is one that signs others, not one of a workload")]
     Signing,
@@ -167,6 +194,10 @@ pub enum Cause<'a> {
     Expired(&'a CertificateError),
     /// The peer's certificate (or one of its chain) is not valid yet: one of the two clocks is wrong.
     NotYetValid(&'a CertificateError),
+    /// A certificate of the peer's chain was revoked.
+    Revoked,
+    /// Nobody can say whether it was: the lists do not fit the authority.
+    RevocationUnknown(&'a CertRevocationListError),
     /// The peer's chain does not lead to a root of this mesh, or is not valid for this use.
     Untrusted(&'a CertificateError),
     /// The chain is good, but the identity is not one to accept.
@@ -183,6 +214,8 @@ pub fn cause(error: &rustls::Error) -> Cause<'_> {
     match error {
         rustls::Error::NoCertificatesPresented => Cause::NoCertificate,
         rustls::Error::AlertReceived(alert) => Cause::RefusedByPeer(*alert),
+        rustls::Error::InvalidCertificate(Bad::Revoked) => Cause::Revoked,
+        rustls::Error::InvalidCertRevocationList(bad) => Cause::RevocationUnknown(bad),
         rustls::Error::InvalidCertificate(bad) => match bad {
             Bad::Other(OtherError(inner)) => match inner.downcast_ref() {
                 Some(identity) => Cause::Identity(identity),
@@ -197,6 +230,15 @@ pub fn cause(error: &rustls::Error) -> Cause<'_> {
 }
 
 impl Cause<'_> {
+    /// Whether a revocation, or not knowing of one, was the reason.
+    pub fn is_revocation(&self) -> bool {
+        match self {
+            Self::Revoked | Self::RevocationUnknown(_) => true,
+            Self::Identity(bad) => **bad == NotAccepted::NoRevocationList,
+            _ => false,
+        }
+    }
+
     /// Whether who the peer is (rather than TLS as such) was the reason.
     pub fn is_identity(&self) -> bool {
         matches!(self, Self::Identity(_))
@@ -223,6 +265,14 @@ impl fmt::Display for Cause<'_> {
                 )
             }
             Self::NotYetValid(_) => f.write_str("the peer's certificate is not valid yet"),
+            Self::Revoked => f.write_str("a certificate of the peer's chain was revoked"),
+            Self::RevocationUnknown(CertRevocationListError::IssuerInvalidForCrl) => f.write_str(
+                "the authority's certificate does not allow it to sign revocation lists (key usage cRLSign), so its \
+                 lists prove nothing and none of its certificates is accepted",
+            ),
+            Self::RevocationUnknown(bad) => {
+                write!(f, "whether the peer's certificate was revoked cannot be said: {bad:?}")
+            }
             Self::Untrusted(CertificateError::UnknownIssuer) => {
                 f.write_str("the peer's certificate chain does not lead to a root of this mesh")
             }
@@ -242,6 +292,7 @@ impl fmt::Display for Cause<'_> {
 /// The alerts as peers of a mesh mean them.
 fn meaning(alert: AlertDescription) -> String {
     match alert {
+        AlertDescription::CertificateRevoked => "it holds our certificate for revoked".to_owned(),
         AlertDescription::UnknownCA => "it does not trust the root of our certificate".to_owned(),
         AlertDescription::CertificateExpired => "it holds our certificate for expired".to_owned(),
         AlertDescription::CertificateUnknown | AlertDescription::AccessDenied => {
@@ -253,16 +304,21 @@ fn meaning(alert: AlertDescription) -> String {
     }
 }
 
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    configs::provider().signature_verification_algorithms
+}
+
 /// Verifies clients: chain to the own roots, and a workload of the own trust domain.
 #[derive(Debug)]
 pub(super) struct SameTrustDomain {
-    pub(super) chain: Arc<dyn ClientCertVerifier>,
+    pub(super) trust: Trust,
     pub(super) own: SpiffeId,
 }
 
 impl ClientCertVerifier for SameTrustDomain {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        // Peers have one certificate to show, whatever roots are named: naming none makes a smaller handshake.
+        &[]
     }
 
     fn verify_client_cert(
@@ -271,7 +327,7 @@ impl ClientCertVerifier for SameTrustDomain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.trust.verify_client(end_entity, intermediates, now)?;
         let presented = identity_of(end_entity)?;
         let own = self.own.trust_domain();
         if presented.trust_domain() != own {
@@ -295,11 +351,11 @@ impl ClientCertVerifier for SameTrustDomain {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        algorithms().supported_schemes()
     }
 }
 
@@ -307,8 +363,7 @@ impl ClientCertVerifier for SameTrustDomain {
 /// mean nothing here.
 #[derive(Debug)]
 pub(super) struct Expected {
-    pub(super) roots: Arc<RootCertStore>,
-    pub(super) algorithms: WebPkiSupportedAlgorithms,
+    pub(super) trust: Trust,
     pub(super) expected: Arc<[SpiffeId]>,
 }
 
@@ -321,13 +376,7 @@ impl ServerCertVerifier for Expected {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        verify_server_cert_signed_by_trust_anchor(
-            &ParsedCertificate::try_from(end_entity)?,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )?;
+        self.trust.verify_server(end_entity, intermediates, now)?;
         let presented = identity_of(end_entity)?;
         if !self.expected.contains(&presented) {
             let expected = Arc::clone(&self.expected);
@@ -351,10 +400,10 @@ impl ServerCertVerifier for Expected {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        verify_tls13_signature(message, cert, dss, &algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        algorithms().supported_schemes()
     }
 }

@@ -2,21 +2,19 @@
 
 use std::error::Error;
 use std::fmt;
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::Uri;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::Code;
-use tonic::metadata::AsciiMetadataKey;
-use tonic::metadata::AsciiMetadataValue;
 use tonic::metadata::MetadataMap;
+use tonic::transport::Channel;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
+use ztunnel_proto::discovery::Resource;
 use ztunnel_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::prost_types::ListValue;
@@ -28,15 +26,20 @@ use crate::mesh::MeshWriter;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
 use crate::telemetry::metrics::Source;
-use crate::tls::control;
-use crate::tls::control::Roots;
-use crate::tls::control::RootsError;
+use crate::tls::grpc;
+use crate::tls::grpc::Connector;
+use crate::tls::grpc::ControlError;
+use crate::tls::grpc::ControlPlane;
 use crate::xds::backoff::Backoff;
 use crate::xds::backoff::Ended;
-use crate::xds::connect::connect;
+use crate::xds::cache::Cache;
+use crate::xds::convert::Rejected;
 use crate::xds::counts::Counts;
+use crate::xds::counts::Loaded;
 use crate::xds::counts::Reason;
+use crate::xds::session::Kind;
 use crate::xds::session::Received;
 use crate::xds::session::Session;
 
@@ -44,26 +47,16 @@ use crate::xds::session::Session;
 const MESSAGE_MAX: usize = 200 * 1024 * 1024;
 /// Resources that are applied before others on the thread get a turn: a few milliseconds' work.
 const SLICE: usize = 512;
+/// How long the file with the last good mesh may take to be read: no disk keeps a proxy from its control plane.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
 
-/// Where the token is that says who this node is.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Token {
-    /// In this file, which is read for every new connection. Without the file there is no token.
-    File(PathBuf),
-    /// This is it.
-    Literal(String),
-}
-
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(path) => write!(f, "{}", path.display()),
-            Self::Literal(_) => f.write_str("a literal"),
-        }
-    }
-}
+/// Bytes on their way: a push of a whole mesh is large.
+const WINDOW: u32 = 4 * 1024 * 1024;
+/// How long a new stream may stay without any response, unless said otherwise: a control plane that has just started
+/// has much to do.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Who this proxy is to the control plane.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -83,30 +76,27 @@ pub struct Identity {
 /// What the client is told at start.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The control plane: `https://host:port`. With `http` there is no TLS, and nobody is verified.
-    pub address: Uri,
-    /// Who vouches for it.
-    pub roots: Roots,
-    /// A DNS name that its certificate may have in place of the address's.
-    pub alt_hostname: Option<String>,
-    /// The token to present.
-    pub token: Option<Token>,
-    /// The cluster of this node.
-    pub cluster_id: String,
-    /// Headers to add to the call.
-    pub headers: Vec<(String, String)>,
+    /// The control plane, and how it is talked to.
+    pub plane: grpc::Config,
     /// Who this is.
     pub identity: Identity,
     /// How long a new stream may stay without any response.
     pub answer_timeout: Duration,
+    /// Where the last good mesh is kept, to be served at the next start until the control plane is there. The folder
+    /// must be there, and its owner's alone; beside it a file of the same name with `.new` is made.
+    pub cache: Option<PathBuf>,
 }
 
 /// How the mesh stands to the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
-    /// The first response of every type was accepted. Stays true.
+    /// The mesh can be served: the first response of every type was accepted, or the last good mesh was found in the
+    /// cache. Stays true.
     pub synced: bool,
-    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one.
+    /// The first response of every type was accepted: nothing is only what the cache had. Stays true.
+    pub confirmed: bool,
+    /// The mesh may be old since then: there has been no stream from that time on. `None` while there is one. With a
+    /// mesh from the cache this may be long before the process began.
     pub stale_since: Option<Instant>,
     /// Resources that the control plane sent and this proxy rejected, in all.
     pub rejected: u64,
@@ -120,11 +110,13 @@ pub fn start(
     mut signal: shutdown::Signal,
 ) -> watch::Receiver<Status> {
     let counts = Arc::new(Counts::default());
-    telemetry.register(Shown(Arc::clone(&counts)));
-    let first = Status { synced: false, stale_since: Some(Instant::now()), rejected: 0 };
+    let first = Status { synced: false, confirmed: false, stale_since: Some(Instant::now()), rejected: 0 };
     let (status, watched) = watch::channel(first);
+    telemetry.register(Shown(Arc::clone(&counts), watched.clone()));
     let session = Session::new(node(&config.identity));
-    let mut client = Client { config, session, writer, counts, status };
+    let plane = ControlPlane::new(config.plane.clone());
+    let mut client =
+        Client { config, plane, session, writer, counts, status, cache: None, confirmed: [false; 2] };
     shutdown::spawn(async move {
         tokio::select! {
             () = client.run() => {}
@@ -135,11 +127,15 @@ pub fn start(
     watched
 }
 
-struct Shown(Arc<Counts>);
+struct Shown(Arc<Counts>, watch::Receiver<Status>);
 
 impl Source for Shown {
     fn collect(&self, families: &mut Families<'_>) -> fmt::Result {
-        self.0.collect(families)
+        self.0.collect(families)?;
+        let stale_since = self.1.borrow().stale_since;
+        let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        let help = "Seconds since the mesh was last known to be that of the control plane; 0 while there is a stream.";
+        families.gauge("ztunnel_xds_mesh_age_seconds", help, &[Sample { labels: &[], value }])
     }
 }
 
@@ -184,11 +180,7 @@ fn wire_value(json: &serde_json::Value) -> Value {
 #[derive(Debug, thiserror::Error)]
 enum Interrupted {
     #[error(transparent)]
-    Roots(RootsError),
-    #[error("cannot read the token")]
-    Token(#[source] io::Error),
-    #[error("{0:?} cannot be sent as a header")]
-    Header(String),
+    Unusable(#[from] ControlError),
     #[error("cannot connect")]
     Connect(#[source] tonic::transport::Error),
     #[error("the control plane refused the stream: {0}")]
@@ -207,9 +199,7 @@ impl Interrupted {
             Self::Connect(_) | Self::Refused(_) => Reason::ConnectionError,
             Self::Broken(status) if is_leaving(status) => Reason::Reconnect,
             Self::Complete => Reason::Complete,
-            Self::Roots(_) | Self::Token(_) | Self::Header(_) | Self::Broken(_) | Self::Silent(_) => {
-                Reason::Error
-            }
+            Self::Unusable(_) | Self::Broken(_) | Self::Silent(_) => Reason::Error,
         }
     }
 }
@@ -226,19 +216,26 @@ fn is_leaving(status: &tonic::Status) -> bool {
 
 struct Client {
     config: Config,
+    plane: ControlPlane,
     session: Session,
     writer: MeshWriter,
     counts: Arc<Counts>,
     status: watch::Sender<Status>,
+    cache: Option<Cache>,
+    /// Of which types the first response was accepted.
+    confirmed: [bool; 2],
 }
 
 impl Client {
     async fn run(&mut self) {
+        if let Some(path) = self.config.cache.clone() {
+            self.restore(path).await;
+        }
         let mut backoff = Backoff::default();
         loop {
             let mut responses = 0_u64;
             let Err(interrupted) = self.connection(&mut responses).await;
-            self.counts.connected(false);
+            self.connected(false);
             self.status.send_modify(|status| {
                 status.stale_since.get_or_insert_with(Instant::now);
             });
@@ -262,16 +259,84 @@ impl Client {
         }
     }
 
+    /// Begins with the last good mesh, if there is one, and keeps it from now on.
+    async fn restore(&mut self, path: PathBuf) {
+        let (cache, stored) =
+            match Cache::open(path, self.config.plane.cluster.clone(), Arc::clone(&self.counts)) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn Error, "the mesh will not be kept");
+                    return;
+                }
+            };
+        match tokio::time::timeout(CACHE_TIMEOUT, stored).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(stored))) => {
+                let age = stored.age;
+                match self.replay(stored.resources).await {
+                    Ok(()) => {
+                        tracing::info!(?age, "the mesh is the last one known until there is a control plane");
+                        self.status.send_modify(|status| {
+                            status.synced = true;
+                            status.stale_since = Instant::now().checked_sub(age).or(status.stale_since);
+                        });
+                    }
+                    Err((name, reason)) => {
+                        tracing::warn!(name, %reason, "the mesh cache is not used");
+                        self.counts.cache_loaded(Loaded::Rejected);
+                        self.session = Session::new(node(&self.config.identity));
+                        cache.disown();
+                    }
+                }
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!("the mesh cache is not used: it could not be read in time");
+                self.counts.cache_loaded(Loaded::Unreadable);
+                cache.disown();
+            }
+        }
+        self.session.keep_accepted();
+        self.cache = Some(cache);
+    }
+
+    /// Takes all of this as if it had been received, or nothing: a mesh without one of its policies would allow what it
+    /// does not.
+    async fn replay(&mut self, resources: [Vec<Resource>; 2]) -> Result<(), (String, Rejected)> {
+        let mut changes = Vec::new();
+        for (kind, resources) in Kind::ALL.into_iter().zip(resources) {
+            let type_url = kind.type_url().to_owned();
+            let response = DeltaDiscoveryResponse { type_url, resources, ..Default::default() };
+            // It is of a known type.
+            let Received::Push(mut push) = self.session.receive(response) else { continue };
+            while !push.is_done() {
+                changes.extend(self.session.advance(&mut push, SLICE));
+                if let Some(rejected) = push.take_rejected() {
+                    return Err(rejected);
+                }
+                tokio::task::yield_now().await;
+            }
+            self.session.finish(push);
+        }
+        let mut changes = changes.into_iter();
+        while changes.len() > 0 {
+            self.writer.draft(changes.by_ref().take(SLICE));
+            tokio::task::yield_now().await;
+        }
+        self.writer.release();
+        Ok(())
+    }
+
+    fn connected(&self, connected: bool) {
+        self.counts.connected(connected);
+        if let Some(cache) = &self.cache {
+            cache.connected(connected);
+        }
+    }
+
     /// One connection, from its first to its last moment.
     async fn connection(&mut self, responses: &mut u64) -> Result<std::convert::Infallible, Interrupted> {
-        let config = &self.config;
-        let tls = match config.address.scheme_str() {
-            Some("http") => None,
-            _ => {
-                let also = config.alt_hostname.as_deref();
-                Some(control::client_config(&config.roots, also).map_err(Interrupted::Roots)?)
-            }
-        };
+        let connector = self.plane.connector()?;
+        let headers = self.plane.headers()?;
         let (requests, mut queue) = mpsc::channel(REQUESTS);
         for first in self.session.open() {
             // There is room for the first ones.
@@ -279,19 +344,19 @@ impl Client {
         }
         let stream = futures_util::stream::poll_fn(move |cx| queue.poll_recv(cx));
         let mut request = tonic::Request::new(stream);
-        headers(config, request.metadata_mut())?;
-        let channel = connect(&config.address, tls).await.map_err(Interrupted::Connect)?;
+        *request.metadata_mut() = MetadataMap::from_headers(headers);
+        let channel = connect(&self.plane, connector).await.map_err(Interrupted::Connect)?;
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
-        let silent = config.answer_timeout;
+        let silent = self.config.answer_timeout;
         let until = Instant::now() + silent;
         let stream = tokio::time::timeout_at(until, client.delta_aggregated_resources(request))
             .await
             .map_err(|_elapsed| Interrupted::Silent(silent))?
             .map_err(|status| Interrupted::Refused(Box::new(status)))?;
         let mut stream = stream.into_inner();
-        tracing::info!(address = %config.address, "connected to the control plane");
-        self.counts.connected(true);
+        tracing::info!(address = %self.plane.address(), "connected to the control plane");
+        self.connected(true);
         loop {
             let message = match *responses {
                 0 => tokio::time::timeout_at(until, stream.message())
@@ -328,6 +393,9 @@ impl Client {
         while !push.is_done() {
             let changes = self.session.advance(&mut push, SLICE);
             self.writer.draft(changes);
+            if let Some(cache) = &self.cache {
+                cache.note(kind, push.take_accepted());
+            }
             tokio::task::yield_now().await;
         }
         self.writer.release();
@@ -342,9 +410,15 @@ impl Client {
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");
         let answer = self.session.finish(push);
         let synced = self.session.is_synced();
+        if let Some(cache) = self.cache.as_ref().filter(|_| synced) {
+            cache.settle();
+        }
+        self.confirmed[kind as usize] |= answer.error_detail.is_none();
+        let confirmed = self.confirmed == [true; 2];
         self.status.send_if_modified(|status| {
             let before = *status;
             status.synced = synced;
+            status.confirmed = confirmed;
             status.stale_since = None;
             status.rejected += rejected as u64;
             *status != before
@@ -353,31 +427,13 @@ impl Client {
     }
 }
 
-/// The headers of the call: the token, the cluster, and what else was configured.
-fn headers(config: &Config, headers: &mut MetadataMap) -> Result<(), Interrupted> {
-    let mut insert = |name: &str, value: &str, secret: bool| {
-        let key = AsciiMetadataKey::from_bytes(name.to_ascii_lowercase().as_bytes());
-        let key = key.map_err(|_| Interrupted::Header(name.to_owned()))?;
-        let value = AsciiMetadataValue::try_from(value);
-        let mut value = value.map_err(|_| Interrupted::Header(name.to_owned()))?;
-        value.set_sensitive(secret);
-        headers.insert(key, value);
-        Ok(())
-    };
-    let token = match &config.token {
-        None => None,
-        Some(Token::Literal(token)) => Some(token.clone()),
-        Some(Token::File(path)) => match std::fs::read_to_string(path) {
-            Ok(token) => Some(token),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Interrupted::Token(error)),
-        },
-    };
-    if let Some(token) = token {
-        insert("authorization", &format!("Bearer {}", token.trim()), true)?;
-    }
-    insert("clusterid", &config.cluster_id, false)?;
-    config.headers.iter().try_for_each(|(name, value)| insert(name, value, false))
+/// A connection for a stream: what it carries is large now and then.
+async fn connect(plane: &ControlPlane, connector: Connector) -> Result<Channel, tonic::transport::Error> {
+    grpc::endpoint(plane.address())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .connect_with_connector(connector)
+        .await
 }
 
 #[cfg(test)]

@@ -36,6 +36,49 @@ impl Reason {
     }
 }
 
+/// What became of the file with the last good mesh at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// It was used.
+    Whole,
+    /// Its end was damaged. What comes before was used.
+    Torn,
+    /// There was none.
+    Absent,
+    /// It could not be read, or not in time.
+    Unreadable,
+    /// Another program's, another cluster's, or one that others can write.
+    Foreign,
+    /// It is damaged.
+    Damaged,
+    /// This version does not take what is in it.
+    Rejected,
+}
+
+impl Loaded {
+    const ALL: [Self; 7] = [
+        Self::Whole,
+        Self::Torn,
+        Self::Absent,
+        Self::Unreadable,
+        Self::Foreign,
+        Self::Damaged,
+        Self::Rejected,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Torn => "torn",
+            Self::Absent => "absent",
+            Self::Unreadable => "unreadable",
+            Self::Foreign => "foreign",
+            Self::Damaged => "damaged",
+            Self::Rejected => "rejected",
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     terminations: [AtomicU64; Reason::ALL.len()],
@@ -44,6 +87,10 @@ pub(super) struct Counts {
     rejected: [AtomicU64; Kind::ALL.len()],
     unknown_values: AtomicU64,
     connected: AtomicBool,
+    cache_loads: [AtomicU64; Loaded::ALL.len()],
+    /// Failed and successful.
+    cache_writes: [AtomicU64; 2],
+    cache_bytes: AtomicU64,
 }
 
 impl Counts {
@@ -66,6 +113,23 @@ impl Counts {
 
     pub(super) fn connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    pub(super) fn cache_loaded(&self, result: Loaded) {
+        self.cache_loads[result as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn cache_written(&self, successfully: bool) {
+        self.cache_writes[usize::from(successfully)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn cache_writes(&self, successfully: bool) -> u64 {
+        self.cache_writes[usize::from(successfully)].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn cache_bytes(&self, bytes: u64) {
+        self.cache_bytes.store(bytes, Ordering::Relaxed);
     }
 }
 
@@ -95,6 +159,21 @@ impl Source for Counts {
         families.counter("ztunnel_xds_unknown_values", help, &[Sample { labels: &[], value }])?;
         let help = "Whether there is a stream to the control plane.";
         let value = f64::from(u8::from(self.connected.load(Ordering::Relaxed)));
-        families.gauge("ztunnel_xds_connected", help, &[Sample { labels: &[], value }])
+        families.gauge("ztunnel_xds_connected", help, &[Sample { labels: &[], value }])?;
+        let results = Loaded::ALL.map(|result| [("result", result.label())]);
+        let samples = Loaded::ALL.map(|result| Sample {
+            labels: &results[result as usize],
+            value: self.cache_loads[result as usize].load(Ordering::Relaxed),
+        });
+        let help = "What became of the file with the last good mesh at start.";
+        families.counter("ztunnel_xds_cache_loads", help, &samples)?;
+        let results = [[("result", "failed")], [("result", "written")]];
+        let samples = [0, 1].map(|result| Sample {
+            labels: &results[result],
+            value: self.cache_writes[result].load(Ordering::Relaxed),
+        });
+        families.counter("ztunnel_xds_cache_writes", "Writes of that file.", &samples)?;
+        let value = self.cache_bytes.load(Ordering::Relaxed) as f64;
+        families.gauge("ztunnel_xds_cache_bytes", "The size of that file.", &[Sample { labels: &[], value }])
     }
 }

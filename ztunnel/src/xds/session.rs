@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::vec;
 
+use bytes::Bytes;
 use ztunnel_proto::discovery::DeltaDiscoveryRequest;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
@@ -18,7 +19,7 @@ use crate::xds::convert::Rejected;
 mod tests;
 
 /// A type of resources.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Workloads and services.
     Address,
@@ -54,6 +55,16 @@ pub struct Session {
     /// For each kind the names of what was accepted, with the versions.
     held: [HashMap<Box<str>, Box<str>>; 2],
     accepted: [bool; 2],
+    keeping: bool,
+}
+
+/// What became of a resource that was accepted, as it was received.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    /// Its name.
+    pub name: Box<str>,
+    /// Its version and its bytes; nothing if it was removed.
+    pub resource: Option<(Box<str>, Bytes)>,
 }
 
 /// What to do with a response.
@@ -73,6 +84,7 @@ pub struct Push {
     resources: vec::IntoIter<Resource>,
     removed: vec::IntoIter<String>,
     rejected: Vec<(String, Rejected)>,
+    accepted: Vec<Accepted>,
 }
 
 impl Push {
@@ -86,6 +98,16 @@ impl Push {
         &self.rejected
     }
 
+    /// The first resource that was rejected, if any was.
+    pub(super) fn take_rejected(&mut self) -> Option<(String, Rejected)> {
+        (!self.rejected.is_empty()).then(|| self.rejected.swap_remove(0))
+    }
+
+    /// What was accepted since this was asked last, if the session keeps it: see [`Session::keep_accepted`].
+    pub fn take_accepted(&mut self) -> Vec<Accepted> {
+        std::mem::take(&mut self.accepted)
+    }
+
     /// Whether everything has been looked at.
     pub fn is_done(&self) -> bool {
         self.resources.len() == 0 && self.removed.len() == 0
@@ -95,7 +117,13 @@ impl Push {
 impl Session {
     /// A session of `node` that has received nothing.
     pub fn new(node: Node) -> Self {
-        Self { node, converter: Converter::default(), held: Default::default(), accepted: [false; 2] }
+        let (converter, held) = (Converter::default(), Default::default());
+        Self { node, converter, held, accepted: [false; 2], keeping: false }
+    }
+
+    /// From now on what is accepted can be had from a push as it was received.
+    pub fn keep_accepted(&mut self) {
+        self.keeping = true;
     }
 
     /// The first requests on a new stream: everything of every type, without what is held already.
@@ -138,6 +166,7 @@ impl Session {
                 resources: resources.into_iter(),
                 removed: removed_resources.into_iter(),
                 rejected: Vec::new(),
+                accepted: Vec::new(),
             }),
             None => {
                 let message = "resources of this type were not asked for".to_owned();
@@ -155,6 +184,7 @@ impl Session {
         let mut left = limit;
         for Resource { name, version, resource, .. } in push.resources.by_ref().take(left) {
             left -= 1;
+            let value = resource.as_ref().filter(|_| self.keeping).map(|any| any.value.clone());
             let converted = match resource {
                 Some(any) if any.type_url != kind.type_url() => {
                     Err(Rejected::Unsupported("a resource of another type than the response's"))
@@ -168,13 +198,20 @@ impl Session {
             match converted {
                 Ok(change) => {
                     changes.push(change);
-                    held.insert(name.into_boxed_str(), version.into_boxed_str());
+                    let (name, version) = (name.into_boxed_str(), version.into_boxed_str());
+                    if let Some(value) = value {
+                        let resource = Some((version.clone(), value));
+                        push.accepted.push(Accepted { name: name.clone(), resource });
+                    }
+                    held.insert(name, version);
                 }
                 Err(reason) => push.rejected.push((name, reason)),
             }
         }
         for name in push.removed.by_ref().take(left) {
-            held.remove(name.as_str());
+            if held.remove(name.as_str()).is_some() && self.keeping {
+                push.accepted.push(Accepted { name: Box::from(name.as_str()), resource: None });
+            }
             match kind {
                 Kind::Address => changes.push(self.converter.removed_address(&name)),
                 Kind::Authorization => changes.extend(self.converter.removed_authorization(&name)),

@@ -1,15 +1,37 @@
 use std::io;
+use std::io::Read as _;
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 
+use flate2::read::GzDecoder;
+use futures_util::future::BoxFuture;
+use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::*;
+use crate::admin::dump;
+use crate::admin::dump::Sources;
+use crate::admin::quit;
+use crate::api;
+use crate::identity::ca::CertificateAuthority;
+use crate::identity::ca::IssueError;
+use crate::identity::worker;
+use crate::mesh;
+use crate::model::identity::SpiffeId;
+use crate::net::bypass::Bypass;
+use crate::proxy;
+use crate::proxy::DataPlane;
 use crate::shutdown::Trigger;
 use crate::telemetry;
 use crate::telemetry::line::Format;
+use crate::telemetry::logging::Filter;
+use crate::telemetry::logging::Levels;
 use crate::telemetry::writer;
+use crate::tls::configs::Credentials;
+use crate::tls::trust::Trust;
 
 /// A server on a free port of the loopback.
 async fn start(site: Site, connections_max: usize) -> (SocketAddr, Trigger) {
@@ -27,12 +49,16 @@ fn metrics_site() -> Site {
 
 /// What the server answers to `request`, up to the end of the connection.
 async fn exchange(address: SocketAddr, request: &str) -> String {
+    String::from_utf8(exchange_bytes(address, request).await).unwrap()
+}
+
+async fn exchange_bytes(address: SocketAddr, request: &str) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     // A server that refuses a request without reading all of it resets the connection after its answer.
     let _reset = stream.read_to_end(&mut answer).await;
-    String::from_utf8(answer).unwrap()
+    answer
 }
 
 async fn get(address: SocketAddr, path: &str, extra: &str) -> String {
@@ -51,11 +77,11 @@ async fn readiness_names_who_is_waited_for() {
 
     let answer = get(address, "/healthz/ready", "").await;
     assert!(
-        answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\nnot ready, pending: mesh, proxy\n")
+        answer.starts_with("HTTP/1.1 500 ") && answer.ends_with("\r\n\r\nnot ready, pending: mesh, proxy\n")
     );
     mesh.lift();
     let answer = get(address, "/healthz/ready", "").await;
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\nnot ready, pending: proxy\n"));
+    assert!(answer.starts_with("HTTP/1.1 500 ") && answer.ends_with("\r\n\r\nnot ready, pending: proxy\n"));
     proxy.lift();
     let answer = get(address, "/healthz/ready", "").await;
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nready\n"), "{answer}");
@@ -77,6 +103,170 @@ async fn metrics_come_in_the_type_asked_for() {
         answer.contains("\r\ncontent-type: application/openmetrics-text;charset=utf-8;version=1.0.0\r\n"),
         "{answer}"
     );
+}
+
+/// The head of an answer, and its body uncompressed.
+fn unpacked(answer: &[u8]) -> (String, String) {
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap() + 4;
+    let head = String::from_utf8(answer[..end].to_vec()).unwrap();
+    assert!(head.contains("\r\ncontent-encoding: gzip\r\n"), "{head}");
+    let (mut packed, mut body) = (Vec::new(), String::new());
+    if head.contains("transfer-encoding: chunked") {
+        let mut rest = &answer[end..];
+        loop {
+            let line = rest.windows(2).position(|bytes| bytes == b"\r\n").unwrap();
+            let length = usize::from_str_radix(std::str::from_utf8(&rest[..line]).unwrap(), 16).unwrap();
+            packed.extend_from_slice(&rest[line + 2..line + 2 + length]);
+            rest = &rest[line + 4 + length..];
+            if length == 0 {
+                break;
+            }
+        }
+    } else {
+        packed.extend_from_slice(&answer[end..]);
+    }
+    GzDecoder::new(&packed[..]).read_to_string(&mut body).unwrap();
+    (head, body)
+}
+
+#[tokio::test]
+async fn metrics_are_compressed_for_who_takes_that() {
+    let (address, _running) = start(metrics_site(), SCRAPES_MAX).await;
+    let request = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\naccept-encoding: gzip\r\n\r\n";
+    let (_, body) = unpacked(&exchange_bytes(address, request).await);
+    assert!(body.contains("istio_build{") && body.ends_with("# EOF\n"), "{body}");
+}
+
+struct NoBypass;
+
+impl Bypass for NoBypass {
+    fn vouch(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct NoAuthority;
+
+impl CertificateAuthority for NoAuthority {
+    fn issue<'a>(&'a self, _identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        Box::pin(async { Err(IssueError::Refused { reason: "none here".to_owned() }) })
+    }
+}
+
+struct Admin {
+    address: SocketAddr,
+    trigger: Trigger,
+    asked: quit::Asked,
+}
+
+async fn admin() -> Admin {
+    let (mut mesh_writer, reader) = mesh::mesh();
+    mesh_writer.publish(dump::tests::sample_mesh());
+    let (trigger, signal) = shutdown::channel();
+    let identities = worker::start(Arc::new(NoAuthority), Trust::default(), signal.clone());
+    let log = writer::start(Box::new(io::sink()), Format::Plain).unwrap();
+    let telemetry = Telemetry::new(telemetry::Config::default(), log);
+    let config = proxy::Config { threads: 1, ..proxy::Config::default() };
+    let bypass = Arc::new(NoBypass);
+    let data_plane =
+        DataPlane::start(config, reader.clone(), identities.clone(), &telemetry, bypass, signal.clone());
+    let sources = Sources {
+        mesh: reader,
+        identities,
+        data_plane: Arc::new(data_plane.unwrap()),
+        waiting: watch::Sender::new(Arc::default()).subscribe(),
+        settings: Arc::from([api::Setting {
+            name: "NODE_NAME".to_owned(),
+            value: "n".to_owned(),
+            origin: "environment".to_owned(),
+        }]),
+        version: dump::tests::version(),
+    };
+    let (quit, asked) = quit::quit();
+    let levels = Levels::unattached(Filter::default());
+    let console = Console::new(sources, levels, telemetry, quit);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    shutdown::spawn(serve_console(listener, console, signal));
+    Admin { address, trigger, asked }
+}
+
+async fn post(address: SocketAddr, path: &str) -> String {
+    let head = "host: x\r\nconnection: close\r\ncontent-length: 0\r\n";
+    exchange(address, &format!("POST {path} HTTP/1.1\r\n{head}\r\n")).await
+}
+
+#[tokio::test]
+async fn the_dump_comes_whole_plain_or_compressed() {
+    let admin = admin().await;
+    let gzip = "GET /config_dump HTTP/1.1\r\nhost: x\r\nconnection: close\r\naccept-encoding: gzip\r\n\r\n";
+    let (head, body) = unpacked(&exchange_bytes(admin.address, gzip).await);
+    assert!(head.contains("content-type: application/json"), "{head}");
+    let document: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(document["workloads"].as_array().unwrap().len(), 2);
+    assert_eq!(document["config"]["nodeName"], "n");
+    let plain = get(admin.address, "/config_dump", "").await;
+    assert!(plain.starts_with("HTTP/1.1 200 ") && plain.contains("\"workloadState\": {}"), "{plain}");
+}
+
+#[tokio::test]
+async fn the_logs_levels_are_shown_and_changed() {
+    let admin = admin().await;
+    for (path, body) in [
+        ("/logging", "current log level is info\n"),
+        ("/logging?level=access:debug", "current log level is info,access=debug\n"),
+        ("/logging?level=warn", "current log level is warn,access=debug\n"),
+        ("/logging?level=info&reset", "current log level is info\n"),
+        ("/logging?level=ztunnel%3A%3Aproxy=trace", "current log level is info,ztunnel::proxy=trace\n"),
+        ("/logging?reset=", "current log level is info\n"),
+    ] {
+        let answer = post(admin.address, path).await;
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(body), "{path}: {answer}");
+    }
+    for path in ["/logging?level=loud", "/logging?levels=info", "/logging?level=%zz"] {
+        let answer = post(admin.address, path).await;
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("usage: POST /logging"), "{answer}");
+    }
+    let answer = get(admin.address, "/logging", "").await;
+    assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains("\r\nallow: POST\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn other_paths_of_the_admin_port_are_not_found() {
+    let admin = admin().await;
+    assert_eq!(status(&get(admin.address, "/nothing", "").await), "404");
+    assert_eq!(status(&get(admin.address, "/quitquitquit", "").await), "405");
+    assert_eq!(status(&get(admin.address, "/debug/pprof/profile?seconds=0", "").await), "400");
+    let heap = get(admin.address, "/debug/pprof/heap", "").await;
+    assert!(heap.starts_with("HTTP/1.1 500 ") && heap.contains("heap profiling is not active"), "{heap}");
+    for (query, wanted) in
+        [("", "200"), ("?activate=false", "200"), ("?activate=true", "500"), ("?a=%", "400")]
+    {
+        let answer = get(admin.address, &format!("/debug/pprof/heap/profiling{query}"), "").await;
+        assert_eq!(status(&answer), wanted, "{query}");
+    }
+    let page = get(admin.address, "/", "").await;
+    assert!(page.contains("content-type: text/html") && page.contains("config_dump"), "{page}");
+}
+
+#[tokio::test]
+async fn who_asks_to_quit_is_answered_at_the_end() {
+    let mut admin = admin().await;
+    let answer = shutdown::spawn(post_owned(admin.address));
+    admin.asked.asked().await;
+    assert!(!answer.is_finished(), "answered before the end");
+    admin.trigger.drain();
+    // A dump in the middle of a drain shows that the answer waits for more than that.
+    assert_eq!(status(&get(admin.address, "/config_dump", "").await), "200");
+    assert!(!answer.is_finished(), "answered before the end");
+    admin.trigger.close();
+    admin.asked.answered().await;
+    let answer = answer.await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nshutdown now\n"), "{answer}");
+}
+
+async fn post_owned(address: SocketAddr) -> String {
+    post(address, "/quitquitquit").await
 }
 
 #[tokio::test]

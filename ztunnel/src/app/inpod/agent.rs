@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nix::ifaddrs::getifaddrs;
 use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tokio::time::sleep_until;
@@ -18,6 +19,7 @@ use crate::app::handover::HandedPod;
 use crate::capture;
 use crate::capture::Listeners;
 use crate::config::resolved::Zds;
+use crate::enrol::pod::Awaited;
 use crate::enrol::zds::AgentPod;
 use crate::enrol::zds::link::Happened;
 use crate::enrol::zds::link::Link;
@@ -63,6 +65,8 @@ pub(super) struct Agent {
     /// Listeners by network namespace that came from the daemon before this one, until they are used.
     inherited: HashMap<(u64, u64), Arc<Listeners>>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    /// The pods that are not served yet, for those who ask.
+    awaited: watch::Sender<Arc<[Awaited]>>,
 }
 
 impl Agent {
@@ -79,7 +83,13 @@ impl Agent {
             served: HashMap::new(),
             inherited: HashMap::new(),
             answers: mpsc::channel(ANSWERS),
+            awaited: watch::Sender::new(Arc::default()),
         }
+    }
+
+    /// The pods that are not served yet.
+    pub(super) fn awaited(&self) -> watch::Receiver<Arc<[Awaited]>> {
+        self.awaited.subscribe()
     }
 
     /// Serves the pods of the daemon before this one, on its sockets.
@@ -228,7 +238,15 @@ impl Agent {
                 }
             }
         }
+        if self.machine.pending() > 0 || !self.awaited.borrow().is_empty() {
+            self.awaited.send_replace(self.machine.waiting().map(|pod| self.awaited_as(pod)).collect());
+        }
         step
+    }
+
+    fn awaited_as(&self, pod: &AgentPod) -> Awaited {
+        let [namespace, name] = [&pod.namespace, &pod.name].map(Arc::clone);
+        Awaited { uid: pod.uid.clone(), namespace, name, workload: self.named(pod) }
     }
 
     fn send(&mut self, bytes: &[u8], events: &mut VecDeque<Event<AgentPod>>) {

@@ -162,7 +162,12 @@ impl<P: Enrolled> Machine<P> {
         self.pods.captured()
     }
 
-    /// Pods whose traffic should, and does not.
+    /// Pods whose traffic should, and does not (yet).
+    pub fn waiting(&self) -> impl Iterator<Item = &P> {
+        self.pods.waiting()
+    }
+
+    /// How many those are.
     pub fn pending(&self) -> usize {
         self.pods.pending()
     }

@@ -4,7 +4,9 @@ use futures_util::future::{BoxFuture, join_all};
 use tokio::time::advance;
 
 use super::*;
-use crate::tls::testing::{Pki, id};
+use crate::tls::revocation::Lists;
+use crate::tls::testing::{Leaf, Pki, id};
+use crate::tls::tests::handshake;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -47,6 +49,14 @@ impl Node {
     }
 
     fn with_jitter(jitter: f64) -> Self {
+        Self::inheriting(jitter, |_pki, _wall| Vec::new())
+    }
+
+    fn inheriting(
+        jitter: f64,
+        inherited: impl FnOnce(&Pki, &Arc<dyn Fn() -> SystemTime + Send + Sync>) -> Vec<Credentials>,
+    ) -> Self {
+        let pki = Pki::new();
         let began = Instant::now();
         let set_forward = Arc::new(std::sync::atomic::AtomicU64::new(0));
         let wall: Arc<dyn Fn() -> SystemTime + Send + Sync> = {
@@ -59,8 +69,14 @@ impl Node {
         let (sender, calls) = mpsc::unbounded_channel();
         let (trigger, signal) = shutdown::channel();
         let environment = Environment { wall: Arc::clone(&wall), jitter: Box::new(move || jitter) };
-        let identities = start_in(environment, Arc::new(Scripted(sender)), signal);
-        Self { identities, calls, trigger, pki: Pki::new(), wall, set_forward, began }
+        let identities = start_in(
+            environment,
+            Arc::new(Scripted(sender)),
+            Trust::default(),
+            inherited(&pki, &wall),
+            signal,
+        );
+        Self { identities, calls, trigger, pki, wall, set_forward, began }
     }
 
     /// The next request to the authority, however much time passes until then.
@@ -426,7 +442,7 @@ impl CertificateAuthority for Panicking {
 #[tokio::test(start_paused = true)]
 async fn an_authority_that_panics_does_not_take_the_worker_along() {
     let (_trigger, signal) = shutdown::channel();
-    let identities = start(Arc::new(Panicking), signal);
+    let identities = start(Arc::new(Panicking), Trust::default(), signal);
     for (name, expected) in [("a", "a defect of this program"), ("b", "no panic")] {
         let error = identities.credentials(&account(name)).await.unwrap_err();
         assert!(chain(&error).contains(expected), "{}", chain(&error));
@@ -476,4 +492,229 @@ async fn asking_adds_little_to_the_future_of_a_connection() {
     let node = Node::start();
     let size = size_of_val(&node.identities.credentials(&account("a")));
     assert!(size <= 192, "{size} bytes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_is_away_for_an_hour_costs_no_connection_and_is_not_besieged() {
+    let mut node = Node::start();
+    let many: Vec<_> = (0..30).map(|n| account(&format!("w{n:02}"))).collect();
+    node.retain(&many.iter().collect::<Vec<_>>());
+    for _ in &many {
+        let call = node.call().await;
+        node.grant(call);
+    }
+    settle().await;
+    // The renewals become due, and nobody answers them any more.
+    let first = node.call().await;
+    let began = Instant::now();
+    assert!(began.duration_since(node.began) > 11 * HOUR);
+    first.refuse();
+    let mut asked = 1;
+    while began.elapsed() < HOUR {
+        let call = node.call().await;
+        for who in &many {
+            assert!(node.identities.current(who).is_some(), "{who} has a certificate that has not ended");
+            assert!(node.identities.credentials(who).await.is_ok());
+        }
+        asked += 1;
+        call.refuse();
+    }
+    // Each backs off to 150 s: 8 attempts in the first 255 s, 22 in what is left.
+    assert!((30 * 25..30 * 35).contains(&asked), "asked {asked} times");
+    // It is back: within the longest delay everybody has a new certificate.
+    let back = Instant::now();
+    let mut renewed = HashSet::new();
+    while renewed.len() < many.len() {
+        let call = node.call().await;
+        renewed.insert(call.id.clone());
+        node.grant(call);
+        settle().await;
+    }
+    assert!(back.elapsed() <= Duration::from_secs(151), "{:?}", back.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_pulls_a_retry_forward_but_many_do_not_besiege_the_authority() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.retain(&[&who]);
+    for _ in 0..9 {
+        node.call().await.refuse();
+    }
+    settle().await;
+    // The next attempt is 150 s off; a connection comes a minute later and has it made at once.
+    advance(Duration::from_secs(60)).await;
+    let (asked, waiting) = (Instant::now(), node.ask(&who));
+    let call = node.call().await;
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    call.refuse();
+    assert!(matches!(waiting.await.unwrap(), Err(Unavailable::Failed { .. })));
+    // The next ones hear of the failure at once, and only every 5 s is there another attempt.
+    let (began, mut calls) = (Instant::now(), 0);
+    while began.elapsed() < Duration::from_secs(60) {
+        let waiting: Vec<_> = (0..100).map(|_| node.ask(&who)).collect();
+        settle().await;
+        if let Ok(call) = node.calls.try_recv() {
+            calls += 1;
+            call.refuse();
+        }
+        drop(waiting);
+        advance(Duration::from_millis(500)).await;
+    }
+    assert!((9..=12).contains(&calls), "asked {calls} times in a minute");
+    node.ask(&who);
+    let call = node.call().await;
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
+}
+
+impl Node {
+    /// Certifies for a day from now, under another root.
+    fn grant_under(&self, pki: &Pki, call: Call) {
+        let now = (self.wall)();
+        assert!(call.answer.send(Ok(pki.credentials(&call.id, now, now + DAY))).is_ok(), "nobody waits");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_root_is_trusted_at_once_and_shown_later() {
+    let mut node = Node::start();
+    let (one, other) = (account("a"), account("b"));
+    node.retain(&[&one, &other]);
+    for _ in 0..2 {
+        let call = node.call().await;
+        node.grant(call);
+    }
+    settle().await;
+    let old = node.identities.current(&one).unwrap();
+    let new = Pki::named("new root");
+    let trusts = |pki: &Pki| node.identities.trust().roots().roots.contains(&pki.roots().roots[0]);
+    assert!(!trusts(&new));
+    let call = node.calls.recv().await.unwrap();
+    let (first, began) = (call.id.clone(), Instant::now());
+    node.grant_under(&new, call);
+    settle().await;
+    assert!(trusts(&new) && trusts(&node.pki), "peers of both sides are accepted");
+    let call = node.calls.recv().await.unwrap();
+    assert_ne!(call.id, first);
+    assert!(began.elapsed() <= Duration::from_secs(61), "the other follows, whenever it was due");
+    node.grant_under(&new, call);
+    settle().await;
+    for who in [&one, &other] {
+        let shown = node.identities.current(who).unwrap();
+        assert!(shown.leads_to(&node.pki.roots()), "peers that only know the old root are still met");
+    }
+    advance(5 * HOUR).await;
+    settle().await;
+    assert!(Arc::ptr_eq(&node.identities.current(&one).unwrap(), &old));
+    advance(HOUR + Duration::from_secs(120)).await;
+    settle().await;
+    for who in [&one, &other] {
+        let shown = node.identities.current(who).unwrap();
+        assert!(shown.leads_to(&new.roots()) && !shown.leads_to(&node.pki.roots()));
+    }
+    // What is held back goes with its identity.
+    assert!(node.calls.try_recv().is_err(), "nothing was asked for twice");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_root_beside_the_old_one_changes_nothing_that_is_shown() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    let call = node.call().await;
+    let mut both = rustls::RootCertStore::clone(&node.pki.roots());
+    both.extend(Pki::named("new root").roots().roots.iter().cloned());
+    let (chain, key) = node.pki.certify(Leaf {
+        not_before: (node.wall)(),
+        not_after: (node.wall)() + DAY,
+        ..Leaf::of(who.as_str())
+    });
+    let credentials = Credentials::new(who.clone(), chain, key, Arc::new(both)).unwrap();
+    let serial = credentials.serial().to_owned();
+    assert!(call.answer.send(Ok(credentials)).is_ok());
+    settle().await;
+    assert_eq!(node.identities.current(&who).unwrap().serial(), serial);
+    assert_eq!(node.identities.trust().roots().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_of_an_unknown_root_has_the_authority_asked_but_not_again_and_again() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    let new = Pki::named("new root");
+    let (chain, key) = new.certify(Leaf::of(account("b").as_str()));
+    let stranger = Credentials::new(account("b"), chain, key, new.roots()).unwrap();
+    let meet = |node: &Node| {
+        let client = node.identities.current(&who).unwrap().client_config(&[account("b")]);
+        handshake(client, stranger.server_config()).client.map(drop)
+    };
+    for _ in 0..10 {
+        meet(&node).unwrap_err();
+        settle().await;
+    }
+    let call = node.call().await;
+    assert!(node.began.elapsed() < Duration::from_secs(60), "long before it is due");
+    node.grant(call);
+    for _ in 0..10 {
+        meet(&node).unwrap_err();
+        node.no_call().await;
+    }
+    advance(Duration::from_secs(301)).await;
+    meet(&node).unwrap_err();
+    let call = node.call().await;
+    node.grant_under(&new, call);
+    settle().await;
+    let trusted = node.identities.trust().roots();
+    assert!(trusted.roots.contains(&new.roots().roots[0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_of_our_own_that_was_revoked_is_replaced() {
+    let mut node = Node::start();
+    let (who, other) = (account("a"), account("b"));
+    node.retain(&[&who, &other]);
+    for _ in 0..2 {
+        let call = node.call().await;
+        node.grant(call);
+    }
+    settle().await;
+    let revoked = node.identities.current(&who).unwrap();
+    let lists = node.pki.revoking(&[&revoked.chain()[0]]);
+    node.identities.trust().revoke(Lists::parse(&lists).unwrap());
+    let asked = Instant::now();
+    let call = node.call().await;
+    assert_eq!((&call.id, asked.elapsed()), (&who, Duration::ZERO));
+    node.grant(call);
+    settle().await;
+    assert_ne!(node.identities.current(&who).unwrap().serial(), revoked.serial());
+    node.no_call().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_earlier_daemon_left_serves_until_it_is_due() {
+    let (who, gone, ended) = (account("a"), account("gone"), account("ended"));
+    let left = |pki: &Pki, wall: &Arc<dyn Fn() -> SystemTime + Send + Sync>| {
+        let now = wall();
+        vec![
+            pki.credentials(&who, now - 2 * HOUR, now + 22 * HOUR),
+            pki.credentials(&gone, now - 2 * HOUR, now + 22 * HOUR),
+            pki.credentials(&ended, now - DAY, now),
+        ]
+    };
+    let mut node = Node::inheriting(0.0, left);
+    assert!(node.identities.credentials(&who).await.is_ok(), "at once");
+    assert!(node.identities.current(&ended).is_none());
+    node.retain(&[&who]);
+    settle().await;
+    assert!(node.identities.current(&gone).is_none(), "no workload has it any more");
+    let call = node.call().await;
+    assert_eq!(call.id, who);
+    let hours = node.began.elapsed().as_secs_f64() / 3600.0;
+    assert!((hours - 10.0).abs() < 0.001, "renewed after {hours} hours");
+    call.refuse();
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
 }

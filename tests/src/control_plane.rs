@@ -1,4 +1,4 @@
-//! A control plane that does what a test says, on the same wire formats.
+//! A control plane that does what a test says, on the wire formats of istiod.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,10 +11,11 @@ use futures_util::Stream;
 use futures_util::stream::poll_fn;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
@@ -24,11 +25,13 @@ use ztunnel_proto::discovery::aggregated_discovery_service_server::{
 };
 use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-type Answer = Result<DeltaDiscoveryResponse, Status>;
+/// What is sent on a stream.
+pub type Answer = Result<DeltaDiscoveryResponse, Status>;
 
 /// A control plane that listens. Every stream is the test's to serve.
-pub(crate) struct ControlPlane {
-    pub(crate) address: SocketAddr,
+pub struct ControlPlane {
+    /// Where it listens.
+    pub address: SocketAddr,
     streams: mpsc::Receiver<Served>,
     /// How many more bytes it writes before its connections break.
     allowance: Arc<AtomicUsize>,
@@ -37,41 +40,47 @@ pub(crate) struct ControlPlane {
 }
 
 /// One stream of a client.
-pub(crate) struct Served {
-    pub(crate) headers: MetadataMap,
+pub struct Served {
+    /// The headers of the call.
+    pub headers: MetadataMap,
     requests: Streaming<DeltaDiscoveryRequest>,
     answers: mpsc::Sender<Answer>,
 }
 
 impl Served {
     /// The client's next request; nothing once it is gone.
-    pub(crate) async fn request(&mut self) -> Option<DeltaDiscoveryRequest> {
+    pub async fn request(&mut self) -> Option<DeltaDiscoveryRequest> {
         self.requests.message().await.ok().flatten()
     }
 
     /// Sends a response.
-    pub(crate) async fn send(&self, response: DeltaDiscoveryResponse) {
+    pub async fn send(&self, response: DeltaDiscoveryResponse) {
         self.answers.send(Ok(response)).await.expect("the stream is served");
     }
 
     /// Sends a response and gives the answer to it.
-    pub(crate) async fn push(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    pub async fn push(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
         self.send(response).await;
         self.request().await.expect("the client answers")
     }
 
+    /// What comes, and where to send what goes.
+    pub fn split(self) -> (Streaming<DeltaDiscoveryRequest>, mpsc::Sender<Answer>) {
+        (self.requests, self.answers)
+    }
+
     /// Ends the stream with an error.
-    pub(crate) async fn fail(self, status: Status) {
+    pub async fn fail(self, status: Status) {
         self.answers.send(Err(status)).await.expect("the stream is served");
     }
 }
 
 impl ControlPlane {
-    /// Listens on a port of loopback, or on this one; with TLS if there is a configuration for it.
-    pub(crate) async fn start(port: u16, tls: Option<Arc<ServerConfig>>) -> Self {
+    /// Listens on this IPv4 address (port 0: any).
+    pub async fn start(address: SocketAddr, tls: Arc<ServerConfig>) -> Self {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         socket.set_reuseaddr(true).expect("an option");
-        socket.bind(([127, 0, 0, 1], port).into()).expect("the port is free");
+        socket.bind(address).expect("the port is free");
         let listener = socket.listen(16).expect("it can listen");
         let address = listener.local_addr().expect("it has an address");
         let (accepted, mut incoming) = mpsc::channel(16);
@@ -93,17 +102,17 @@ impl ControlPlane {
     }
 
     /// The next stream of a client.
-    pub(crate) async fn stream(&mut self) -> Served {
+    pub async fn stream(&mut self) -> Served {
         self.streams.recv().await.expect("it serves")
     }
 
     /// How many connections there have been.
-    pub(crate) fn connections(&self) -> usize {
+    pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
     /// Breaks its connections after so many more bytes.
-    pub(crate) fn break_after(&self, bytes: usize) {
+    pub fn break_after(&self, bytes: usize) {
         self.allowance.store(bytes, Ordering::Relaxed);
     }
 }
@@ -116,7 +125,7 @@ impl Drop for ControlPlane {
 
 async fn accept(
     listener: TcpListener,
-    tls: Option<Arc<ServerConfig>>,
+    tls: Arc<ServerConfig>,
     allowance: Arc<AtomicUsize>,
     connections: Arc<AtomicUsize>,
     accepted: mpsc::Sender<io::Result<Wire>>,
@@ -124,14 +133,8 @@ async fn accept(
     loop {
         let Ok((socket, _)) = listener.accept().await else { return };
         connections.fetch_add(1, Ordering::Relaxed);
-        let inner: Box<dyn Duplex> = match &tls {
-            None => Box::new(socket),
-            // A client that does not like the certificate is none.
-            Some(tls) => match TlsAcceptor::from(Arc::clone(tls)).accept(socket).await {
-                Ok(stream) => Box::new(stream),
-                Err(_refused) => continue,
-            },
-        };
+        // A client that does not like the certificate is none.
+        let Ok(inner) = TlsAcceptor::from(Arc::clone(&tls)).accept(socket).await else { continue };
         let wire = Wire { inner, allowance: Arc::clone(&allowance) };
         if accepted.send(Ok(wire)).await.is_err() {
             return;
@@ -160,12 +163,9 @@ impl AggregatedDiscoveryService for Script {
     }
 }
 
-trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
-
 /// A connection that may break in the middle of a message.
 struct Wire {
-    inner: Box<dyn Duplex>,
+    inner: TlsStream<TcpStream>,
     allowance: Arc<AtomicUsize>,
 }
 

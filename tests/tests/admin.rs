@@ -1,0 +1,296 @@
+//! What operators and their tools ask a running daemon: read with the types of `istioctl`, which are not forgiving.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use common::in_world;
+use serde::Deserialize;
+use ztunnel_tests::daemon::ADMIN_PORT;
+use ztunnel_tests::peer::hold::Held;
+use ztunnel_tests::poll::eventually;
+use ztunnel_tests::world::{HTTP, LINES, On, World, curl, http};
+
+/// The document as `istioctl ztunnel-config` reads it. A field without a default is one it prints.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Dump {
+    workloads: Vec<Workload>,
+    services: Vec<Service>,
+    policies: Vec<Policy>,
+    certificates: Vec<Certificates>,
+    workload_state: BTreeMap<String, State>,
+    config: BTreeMap<String, String>,
+    config_origins: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Workload {
+    workload_ips: Vec<std::net::IpAddr>,
+    protocol: String,
+    name: String,
+    namespace: String,
+    uid: String,
+    status: String,
+    cluster_id: String,
+    capacity: u32,
+    #[serde(default)]
+    node: String,
+    #[serde(default)]
+    services: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Service {
+    name: String,
+    namespace: String,
+    hostname: String,
+    vips: Vec<String>,
+    ports: BTreeMap<u16, u16>,
+    endpoints: BTreeMap<String, Endpoint>,
+    subject_alt_names: Vec<String>,
+    #[serde(default = "dual")]
+    ip_families: String,
+    canonical: bool,
+    visibility: String,
+}
+
+fn dual() -> String {
+    "Dual".to_owned()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Endpoint {
+    workload_uid: String,
+    port: BTreeMap<u16, u16>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Policy {
+    name: String,
+    namespace: String,
+    scope: String,
+    action: String,
+    rules: Vec<Vec<Vec<BTreeMap<String, serde_json::Value>>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Certificates {
+    identity: String,
+    state: String,
+    cert_chain: Vec<Certificate>,
+    root_certs: Vec<Certificate>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Certificate {
+    pem: String,
+    serial_number: String,
+    valid_from: String,
+    expiration_time: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct State {
+    state: String,
+    connections: Connections,
+    info: Info,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Info {
+    name: String,
+    namespace: String,
+    service_account: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Connections {
+    inbound: Vec<Connection>,
+    outbound: Vec<Connection>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Connection {
+    src: SocketAddr,
+    original_dst: Option<String>,
+    actual_dst: SocketAddr,
+    protocol: String,
+}
+
+fn dump(world: &World, on: On) -> Result<Dump> {
+    let (status, body) = world.setting(on).ask("GET", "/config_dump")?;
+    ensure!(status == 200, "{status}");
+    serde_json::from_slice(&body).context("not what istioctl reads")
+}
+
+/// What `POST` answers with this status.
+fn post(world: &World, path: &str, wanted: u16) -> Result<String> {
+    let (status, body) = world.setting(On::A).ask("POST", path)?;
+    ensure!(status == wanted, "POST {path}: {status}");
+    Ok(String::from_utf8(body)?)
+}
+
+impl Dump {
+    fn pod(&self, name: &str) -> Result<&State> {
+        let found = self.workload_state.values().find(|state| state.info.name == name);
+        found.with_context(|| format!("no {name} in {:?}", self.workload_state.keys()))
+    }
+}
+
+#[test]
+fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
+    in_world("config_dump", |world| {
+        world.mesh.deny("no-other", "server", "other")?;
+        let lines = SocketAddr::from((world.server.v4, LINES));
+        let mut held = Held::open(&world.client.place, lines)?;
+        let mut plain = Held::open(&world.outsider.place, lines)?;
+        let (a, b) = eventually(Duration::from_secs(5), || {
+            let (a, b) = (dump(world, On::A)?, dump(world, On::B)?);
+            ensure!(a.policies.iter().any(|policy| policy.name.contains("no-other")), "no policy yet");
+            Ok((a, b))
+        })?;
+        held.say()?;
+        plain.say()?;
+
+        let server = a.workloads.iter().find(|workload| workload.name == "server").context("no server")?;
+        ensure!(server.workload_ips.contains(&world.server.v4.into()), "{server:?}");
+        ensure!(
+            server.protocol == "HBONE" && server.status == "Healthy" && server.capacity == 1,
+            "{server:?}"
+        );
+        ensure!(server.node == world.b.name && server.namespace == "demo", "{server:?}");
+        ensure!(!server.cluster_id.is_empty() && server.services.len() == 1, "{server:?}");
+        let service = a.services.iter().find(|service| service.name == "server").context("no service")?;
+        ensure!(server.services == [format!("{}/{}", service.namespace, service.hostname)], "{server:?}");
+        ensure!(
+            service.vips.iter().all(|vip| vip.starts_with('/')) && service.vips.len() == 2,
+            "{service:?}"
+        );
+        ensure!(service.ports.get(&80) == Some(&HTTP), "{service:?}");
+        let endpoint = service.endpoints.get(&server.uid).context("the server is no endpoint")?;
+        ensure!(endpoint.workload_uid == server.uid && endpoint.port.get(&80) == Some(&HTTP), "{endpoint:?}");
+        ensure!(service.subject_alt_names.is_empty() && service.ip_families == "Dual", "{service:?}");
+        ensure!(service.canonical && service.visibility == "Public", "{service:?}");
+        let policy =
+            a.policies.iter().find(|policy| policy.name.contains("no-other")).context("no policy")?;
+        ensure!(policy.action == "Deny" && policy.scope == "WorkloadSelector", "{policy:?}");
+        ensure!(policy.namespace == "demo" && !policy.rules.is_empty(), "{policy:?}");
+
+        let identity = "spiffe://cluster.local/ns/demo/sa/client";
+        let held_by = a.certificates.iter().find(|known| known.identity == identity);
+        let certificates = held_by.context("no certificate of the client")?;
+        ensure!(certificates.state == "Available" && certificates.cert_chain.len() == 2, "{certificates:?}");
+        ensure!(certificates.root_certs.len() == 1, "{certificates:?}");
+        for certificate in certificates.cert_chain.iter().chain(&certificates.root_certs) {
+            ensure!(certificate.serial_number.bytes().all(|digit| digit.is_ascii_digit()), "{certificate:?}");
+            for time in [&certificate.valid_from, &certificate.expiration_time] {
+                let parsed =
+                    time::OffsetDateTime::parse(time, &time::format_description::well_known::Rfc3339);
+                parsed.with_context(|| format!("{time} is not RFC 3339"))?;
+            }
+            ensure!(certificate.pem.starts_with("LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"), "{certificate:?}");
+        }
+
+        let client = a.pod("client")?;
+        ensure!(client.state == "Up" && client.info.namespace == "demo", "{client:?}");
+        ensure!(client.info.service_account == "client", "{client:?}");
+        let [outbound] = &client.connections.outbound[..] else { bail!("{client:?}") };
+        ensure!(outbound.protocol == "HBONE" && outbound.src.ip() == world.client.v4, "{outbound:?}");
+        ensure!(outbound.actual_dst == SocketAddr::from((world.server.v4, 15008)), "{outbound:?}");
+        ensure!(outbound.original_dst.as_deref() == Some(&*lines.to_string()), "{outbound:?}");
+        let inbound = &b.pod("server")?.connections.inbound;
+        let from = |ip: std::net::Ipv4Addr| inbound.iter().find(|known| known.src.ip() == ip);
+        let (tunnelled, plain) = (from(world.client.v4), from(world.outsider.v4));
+        let (tunnelled, plain) = (tunnelled.context("no tunnelled")?, plain.context("no plain")?);
+        ensure!(tunnelled.protocol == "HBONE" && tunnelled.actual_dst == lines, "{tunnelled:?}");
+        ensure!(plain.protocol == "TCP" && plain.actual_dst == lines, "{plain:?}");
+
+        ensure!(a.config.get("node") == Some(&world.a.name), "{:?}", a.config);
+        ensure!(a.config_origins["node"] == "command line", "{:?}", a.config_origins);
+        drop(held);
+        eventually(Duration::from_secs(5), || {
+            let left = dump(world, On::A)?.pod("client")?.connections.outbound.len();
+            ensure!(left == 0, "{left} connections are still listed");
+            Ok(())
+        })?;
+        Ok(format!(
+            "{} workloads, {} services, {} certificates, {} policies; {outbound:?}",
+            a.workloads.len(),
+            a.services.len(),
+            a.certificates.len(),
+            a.policies.len()
+        ))
+    });
+}
+
+#[test]
+fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
+    in_world("the admin port", |world| {
+        let log = world.setting(On::A).log();
+        let client = world.client.place.clone();
+        let server = world.server.v4.into();
+        let listed = post(world, "/logging", 200)?;
+        ensure!(listed.starts_with("current log level is info"), "{listed}");
+
+        ensure!(post(world, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
+        let mark = log.mark();
+        http(&client, server, "")?;
+        // What is logged after it comes behind it.
+        post(world, "/logging?level=info&reset", 200)?;
+        http(&client, server, "")?;
+        log.wait_line(mark, Duration::from_secs(5), "an access log line", |line| {
+            line.contains("\taccess\t")
+        })?;
+        let lines = log.since(mark).lines().filter(|line| line.contains("\taccess\t")).count();
+        ensure!(lines == 1, "{lines} lines of two connections, one of which was not to be logged");
+        ensure!(post(world, "/logging?level=access:loud", 400)?.contains("usage"), "no help");
+
+        let (status, profile) =
+            world.setting(On::A).ask("GET", "/debug/pprof/profile?seconds=1&frequency=1000")?;
+        // The first field of every profile: what is counted.
+        ensure!(status == 200 && profile.starts_with(&[0x32, 0x00]), "{status} {:?}", profile.get(..8));
+        for (method, path, wanted) in [("GET", "/logging", 405), ("GET", "/nothing", 404), ("GET", "/", 200)]
+        {
+            let (status, _) = world.setting(On::A).ask(method, path)?;
+            ensure!(status == wanted, "{method} {path}: {status}");
+        }
+        let node = format!("10.80.{}.1", world.a.number);
+        if let Ok(answer) =
+            curl(&world.a.place, &["-m", "3", &format!("http://{node}:{ADMIN_PORT}/config_dump")])
+        {
+            bail!("the admin port answers on {node}: {}", answer.body.len());
+        }
+
+        let metrics = world.setting(On::A).metrics()?;
+        for name in [
+            "istio_build{component=\"ztunnel\",tag=",
+            "workload_manager_active_proxy_count 3",
+            "workload_manager_pending_proxy_count 0",
+            "workload_manager_proxies_started_total 3",
+            "workload_manager_proxies_stopped_total 0",
+            "process_open_fds ",
+            "tokio_num_workers ",
+            "tokio_worker_total_busy_duration_seconds_total{worker=\"0\"}",
+            "tokio_worker_park_count_total{worker=\"0\"}",
+            "ztunnel_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/demo/sa/client\"}",
+            "ztunnel_certificates_missing 0",
+        ] {
+            ensure!(metrics.lines().any(|line| line.starts_with(name)), "no {name} in the metrics");
+        }
+
+        ensure!(post(world, "/quitquitquit", 200)? == "shutdown now\n", "another answer");
+        world.daemon(On::A)?.ended()?;
+        Ok(format!("a profile of {} bytes; the daemon stopped when it was asked to", profile.len()))
+    });
+}

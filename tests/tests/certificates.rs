@@ -1,0 +1,123 @@
+//! Certificates from an authority that speaks istiod's protocol, for two nodes at once.
+
+mod common;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use common::in_world_that;
+use ztunnel_tests::ca::{Answer, Authority, Keys};
+use ztunnel_tests::peer::hold::Held;
+use ztunnel_tests::poll::eventually;
+use ztunnel_tests::world::{On, World, http, lines_at};
+
+const SETTLE: Duration = Duration::from_secs(10);
+const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
+const SERVER: &str = "spiffe://cluster.local/ns/demo/sa/server";
+/// The first node's address on the link, and istiod's port.
+const ADDRESS: ([u8; 4], u16) = ([10, 80, 0, 1], 15012);
+
+/// Starts an authority on the first node, and has both daemons ask it, with these further arguments.
+fn authority(world: &mut World, further: &[&str]) -> Result<Authority> {
+    let address = SocketAddr::from(ADDRESS);
+    let authority = world.a.place.netns.enter(|| Ok(Authority::start(Keys::new("root"), address)?))?;
+    let files = world.run.path("control-plane");
+    std::fs::create_dir_all(&files)?;
+    std::fs::write(files.join("root-cert.pem"), authority.keys().root_pem())?;
+    std::fs::write(files.join("istio-token"), "a-token")?;
+    let file = |name: &str| files.join(name).display().to_string();
+    let (address, roots, token) = (format!("https://{address}"), file("root-cert.pem"), file("istio-token"));
+    let mut arguments = vec!["--ca-address", &address, "--ca-root", &roots, "--ca-token", &token];
+    arguments.extend(["--ca-alt-hostname", "istiod.istio-system.svc"]);
+    arguments.extend_from_slice(further);
+    world.start_with(&arguments.into_iter().map(str::to_owned).collect::<Vec<_>>());
+    Ok(authority)
+}
+
+#[test]
+fn pods_talk_with_certificates_of_an_authority_like_istiod() {
+    in_world_that(
+        "certificates of an authority like istiod's",
+        |world| authority(world, &[]),
+        |world, authority| {
+            let asked = authority.asked();
+            for identity in [CLIENT, SERVER] {
+                let asked = asked.iter().find(|asked| asked.impersonated.as_deref() == Some(identity));
+                let asked = asked.with_context(|| format!("{identity} was not asked for"))?;
+                ensure!(
+                    asked.authorization.as_deref() == Some("Bearer a-token"),
+                    "{:?}",
+                    asked.authorization
+                );
+                ensure!(asked.cluster.as_deref() == Some("Kubernetes"), "{:?}", asked.cluster);
+                ensure!(asked.validity == 86400, "{}", asked.validity);
+            }
+            let log = world.setting(On::B).log();
+            let mark = log.mark();
+            http(&world.client.place, world.server.v4.into(), "")?;
+            let line = log.wait_line(mark, SETTLE, "the client's identity", |line| line.contains(CLIENT))?;
+            ensure!(line.contains(SERVER), "{line}");
+            // It is away and says nothing at all: what is open and what is new goes on.
+            authority.answer(Answer::Hang);
+            http(&world.client.place, world.server.v4.into(), "").context("while it hangs")?;
+            authority.stop();
+            http(&world.client.place, world.server.v6.into(), "").context("while it is away")?;
+            // And a daemon that is replaced meanwhile leaves its certificates to the next.
+            for on in [On::A, On::B] {
+                world.restart_daemon(on, false)?;
+                http(&world.client.place, world.server.v4.into(), "")
+                    .with_context(|| format!("after a restart on {on:?} while it is away"))?;
+            }
+            Ok(format!("{} certificates asked for; {CLIENT} and {SERVER} met", asked.len()))
+        },
+    );
+}
+
+#[test]
+fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
+    in_world_that(
+        "revocation",
+        |world| {
+            let list = world.run.path("ca-crl.pem");
+            let authority =
+                authority(world, &["--crl", &list.display().to_string(), "--compliance-policy", "pqc"])?;
+            std::fs::write(&list, authority.revoking(&[]))?;
+            Ok(authority)
+        },
+        |world, authority| {
+            let log = world.setting(On::B).log();
+            let to = lines_at(world.server.v4);
+            let mut revoked = Held::open(&world.client.place, to)?;
+            let mut other = Held::open(&world.other.place, to)?;
+            let mark = log.mark();
+            std::fs::write(world.run.path("ca-crl.pem"), authority.revoking(&[CLIENT]))?;
+            eventually(SETTLE, || match revoked.say() {
+                Ok(_) => bail!("still answered"),
+                Err(_) => Ok(()),
+            })?;
+            let line = log.wait_line(mark, SETTLE, "the reason", |line| {
+                line.contains("connection complete") && line.contains("certificate of the peer was revoked")
+            })?;
+            other.say().context("nobody has revoked it")?;
+            let metrics = world.setting(On::B).metrics()?;
+            let counted = |metrics: &str, name: &str| {
+                let mut lines = metrics.lines().filter(|line| line.starts_with(name));
+                lines.any(|line| line.contains("destination") && !line.ends_with(" 0"))
+            };
+            ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
+            ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
+            // The client's own node has noticed as well, and has another certificate.
+            eventually(SETTLE, || http(&world.client.place, world.server.v4.into(), ""))?;
+            // A torn file: what was revoked stays so, and peers go on.
+            let mark = log.mark();
+            std::fs::write(world.run.path("ca-crl.pem"), "torn")?;
+            log.wait_line(mark, SETTLE, "the last good", |line| {
+                line.contains("the last good lists stay in force")
+            })?;
+            other.say().context("under the last good list")?;
+            let readiness = world.setting(On::B).readiness()?;
+            Ok(format!("{}; readiness {:?}", line.trim(), readiness.trim()))
+        },
+    );
+}

@@ -1,0 +1,276 @@
+//! In the place of Istio's own ztunnel: started as its chart does, with istiod and a node agent around it.
+
+mod common;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use common::in_world_that;
+use serde_json::Value;
+use ztunnel_proto::security::{self, Authorization};
+use ztunnel_tests::ca::Answer;
+use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION};
+use ztunnel_tests::mesh::MESHED;
+use ztunnel_tests::peer::hold::Held;
+use ztunnel_tests::peer::load::Load;
+use ztunnel_tests::poll::eventually;
+use ztunnel_tests::stories::outage::nothing_in_clear;
+use ztunnel_tests::topology::in_url;
+use ztunnel_tests::world::istio::{Istio, behind, service};
+use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
+
+const SETTLE: Duration = Duration::from_secs(10);
+const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
+const SERVER: &str = "spiffe://cluster.local/ns/demo/sa/server";
+
+/// Something in a world whose nodes are as Istio's charts make them.
+fn under_istio(name: &str, act: impl FnOnce(&mut World, &mut Istio) -> Result<String>) {
+    in_world_that(name, World::under_istio, |world, istio| {
+        let told = act(world, istio)?;
+        for on in BOTH {
+            world.agent(on)?.check()?;
+        }
+        ensure!(istio.discovery.rejected().is_empty(), "rejected: {:?}", istio.discovery.rejected());
+        Ok(told)
+    });
+}
+
+/// A policy that refuses the client, for the server alone.
+fn deny_client() -> Authorization {
+    let exact = security::string_match::MatchType::Exact("cluster.local/ns/demo/sa/client".to_owned());
+    let matching = security::Match {
+        principals: vec![security::StringMatch { match_type: Some(exact) }],
+        ..security::Match::default()
+    };
+    Authorization {
+        name: "no-client".to_owned(),
+        namespace: MESHED.to_owned(),
+        scope: security::Scope::Namespace.into(),
+        action: security::Action::Deny.into(),
+        rules: vec![security::Rule { clauses: vec![security::Clause { matches: vec![matching] }] }],
+        ..Authorization::default()
+    }
+}
+
+fn dump(world: &World, on: On) -> Result<Value> {
+    let (status, body) = world.setting(on).ask("GET", "/config_dump")?;
+    ensure!(status == 200, "status {status}");
+    Ok(serde_json::from_slice(&body)?)
+}
+
+fn names<'a>(dump: &'a Value, list: &str, key: &str) -> Vec<&'a str> {
+    let all = dump[list].as_array().map(Vec::as_slice).unwrap_or_default();
+    all.iter().filter_map(|entry| entry[key].as_str()).collect()
+}
+
+#[test]
+fn pods_talk_with_the_mesh_and_the_certificates_of_istiod() {
+    under_istio("as under Istio", |world, istio| {
+        let watch = world.watch_link_for_clear("istio")?;
+        let log = world.setting(On::B).log();
+        let mark = log.mark();
+        for (own, address) in world.client.addresses().into_iter().zip(world.server.addresses()) {
+            let answer = http(&world.client.place, address, "?marker=secret")?;
+            ensure!(answer.body.contains(&format!("pod=server client={own}")), "{}", answer.body);
+        }
+        let line = log.wait_line(mark, SETTLE, "both identities", |line| {
+            line.contains(CLIENT) && line.contains(SERVER) && line.contains("inbound")
+        })?;
+        nothing_in_clear(&watch.finish()?, &world.client, "secret")?;
+
+        // What istiod was told: who asks, for whom, and what is there already.
+        let opened = istio.discovery.opened();
+        ensure!(opened.len() == 2, "{} streams of two nodes", opened.len());
+        for stream in &opened {
+            ensure!(stream.authorization.as_deref() == Some("Bearer a-token"), "{:?}", stream.authorization);
+            ensure!(stream.cluster.as_deref() == Some("Kubernetes"), "{:?}", stream.cluster);
+            let types: Vec<_> = stream.first.iter().map(|request| &*request.type_url).collect();
+            ensure!(types == [ADDRESS, AUTHORIZATION], "{types:?}");
+            let node = stream.first[0].node.as_ref().context("no node")?;
+            let pod = node.id.strip_prefix("ztunnel~10.80.0.9~ztunnel-node-").context("another node id")?;
+            ensure!(pod.ends_with(".istio-system~istio-system.svc.cluster.local"), "{}", node.id);
+            let fields = &node.metadata.as_ref().context("no metadata")?.fields;
+            for name in ["NAME", "NAMESPACE", "INSTANCE_IPS", "NODE_NAME", "CLUSTER_ID", "DNS_CAPTURE"] {
+                ensure!(fields.contains_key(name), "no {name} in {:?}", fields.keys());
+            }
+        }
+        // Certificates are there before the first connection, and only those of pods of a node that runs them.
+        let asked = istio.authority.asked();
+        let mut whose: Vec<_> = asked.iter().filter_map(|asked| asked.impersonated.as_deref()).collect();
+        whose.sort_unstable();
+        let expected = ["client", "near", "other", "server"];
+        ensure!(
+            whose == expected.map(|name| format!("spiffe://cluster.local/ns/demo/sa/{name}")),
+            "{whose:?}"
+        );
+
+        // What istioctl would show.
+        let shown = dump(world, On::B)?;
+        ensure!(names(&shown, "workloads", "name").len() == 6, "{}", shown["workloads"]);
+        ensure!(names(&shown, "certificates", "identity") == [SERVER], "{}", shown["certificates"]);
+        ensure!(shown["certificates"][0]["state"] == "Available", "{}", shown["certificates"]);
+        let state = &shown["workloadState"][istiod::uid(&world.server)];
+        ensure!(state["state"] == "Up" && state["info"]["serviceAccount"] == "server", "{state}");
+        ensure!(shown["config"].as_object().is_some_and(|config| !config.is_empty()), "no configuration");
+        let metrics = world.setting(On::B).metrics()?;
+        for name in [
+            "istio_tcp_connections_opened_total",
+            "istio_xds_message_total",
+            "workload_manager_active_proxy_count 1",
+            "istio_build",
+        ] {
+            ensure!(metrics.contains(name), "no {name} in the metrics");
+        }
+        Ok(line.trim().to_owned())
+    });
+}
+
+#[test]
+fn what_istiod_pushes_is_in_force_at_once() {
+    under_istio("pushes", |world, istio| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        // A policy cuts what is open and refuses what is new; others are as before.
+        let log = world.setting(On::B).log();
+        let mut held = Held::open(&client.place, lines_at(server.v4))?;
+        let mut other = Held::open(&world.other.place, lines_at(server.v4))?;
+        let mark = log.mark();
+        istio.discovery.policy(deny_client());
+        eventually(SETTLE, || match held.say() {
+            Ok(_) => bail!("still answered"),
+            Err(_) => Ok(()),
+        })?;
+        let line = log.wait_line(mark, SETTLE, "the cut", |line| line.contains("due to policy change"))?;
+        http_refused(&client.place, server.v4.into())?;
+        other.say().context("nobody has refused it")?;
+        ensure!(names(&dump(world, On::B)?, "policies", "name") == ["no-client"], "the policy is not shown");
+        istio.discovery.remove(AUTHORIZATION, "demo/no-client");
+        eventually(SETTLE, || http(&client.place, server.v4.into(), ""))?;
+
+        // A service, then its endpoint is another one.
+        istio.discovery.service(service("shop"));
+        istio.discovery.workload(behind(istiod::workload(&server), "shop"));
+        let whose = |pod: &str| {
+            eventually(SETTLE, || {
+                for address in SERVICE_IPS {
+                    let address: IpAddr = address.parse()?;
+                    let answer = curl(&client.place, &[&format!("http://{}/", in_url(address))])?;
+                    ensure!(answer.body.contains(&format!("pod={pod}")), "{}", answer.body);
+                }
+                Ok(())
+            })
+        };
+        whose("server")?;
+        istio.discovery.workload(istiod::workload(&server));
+        istio.discovery.workload(behind(istiod::workload(&world.near), "shop"));
+        whose("near")?;
+        let shown = dump(world, On::A)?;
+        let service = &shown["services"][0];
+        ensure!(service["hostname"] == "shop.demo.svc.cluster.local", "{service}");
+        let endpoints = service["endpoints"].as_object().context("no endpoints")?;
+        ensure!(endpoints.keys().eq(["Kubernetes//Pod/demo/near"]), "{endpoints:?}");
+        Ok(line.trim().to_owned())
+    });
+}
+
+#[test]
+fn without_istiod_a_node_serves_what_it_has() {
+    under_istio("istiod away", |world, istio| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        istio.discovery.policy(deny_client());
+        eventually(SETTLE, || http_refused(&client.place, server.v4.into()))?;
+        // Away, with its certificates and all.
+        istio.discovery.stop();
+        istio.authority.answer(Answer::Hang);
+        let serves = |world: &World, when: &str| -> Result<()> {
+            http(&world.other.place, world.server.v4.into(), "").context(when.to_owned())?;
+            http_refused(&world.client.place, world.server.v4.into()).context(when.to_owned()).map(drop)
+        };
+        serves(world, "while it is away")?;
+        for on in BOTH {
+            world.restart_daemon(on, false).with_context(|| format!("replacing {on:?}"))?;
+            serves(world, "after a hand-over")?;
+        }
+        // Killed, it has no certificates any more; the authority is back, the mesh is not.
+        istio.authority.answer(Answer::Issue);
+        for on in BOTH {
+            world.kill_daemon(on)?;
+            world.start_daemon(on)?;
+            let ready = world.setting(on).readiness()?;
+            ensure!(ready.starts_with("ready, with the mesh of "), "{ready}");
+            let metrics = world.setting(on).metrics()?;
+            ensure!(metrics.contains("ztunnel_xds_mesh_age_seconds"), "{metrics}");
+            serves(world, "after a crash")?;
+        }
+        // It is back, is told what is held, and sends the rest.
+        let before = istio.discovery.opened().len();
+        istio.discovery.remove(AUTHORIZATION, "demo/no-client");
+        world.a.place.netns.enter(|| istio.discovery.restart())?;
+        eventually(Duration::from_secs(40), || http(&client.place, server.v4.into(), ""))?;
+        let opened = eventually(Duration::from_secs(40), || {
+            let opened = istio.discovery.opened();
+            let complete = |stream: &&istiod::Opened| stream.first.len() == 2;
+            let opened: Vec<_> = opened.into_iter().skip(before).collect();
+            ensure!(opened.iter().filter(complete).count() >= 2, "not both nodes are back");
+            Ok(opened)
+        })?;
+        for stream in &opened {
+            let held = &stream.first[0].initial_resource_versions;
+            ensure!(held.len() == 6, "{held:?}");
+            ensure!(held.values().all(|version| version.starts_with('v')), "{held:?}");
+        }
+        for on in BOTH {
+            eventually(SETTLE, || {
+                let ready = world.setting(on).readiness()?;
+                ensure!(ready == "ready\n", "{ready}");
+                Ok(())
+            })?;
+        }
+        Ok(format!("{} streams opened with versions", opened.len()))
+    });
+}
+
+#[test]
+fn a_first_start_without_istiod_is_not_ready_and_says_why() {
+    let world = World::without_daemons(Options::default());
+    let mut istio = None;
+    common::act_in(world, "first start without istiod", |world| {
+        let istio = istio.insert(world.under_istio()?);
+        istio.discovery.stop();
+        let log = world.setting(On::A).log();
+        let mark = log.mark();
+        let daemon = world.setting(On::A).start()?;
+        world.replace_daemon(On::A, daemon);
+        let said = eventually(SETTLE, || {
+            let error = world.setting(On::A).readiness().err().context("it is ready")?;
+            let said = format!("{error:#}");
+            ensure!(said.contains("500") && said.contains("state manager"), "{said}");
+            Ok(said)
+        })?;
+        log.wait_line(mark, SETTLE, "why", |line| line.contains("no control plane"))?;
+        // Nothing leaves in clear meanwhile, and pods that start are not kept waiting.
+        log.wait_line(mark, SETTLE, "its pods", |line| line.contains("every pod is as the node agent says"))?;
+        world.a.place.netns.enter(|| istio.discovery.restart())?;
+        eventually(Duration::from_secs(40), || world.setting(On::A).readiness())?;
+        world.start_daemon(On::B)?;
+        eventually(SETTLE, || http(&world.client.place, world.server.v4.into(), ""))?;
+        Ok(said)
+    });
+}
+
+#[test]
+fn restarts_under_load_fail_no_attempt() {
+    const ROUNDS: usize = 4;
+    under_istio("restarts", |world, _istio| {
+        let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
+        let load = Load::start(&world.client.place, 300, &targets)?;
+        for round in 0..ROUNDS {
+            let ready = world.restart_daemon(BOTH[round % 2], round / 2 % 2 == 1);
+            ready.with_context(|| format!("restart {round}"))?;
+        }
+        let outcome = load.finish()?;
+        ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
+        ensure!(outcome.rate() >= 200.0, "too little to show anything: {}", outcome.evidence());
+        Ok(format!("{ROUNDS} restarts: {}", outcome.evidence()))
+    });
+}

@@ -1,0 +1,108 @@
+//! What is demanded of peers' certificates, as configured, and what is told about it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::admin::ready::Readiness;
+use crate::app::RunError;
+use crate::app::handover;
+use crate::config::resolved::Run;
+use crate::identity::ca::CertificateAuthority;
+use crate::identity::crl;
+use crate::identity::inheritance;
+use crate::identity::istiod::Istiod;
+use crate::model::identity::TrustDomain;
+use crate::shutdown;
+use crate::shutdown::Signal;
+use crate::standalone::authority::Authority;
+use crate::telemetry::Telemetry;
+use crate::telemetry::metrics::Families;
+use crate::telemetry::metrics::Sample;
+use crate::tls::configs;
+use crate::tls::configs::Compliance;
+use crate::tls::configs::Credentials;
+use crate::tls::trust::Revocation;
+use crate::tls::trust::Side;
+use crate::tls::trust::Trust;
+
+/// Makes what judges peers, before anything uses TLS. While revocation lists are asked for and missing, the daemon is
+/// not ready.
+pub fn trust(
+    config: &Run,
+    telemetry: &Telemetry,
+    ready: &Readiness,
+    signal: &Signal,
+) -> Result<Trust, RunError> {
+    configs::comply(config.compliance)?;
+    if config.compliance == Compliance::Pqc {
+        tracing::info!(
+            "key exchange is X25519MLKEM768 only (COMPLIANCE_POLICY): peers without it are refused"
+        );
+    }
+    let Some(path) = &config.crl else { return Ok(Trust::default()) };
+    let trust = Trust::new(crl::open(path));
+    let status = crl::watch(path.clone(), trust.clone(), signal.clone());
+    if let Revocation::Missing(_) = trust.revocation() {
+        let blocker = ready.block("certificate revocation lists");
+        let mut changes = trust.revocations();
+        shutdown::spawn(async move {
+            // It fails only when nobody could load any list any more, and then the process ends.
+            if changes.changed().await.is_ok() {
+                blocker.lift();
+            }
+        });
+    }
+    register(telemetry, trust.clone(), status);
+    Ok(trust)
+}
+
+/// Who certifies the node's workloads, as configured. The embedded authority does so in `trust_domain`.
+pub fn authority(
+    config: &Run,
+    trust_domain: &TrustDomain,
+) -> Result<Arc<dyn CertificateAuthority>, RunError> {
+    Ok(match &config.authority {
+        Some(authority) => Arc::new(Istiod::new(authority.clone())),
+        None => Arc::new(Authority::open(&config.state_dir, &config.places.node, trust_domain)?),
+    })
+}
+
+/// What the daemon that serves the node now leaves to this one, if there is one.
+pub async fn inherited(socket: &Path) -> Vec<Credentials> {
+    let Some(bytes) = handover::credentials(socket).await else { return Vec::new() };
+    match inheritance::decode(&bytes) {
+        Ok(inherited) => {
+            tracing::info!(certificates = inherited.len(), "taken over from the running daemon");
+            inherited
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the authority is asked for all certificates");
+            Vec::new()
+        }
+    }
+}
+
+fn register(telemetry: &Telemetry, trust: Trust, status: Arc<crl::Status>) {
+    telemetry.register(move |families: &mut Families<'_>| {
+        let samples = [
+            Sample { labels: &[("reporter", "source")], value: trust.rejections(Side::Server) },
+            Sample { labels: &[("reporter", "destination")], value: trust.rejections(Side::Client) },
+        ];
+        let help = "Peers refused or cut off by certificate revocation lists.";
+        families.counter("istio_crl_policy_rejections", help, &samples)?;
+        let help = "Loads of certificate revocation lists that failed; the last good ones stayed in force.";
+        let failures = [Sample { labels: &[], value: status.failures() }];
+        families.counter("ztunnel_crl_load_failures", help, &failures)?;
+        let (entries, next) = match trust.revocation() {
+            Revocation::Lists(lists) => (lists.entries() as f64, lists.next_update()),
+            Revocation::Off | Revocation::Missing(_) => (0.0, None),
+        };
+        let help = "Certificates that the revocation lists in force name.";
+        families.gauge("ztunnel_crl_entries", help, &[Sample { labels: &[], value: entries }])?;
+        let seconds = next.and_then(|next| next.duration_since(std::time::SystemTime::UNIX_EPOCH).ok());
+        let next: Vec<_> = seconds.iter().map(|at| Sample { labels: &[], value: at.as_secs_f64() }).collect();
+        let help =
+            "When the first of the revocation lists in force was to be replaced, in seconds since 1970.";
+        families.gauge("ztunnel_crl_next_update_seconds", help, &next)
+    });
+}

@@ -1,0 +1,482 @@
+//! Istio's environment → settings, each with where it came from.
+//!
+//! What a node proxy of Istio is told, it is told by the variables of its pod, by the YAML in `PROXY_CONFIG`, and by
+//! the mesh configuration file, in this order of precedence. Pure: the environment and the file are arguments, so a
+//! case is a table. Knows what each variable means and not who heeds it; [`Settings`] is plain data to make the
+//! modules' own configurations of.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::config::env::control_plane::LocalMesh;
+use crate::config::env::proxy_config::ProxyConfig;
+use crate::config::env::reader::Origin;
+use crate::config::env::reader::Problems;
+use crate::config::env::reader::Reader;
+use crate::config::env::reader::Shown;
+use crate::model::identity::TrustDomain;
+use crate::net::socket::Keepalive;
+use crate::proxy;
+use crate::telemetry::line::Format;
+use crate::telemetry::logging::Filter;
+use crate::tls::configs::Compliance;
+
+pub mod control_plane;
+pub mod proxy_config;
+pub mod reader;
+pub mod threads;
+
+#[cfg(test)]
+mod tests;
+
+/// What is read besides the variables.
+#[derive(Debug, Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// The text of the mesh configuration file ([`proxy_config::MESH_CONFIG_PATH`]), if it is there.
+    pub mesh_config: Option<&'a str>,
+    /// How many processor cores the process may use.
+    pub cores: usize,
+}
+
+/// Who and where this proxy is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Own {
+    /// The node's name; empty if unknown.
+    pub node: String,
+    /// The cluster's identifier.
+    pub cluster: String,
+    /// The DNS suffix of the cluster's services.
+    pub cluster_domain: String,
+    /// The network's identifier, or empty.
+    pub network: String,
+    /// The trust domain of this proxy's own identity.
+    pub trust_domain: TrustDomain,
+    /// The proxy's pod's address; empty if unknown.
+    pub instance_ip: String,
+    /// The proxy's pod's name; empty if unknown.
+    pub pod: String,
+    /// The proxy's pod's namespace; empty if unknown.
+    pub namespace: String,
+    /// The proxy's pod's service account; empty if unknown.
+    pub service_account: String,
+    /// The metadata of the node as the control plane is told it.
+    pub metadata: BTreeMap<String, Value>,
+}
+
+/// How names are resolved for pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dns {
+    /// Whether pods' DNS is answered at all.
+    pub enabled: bool,
+    /// Where it is answered instead of port 15053 of each pod.
+    pub address: Option<SocketAddr>,
+    /// The namespace whose service is preferred where several have the name asked for.
+    pub preferred_namespace: Option<String>,
+}
+
+/// How pods come to this proxy from Istio's node agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InPod {
+    /// The socket of the node agent.
+    pub socket: PathBuf,
+    /// Whether the ports in a pod may be shared with another proxy while one replaces the other.
+    pub port_reuse: bool,
+    /// The mark of every socket of the proxy in a pod.
+    pub packet_mark: u32,
+    /// Whether applications see the client's address: required, never, or wherever it is possible.
+    pub original_source: Option<bool>,
+    /// Whether IPv6 is served.
+    pub ipv6: bool,
+    /// Where a daemon and its successor meet, which are two pods: a directory of the host.
+    pub run_dir: PathBuf,
+}
+
+/// What is demanded of peers and their certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Demands {
+    /// The file of revocation lists, where they are to be looked in.
+    pub crl: Option<PathBuf>,
+    /// What cryptography has to comply with.
+    pub compliance: Compliance,
+}
+
+/// Everything a node proxy of Istio is told.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Who and where it is.
+    pub own: Own,
+    /// Whether pods' TCP is proxied.
+    pub proxy_enabled: bool,
+    /// Pods' DNS.
+    pub dns: Dns,
+    /// The control plane: where the mesh and the certificates come from.
+    pub control_plane: control_plane::ControlPlane,
+    /// The node agent.
+    pub in_pod: InPod,
+    /// Peers.
+    pub demands: Demands,
+    /// Where the mesh is kept for a start without a control plane; `None` keeps it nowhere.
+    pub mesh_cache: Option<PathBuf>,
+    /// The data plane.
+    pub data_plane: proxy::Config,
+    /// How long open connections may go on once the proxy is told to end.
+    pub drain_deadline: Duration,
+    /// Whether `PROXY` headers reach an application tunnel of this host.
+    pub localhost_app_tunnel: bool,
+    /// The port of the admin server on the loopback.
+    pub admin_port: u16,
+    /// The port of the metrics server.
+    pub stats_port: u16,
+    /// How log lines look.
+    pub log_format: Format,
+    /// Which there are.
+    pub log_filter: Filter,
+    /// What is in force, and why, in alphabetical order.
+    pub shown: Vec<Shown>,
+    /// What was said and has no effect.
+    pub warnings: Vec<Ineffective>,
+}
+
+/// A variable that was set and has no effect.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name}={value} has no effect: {why}")]
+pub struct Ineffective {
+    /// The variable.
+    pub name: &'static str,
+    /// What it says.
+    pub value: String,
+    /// Why that changes nothing.
+    pub why: &'static str,
+}
+
+/// Variables that change nothing, the value at which that is what was asked for, and why it is not otherwise.
+const INEFFECTIVE: &[(&str, &str, &str)] = &[
+    ("INPOD_ENABLED", "true", "every pod is served inside of its own network namespace"),
+    ("UNSTABLE_ENABLE_SOCKS5", "false", "there is no SOCKS5 listener"),
+    ("TLS12_ENABLED", "false", "TLS 1.3 is the only version spoken"),
+    ("AUTHZ_POLICY_INFO_LOGGING", "false", "the access log names the policy that refused a connection"),
+    ("XDS_ON_DEMAND", "false", "the control plane is asked for the whole mesh"),
+    ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
+    ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
+    ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
+    ("LOCALHOST_APP_TUNNEL", "false", "no PROXY header is sent to a sandwiched waypoint"),
+];
+
+/// Why names are not resolved, and what to do.
+const NO_DNS: &str = "pods' DNS is not answered here: set AMBIENT_DNS_CAPTURE=false for the node agent, \
+                          whose rules else send it to a port that nobody serves";
+
+/// Reads the environment.
+pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Result<Settings, Problems> {
+    let mut reader = Reader::new(env, around.mesh_config);
+    let in_pod = in_pod(&mut reader);
+    let mut settings = Settings {
+        own: own(&mut reader),
+        proxy_enabled: reader.flag("ENABLE_PROXY", true),
+        dns: Dns {
+            enabled: metadata_flag(&mut reader, "DNS_CAPTURE", true),
+            address: dns_address(&mut reader),
+            preferred_namespace: reader.optional("PREFERED_SERVICE_NAMESPACE"),
+        },
+        control_plane: control_plane::read(&mut reader),
+        demands: Demands {
+            crl: reader.optional("CRL_PATH").map(PathBuf::from),
+            compliance: compliance(&mut reader),
+        },
+        mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir),
+        in_pod,
+        drain_deadline: drain_deadline(&mut reader),
+        localhost_app_tunnel: reader.flag("LOCALHOST_APP_TUNNEL", true),
+        data_plane: data_plane(&mut reader, around.cores),
+        admin_port: port(&mut reader, "proxyAdminPort", 15000, |proxy| proxy.admin_port),
+        stats_port: port(&mut reader, "statsPort", 15020, |proxy| proxy.stats_port),
+        log_format: log_format(&mut reader),
+        log_filter: log_filter(&mut reader),
+        shown: Vec::new(),
+        warnings: Vec::new(),
+    };
+    combinations(&settings, &mut reader);
+    settings.warnings = ineffective(&settings, &mut reader);
+    if !reader.problems.is_empty() {
+        return Err(Problems(reader.problems));
+    }
+    settings.shown = reader.shown;
+    settings.shown.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(settings)
+}
+
+fn own(reader: &mut Reader<'_>) -> Own {
+    let metadata = metadata(reader);
+    let cluster = match metadata.get("CLUSTER_ID").and_then(Value::as_str).filter(|id| !id.is_empty()) {
+        Some(id) => {
+            reader.show("CLUSTER_ID", id, Origin::Variable("ISTIO_META_CLUSTER_ID"));
+            id.to_owned()
+        }
+        None => reader.text("CLUSTER_ID", "Kubernetes"),
+    };
+    let name = "TRUST_DOMAIN";
+    let text = reader.text(name, "cluster.local");
+    let trust_domain = TrustDomain::new(&text).unwrap_or_else(|error| {
+        reader.refuse(name, &text, error.to_string());
+        TrustDomain::default()
+    });
+    Own {
+        node: reader.text("NODE_NAME", ""),
+        cluster,
+        cluster_domain: reader.text("CLUSTER_DOMAIN", "cluster.local"),
+        network: reader.text("NETWORK", ""),
+        trust_domain,
+        instance_ip: reader.text("INSTANCE_IP", ""),
+        pod: reader.text("POD_NAME", ""),
+        namespace: reader.text("POD_NAMESPACE", ""),
+        service_account: reader.text("SERVICE_ACCOUNT", ""),
+        metadata,
+    }
+}
+
+const META: &str = "ISTIO_META_";
+const META_JSON: &str = "ISTIO_METAJSON_";
+
+/// The node's metadata: `proxyMetadata`, and over it the variables made for it.
+fn metadata(reader: &mut Reader<'_>) -> BTreeMap<String, Value> {
+    let mut said: BTreeMap<String, (String, Origin)> = reader.proxy.metadata.clone();
+    for prefix in [META, META_JSON] {
+        for (name, value) in reader.prefixed(prefix) {
+            said.insert(format!("{prefix}{name}"), (value.to_owned(), Origin::Environment));
+        }
+    }
+    let mut metadata = BTreeMap::new();
+    for (name, (value, origin)) in said {
+        reader.show(&name, &value, origin);
+        if let Some(key) = name.strip_prefix(META_JSON) {
+            match serde_json::from_str(&value) {
+                Ok(json) => metadata.insert(key.to_owned(), json),
+                Err(error) => {
+                    reader.refuse(&name, &value, format!("use JSON: {error}"));
+                    None
+                }
+            };
+        } else {
+            metadata.insert(name.strip_prefix(META).unwrap_or(&name).to_owned(), Value::from(value));
+        }
+    }
+    metadata
+}
+
+/// A switch that is a variable for the node's metadata at the same time.
+fn metadata_flag(reader: &mut Reader<'_>, key: &str, default: bool) -> bool {
+    let name = format!("{META}{key}");
+    let said = reader.raw(&name).map(str::to_owned);
+    let said = said.or_else(|| reader.proxy.metadata.get(&name).map(|(text, _)| text.clone()));
+    match said.filter(|text| !text.is_empty()) {
+        // It is shown with the rest of the metadata.
+        Some(text) => reader::flag(&text).unwrap_or_else(|| {
+            reader.refuse(&name, &text, "use true or false");
+            default
+        }),
+        None => {
+            reader.show(&name, default, Origin::Default);
+            default
+        }
+    }
+}
+
+fn dns_address(reader: &mut Reader<'_>) -> Option<SocketAddr> {
+    let name = "ISTIO_META_DNS_PROXY_ADDR";
+    let from_proxy = reader.proxy.metadata.get(name).map(|(text, _)| text.clone());
+    match (reader.set(name), from_proxy) {
+        (None, Some(text)) => text.parse().map(Some).unwrap_or_else(|_| {
+            reader.refuse(name, &text, "use an address with its port, such as 127.0.0.1:15053");
+            None
+        }),
+        (Some(text), _) => text.parse().map(Some).unwrap_or_else(|_| {
+            reader.refuse(name, text, "use an address with its port, such as 127.0.0.1:15053");
+            None
+        }),
+        (None, None) => reader.socket("DNS_PROXY_ADDR"),
+    }
+}
+
+fn in_pod(reader: &mut Reader<'_>) -> InPod {
+    let socket = reader.path("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
+    // The chart mounts it from the host, into the pod of the next daemon as well.
+    let beside = socket.parent().unwrap_or_else(|| Path::new("/")).display().to_string();
+    InPod {
+        run_dir: reader.path("ZTUNNEL_RUN_DIR", &beside),
+        socket,
+        port_reuse: reader.flag("INPOD_PORT_REUSE", true),
+        packet_mark: reader.number("PACKET_MARK", Some(1337)).unwrap_or(1337),
+        original_source: reader.tristate("ENABLE_ORIG_SRC"),
+        ipv6: reader.flag("IPV6_ENABLED", true),
+    }
+}
+
+/// An empty variable switches it off.
+fn mesh_cache(reader: &mut Reader<'_>, run_dir: &Path) -> Option<PathBuf> {
+    let name = "ZTUNNEL_MESH_CACHE";
+    if reader.raw(name) == Some("") {
+        reader.show(name, "", Origin::Environment);
+        return None;
+    }
+    Some(reader.path(name, &run_dir.join("mesh.cache").display().to_string()))
+}
+
+fn compliance(reader: &mut Reader<'_>) -> Compliance {
+    let name = "COMPLIANCE_POLICY";
+    match reader.optional(name).as_deref() {
+        None => Compliance::None,
+        Some("pqc") => Compliance::Pqc,
+        Some(other) => {
+            reader.refuse(name, other, "use pqc");
+            Compliance::None
+        }
+    }
+}
+
+/// Kubernetes kills what has not ended after the grace period: the deadline is earlier.
+fn drain_deadline(reader: &mut Reader<'_>) -> Duration {
+    let name = "CONNECTION_TERMINATION_DEADLINE";
+    if reader.set(name).is_some() {
+        return reader.duration(name, DRAIN_DEADLINE);
+    }
+    let period = "TERMINATION_GRACE_PERIOD_SECONDS";
+    let Some(seconds) = reader.number(period, None) else {
+        reader.show(name, humantime::format_duration(DRAIN_DEADLINE), Origin::Default);
+        return DRAIN_DEADLINE;
+    };
+    let deadline = if seconds > 10 { seconds - 5 } else { seconds.saturating_sub(1).max(1) };
+    let deadline = Duration::from_secs(deadline.into());
+    reader.show(name, humantime::format_duration(deadline), Origin::Variable(period));
+    deadline
+}
+
+const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+
+fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
+    let mut config = proxy::Config { threads: threads::read(reader, cores), ..proxy::Config::default() };
+    let probes = Keepalive::default();
+    config.keepalive = Keepalive {
+        enabled: reader.flag("KEEPALIVE_ENABLED", probes.enabled),
+        time: reader.duration("KEEPALIVE_TIME", probes.time),
+        interval: reader.duration("KEEPALIVE_INTERVAL", probes.interval),
+        retries: reader.count("KEEPALIVE_RETRIES", probes.retries),
+        user_timeout: reader.flag("USER_TIMEOUT_ENABLED", probes.user_timeout),
+    };
+    config.response_baggage = reader.flag("ENABLE_RESPONSE_BAGGAGE", config.response_baggage);
+    config.near = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.near);
+    let hbone = &mut config.hbone;
+    let congestion =
+        reader.text("ZTUNNEL_TUNNEL_CONGESTION", hbone.congestion.as_deref().unwrap_or("system"));
+    hbone.congestion = Some(congestion).filter(|name| name != "system");
+    // HTTP/2 allows windows up to 2^31-1, and frames from 2^14 to 2^24-1 (RFC 9113 §6.5.2).
+    hbone.stream_window =
+        bounded(reader, "HTTP2_STREAM_WINDOW_SIZE", hbone.stream_window, 65_535..=0x7fff_ffff);
+    hbone.connection_window =
+        bounded(reader, "HTTP2_CONNECTION_WINDOW_SIZE", hbone.connection_window, 65_535..=0x7fff_ffff);
+    hbone.frame_max = bounded(reader, "HTTP2_FRAME_SIZE", hbone.frame_max, 16_384..=0xff_ffff);
+    let streams = u32::try_from(hbone.client_streams_max).unwrap_or(u32::MAX);
+    hbone.client_streams_max = reader.count("POOL_MAX_STREAMS_PER_CONNECTION", streams) as usize;
+    hbone.idle_timeout = reader.duration("POOL_UNUSED_RELEASE_TIMEOUT", hbone.idle_timeout);
+    config
+}
+
+fn bounded(
+    reader: &mut Reader<'_>,
+    name: &'static str,
+    default: u32,
+    range: std::ops::RangeInclusive<u32>,
+) -> u32 {
+    let value = reader.number(name, Some(default)).unwrap_or(default);
+    if range.contains(&value) {
+        return value;
+    }
+    let accepted = format!("use a whole number from {} to {}", range.start(), range.end());
+    reader.refuse(name, &value.to_string(), accepted);
+    default
+}
+
+fn port(
+    reader: &mut Reader<'_>,
+    name: &str,
+    default: u16,
+    said: fn(&ProxyConfig) -> Option<(u16, Origin)>,
+) -> u16 {
+    let (port, origin) = said(&reader.proxy).unwrap_or((default, Origin::Default));
+    reader.show(name, port, origin);
+    port
+}
+
+fn log_format(reader: &mut Reader<'_>) -> Format {
+    let text = reader.text("LOG_FORMAT", "plain");
+    text.parse().unwrap_or_else(|_| {
+        reader.refuse("LOG_FORMAT", &text, "use plain or json");
+        Format::Plain
+    })
+}
+
+fn log_filter(reader: &mut Reader<'_>) -> Filter {
+    let default = Filter::default();
+    let text = reader.text("RUST_LOG", &default.to_string());
+    text.parse().unwrap_or_else(|_| {
+        let accepted = "use a list of <level> and <target>=<level>, such as info,access=off";
+        reader.refuse("RUST_LOG", &text, accepted);
+        default
+    })
+}
+
+/// What makes no sense together, and what this proxy is not.
+fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
+    if !settings.proxy_enabled {
+        reader.refuse("ENABLE_PROXY", "false", "there is nothing left to do: pods' DNS is not answered here");
+    }
+    if let Some(local) = &settings.control_plane.local {
+        let (name, value) = match local {
+            LocalMesh::File(path) => ("LOCAL_XDS_PATH", path.display().to_string()),
+            LocalMesh::Text(_) => ("LOCAL_XDS", String::from("(not shown)")),
+        };
+        let why = "a mesh in this format is not read: use XDS_ADDRESS, or `ztunnel run --mesh` with Kubernetes' objects";
+        reader.refuse(name, &value, why);
+    }
+    if settings.dns.enabled && settings.control_plane.on_demand {
+        let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";
+        reader.refuse("XDS_ON_DEMAND", "true", why);
+    }
+    match reader.set("PROXY_MODE").unwrap_or("shared") {
+        "shared" => {}
+        "dedicated" => {
+            let why = "this proxy serves all pods of a node (shared), and not a single workload";
+            reader.refuse("PROXY_MODE", "dedicated", why);
+        }
+        other => reader.refuse("PROXY_MODE", other, "use shared"),
+    }
+    let mode = reader.text("PROXY_MODE", "shared");
+    if mode == "shared" && reader.set("PROXY_WORKLOAD_INFO").is_some() {
+        let value = reader.text("PROXY_WORKLOAD_INFO", "");
+        reader.refuse("PROXY_WORKLOAD_INFO", &value, "it is meant for PROXY_MODE=dedicated: leave it out");
+    }
+    if reader.flag("FAKE_CA", false) {
+        reader.refuse("FAKE_CA", "true", "certificates nobody vouches for are for tests: leave it out");
+    }
+}
+
+fn ineffective(settings: &Settings, reader: &mut Reader<'_>) -> Vec<Ineffective> {
+    let mut warnings = Vec::new();
+    // Also where nobody said it: the node agent's default is the same.
+    if settings.dns.enabled {
+        warnings.push(Ineffective { name: "ISTIO_META_DNS_CAPTURE", value: "true".to_owned(), why: NO_DNS });
+    }
+    for (name, agreed, why) in INEFFECTIVE {
+        let Some(value) = reader.set(name).map(str::to_owned) else { continue };
+        if matches!(*agreed, "true" | "false") && reader::flag(&value).is_none() {
+            reader.refuse(name, &value, "use true or false");
+        } else if value != *agreed {
+            warnings.push(Ineffective { name, value, why });
+        }
+    }
+    warnings
+}

@@ -1,0 +1,243 @@
+//! Certificates from an authority that speaks `istio.v1.auth.IstioCertificateService`: istiod's, or one in its place.
+//!
+//! Every request makes a new key, which never leaves the process. The node asks in the name of its workloads
+//! (impersonation): the authority lets it if its token is of a trusted account and the workload is on its node.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::future::FutureExt;
+use rcgen::CertificateParams;
+use rcgen::DistinguishedName;
+use rcgen::KeyPair;
+use rcgen::PKCS_ECDSA_P256_SHA256;
+use rcgen::SanType;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::pki_types::pem::PemObject;
+use tokio::time::timeout;
+use tonic::Code;
+use tonic::Extensions;
+use tonic::Request;
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+use tonic::transport::Channel;
+use ztunnel_proto::auth::IstioCertificateRequest;
+use ztunnel_proto::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use ztunnel_proto::prost_types;
+
+use crate::identity::ca::CertificateAuthority;
+use crate::identity::ca::IssueError;
+use crate::model::identity::SpiffeId;
+use crate::tls::configs::Credentials;
+use crate::tls::configs::InvalidCredentials;
+use crate::tls::grpc;
+use crate::tls::grpc::Connector;
+use crate::tls::grpc::ControlPlane;
+
+/// One call takes no longer, so that another address has its turn before those who ask give up.
+const CALL_WITHIN: Duration = Duration::from_secs(4);
+/// An answer is not larger: a chain and its roots are some kilobytes.
+const ANSWER_MAX: usize = 1 << 20;
+
+/// How the authority is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where it is: the first that answers is stayed with until it does not.
+    pub planes: Vec<grpc::Config>,
+    /// How long certificates are to be valid (`SECRET_TTL`).
+    pub life: Duration,
+    /// Whether the token is the node's, who asks for its workloads (`PROXY_MODE=shared`), and not the workload's own.
+    pub impersonate: bool,
+}
+
+/// An authority somewhere else.
+pub struct Istiod {
+    planes: Vec<Plane>,
+    /// The one that answered last.
+    current: AtomicUsize,
+    life: Duration,
+    impersonate: bool,
+}
+
+struct Plane {
+    control: ControlPlane,
+    /// Made anew when the roots of the control plane change.
+    channel: Mutex<Option<(Connector, Channel)>>,
+}
+
+impl Istiod {
+    /// Connects when it is first asked.
+    pub fn new(config: Config) -> Self {
+        let plane = |config| Plane { control: ControlPlane::new(config), channel: Mutex::default() };
+        Self {
+            planes: config.planes.into_iter().map(plane).collect(),
+            current: AtomicUsize::new(0),
+            life: config.life,
+            impersonate: config.impersonate,
+        }
+    }
+
+    async fn certify(&self, identity: &SpiffeId) -> Result<Credentials, IssueError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(signing)?;
+        let request = self.request(identity, &key)?;
+        let chain = self.ask(request).await?;
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        credentials(identity, &chain, key)
+    }
+
+    fn request(&self, identity: &SpiffeId, key: &KeyPair) -> Result<IstioCertificateRequest, IssueError> {
+        let mut params = CertificateParams::default();
+        // No subject, so that the one alternative name is critical (RFC 5280, section 4.2.1.6).
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into().map_err(signing)?)];
+        let csr = params.serialize_request(key).and_then(|csr| csr.pem()).map_err(signing)?;
+        let impersonated = || {
+            let value = prost_types::value::Kind::StringValue(identity.to_string());
+            let value = prost_types::Value { kind: Some(value) };
+            prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() }
+        };
+        Ok(IstioCertificateRequest {
+            csr,
+            validity_duration: i64::try_from(self.life.as_secs()).unwrap_or(i64::MAX),
+            metadata: self.impersonate.then(impersonated),
+        })
+    }
+
+    /// Asks one address after the other until one answers, yes or no.
+    async fn ask(&self, request: IstioCertificateRequest) -> Result<Vec<String>, IssueError> {
+        let first = self.current.load(Ordering::Relaxed);
+        let mut last = IssueError::Refused { reason: "no address of an authority is configured".to_owned() };
+        for turn in 0..self.planes.len() {
+            let index = (first + turn) % self.planes.len();
+            let plane = &self.planes[index];
+            let answer = timeout(CALL_WITHIN, plane.call(request.clone())).await;
+            match answer.unwrap_or_else(|_elapsed| Err(IssueError::Deadline(CALL_WITHIN))) {
+                Err(error @ (IssueError::Unreachable(_) | IssueError::Deadline(_))) => {
+                    if self.planes.len() > 1 {
+                        tracing::debug!(address = %plane.control.address(), %error, "asking the next authority");
+                    }
+                    // Several that hang take more than the time of one request: the next begins behind this one.
+                    self.current.store((index + 1) % self.planes.len(), Ordering::Relaxed);
+                    last = error;
+                }
+                answered => {
+                    self.current.store(index, Ordering::Relaxed);
+                    return answered;
+                }
+            }
+        }
+        Err(last)
+    }
+}
+
+impl CertificateAuthority for Istiod {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        self.certify(identity).boxed()
+    }
+}
+
+impl Plane {
+    async fn call(&self, request: IstioCertificateRequest) -> Result<Vec<String>, IssueError> {
+        let headers = self.control.headers().map_err(unreachable)?;
+        let request = Request::from_parts(MetadataMap::from_headers(headers), Extensions::default(), request);
+        let mut client =
+            IstioCertificateServiceClient::new(self.channel()?).max_decoding_message_size(ANSWER_MAX);
+        match client.create_certificate(request).await {
+            Ok(answer) => Ok(answer.into_inner().cert_chain),
+            Err(status) => Err(refused(status)),
+        }
+    }
+
+    fn channel(&self) -> Result<Channel, IssueError> {
+        let connector = self.control.connector().map_err(unreachable)?;
+        let mut held = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*held {
+            Some((made_with, channel)) if *made_with == connector => Ok(channel.clone()),
+            _ => {
+                let channel = grpc::channel(self.control.address(), connector.clone());
+                *held = Some((connector, channel.clone()));
+                Ok(channel)
+            }
+        }
+    }
+}
+
+fn signing(error: rcgen::Error) -> IssueError {
+    IssueError::Signing(Box::new(error))
+}
+
+fn unreachable(error: impl std::error::Error + Send + Sync + 'static) -> IssueError {
+    IssueError::Unreachable(Box::new(error))
+}
+
+/// What the authority's no means, and what to do about it.
+fn refused(status: Status) -> IssueError {
+    let advice = match status.code() {
+        Code::Unauthenticated => {
+            "it does not accept the token: see that the file AUTH_TOKEN names is there, is for the audience istio-ca, \
+             and is not past its end"
+        }
+        Code::PermissionDenied => {
+            "this node may not ask for this identity: its service account must be one of istiod's \
+             CA_TRUSTED_NODE_ACCOUNTS, its token bound to its pod, and a pod with the identity must run on the same \
+             node; of a new pod istiod may only not have heard yet"
+        }
+        Code::InvalidArgument => "it does not accept the request: see that SECRET_TTL is not too long for it",
+        Code::Unimplemented => "it is no certificate authority: see CA_ADDRESS",
+        Code::FailedPrecondition | Code::NotFound | Code::OutOfRange | Code::AlreadyExists => "see its log",
+        Code::Ok
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::ResourceExhausted
+        | Code::Aborted
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss => return IssueError::Unreachable(Box::new(status)),
+    };
+    // The authority's words are for people, and somebody else's: on one line, and not without end.
+    let said: String =
+        status.message().chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+    IssueError::Refused { reason: format!("{said:?} ({:?}): {advice}", status.code()) }
+}
+
+/// Makes credentials of an answer: the leaf, its intermediates, and in the last element all roots.
+fn credentials(
+    identity: &SpiffeId,
+    chain: &[String],
+    key: PrivateKeyDer<'static>,
+) -> Result<Credentials, IssueError> {
+    let Some((bundle, chain)) = chain.split_last().filter(|(_, chain)| !chain.is_empty()) else {
+        return Err(InvalidCredentials::NoRoots.into());
+    };
+    let mut certificates = Vec::with_capacity(chain.len());
+    for (index, pem) in chain.iter().enumerate() {
+        let found = read(pem).map_err(|_| InvalidCredentials::Chain { index })?;
+        if found.is_empty() {
+            return Err(InvalidCredentials::Chain { index }.into());
+        }
+        certificates.extend(found);
+    }
+    let mut roots = RootCertStore::empty();
+    // One that cannot be used is no reason to do without the others; that none is, is found out next.
+    let (_used, unused) =
+        roots.add_parsable_certificates(read(bundle).map_err(|_| InvalidCredentials::NoRoots)?);
+    if unused > 0 {
+        tracing::warn!(unused, "some roots of the certificate authority cannot be used");
+    }
+    Ok(Credentials::new(identity.clone(), certificates, key, roots.into())?)
+}
+
+fn read(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {
+    CertificateDer::pem_slice_iter(pem.as_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -236,7 +236,7 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    /// The same into a pipe; `None` where there is no reason to, or no way.
+    /// The same into a pipe; `None` where there is no reason to, or no way, or nothing that could be spliced.
     fn poll_splice(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Option<Poll<io::Result<usize>>> {
         if self.large < BULK_AFTER {
             return None;
@@ -244,8 +244,9 @@ impl Direction {
         let mut pipe = Pipe::lend()?;
         match pipe.poll_fill(from, cx) {
             Poll::Ready(Err(error)) if cannot_splice(&error) => None,
+            Poll::Ready(Ok(0)) => None,
             Poll::Ready(Ok(taken)) => {
-                self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
+                self.pipe = Some(pipe);
                 Some(Poll::Ready(Ok(taken)))
             }
             other => Some(other),
@@ -406,6 +407,8 @@ impl Outflow {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::io::Read;
+    use std::io::Write;
 
     use tokio::io::AsyncReadExt;
     use tokio::io::AsyncWriteExt;
@@ -519,6 +522,44 @@ mod tests {
         echo_in_bulk(5_000_000).await;
         drop(taken);
         echo_in_bulk(5_000_000).await;
+    }
+
+    #[tokio::test]
+    async fn urgent_data_does_not_hold_up_what_comes_after_it() {
+        let data = vec![7; 3_000_000];
+        // The end comes at once, or not before all has arrived.
+        for (after, at_once) in [(data.len(), true), (100, true), (0, true), (data.len(), false)] {
+            let (client, front) = pair().await;
+            let (back, mut server) = pair().await;
+            let client = client.into_std().unwrap();
+            client.set_nonblocking(false).unwrap();
+            // A thread of its own, so that what is urgent comes while the rest is on its way.
+            let sending = std::thread::spawn({
+                let data = data.clone();
+                move || {
+                    (&client).write_all(&data).unwrap();
+                    SockRef::from(&client).send_out_of_band(b"!").unwrap();
+                    (&client).write_all(&data[..after]).unwrap();
+                    if !at_once {
+                        (&client).read_exact(&mut [0]).unwrap();
+                    }
+                    client.shutdown(std::net::Shutdown::Write).unwrap();
+                    client
+                }
+            });
+            let receive = async {
+                let mut got = vec![0; data.len() + after];
+                server.read_exact(&mut got).await.unwrap();
+                server.write_all(b".").await.unwrap();
+                assert_eq!(server.read(&mut got).await.unwrap(), 0, "the end");
+                drop(server);
+            };
+            let count = Count::default();
+            let both = async { tokio::join!(relayed(front, back, &count), receive) };
+            let (done, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("an end");
+            done.unwrap();
+            sending.join().unwrap();
+        }
     }
 
     #[tokio::test]

@@ -290,6 +290,16 @@ impl Node {
     }
 
     fn add(&self, name: &str, addresses: &[&str], netns: u64) -> [SocketAddr; 3] {
+        self.add_with(name, addresses, netns, None)
+    }
+
+    fn add_with(
+        &self,
+        name: &str,
+        addresses: &[&str],
+        netns: u64,
+        cut: Option<(shutdown::Trigger, shutdown::Signal)>,
+    ) -> [SocketAddr; 3] {
         let listeners =
             Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
         let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
@@ -303,7 +313,7 @@ impl Node {
             prepare_listener(listener, &Keepalive::default()).unwrap();
         }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network, None).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, cut).unwrap();
         places
     }
 
@@ -1047,6 +1057,31 @@ async fn a_removed_pod_keeps_its_neighbours_connections() {
     let over = async {
         while !leaving.is_over() {
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, over).await.expect("nothing is kept of the pod");
+}
+
+/// As [`DataPlane::add_redirected_pod`] promises.
+#[tokio::test]
+async fn what_is_open_of_a_removed_redirected_pod_is_cut_between_neighbours_too() {
+    let mut node = Node::start_near(Config::default()).await;
+    node.outbound = node.add_with("client", &[CLIENT, "127.0.0.1"], 1, Some(shutdown::channel()))[0];
+    node.add_with("server", &[SERVER], 2, Some(shutdown::channel()));
+    node.plane.neighbour(&PodUid::from("client"));
+    node.plane.neighbour(&PodUid::from("server"));
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"question").await;
+    assert_eq!(node.plane.shards.iter().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
+
+    let leaving = node.plane.remove_pod(&PodUid::from("server")).unwrap();
+    assert_reset(&mut client).await;
+    assert_reset(&mut server).await;
+    node.logged(&["connection complete", "direction=\"inbound\"", "bytes_recv=8"]).await;
+    node.logged(&["connection complete", "direction=\"outbound\"", "bytes_sent=8"]).await;
+    let over = async {
+        while !leaving.is_over() {
+            tokio::task::yield_now().await;
         }
     };
     timeout(PATIENCE, over).await.expect("nothing is kept of the pod");

@@ -179,6 +179,15 @@ fn without_istiod_a_node_serves_what_it_has() {
         let (client, server) = (world.client.clone(), world.server.clone());
         istio.discovery.policy(deny_client());
         eventually(SETTLE, || http_refused(&client.place, server.v4.into()))?;
+        for on in BOTH {
+            // Within a second or two of a push.
+            let kept = world.setting(on).meeting.join("mesh.cache");
+            eventually(SETTLE, || {
+                let bytes = std::fs::read(&kept).context("nothing is kept")?;
+                ensure!(bytes.windows(9).any(|window| window == b"no-client"), "the policy is not kept");
+                Ok(())
+            })?;
+        }
         // Away, with its certificates and all.
         istio.discovery.stop();
         istio.authority.answer(Answer::Hang);

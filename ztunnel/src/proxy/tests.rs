@@ -35,7 +35,10 @@ use crate::hbone::tests::id;
 use crate::identity::ca::CertificateAuthority;
 use crate::identity::ca::IssueError;
 use crate::identity::worker;
+use crate::mesh::MeshChange;
+use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
+use crate::mesh::demand;
 use crate::mesh::index::Mesh;
 use crate::mesh::mesh;
 use crate::model::addr::HbonePeer;
@@ -226,9 +229,13 @@ impl Node {
     }
 
     async fn start_with(config: Config) -> Self {
-        let ca = Arc::new(TestCa::new());
         let (mut writer, reader) = mesh();
         writer.publish(two_pods(vec![]));
+        Self::start_in(config, writer, reader).await
+    }
+
+    async fn start_in(config: Config, mesh: MeshWriter, reader: MeshReader) -> Self {
+        let ca = Arc::new(TestCa::new());
         let (stop, signal) = shutdown::channel();
         let identities = worker::start(Arc::new(Ca(Arc::clone(&ca))), Trust::default(), signal.clone());
         let log = Log::default();
@@ -244,7 +251,7 @@ impl Node {
         let nowhere = app.local_addr().unwrap();
         let mut node = Self {
             plane,
-            mesh: writer,
+            mesh,
             net,
             ca,
             log,
@@ -545,6 +552,37 @@ async fn what_is_outside_the_mesh_goes_on_as_it_is() {
     node.toward("93.184.216.34:444");
     node.refused(node.outbound).await;
     node.logged(&["direction=\"outbound\"", "could not connect to 93.184.216.34:444"]).await;
+}
+
+#[tokio::test]
+async fn what_the_mesh_does_not_know_is_asked_for_before_it_goes_on_as_it_is() {
+    let (mut writer, reader) = mesh();
+    // Only the client is known.
+    writer.apply([MeshChange::Workload(workload("client", CLIENT))]);
+    let wait = Duration::from_millis(300);
+    let (demand, mut demands) = demand::channel(demand::Config { wait, ..demand::Config::default() });
+    let config = Config { threads: 2, linger: Duration::from_millis(50), ..Config::default() };
+    let mut node = Node::start_in(config, writer, reader.on_demand(demand)).await;
+    demands.connected();
+    // Nobody answers: it does not go on in the clear.
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "cannot look up /10.0.0.2", "did not answer in 300ms"]).await;
+    assert_eq!(demands.next().await.subscribe, [Arc::from("/10.0.0.2")]);
+    // It is in the mesh: through a tunnel.
+    let client = TcpStream::connect(node.outbound).await.unwrap();
+    node.mesh.apply([MeshChange::Workload(workload("server", SERVER))]);
+    demands.is_there("server", &["/10.0.0.2".to_owned()]);
+    let (server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+    drop((client, server));
+    node.logged(&["direction=\"inbound\""]).await;
+    // It is outside.
+    node.toward("93.184.216.34:443");
+    node.place("93.184.216.34:443", node.app.local_addr().unwrap());
+    let outside = async {
+        assert_eq!(demands.next().await.subscribe, [Arc::from("/93.184.216.34")]);
+        demands.is_gone("/93.184.216.34");
+    };
+    let ((_client, _server), ()) = tokio::join!(node.connect(), outside);
 }
 
 #[tokio::test]

@@ -230,6 +230,18 @@ impl Daemon {
     pub fn descriptors(&self) -> Result<usize> {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.process.pid()))?.count())
     }
+
+    /// How many descriptors it has of anything but sockets: how many tunnels there are depends on which of its threads
+    /// connections came to.
+    pub fn files(&self) -> Result<usize> {
+        let mut files = 0;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.process.pid()))? {
+            // One that has just been closed is gone from the directory, too.
+            let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
+            files += usize::from(!target.to_string_lossy().starts_with("socket:"));
+        }
+        Ok(files)
+    }
 }
 
 /// Whether a log line says that the daemon is ready: the word itself, and not "not ready".

@@ -250,9 +250,9 @@ fn hostile(world: &mut World) -> Result<String> {
         http(&client.place, server.v4.into(), "").with_context(|| format!("after {when}"))?;
         let daemon = world.daemon(On::B)?;
         daemon.process().must_run().with_context(|| format!("after {when}"))?;
-        daemon.descriptors()
+        daemon.files()
     };
-    // A connection that has just ended still has its own for a moment.
+    // What messages bring: namespaces and files. That connections end is looked at besides.
     let none_leaked = |world: &mut World, when: &str, before: usize| {
         eventually(Duration::from_secs(3), || {
             let now = served(world, when)?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::ServerConfig;
 use tokio::sync::watch;
-use ztunnel::mesh::{MeshReader, mesh};
+use ztunnel::mesh::{MeshReader, demand, mesh};
 use ztunnel::shutdown;
 use ztunnel::telemetry::line::Format;
 use ztunnel::telemetry::{self, Telemetry, writer};
@@ -36,11 +36,22 @@ struct Client {
 
 impl Client {
     fn start(config: Config) -> Self {
-        let (mesh_writer, mesh) = mesh();
+        Self::start_with(config, None)
+    }
+
+    fn start_with(config: Config, look_ups: Option<demand::Config>) -> Self {
+        let (mesh_writer, mut mesh) = mesh();
         let (stop, signal) = shutdown::channel();
         let log = writer::start(Box::new(io::sink()), Format::Plain).expect("a log writer");
         let telemetry = Telemetry::new(telemetry::Config::default(), log);
-        let status = client::start(config, mesh_writer, &telemetry, signal);
+        let status = match look_ups {
+            None => client::start(config, mesh_writer, &telemetry, signal),
+            Some(bounds) => {
+                let (demand, demands) = demand::channel(bounds);
+                mesh = mesh.on_demand(demand);
+                client::start_on_demand(config, demands, mesh_writer, &telemetry, signal)
+            }
+        };
         Self { mesh, status, telemetry, _stop: stop }
     }
 
@@ -278,6 +289,66 @@ fn a_control_plane_that_hangs_hangs_up_or_refuses_is_asked_again_with_pauses() {
         assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(2)])).await, "n1"));
         client.until_workloads(2).await;
         assert!(client.status.borrow().synced);
+    });
+}
+
+#[test]
+fn on_demand_what_is_not_known_is_asked_for_and_then_there() {
+    test(async {
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let bounds = demand::Config { absent_for: Duration::from_secs(1), ..demand::Config::default() };
+        let mut client = Client::start_with(config(&plane), Some(bounds));
+        let (mut stream, first) = begin(&mut plane).await;
+        assert_eq!(first[0].resource_names_subscribe, ["*"]);
+        assert_eq!(first[0].resource_names_unsubscribe, ["*"]);
+        stream.push(response(AUTHORIZATION, "n1", vec![])).await;
+        client.until(|status| status.synced && status.confirmed).await;
+        let mesh = client.mesh.clone();
+        let demand = mesh.demand().expect("on demand");
+        let named = |number: usize| Resource { aliases: vec![format!("/10.0.0.{number}")], ..pod(number) };
+
+        let (found, ()) = tokio::join!(demand.look_up("/10.0.0.1"), async {
+            let asked = stream.request().await.expect("a request");
+            assert_eq!((&*asked.type_url, asked.node), (ADDRESS, None));
+            assert_eq!(asked.resource_names_subscribe, ["/10.0.0.1"]);
+            assert!(asked.resource_names_unsubscribe.is_empty());
+            assert!(is_accepted(&stream.push(response(ADDRESS, "n2", vec![named(1)])).await, "n2"));
+        });
+        assert_eq!(found, Ok(()));
+        assert!(mesh.snapshot().workload_at("", [10, 0, 0, 1].into()).is_some(), "it is there by then");
+
+        // There is nobody at another one. While it is remembered nobody asks, then it is let go.
+        let (gone, ()) = tokio::join!(demand.look_up("/10.0.0.9"), async {
+            let asked = stream.request().await.expect("a request");
+            assert_eq!(asked.resource_names_subscribe, ["/10.0.0.9"]);
+            let mut none = response(ADDRESS, "n3", vec![]);
+            none.removed_resources = vec!["/10.0.0.9".into()];
+            assert!(is_accepted(&stream.push(none).await, "n3"));
+        });
+        assert_eq!(gone, Ok(()));
+        assert_eq!(demand.look_up("/10.0.0.9").await, Ok(()));
+        let let_go = stream.request().await.expect("a request");
+        assert_eq!(let_go.resource_names_unsubscribe, ["/10.0.0.9"]);
+        assert!(let_go.resource_names_subscribe.is_empty());
+        assert_eq!(client.metric("ztunnel_xds_look_ups_total{result=\"answered\"}"), 2);
+        assert_eq!(client.metric("ztunnel_xds_look_ups_total{result=\"known\"}"), 1);
+
+        // Who asks while there is no control plane is answered by the next one.
+        drop(stream);
+        client.until(|status| status.stale_since.is_some()).await;
+        let (found, ()) = tokio::join!(demand.look_up("/10.0.0.2"), async {
+            let (mut stream, first) = begin(&mut plane).await;
+            let wanted = &first[0].initial_resource_versions;
+            assert_eq!(wanted.get("c//Pod/shop/p1").map(String::as_str), Some("v1"));
+            // It is in the first request, or comes after it.
+            if !wanted.contains_key("/10.0.0.2") {
+                let asked = stream.request().await.expect("a request");
+                assert_eq!(asked.resource_names_subscribe, ["/10.0.0.2"]);
+            }
+            assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![named(2)])).await, "n1"));
+        });
+        assert_eq!(found, Ok(()));
+        client.until_workloads(2).await;
     });
 }
 

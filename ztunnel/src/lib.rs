@@ -28,7 +28,7 @@
 //! |---|---|---|
 //! | `model` | the vocabulary: plain immutable data | |
 //! | `shutdown` | the drain signal, and the place tasks are spawned | |
-//! | `mesh` | single writer of the mesh, snapshots for readers | model |
+//! | `mesh` | single writer of the mesh, snapshots for readers, questions for what it does not have | model |
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
 //! | `tls` | rustls configurations, roots and revocation, SPIFFE verification; the only maker of `VerifiedPeer` | model |
@@ -60,7 +60,8 @@
 //! * Losing the source of the mesh or of certificates stops change, not traffic (until certificates expire), also
 //!   when the daemon is replaced meanwhile.
 //! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first
-//!   certificate and for a pod that its node agent knows before the mesh does.
+//!   certificate, for a pod that its node agent knows before the mesh does, and, if the mesh is on demand, for what it
+//!   does not have.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
 
 pub mod admin;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use crate::mesh::demand::Demand;
 use crate::mesh::index::Mesh;
 use crate::model::policy::Policy;
 use crate::model::policy::PolicyKey;
@@ -16,6 +17,7 @@ use crate::model::service::Service;
 use crate::model::service::ServiceKey;
 use crate::model::workload::Workload;
 
+pub mod demand;
 pub mod endpoints;
 pub mod index;
 pub mod map;
@@ -58,7 +60,8 @@ pub fn mesh() -> (MeshWriter, MeshReader) {
         authorization,
         retired: Vec::new(),
     };
-    (writer, MeshReader { current, version, authorization: authorization_version })
+    let reader = MeshReader { current, version, authorization: authorization_version, demand: None };
+    (writer, reader)
 }
 
 /// The one place that changes the mesh.
@@ -118,9 +121,20 @@ pub struct MeshReader {
     current: Arc<ArcSwap<Mesh>>,
     version: watch::Receiver<u64>,
     authorization: watch::Receiver<u64>,
+    demand: Option<Demand>,
 }
 
 impl MeshReader {
+    /// A mesh that does not have all there is, and whom to ask for the rest.
+    pub fn on_demand(self, demand: Demand) -> Self {
+        Self { demand: Some(demand), ..self }
+    }
+
+    /// Whom to ask for what the mesh does not have. Nobody if it has all there is.
+    pub fn demand(&self) -> Option<&Demand> {
+        self.demand.as_ref()
+    }
+
     /// The mesh as of now. Take one per connection and decide everything from it.
     pub fn snapshot(&self) -> Arc<Mesh> {
         self.current.load_full()

@@ -11,6 +11,9 @@
 //! first response of every type was accepted, or the last good mesh of a process before was found. It never becomes
 //! false again: when the control plane is lost the mesh stays as it was, and [`client::Status::stale_since`] says since
 //! when.
+//!
+//! With [`client::start_on_demand`] only the node's own workloads come by themselves, and of the others those that are
+//! asked for through [`mesh::demand`](crate::mesh::demand).
 
 pub mod backoff;
 mod cache;

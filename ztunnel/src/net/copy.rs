@@ -204,6 +204,12 @@ const LARGE: usize = READ_SIZE;
 /// Large pieces in a row after which bytes are spliced.
 const BULK_AFTER: u8 = 4;
 
+/// Bytes a direction moves before the other one, and then other connections, have their turn.
+const TURN_MAX: usize = 512 * 1024;
+
+/// What a small piece counts for: it costs calls as well, of which a task has a budget for both directions.
+const TURN_MIN: usize = TURN_MAX / 32;
+
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
@@ -218,8 +224,8 @@ impl Direction {
         self.state == State::Reading && self.outflow.is_empty() && self.pipe.is_none()
     }
 
-    /// Takes what the source has: it is in `outflow` or `pipe` then, or the source has ended.
-    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Takes what the source has, and says how much: it is in `outflow` or `pipe` then, or the source has ended.
+    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let taken = match self.poll_splice(from, cx) {
             Some(spliced) => ready!(spliced)?,
             None => {
@@ -233,10 +239,10 @@ impl Direction {
         if taken == 0 {
             self.state = State::Ending;
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(taken))
     }
 
-    /// The same into a pipe; `None` where there is no reason to, or no way.
+    /// The same into a pipe; `None` where there is no reason to, or no way, or nothing that could be spliced.
     fn poll_splice(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Option<Poll<io::Result<usize>>> {
         if self.large < BULK_AFTER {
             return None;
@@ -244,8 +250,9 @@ impl Direction {
         let mut pipe = Pipe::lend()?;
         match pipe.poll_fill(from, cx) {
             Poll::Ready(Err(error)) if cannot_splice(&error) => None,
+            Poll::Ready(Ok(0)) => None,
             Poll::Ready(Ok(taken)) => {
-                self.pipe = Some(pipe).filter(|pipe| !pipe.is_empty());
+                self.pipe = Some(pipe);
                 Some(Poll::Ready(Ok(taken)))
             }
             other => Some(other),
@@ -259,6 +266,7 @@ impl Direction {
         cx: &mut Context<'_>,
         mut count: impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
+        let mut turn = 0;
         loop {
             while !self.outflow.is_empty() {
                 let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
@@ -272,7 +280,13 @@ impl Direction {
                 }
             }
             match self.state {
-                State::Reading => ready!(self.poll_take(from, cx)).map_err(Broken::From)?,
+                State::Reading => {
+                    if turn >= TURN_MAX {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    turn += ready!(self.poll_take(from, cx)).map_err(Broken::From)?.max(TURN_MIN);
+                }
                 State::Ending => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
                     self.state = State::Done;
@@ -406,12 +420,15 @@ impl Outflow {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::io::Read;
+    use std::io::Write;
 
     use tokio::io::AsyncReadExt;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::net::splice::SPLICE_SIZE;
 
     #[derive(Default)]
     struct Count {
@@ -513,12 +530,98 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_direction_leaves_the_other_and_other_connections_their_turn() {
+        const TOTAL: usize = 100_000_000;
+        let (client, front) = pair().await;
+        let (back, server) = pair().await;
+        let [client, server] = [client, server].map(|socket| {
+            let socket = socket.into_std().unwrap();
+            socket.set_nonblocking(false).unwrap();
+            socket
+        });
+        (&server).write_all(b"greeting").unwrap();
+        // Both ends are as fast as they can: there is always more to read, and room for it.
+        let sending = std::thread::spawn(move || {
+            let piece = vec![7; 1 << 20];
+            let mut left = TOTAL;
+            while left > 0 {
+                left -= (&client).write(&piece[..left.min(piece.len())]).unwrap();
+            }
+            client
+        });
+        let receiving = std::thread::spawn(move || {
+            let mut left = TOTAL;
+            let mut piece = vec![0; 1 << 20];
+            while left > 0 {
+                left -= (&server).read(&mut piece).unwrap();
+            }
+            server
+        });
+        front.readable().await.unwrap();
+        back.readable().await.unwrap();
+        let count = Count::default();
+        let mut relay = std::pin::pin!(relayed(front, back, &count));
+        let mut greeted = None;
+        std::future::poll_fn(|cx| {
+            let before = count.up.get();
+            let done = relay.as_mut().poll(cx);
+            let turn = count.up.get() - before;
+            assert!(turn <= (TURN_MAX + SPLICE_SIZE) as u64, "{turn} bytes at once");
+            if turn > 0 {
+                greeted.get_or_insert(count.down.get());
+            }
+            if done.is_ready() || count.up.get() == TOTAL as u64 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        assert_eq!(greeted, Some(8), "the other direction moves in the same turn");
+        let _open = (sending.join().unwrap(), receiving.join().unwrap());
+    }
+
+    #[tokio::test]
     async fn bulk_arrives_whole_when_no_pipe_can_be_had() {
         let taken: Vec<Pipe> = std::iter::from_fn(Pipe::lend).collect();
         assert!(!taken.is_empty());
         echo_in_bulk(5_000_000).await;
         drop(taken);
         echo_in_bulk(5_000_000).await;
+    }
+
+    #[tokio::test]
+    async fn urgent_data_does_not_hold_up_what_comes_after_it() {
+        let data = vec![7; 3_000_000];
+        // The end comes at once, or not before all has arrived.
+        for (after, at_once) in [(data.len(), true), (100, true), (0, true), (data.len(), false)] {
+            let (client, front) = pair().await;
+            let (back, mut server) = pair().await;
+            let client = client.into_std().unwrap();
+            client.set_nonblocking(false).unwrap();
+            // A thread of its own, so that what is urgent comes while the rest is on its way.
+            let sending = std::thread::spawn({
+                let data = data.clone();
+                move || {
+                    (&client).write_all(&data).unwrap();
+                    SockRef::from(&client).send_out_of_band(b"!").unwrap();
+                    (&client).write_all(&data[..after]).unwrap();
+                    if !at_once {
+                        (&client).read_exact(&mut [0]).unwrap();
+                    }
+                    client.shutdown(std::net::Shutdown::Write).unwrap();
+                    client
+                }
+            });
+            let receive = async {
+                let mut got = vec![0; data.len() + after];
+                server.read_exact(&mut got).await.unwrap();
+                server.write_all(b".").await.unwrap();
+                assert_eq!(server.read(&mut got).await.unwrap(), 0, "the end");
+                drop(server);
+            };
+            let count = Count::default();
+            let both = async { tokio::join!(relayed(front, back, &count), receive) };
+            let (done, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("an end");
+            done.unwrap();
+            sending.join().unwrap();
+        }
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
 
+use nix::errno::Errno;
 use nix::fcntl::FcntlArg;
 use nix::fcntl::OFlag;
 use nix::fcntl::SpliceFFlags;
@@ -20,7 +21,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 /// How much one call moves at most. A pipe takes less if the pieces are small.
-const SPLICE_SIZE: usize = 512 * 1024;
+pub(super) const SPLICE_SIZE: usize = 512 * 1024;
 
 /// Pieces a pipe takes, in pages: each may be as large as the sender's buffer is.
 const PIPE_SIZE: i32 = 64 * 4096;
@@ -82,27 +83,40 @@ impl Pipe {
         self.bytes == 0
     }
 
-    /// Takes what `from` has, into an empty pipe; 0 at the end of the stream. What is no fault of the connection
-    /// ([`cannot_splice`]) has left it as it was.
+    /// Takes what `from` has, into an empty pipe. 0 where there is nothing that could be spliced, which says nothing of
+    /// the stream: splice(2) stops at urgent data, before the end and after it. Only reading tells, and goes past it.
+    /// What is no fault of the connection ([`cannot_splice`]) has left it as it was.
     pub fn poll_fill(&mut self, from: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         debug_assert!(self.is_empty(), "a full pipe and an empty socket could not be told apart");
         let Some(ends) = &self.ends else { return Poll::Ready(Ok(0)) };
-        let moved = poll_move(cx, from, Interest::READABLE, || {
-            Ok(splice(from, None, &ends.write, None, SPLICE_SIZE, SpliceFFlags::SPLICE_F_NONBLOCK)?)
-        });
-        if let Poll::Ready(Ok(moved)) = moved {
-            self.bytes = moved;
-        }
-        moved
+        ready!(from.poll_read_ready(cx))?;
+        let moved = loop {
+            match splice(from, None, &ends.write, None, SPLICE_SIZE, SpliceFFlags::SPLICE_F_NONBLOCK) {
+                Err(Errno::EINTR) => {}
+                // The socket counts as readable until a read finds nothing either.
+                Err(Errno::EAGAIN) => break 0,
+                moved => break moved?,
+            }
+        };
+        self.bytes = moved;
+        Poll::Ready(Ok(moved))
     }
 
     /// Moves what is in the pipe on, as much as `to` takes.
     pub fn poll_drain(&mut self, to: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(ends) = &self.ends else { return Poll::Ready(Ok(0)) };
         let bytes = self.bytes;
-        let moved = ready!(poll_move(cx, to, Interest::WRITABLE, || {
-            Ok(splice(&ends.read, None, to, None, bytes, SpliceFFlags::SPLICE_F_NONBLOCK)?)
-        }))?;
+        let moved = loop {
+            ready!(to.poll_write_ready(cx))?;
+            let moved = to.try_io(Interest::WRITABLE, || {
+                Ok(splice(&ends.read, None, to, None, bytes, SpliceFFlags::SPLICE_F_NONBLOCK)?)
+            });
+            match moved {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                moved => break moved?,
+            }
+        };
         if moved == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
@@ -128,23 +142,4 @@ impl Drop for Pipe {
 pub fn cannot_splice(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
     matches!(error.kind(), InvalidInput | PermissionDenied | Unsupported)
-}
-
-fn poll_move(
-    cx: &mut Context<'_>,
-    socket: &TcpStream,
-    interest: Interest,
-    mut call: impl FnMut() -> io::Result<usize>,
-) -> Poll<io::Result<usize>> {
-    loop {
-        match interest.is_readable() {
-            true => ready!(socket.poll_read_ready(cx))?,
-            false => ready!(socket.poll_write_ready(cx))?,
-        }
-        match socket.try_io(interest, &mut call) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            moved => return Poll::Ready(moved),
-        }
-    }
 }

@@ -34,6 +34,7 @@ use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::copy::CopyError;
 use crate::net::copy::Meter;
 use crate::net::copy::Relay;
 use crate::net::copy::ResetUnlessDone;
@@ -51,6 +52,7 @@ use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
+use crate::shutdown::Signal;
 use crate::tls::configs::Credentials;
 use crate::tls::trust::Revocation;
 
@@ -231,6 +233,8 @@ pub(super) struct Connection {
     registered: Registered,
     admitted: Admitted,
     ended: Result<(), DeliveryError>,
+    /// When what is open of the destination is to be cut. Of the source, its task knows.
+    cut: Option<Signal>,
     /// The destination's connection: a drain counts it as it would the stream of a tunnel.
     counted: Entered,
 }
@@ -238,23 +242,26 @@ pub(super) struct Connection {
 impl Connection {
     /// Joins both ends.
     pub(super) fn new(application: ResetUnlessDone, source: Tally, opened: Opened) -> Self {
-        let Opened { delivered, counted } = opened;
+        let Opened { delivered, cut, counted } = opened;
         let Delivered { application: server, tally: destination, registered, admitted, .. } = delivered;
         let relay = Relay::new(application, server, Both { source, destination });
-        Self { relay, registered, admitted, ended: Ok(()), counted }
+        Self { relay, registered, admitted, ended: Ok(()), cut, counted }
     }
 
-    /// Moves the bytes until both directions have ended, or the destination's policies refuse it.
+    /// Moves the bytes until both directions have ended, the destination's policies refuse it, or the destination
+    /// is gone.
     pub(super) async fn run(&mut self) {
-        self.ended = match self.registered.run(&mut self.relay).await {
-            Ok(ended) => ended.map_err(DeliveryError::Copy),
-            Err(cut) => Err(DeliveryError::Cut(cut)),
+        let relayed = self.registered.run(&mut self.relay);
+        self.ended = match unless_cut(&mut self.cut, relayed).await {
+            Some(Ok(ended)) => ended.map_err(DeliveryError::Copy),
+            Some(Err(cut)) => Err(DeliveryError::Cut(cut)),
+            None => Err(DeliveryError::Copy(CopyError::Server(io::ErrorKind::ConnectionReset.into()))),
         };
     }
 
     /// Tells how it ended, for both ends. What was cut is dropped here, and so reset at both ends.
     pub(super) fn close(self) {
-        let Self { relay, registered, admitted, ended, counted } = self;
+        let Self { relay, registered, admitted, ended, counted, .. } = self;
         let Both { source, destination } = relay.into_meter();
         source.close(match &ended {
             // Of a cut, the client's end of a tunnel learns no more than that its stream was reset.
@@ -266,9 +273,20 @@ impl Connection {
     }
 }
 
+/// Runs `future` unless the destination is cut first, which drops it.
+async fn unless_cut<T>(cut: &mut Option<Signal>, future: impl Future<Output = T>) -> Option<T> {
+    let Some(cut) = cut else { return Some(future.await) };
+    tokio::select! {
+        biased;
+        () = cut.closing() => None,
+        done = future => Some(done),
+    }
+}
+
 /// The other end of a connection.
 pub(super) struct Opened {
     delivered: Delivered,
+    cut: Option<Signal>,
     counted: Entered,
 }
 
@@ -283,10 +301,14 @@ pub(super) async fn open(
     let caller =
         Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
     let mut neighbour = Neighbour { application, look: pin!(sleep(LOOK_PERIOD)), error: None };
-    match inbound::admit(shard, to, caller, Some(route.target), &mut neighbour).await {
-        Ok(delivered) => Ok(Opened { delivered, counted }),
-        Err(Some(refusal)) => Err(OutboundError::Refused { peer: route.peer, status: refusal.status() }),
-        Err(None) => Err(OutboundError::Abandoned(
+    let mut cut = to.cut();
+    let admitted = inbound::admit(shard, to, caller, Some(route.target), &mut neighbour);
+    match unless_cut(&mut cut, admitted).await {
+        Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
+        Some(Err(Some(refusal))) => {
+            Err(OutboundError::Refused { peer: route.peer, status: refusal.status() })
+        }
+        Some(Err(None)) | None => Err(OutboundError::Abandoned(
             neighbour.error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
         )),
     }

@@ -34,6 +34,9 @@ use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::hbone::stream::TunnelError;
 use crate::identity::worker::Unavailable;
+use crate::mesh::MeshReader;
+use crate::mesh::demand::Demand;
+use crate::mesh::demand::NoAnswer;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::HbonePeer;
 use crate::model::addr::OriginalDst;
@@ -73,6 +76,15 @@ pub enum OutboundError {
     /// The mesh knows nowhere to send it.
     #[error(transparent)]
     NoRoute(NoRoute),
+    /// Whether the mesh knows the destination, or its waypoint, was not found out: it does not go on as it is.
+    #[error("cannot look up {name}")]
+    Unresolved {
+        /// What was asked for.
+        name: String,
+        /// Why there was no answer.
+        #[source]
+        source: NoAnswer,
+    },
     /// The pod has no certificate to dial with.
     #[error(transparent)]
     Identity(Unavailable),
@@ -139,6 +151,7 @@ impl Ending for OutboundError {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::NoRoute(_)
+            | Self::Unresolved { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
             | Self::Connect { .. }
@@ -170,6 +183,7 @@ impl Ending for OutboundError {
             Self::Relay(error) => error.is_reset(),
             Self::Copy(error) => error.is_reset(),
             Self::NoRoute(_)
+            | Self::Unresolved { .. }
             | Self::Identity(_)
             | Self::Dial(_)
             | Self::Revoked
@@ -272,8 +286,12 @@ async fn establish(
     let Some(source) = mesh.workload(&uid).cloned() else {
         return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
-    let planned = plan(&mesh, &source, dst, rand::random());
+    let planned = plan(&mesh, &source, dst, rand::random()).map_err(OutboundError::NoRoute);
     drop(mesh);
+    let planned = match (shard.mesh.demand(), planned) {
+        (Some(demand), planned) => resolve(demand, &shard.mesh, &source, dst, planned).await,
+        (None, planned) => planned,
+    };
     let told = |parties: Parties, destination, hbone| {
         let addresses = Addresses { source: client.0, destination, hbone };
         shard.tally(&pod, parties, addresses, Some(dst))
@@ -321,13 +339,43 @@ async fn establish(
                 Err(error) => tally.close(Err(error)),
             }
         }
-        Err(error @ NoRoute::SelfCall(_)) => return refuse(dst, &error),
+        Err(OutboundError::NoRoute(error @ NoRoute::SelfCall(_))) => return refuse(dst, &error),
         Err(error) => {
             let parties = Parties { source: Some(source), ..Parties::unknown(Reporter::Source) };
-            told(parties, dst.0, None).close(Err(OutboundError::NoRoute(error)));
+            told(parties, dst.0, None).close(Err(error));
         }
     }
     None
+}
+
+/// How often a plan is made again: the destination may be unknown, then its waypoint.
+const LOOK_UPS_MAX: usize = 3;
+
+/// Asks for what the mesh does not have, as long as a plan lacks something else then.
+async fn resolve(
+    demand: &Demand,
+    mesh: &MeshReader,
+    source: &Workload,
+    dst: OriginalDst,
+    mut planned: Result<Plan, OutboundError>,
+) -> Result<Plan, OutboundError> {
+    let mut asked = None;
+    for _ in 0..LOOK_UPS_MAX {
+        let name = match &planned {
+            Ok(Plan::Plain { to, destination: None, .. }) => format!("{}/{}", source.network, to.ip()),
+            Err(OutboundError::NoRoute(NoRoute::UnknownWaypoint(gateway))) => gateway.destination.to_string(),
+            _ => break,
+        };
+        if asked.as_ref() == Some(&name) {
+            break;
+        }
+        if let Err(source) = demand.look_up(&name).await {
+            return Err(OutboundError::Unresolved { name, source });
+        }
+        planned = plan(&mesh.snapshot(), source, dst, rand::random()).map_err(OutboundError::NoRoute);
+        asked = Some(name);
+    }
+    planned
 }
 
 async fn dial(shard: &Shard, pod: &Pod, to: SocketAddr) -> Result<tokio::net::TcpStream, OutboundError> {

@@ -35,7 +35,10 @@ use crate::hbone::tests::id;
 use crate::identity::ca::CertificateAuthority;
 use crate::identity::ca::IssueError;
 use crate::identity::worker;
+use crate::mesh::MeshChange;
+use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
+use crate::mesh::demand;
 use crate::mesh::index::Mesh;
 use crate::mesh::mesh;
 use crate::model::addr::HbonePeer;
@@ -226,9 +229,13 @@ impl Node {
     }
 
     async fn start_with(config: Config) -> Self {
-        let ca = Arc::new(TestCa::new());
         let (mut writer, reader) = mesh();
         writer.publish(two_pods(vec![]));
+        Self::start_in(config, writer, reader).await
+    }
+
+    async fn start_in(config: Config, mesh: MeshWriter, reader: MeshReader) -> Self {
+        let ca = Arc::new(TestCa::new());
         let (stop, signal) = shutdown::channel();
         let identities = worker::start(Arc::new(Ca(Arc::clone(&ca))), Trust::default(), signal.clone());
         let log = Log::default();
@@ -244,7 +251,7 @@ impl Node {
         let nowhere = app.local_addr().unwrap();
         let mut node = Self {
             plane,
-            mesh: writer,
+            mesh,
             net,
             ca,
             log,
@@ -290,6 +297,16 @@ impl Node {
     }
 
     fn add(&self, name: &str, addresses: &[&str], netns: u64) -> [SocketAddr; 3] {
+        self.add_with(name, addresses, netns, None)
+    }
+
+    fn add_with(
+        &self,
+        name: &str,
+        addresses: &[&str],
+        netns: u64,
+        cut: Option<(shutdown::Trigger, shutdown::Signal)>,
+    ) -> [SocketAddr; 3] {
         let listeners =
             Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
         let places = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
@@ -303,7 +320,7 @@ impl Node {
             prepare_listener(listener, &Keepalive::default()).unwrap();
         }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network, None).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, cut).unwrap();
         places
     }
 
@@ -535,6 +552,37 @@ async fn what_is_outside_the_mesh_goes_on_as_it_is() {
     node.toward("93.184.216.34:444");
     node.refused(node.outbound).await;
     node.logged(&["direction=\"outbound\"", "could not connect to 93.184.216.34:444"]).await;
+}
+
+#[tokio::test]
+async fn what_the_mesh_does_not_know_is_asked_for_before_it_goes_on_as_it_is() {
+    let (mut writer, reader) = mesh();
+    // Only the client is known.
+    writer.apply([MeshChange::Workload(workload("client", CLIENT))]);
+    let wait = Duration::from_millis(300);
+    let (demand, mut demands) = demand::channel(demand::Config { wait, ..demand::Config::default() });
+    let config = Config { threads: 2, linger: Duration::from_millis(50), ..Config::default() };
+    let mut node = Node::start_in(config, writer, reader.on_demand(demand)).await;
+    demands.connected();
+    // Nobody answers: it does not go on in the clear.
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "cannot look up /10.0.0.2", "did not answer in 300ms"]).await;
+    assert_eq!(demands.next().await.subscribe, [Arc::from("/10.0.0.2")]);
+    // It is in the mesh: through a tunnel.
+    let client = TcpStream::connect(node.outbound).await.unwrap();
+    node.mesh.apply([MeshChange::Workload(workload("server", SERVER))]);
+    demands.is_there("server", &["/10.0.0.2".to_owned()]);
+    let (server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+    drop((client, server));
+    node.logged(&["direction=\"inbound\""]).await;
+    // It is outside.
+    node.toward("93.184.216.34:443");
+    node.place("93.184.216.34:443", node.app.local_addr().unwrap());
+    let outside = async {
+        assert_eq!(demands.next().await.subscribe, [Arc::from("/93.184.216.34")]);
+        demands.is_gone("/93.184.216.34");
+    };
+    let ((_client, _server), ()) = tokio::join!(node.connect(), outside);
 }
 
 #[tokio::test]
@@ -1047,6 +1095,31 @@ async fn a_removed_pod_keeps_its_neighbours_connections() {
     let over = async {
         while !leaving.is_over() {
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, over).await.expect("nothing is kept of the pod");
+}
+
+/// As [`DataPlane::add_redirected_pod`] promises.
+#[tokio::test]
+async fn what_is_open_of_a_removed_redirected_pod_is_cut_between_neighbours_too() {
+    let mut node = Node::start_near(Config::default()).await;
+    node.outbound = node.add_with("client", &[CLIENT, "127.0.0.1"], 1, Some(shutdown::channel()))[0];
+    node.add_with("server", &[SERVER], 2, Some(shutdown::channel()));
+    node.plane.neighbour(&PodUid::from("client"));
+    node.plane.neighbour(&PodUid::from("server"));
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"question").await;
+    assert_eq!(node.plane.shards.iter().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
+
+    let leaving = node.plane.remove_pod(&PodUid::from("server")).unwrap();
+    assert_reset(&mut client).await;
+    assert_reset(&mut server).await;
+    node.logged(&["connection complete", "direction=\"inbound\"", "bytes_recv=8"]).await;
+    node.logged(&["connection complete", "direction=\"outbound\"", "bytes_sent=8"]).await;
+    let over = async {
+        while !leaving.is_over() {
+            tokio::task::yield_now().await;
         }
     };
     timeout(PATIENCE, over).await.expect("nothing is kept of the pod");

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tonic::Code;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Channel;
+use ztunnel_proto::discovery::DeltaDiscoveryRequest;
 use ztunnel_proto::discovery::DeltaDiscoveryResponse;
 use ztunnel_proto::discovery::Node;
 use ztunnel_proto::discovery::Resource;
@@ -23,6 +24,9 @@ use ztunnel_proto::prost_types::Value;
 use ztunnel_proto::prost_types::value;
 
 use crate::mesh::MeshWriter;
+use crate::mesh::demand::Demands;
+use crate::mesh::demand::Requests;
+use crate::mesh::demand::Tally;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
@@ -42,6 +46,7 @@ use crate::xds::counts::Reason;
 use crate::xds::session::Kind;
 use crate::xds::session::Received;
 use crate::xds::session::Session;
+use crate::xds::session::Told;
 
 /// The largest response. The push of a whole mesh is one.
 const MESSAGE_MAX: usize = 200 * 1024 * 1024;
@@ -107,16 +112,41 @@ pub fn start(
     config: Config,
     writer: MeshWriter,
     telemetry: &Telemetry,
+    signal: shutdown::Signal,
+) -> watch::Receiver<Status> {
+    start_with(config, None, writer, telemetry, signal)
+}
+
+/// Like [`start`], but only those workloads and services are asked for that somebody demands, besides those that the
+/// control plane sends anyway: those of the node. The mesh is then synced without the first of them.
+pub fn start_on_demand(
+    config: Config,
+    demands: Demands,
+    writer: MeshWriter,
+    telemetry: &Telemetry,
+    signal: shutdown::Signal,
+) -> watch::Receiver<Status> {
+    start_with(config, Some(demands), writer, telemetry, signal)
+}
+
+fn start_with(
+    config: Config,
+    demands: Option<Demands>,
+    writer: MeshWriter,
+    telemetry: &Telemetry,
     mut signal: shutdown::Signal,
 ) -> watch::Receiver<Status> {
     let counts = Arc::new(Counts::default());
     let first = Status { synced: false, confirmed: false, stale_since: Some(Instant::now()), rejected: 0 };
     let (status, watched) = watch::channel(first);
-    telemetry.register(Shown(Arc::clone(&counts), watched.clone()));
-    let session = Session::new(node(&config.identity));
+    let tally = demands.as_ref().map(Demands::tally);
+    telemetry.register(Shown { counts: Arc::clone(&counts), status: watched.clone(), tally });
+    let session = new_session(&config, demands.as_ref());
+    // On demand there may be nothing to be said of addresses.
+    let confirmed = [demands.is_some(), false];
     let plane = ControlPlane::new(config.plane.clone());
     let mut client =
-        Client { config, plane, session, writer, counts, status, cache: None, confirmed: [false; 2] };
+        Client { config, plane, session, demands, writer, counts, status, cache: None, confirmed };
     shutdown::spawn(async move {
         tokio::select! {
             () = client.run() => {}
@@ -127,12 +157,35 @@ pub fn start(
     watched
 }
 
-struct Shown(Arc<Counts>, watch::Receiver<Status>);
+fn new_session(config: &Config, demands: Option<&Demands>) -> Session {
+    let mut session = Session::new(node(&config.identity));
+    if demands.is_some() {
+        session.on_demand();
+    }
+    session
+}
+
+struct Shown {
+    counts: Arc<Counts>,
+    status: watch::Receiver<Status>,
+    tally: Option<Arc<Tally>>,
+}
 
 impl Source for Shown {
     fn collect(&self, families: &mut Families<'_>) -> fmt::Result {
-        self.0.collect(families)?;
-        let stale_since = self.1.borrow().stale_since;
+        self.counts.collect(families)?;
+        if let Some(tally) = &self.tally {
+            let results = tally.results();
+            let labels = results.map(|(result, _)| [("result", result)]);
+            let samples: [_; 4] =
+                std::array::from_fn(|at| Sample { labels: &labels[at], value: results[at].1 });
+            families.counter(
+                "ztunnel_xds_look_ups",
+                "Questions for what the mesh did not know.",
+                &samples,
+            )?;
+        }
+        let stale_since = self.status.borrow().stale_since;
         let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
         let help = "Seconds since the mesh was last known to be that of the control plane; 0 while there is a stream.";
         families.gauge("ztunnel_xds_mesh_age_seconds", help, &[Sample { labels: &[], value }])
@@ -218,6 +271,8 @@ struct Client {
     config: Config,
     plane: ControlPlane,
     session: Session,
+    /// What is asked for, if not everything is.
+    demands: Option<Demands>,
     writer: MeshWriter,
     counts: Arc<Counts>,
     status: watch::Sender<Status>,
@@ -235,6 +290,9 @@ impl Client {
         loop {
             let mut responses = 0_u64;
             let Err(interrupted) = self.connection(&mut responses).await;
+            if let Some(demands) = &mut self.demands {
+                demands.disconnected();
+            }
             self.connected(false);
             self.status.send_modify(|status| {
                 status.stale_since.get_or_insert_with(Instant::now);
@@ -284,7 +342,7 @@ impl Client {
                     Err((name, reason)) => {
                         tracing::warn!(name, %reason, "the mesh cache is not used");
                         self.counts.cache_loaded(Loaded::Rejected);
-                        self.session = Session::new(node(&self.config.identity));
+                        self.session = new_session(&self.config, self.demands.as_ref());
                         cache.disown();
                     }
                 }
@@ -338,7 +396,8 @@ impl Client {
         let connector = self.plane.connector()?;
         let headers = self.plane.headers()?;
         let (requests, mut queue) = mpsc::channel(REQUESTS);
-        for first in self.session.open() {
+        let wanted = self.demands.as_mut().map(Demands::connected).unwrap_or_default();
+        for first in self.session.open(wanted.iter().map(|name| &**name)) {
             // There is room for the first ones.
             let _full = requests.try_send(first);
         }
@@ -358,11 +417,19 @@ impl Client {
         tracing::info!(address = %self.plane.address(), "connected to the control plane");
         self.connected(true);
         loop {
-            let message = match *responses {
-                0 => tokio::time::timeout_at(until, stream.message())
-                    .await
-                    .map_err(|_elapsed| Interrupted::Silent(silent))?,
-                _ => stream.message().await,
+            let message = tokio::select! {
+                message = stream.message() => message,
+                () = tokio::time::sleep_until(until), if *responses == 0 => {
+                    return Err(Interrupted::Silent(silent));
+                }
+                wanted = next(&mut self.demands) => {
+                    for request in self.ask(wanted) {
+                        if requests.send(request).await.is_err() {
+                            return Err(Interrupted::Complete);
+                        }
+                    }
+                    continue;
+                }
             };
             let response = message.map_err(|status| Interrupted::Broken(Box::new(status)))?;
             let response = response.ok_or(Interrupted::Complete)?;
@@ -374,11 +441,17 @@ impl Client {
         }
     }
 
+    /// What is said for these wishes.
+    fn ask(&self, wanted: Requests) -> impl Iterator<Item = DeltaDiscoveryRequest> {
+        let names = |names: Vec<Arc<str>>| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let (unsubscribe, subscribe) = (names(wanted.unsubscribe), names(wanted.subscribe));
+        let no_longer = (!unsubscribe.is_empty()).then(|| self.session.subscribe(Vec::new(), unsubscribe));
+        let newly = (!subscribe.is_empty()).then(|| self.session.subscribe(subscribe, Vec::new()));
+        no_longer.into_iter().chain(newly)
+    }
+
     /// Applies a response as a unit, and in slices: others on the thread are not held up.
-    async fn apply(
-        &mut self,
-        response: DeltaDiscoveryResponse,
-    ) -> ztunnel_proto::discovery::DeltaDiscoveryRequest {
+    async fn apply(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
         let bytes = response.encoded_len();
         let (resources, removed) = (response.resources.len(), response.removed_resources.len());
         let mut push = match self.session.receive(response) {
@@ -399,6 +472,14 @@ impl Client {
             tokio::task::yield_now().await;
         }
         self.writer.release();
+        if let Some(demands) = &self.demands {
+            for told in push.take_told() {
+                match told {
+                    Told::There(name, aliases) => demands.is_there(&name, &aliases),
+                    Told::Gone(name) => demands.is_gone(&name),
+                }
+            }
+        }
         self.counts.unknown_values(self.session.unknown_values());
         let rejected = push.rejected().len();
         if rejected > 0 {
@@ -424,6 +505,14 @@ impl Client {
             *status != before
         });
         answer
+    }
+}
+
+/// What is wanted next; never anything if nothing is on demand.
+async fn next(demands: &mut Option<Demands>) -> Requests {
+    match demands {
+        Some(demands) => demands.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -56,6 +56,16 @@ pub struct Session {
     held: [HashMap<Box<str>, Box<str>>; 2],
     accepted: [bool; 2],
     keeping: bool,
+    on_demand: bool,
+}
+
+/// What a response said of a resource to those who asked for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Told {
+    /// It is there, under this name and these others.
+    There(String, Vec<String>),
+    /// There is none of this name.
+    Gone(String),
 }
 
 /// What became of a resource that was accepted, as it was received.
@@ -85,6 +95,7 @@ pub struct Push {
     removed: vec::IntoIter<String>,
     rejected: Vec<(String, Rejected)>,
     accepted: Vec<Accepted>,
+    told: Vec<Told>,
 }
 
 impl Push {
@@ -96,6 +107,11 @@ impl Push {
     /// The resources rejected so far.
     pub fn rejected(&self) -> &[(String, Rejected)] {
         &self.rejected
+    }
+
+    /// What was said to those who asked, if the session is on demand. It is true once the changes are made.
+    pub fn take_told(&mut self) -> Vec<Told> {
+        std::mem::take(&mut self.told)
     }
 
     /// The first resource that was rejected, if any was.
@@ -118,7 +134,24 @@ impl Session {
     /// A session of `node` that has received nothing.
     pub fn new(node: Node) -> Self {
         let (converter, held) = (Converter::default(), Default::default());
-        Self { node, converter, held, accepted: [false; 2], keeping: false }
+        Self { node, converter, held, accepted: [false; 2], keeping: false, on_demand: false }
+    }
+
+    /// From now on only those workloads and services are wanted that are asked for. What the control plane sends of them
+    /// of its own accord is taken too; the first response of that type is not waited for.
+    pub fn on_demand(&mut self) {
+        self.on_demand = true;
+        self.accepted[Kind::Address as usize] = true;
+    }
+
+    /// The request that tells what else is wanted, or no longer: one or the other, as what is in both changes nothing.
+    pub fn subscribe(&self, subscribe: Vec<String>, unsubscribe: Vec<String>) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            type_url: Kind::Address.type_url().to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            ..DeltaDiscoveryRequest::default()
+        }
     }
 
     /// From now on what is accepted can be had from a push as it was received.
@@ -126,8 +159,23 @@ impl Session {
         self.keeping = true;
     }
 
-    /// The first requests on a new stream: everything of every type, without what is held already.
-    pub fn open(&self) -> [DeltaDiscoveryRequest; 2] {
+    /// The first requests on a new stream: everything of every type, without what is held already. On demand only what
+    /// is held already, and what is `wanted`.
+    pub fn open<'a>(&self, wanted: impl IntoIterator<Item = &'a str>) -> [DeltaDiscoveryRequest; 2] {
+        let mut requests = self.open_with_held();
+        if self.on_demand {
+            let [addresses, _] = &mut requests;
+            // Everything, and then nothing of it.
+            addresses.resource_names_subscribe = vec!["*".to_owned()];
+            addresses.resource_names_unsubscribe = vec!["*".to_owned()];
+            for name in wanted {
+                addresses.initial_resource_versions.entry(name.to_owned()).or_default();
+            }
+        }
+        requests
+    }
+
+    fn open_with_held(&self) -> [DeltaDiscoveryRequest; 2] {
         Kind::ALL.map(|kind| {
             let held = self.held[kind as usize].iter();
             DeltaDiscoveryRequest {
@@ -167,6 +215,7 @@ impl Session {
                 removed: removed_resources.into_iter(),
                 rejected: Vec::new(),
                 accepted: Vec::new(),
+                told: Vec::new(),
             }),
             None => {
                 let message = "resources of this type were not asked for".to_owned();
@@ -181,8 +230,9 @@ impl Session {
         let mut changes = Vec::with_capacity(limit.min(push.resources.len() + push.removed.len()));
         let kind = push.kind;
         let held = &mut self.held[kind as usize];
+        let telling = self.on_demand && kind == Kind::Address;
         let mut left = limit;
-        for Resource { name, version, resource, .. } in push.resources.by_ref().take(left) {
+        for Resource { name, version, resource, aliases, .. } in push.resources.by_ref().take(left) {
             left -= 1;
             let value = resource.as_ref().filter(|_| self.keeping).map(|any| any.value.clone());
             let converted = match resource {
@@ -198,6 +248,9 @@ impl Session {
             match converted {
                 Ok(change) => {
                     changes.push(change);
+                    if telling {
+                        push.told.push(Told::There(name.clone(), aliases));
+                    }
                     let (name, version) = (name.into_boxed_str(), version.into_boxed_str());
                     if let Some(value) = value {
                         let resource = Some((version.clone(), value));
@@ -215,6 +268,9 @@ impl Session {
             match kind {
                 Kind::Address => changes.push(self.converter.removed_address(&name)),
                 Kind::Authorization => changes.extend(self.converter.removed_authorization(&name)),
+            }
+            if telling {
+                push.told.push(Told::Gone(name));
             }
         }
         changes

@@ -78,7 +78,7 @@ fn rejected(answer: &DeltaDiscoveryRequest) -> &str {
 #[test]
 fn a_session_begins_with_what_it_has_and_is_synced_by_both_types() {
     let (mut session, mut mesh) = (session(), Mesh::default());
-    let first = session.open();
+    let first = session.open([]);
     assert_eq!(first.each_ref().map(|it| it.type_url.as_str()), Kind::ALL.map(Kind::type_url));
     for request in first {
         assert_eq!(request.node.unwrap().id, "ztunnel~me");
@@ -105,7 +105,7 @@ fn a_session_begins_with_what_it_has_and_is_synced_by_both_types() {
         response(Kind::Address, "n3", vec![pod("b", "8", "y")], &["a", "unknown"]),
         9,
     );
-    let [addresses, policies] = session.open().map(|request| request.initial_resource_versions);
+    let [addresses, policies] = session.open([]).map(|request| request.initial_resource_versions);
     assert_eq!(addresses, [("b".to_owned(), "8".to_owned())].into());
     assert_eq!(policies, [("shop/p".to_owned(), String::new())].into());
     assert_eq!((mesh.workloads().len(), &*mesh.workload("b").unwrap().node), (1, "y"));
@@ -145,7 +145,7 @@ fn what_is_bad_is_named_and_harms_nothing_else() {
     );
     assert_eq!(rejected(&answer), "a: the workload or service is missing");
     assert_eq!(&*mesh.workload("a").unwrap().node, "x", "the version before stays");
-    let held = session.open()[0].initial_resource_versions.clone();
+    let held = session.open([])[0].initial_resource_versions.clone();
     assert_eq!(held["a"], "1");
     assert!(!held.contains_key("b"));
     take(&mut session, &mut mesh, response(Kind::Address, "n3", vec![], &[]), 2);
@@ -166,6 +166,34 @@ fn a_type_that_was_not_asked_for_is_refused() {
         ("type.googleapis.com/other", "n")
     );
     assert!(!rejected(&answer).is_empty() && mesh.workloads().len() == 0);
+}
+
+#[test]
+fn on_demand_only_what_is_wanted_is_asked_for_and_what_is_said_of_it_is_told() {
+    let (mut session, mut mesh) = (session(), Mesh::default());
+    session.on_demand();
+    session.keep_accepted();
+    let [addresses, policies] = session.open(["n/10.0.0.1"]);
+    assert_eq!(addresses.resource_names_subscribe, ["*"]);
+    assert_eq!(addresses.resource_names_unsubscribe, ["*"]);
+    assert_eq!(addresses.initial_resource_versions, [("n/10.0.0.1".to_owned(), String::new())].into());
+    assert!(policies.resource_names_subscribe.is_empty() && policies.resource_names_unsubscribe.is_empty());
+    assert!(policies.initial_resource_versions.is_empty());
+    take(&mut session, &mut mesh, response(Kind::Authorization, "n1", vec![deny("p")], &[]), 9);
+    assert!(session.is_synced(), "addresses are not waited for");
+    let found = Resource { aliases: vec!["n/10.0.0.1".to_owned()], ..pod("a", "1", "x") };
+    let push = response(Kind::Address, "n2", vec![bad("b"), found], &["n/10.0.0.2"]);
+    let Received::Push(mut push) = session.receive(push) else { panic!("a push") };
+    session.advance(&mut push, 9);
+    let told = [Told::There("a".into(), vec!["n/10.0.0.1".into()]), Told::Gone("n/10.0.0.2".into())];
+    assert_eq!(push.take_told(), told, "of what was rejected nothing is known");
+    assert_eq!(push.take_accepted().len(), 1, "what was not held needs no removal");
+    let asked = session.subscribe(vec!["n/10.0.0.3".into()], vec![]);
+    assert_eq!((asked.type_url.as_str(), asked.node), (Kind::Address.type_url(), None));
+    assert_eq!(asked.resource_names_subscribe, ["n/10.0.0.3"]);
+    let [addresses, _] = session.open(["n/10.0.0.3"]);
+    let held = [("a".to_owned(), "1".to_owned()), ("n/10.0.0.3".to_owned(), String::new())];
+    assert_eq!(addresses.initial_resource_versions, held.into());
 }
 
 #[test]
@@ -212,7 +240,7 @@ proptest! {
         let there: std::collections::BTreeMap<String, String> =
             mesh.workloads().map(|it| (it.uid.to_string(), it.node.to_string())).collect();
         prop_assert_eq!(&there, &expected);
-        let held: std::collections::BTreeMap<String, String> = session.open()[0].initial_resource_versions.clone().into_iter().collect();
+        let held: std::collections::BTreeMap<String, String> = session.open([])[0].initial_resource_versions.clone().into_iter().collect();
         prop_assert_eq!(held, expected);
     }
 }

@@ -574,7 +574,7 @@ mod tests {
             let turn = count.up.get() - before;
             assert!(turn <= (TURN_MAX + SPLICE_SIZE) as u64, "{turn} bytes at once");
             if turn > 0 {
-                greeted.get_or_insert(count.down.get());
+                greeted.get_or_insert_with(|| count.down.get());
             }
             if done.is_ready() || count.up.get() == TOTAL as u64 { Poll::Ready(()) } else { Poll::Pending }
         })

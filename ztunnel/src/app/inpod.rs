@@ -20,7 +20,6 @@ use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
 use crate::app::CONTROL_SOCKET;
 use crate::app::LAST_ANSWER;
-use crate::app::RECONCILE_EVERY;
 use crate::app::RunError;
 use crate::app::Signals;
 use crate::app::TAKE_OVER_WITHIN;
@@ -65,6 +64,8 @@ const INHERIT_WITHIN: Duration = Duration::from_secs(20);
 /// How long the node agent is kept waiting for a first mesh: pods that start wait with it, and a daemon that serves
 /// the pods beside this one loses half of their connections once this one listens.
 const MESH_WITHIN: Duration = Duration::from_secs(2);
+/// How often it is looked whether there is memory to give back.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Everything that goes on while the node is served.
 struct Node {
@@ -166,7 +167,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
 
     // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
     let mut admin = match &config.mesh {
-        Source::Istiod(_) | Source::Nothing => Some(serve_admin()?),
+        Source::Istiod { .. } | Source::Nothing => Some(serve_admin()?),
         Source::File(_) => None,
     };
     if !first_mesh(&mut node.world, &socket, &mut signals).await {
@@ -226,15 +227,15 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     node.world.retain_identities(&node.identities, &node.agent);
     node.ready.follow(&node.agent);
 
-    let mut tidy = tokio::time::interval(RECONCILE_EVERY);
-    tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
             more = node.next() => if !more {
                 break End::Signal;
             },
-            _ = tidy.tick() => housekeeping.look(RECONCILE_EVERY),
+            _ = look.tick() => housekeeping.look(LOOK_EVERY),
             () = gone(&mut departing) => departing = None,
             mut claim = successors.next() => {
                 let pods = node.agent.handed();

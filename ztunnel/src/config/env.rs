@@ -160,7 +160,6 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
     ("UNSTABLE_ENABLE_SOCKS5", "false", "there is no SOCKS5 listener"),
     ("TLS12_ENABLED", "false", "TLS 1.3 is the only version spoken"),
     ("AUTHZ_POLICY_INFO_LOGGING", "false", "the access log names the policy that refused a connection"),
-    ("XDS_ON_DEMAND", "false", "the control plane is asked for the whole mesh"),
     ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
     ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
     ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),

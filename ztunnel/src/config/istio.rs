@@ -36,12 +36,15 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
     let plane = |server: &Server| plane(server, &control_plane.token, &own.cluster);
     let authority = plane(&control_plane.authority).map_err(Invalid::Authority)?;
     let mesh = match &control_plane.discovery {
-        Some(server) => Source::Istiod(Box::new(client::Config {
-            plane: plane(server).map_err(Invalid::Discovery)?,
-            identity: identity(&own),
-            answer_timeout: client::ANSWER_TIMEOUT,
-            cache: settings.mesh_cache,
-        })),
+        Some(server) => Source::Istiod {
+            client: Box::new(client::Config {
+                plane: plane(server).map_err(Invalid::Discovery)?,
+                identity: identity(&own),
+                answer_timeout: client::ANSWER_TIMEOUT,
+                cache: settings.mesh_cache,
+            }),
+            on_demand: control_plane.on_demand,
+        },
         None => Source::Nothing,
     };
     let any = |port| -> SocketAddr {

@@ -207,7 +207,12 @@ pub enum Source {
     /// A file or directory of Kubernetes' objects.
     File(PathBuf),
     /// A control plane.
-    Istiod(Box<xds::client::Config>),
+    Istiod {
+        /// Where and who.
+        client: Box<xds::client::Config>,
+        /// Whether only what is dialled is asked for, instead of everything.
+        on_demand: bool,
+    },
     /// Nowhere: it is empty.
     Nothing,
 }

@@ -2,7 +2,8 @@
 //!
 //! HTTP/2 writes and flushes every larger DATA frame, TLS makes a record and a system call of each. Here
 //! writes become full records as they come, a flush does nothing, and whoever drives the connection drains
-//! what has gathered, with one system call, when a pass over all streams is over.
+//! what has gathered when a pass over all streams is over, with few system calls: one for the full records and one for
+//! what is left over, where the socket takes it all.
 
 use std::future::Future;
 use std::io;
@@ -27,7 +28,6 @@ use tokio::time::Sleep;
 use tokio_rustls::TlsStream;
 
 use crate::hbone::Config;
-use crate::net::buffer;
 use crate::net::buffer::ReadAhead;
 
 /// Bytes that gather before a write waits for the socket.
@@ -51,7 +51,7 @@ pub const ALPN: &[u8] = b"h2";
 
 struct Inner {
     tls: Tls,
-    /// What does not fill a record yet.
+    /// What does not fill a record yet: while the socket is full it stays, in a buffer of that size.
     tail: Vec<u8>,
     /// What was encrypted since the socket last took everything.
     encrypted: usize,
@@ -84,7 +84,7 @@ impl Inner {
             self.tail.clear();
         }
         if rest > 0 && self.tail.capacity() == 0 {
-            self.tail = buffer::take();
+            self.tail = Vec::with_capacity(RECORD_MAX);
         }
         let mut skip = length - rest;
         for piece in data {
@@ -107,9 +107,7 @@ impl Inner {
             self.encrypted += self.tail.len();
             self.tail.clear();
         }
-        if self.tail.capacity() > 0 {
-            buffer::give(std::mem::take(&mut self.tail));
-        }
+        self.tail = Vec::new();
         self.flush(cx)
     }
 
@@ -126,9 +124,9 @@ fn encrypt(tls: &mut Tls, data: &[IoSlice<'_>]) -> io::Result<()> {
         TlsStream::Client(tls) => tls.get_mut().1.writer().write_vectored(data)?,
         TlsStream::Server(tls) => tls.get_mut().1.writer().write_vectored(data)?,
     };
-    // Without a limit everything is taken.
-    debug_assert_eq!(written, data.iter().map(|piece| piece.len()).sum::<usize>());
-    Ok(())
+    // Without a limit everything is taken. What was not would be missing in the middle of the connection.
+    let all: usize = data.iter().map(|piece| piece.len()).sum();
+    if written == all { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 /// The end that HTTP/2 reads and writes.
@@ -139,7 +137,7 @@ pub(super) struct Backlog(Arc<Mutex<Inner>>);
 
 /// Puts a deferring writer on `tls`.
 pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
-    // What gathers is bounded here, and what gathers in TLS is written with one system call.
+    // What gathers is bounded here.
     match &mut tls {
         TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
         TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(None),
@@ -255,5 +253,67 @@ impl Keepalive {
             self.waiting = true;
             self.timer.as_mut().reset(Instant::now() + self.timeout);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use rustls::pki_types::ServerName;
+    use tokio::net::TcpListener;
+    use tokio::net::TcpStream;
+    use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::hbone::tests::TestCa;
+    use crate::hbone::tests::id;
+
+    /// Both ends of a connection.
+    async fn tls() -> [Tls; 2] {
+        let ca = TestCa::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let near = ReadAhead::new(TcpStream::connect(address).await.unwrap());
+        let far = ReadAhead::new(listener.accept().await.unwrap().0);
+        let client = TlsConnector::from(ca.certify(&id("client")).client_config(&[id("server")]));
+        let server = TlsAcceptor::from(ca.certify(&id("server")).server_config());
+        let name = ServerName::IpAddress(address.ip().into());
+        let (near, far) = tokio::try_join!(client.connect(name, near), server.accept(far)).unwrap();
+        [near.into(), far.into()]
+    }
+
+    #[tokio::test]
+    async fn what_tls_does_not_take_is_not_lost_in_silence() {
+        let [mut near, _far] = tls().await;
+        let data = [IoSlice::new(&[7; RECORD_MAX])];
+        encrypt(&mut near, &data).unwrap();
+        match &mut near {
+            TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(Some(RECORD_MAX / 2)),
+            TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(Some(RECORD_MAX / 2)),
+        }
+        assert_eq!(encrypt(&mut near, &data).unwrap_err().kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_a_full_socket_keeps_no_more_than_a_record() {
+        let [near, _far] = tls().await;
+        let (deferred, backlog) = defer(near);
+        let data = [7; RECORD_MAX + 100];
+        poll_fn(|cx| {
+            loop {
+                let appended = lock(&deferred.0).append(cx, &[IoSlice::new(&data)]);
+                assert!(matches!(appended, Poll::Ready(Ok(_))), "there is room in the backlog");
+                if backlog.poll_drain(cx).is_pending() {
+                    return Poll::Ready(());
+                }
+            }
+        })
+        .await;
+        let appended = poll_fn(|cx| lock(&deferred.0).append(cx, &[IoSlice::new(b"more")])).await;
+        assert_eq!(appended.unwrap(), 4);
+        let tail = &lock(&deferred.0).tail;
+        assert!(!tail.is_empty() && tail.capacity() <= RECORD_MAX, "{} of {}", tail.len(), tail.capacity());
     }
 }

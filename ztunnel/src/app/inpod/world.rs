@@ -19,6 +19,7 @@ use crate::identity::worker::Identities;
 use crate::mesh;
 use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
+use crate::mesh::demand;
 use crate::mesh::index::Mesh;
 use crate::model::identity::SpiffeId;
 use crate::model::identity::TrustDomain;
@@ -62,7 +63,7 @@ impl World {
         readiness: &Readiness,
         signal: &shutdown::Signal,
     ) -> Result<Option<Self>, RunError> {
-        let (mut writer, reader) = mesh::mesh();
+        let (mut writer, mut reader) = mesh::mesh();
         let feed = match &config.mesh {
             Source::File(path) => {
                 let node = config.places.node.to_string();
@@ -76,9 +77,16 @@ impl World {
                 publish(loaded, &mut writer);
                 Feed::File { updates, writer: Box::new(writer), trust_domain }
             }
-            Source::Istiod(config) => {
+            Source::Istiod { client, on_demand } => {
                 let blocker = Some(readiness.block(READINESS));
-                let status = client::start(config.as_ref().clone(), writer, telemetry, signal.clone());
+                let (config, signal) = (client.as_ref().clone(), signal.clone());
+                let status = if *on_demand {
+                    let (demand, demands) = demand::channel(demand::Config::default());
+                    reader = reader.on_demand(demand);
+                    client::start_on_demand(config, demands, writer, telemetry, signal)
+                } else {
+                    client::start(config, writer, telemetry, signal)
+                };
                 Feed::Istiod { status, readiness: readiness.clone(), blocker }
             }
             Source::Nothing => {

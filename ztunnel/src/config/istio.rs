@@ -155,7 +155,7 @@ mod tests {
             ("ZTUNNEL_ENCRYPT_SAME_NODE", "true"),
         ]);
         let run = run.unwrap();
-        let Source::Istiod(client) = &run.mesh else { panic!("{:?}", run.mesh) };
+        let Source::Istiod { client, on_demand: false } = &run.mesh else { panic!("{:?}", run.mesh) };
         assert_eq!(client.plane.address.to_string(), "https://istiod.istio-system.svc:15012");
         assert_eq!(client.plane.cluster, "east");
         assert_eq!(client.plane.headers.len(), 1);

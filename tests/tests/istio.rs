@@ -289,7 +289,7 @@ fn with_no_source_of_the_mesh_everything_is_refused_and_that_is_said() {
     let world = World::without_daemons(Options::default());
     let mut istio = None;
     common::act_in(world, "XDS_ADDRESS is empty", |world| {
-        istio.insert(world.under_istio()?);
+        istio = Some(world.under_istio()?);
         let mut setting = world.setting(On::A).clone();
         let chart = setting.chart.as_mut().context("no chart")?;
         chart.environment.push(("XDS_ADDRESS".to_owned(), String::new()));

@@ -10,6 +10,7 @@ use common::in_world_that;
 use serde_json::Value;
 use ztunnel_proto::security::{self, Authorization};
 use ztunnel_tests::ca::Answer;
+use ztunnel_tests::daemon::Daemon;
 use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION};
 use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::peer::hold::Held;
@@ -197,7 +198,7 @@ fn without_istiod_a_node_serves_what_it_has() {
         };
         serves(world, "while it is away")?;
         for on in BOTH {
-            world.restart_daemon(on, false).with_context(|| format!("replacing {on:?}"))?;
+            world.restart_daemon(on, true).with_context(|| format!("replacing {on:?}"))?;
             serves(world, "after a hand-over")?;
         }
         // Killed, it has no certificates any more; the authority is back, the mesh is not.
@@ -268,13 +269,39 @@ fn a_first_start_without_istiod_is_not_ready_and_says_why() {
 }
 
 #[test]
+fn a_daemon_that_has_handed_over_stays_until_it_is_told_or_needed() {
+    under_istio("handed over", |world, _istio| {
+        let log = world.setting(On::B).log();
+        let handed_over = |world: &mut World| -> Result<Daemon> {
+            let mark = log.mark();
+            let next = world.setting(On::B).start_ready()?;
+            let first = world.replace_daemon(On::B, next).context("no first daemon")?;
+            log.wait_line(mark, SETTLE, "the hand-over", |line| line.contains("waiting to be told to stop"))?;
+            Ok(first)
+        };
+        // Ended by itself it would be started again, and take the node back.
+        let first = handed_over(world)?;
+        http(&world.client.place, world.server.v4.into(), "")?;
+        first.stop().context("told")?;
+        // The next one dies: then it is needed.
+        let mut first = handed_over(world)?;
+        world.kill_daemon(On::B)?;
+        first.ended().context("nobody serves the node")?;
+        world.start_daemon(On::B)?;
+        http(&world.client.place, world.server.v4.into(), "")?;
+        Ok("told once, needed once".to_owned())
+    });
+}
+
+#[test]
 fn restarts_under_load_fail_no_attempt() {
     const ROUNDS: usize = 4;
     under_istio("restarts", |world, _istio| {
         let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
         let load = Load::start(&world.client.place, 300, &targets)?;
         for round in 0..ROUNDS {
-            let ready = world.restart_daemon(BOTH[round % 2], round / 2 % 2 == 1);
+            // Kubernetes stops the old pod once the new one is ready.
+            let ready = world.restart_daemon(BOTH[round % 2], true);
             ready.with_context(|| format!("restart {round}"))?;
         }
         let outcome = load.finish()?;

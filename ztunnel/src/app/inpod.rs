@@ -67,6 +67,11 @@ const MESH_WITHIN: Duration = Duration::from_secs(2);
 /// How often it is looked whether there is memory to give back.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// How often a daemon that has handed over looks whether somebody serves the node, and how many looks in a row find
+/// nobody before it believes that.
+const ALONE_EVERY: Duration = Duration::from_secs(1);
+const ALONE_LOOKS: u32 = 3;
+
 /// Everything that goes on while the node is served.
 struct Node {
     world: World,
@@ -303,6 +308,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     }
     data_plane.join();
     drop((held, departing));
+    if config.kept_running && !told {
+        stay(&socket, &mut signals).await;
+    }
     tracing::info!("stopped");
     Ok(())
 }
@@ -315,6 +323,22 @@ enum End {
     Superseded,
     /// Another daemon took over, and waits for the ports.
     HandedOver(Claim),
+}
+
+/// Kubernetes starts what has ended again, and that would take the node back from the daemon it was handed to. Waits to
+/// be told to stop, or until nobody serves the node any more.
+async fn stay(socket: &Path, signals: &mut Signals) {
+    tracing::info!("handed over: waiting to be told to stop");
+    let mut alone = 0;
+    while alone < ALONE_LOOKS {
+        tokio::select! {
+            () = signals.next() => return,
+            () = tokio::time::sleep(ALONE_EVERY) => {
+                alone = if handover::is_served(socket).await { 0 } else { alone + 1 };
+            }
+        }
+    }
+    tracing::warn!("the daemon that had taken over is gone: ending, to be started again");
 }
 
 /// Waits for a first mesh: for as long as another daemon serves the node, which need not stop for one that could not;

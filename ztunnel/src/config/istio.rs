@@ -73,6 +73,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         zds: Some(zds(in_pod, &data_plane.keepalive)),
         admin_port: settings.admin_port,
         settings: settings.shown.iter().map(Setting::from).collect(),
+        kept_running: true,
         warnings: settings.warnings.iter().map(Ineffective::to_string).collect(),
         proxy: data_plane,
         log_format: settings.log_format,

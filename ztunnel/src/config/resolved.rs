@@ -244,6 +244,8 @@ pub struct Run {
     pub admin_port: u16,
     /// What was typed, and what was completed.
     pub settings: Vec<Setting>,
+    /// Whether what ends is started again, so that a daemon which has handed over stays until it is told to stop.
+    pub kept_running: bool,
     /// What was said and has no effect, for the log.
     pub warnings: Vec<String>,
     /// What the data plane is given.
@@ -303,6 +305,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         log_filter,
         admin_port: typed.admin_port,
         settings,
+        kept_running: false,
         warnings: tls12(),
     })
 }

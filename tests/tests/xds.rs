@@ -426,6 +426,36 @@ fn the_last_good_mesh_is_served_without_a_control_plane_and_put_right_by_the_nex
 }
 
 #[test]
+fn a_large_mesh_is_kept_and_served_again_at_once() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = folder.path().join("mesh");
+        let mut plane = ControlPlane::start(0, None).await;
+        let config = Config { cache: Some(cache.clone()), ..config(&plane) };
+        let mut client = Client::start(config.clone());
+        let (mut stream, _) = begin(&mut plane).await;
+        stream.push(response(AUTHORIZATION, "n1", vec![policy("p")])).await;
+        let all: Vec<_> = (0..50_000).map(pod).collect();
+        let weight: usize = all.iter().map(Message::encoded_len).sum();
+        stream.push(response(ADDRESS, "n2", all)).await;
+        client.until(|status| status.confirmed).await;
+        until_written(client, 1).await;
+        assert!(
+            std::fs::metadata(&cache).expect("a file").len() < weight as u64,
+            "no more than was received"
+        );
+        drop((stream, plane));
+        let started = Instant::now();
+        let mut client = Client::start(config);
+        client.until(|status| status.synced).await;
+        let took = started.elapsed();
+        assert_eq!(client.mesh.snapshot().workloads().len(), 50_000);
+        // Much more than it takes even when it is not optimised.
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    });
+}
+
+#[test]
 fn a_file_that_is_damaged_is_not_used_and_made_anew() {
     test(async {
         let folder = tempfile::tempdir().expect("a folder");

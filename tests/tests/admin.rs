@@ -244,8 +244,18 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         ensure!(listed.starts_with("current log level is info"), "{listed}");
 
         ensure!(post(world, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
+        // A connection is told of when it has ended, which may be a moment after its client has.
+        let over = |world: &World| {
+            eventually(Duration::from_secs(5), || {
+                let metrics = world.setting(On::A).metrics()?;
+                ensure!(metrics.contains("ztunnel_connections_open 0\n"), "connections are open");
+                Ok(())
+            })
+        };
+        over(world)?;
         let mark = log.mark();
         http(&client, server, "")?;
+        over(world)?;
         // What is logged after it comes behind it.
         post(world, "/logging?level=info&reset", 200)?;
         http(&client, server, "")?;

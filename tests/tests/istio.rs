@@ -283,3 +283,24 @@ fn restarts_under_load_fail_no_attempt() {
         Ok(format!("{ROUNDS} restarts: {}", outcome.evidence()))
     });
 }
+
+#[test]
+fn with_no_source_of_the_mesh_everything_is_refused_and_that_is_said() {
+    let world = World::without_daemons(Options::default());
+    let mut istio = None;
+    common::act_in(world, "XDS_ADDRESS is empty", |world| {
+        istio = Some(world.under_istio()?);
+        let mut setting = world.setting(On::A).clone();
+        let chart = setting.chart.as_mut().context("no chart")?;
+        chart.environment.push(("XDS_ADDRESS".to_owned(), String::new()));
+        let log = setting.log();
+        let mark = log.mark();
+        let daemon = setting.start_ready()?;
+        world.replace_daemon(On::A, daemon);
+        let line = log.wait_line(mark, SETTLE, "why", |line| line.contains("XDS_ADDRESS is empty"))?;
+        let watch = world.watch_link_for_clear("nothing")?;
+        http_refused(&world.client.place, world.server.v4.into())?;
+        nothing_in_clear(&watch.finish()?, &world.client, "secret")?;
+        Ok(line.trim().to_owned())
+    });
+}

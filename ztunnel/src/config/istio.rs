@@ -121,3 +121,73 @@ fn zds(in_pod: InPod, keepalive: &Keepalive) -> Zds {
     let listeners = capture::rules::Config { share_ports: in_pod.port_reuse, ipv6: in_pod.ipv6, settings };
     Zds { socket: in_pod.socket, listeners }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::env;
+    use crate::config::env::Surroundings;
+
+    fn configured(variables: &[(&str, &str)]) -> Result<Run, Invalid> {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let variables = variables.iter().map(own).collect();
+        run(env::resolve(&variables, Surroundings { mesh_config: None, cores: 4 })?)
+    }
+
+    #[test]
+    fn the_charts_environment_is_everything_that_is_needed() {
+        let run = configured(&[
+            ("CA_ADDRESS", "istiod-canary.istio-system.svc:15012"),
+            ("XDS_ADDRESS", "istiod.istio-system.svc:15012"),
+            ("ISTIO_META_CLUSTER_ID", "east"),
+            ("NODE_NAME", "node-1"),
+            ("POD_NAME", "ztunnel-x"),
+            ("POD_NAMESPACE", "istio-system"),
+            ("INSTANCE_IP", "10.0.0.9"),
+            ("XDS_HEADER_x-tenant", "one"),
+            ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
+            ("PACKET_MARK", "7"),
+            ("IPV6_ENABLED", "false"),
+            ("CRL_PATH", "/crl.pem"),
+            ("COMPLIANCE_POLICY", "pqc"),
+            ("ZTUNNEL_ENCRYPT_SAME_NODE", "true"),
+        ]);
+        let run = run.unwrap();
+        let Source::Istiod { client, on_demand: false } = &run.mesh else { panic!("{:?}", run.mesh) };
+        assert_eq!(client.plane.address.to_string(), "https://istiod.istio-system.svc:15012");
+        assert_eq!(client.plane.cluster, "east");
+        assert_eq!(client.plane.headers.len(), 1);
+        assert_eq!(client.plane.token, grpc::Token::File("./var/run/secrets/tokens/istio-token".into()));
+        assert_eq!(client.cache, Some("/var/run/ztunnel/mesh.cache".into()));
+        assert_eq!(client.identity.instance_ip.as_deref(), Some("10.0.0.9"));
+        let authority = run.authority.as_ref().unwrap();
+        assert_eq!(authority.planes[0].address.to_string(), "https://istiod-canary.istio-system.svc:15012");
+        assert!(authority.impersonate && authority.planes[0].headers.is_empty());
+        assert_eq!(&*run.places.node, "node-1");
+        assert_eq!(run.places.run_dir, Path::new("/var/run/ztunnel"));
+        let zds = run.zds.as_ref().unwrap();
+        assert_eq!(zds.socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
+        assert_eq!(zds.listeners.settings.mark, 7);
+        assert_eq!((run.ready_addr.to_string(), run.admin_port), ("0.0.0.0:15021".to_owned(), 15000));
+        assert_eq!(run.drain_deadline, Duration::from_secs(25));
+        assert_eq!(run.crl.as_deref(), Some(Path::new("/crl.pem")));
+        assert_eq!(run.compliance, crate::tls::configs::Compliance::Pqc);
+        assert!(!run.proxy.near);
+    }
+
+    #[test]
+    fn an_empty_address_is_no_control_plane() {
+        let run = configured(&[("XDS_ADDRESS", ""), ("NODE_NAME", "n"), ("ZTUNNEL_MESH_CACHE", "")]).unwrap();
+        assert!(matches!(run.mesh, Source::Nothing));
+    }
+
+    #[test]
+    fn nothing_is_asked_in_clear() {
+        for name in ["XDS_ADDRESS", "CA_ADDRESS"] {
+            let error = configured(&[(name, "http://istiod:15010"), ("NODE_NAME", "n")]).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+}

@@ -42,8 +42,8 @@ enum Feed {
     File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
     Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
-    /// Nobody any more.
-    Nothing,
+    /// Nobody: it stays empty.
+    Nothing { _writer: Box<MeshWriter> },
 }
 
 /// The mesh, and what follows from it for this node.
@@ -94,7 +94,7 @@ impl World {
                     "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
                 );
                 writer.publish(Mesh::default());
-                Feed::Nothing
+                Feed::Nothing { _writer: Box::new(writer) }
             }
         };
         let mut world = Self { feed, reader, due: None, looked: Instant::now() };
@@ -111,14 +111,14 @@ impl World {
     pub(super) fn trust_domain(&self) -> TrustDomain {
         match &self.feed {
             Feed::File { trust_domain, .. } => trust_domain.clone(),
-            Feed::Istiod { .. } | Feed::Nothing => TrustDomain::default(),
+            Feed::Istiod { .. } | Feed::Nothing { .. } => TrustDomain::default(),
         }
     }
 
     /// Whether there is a mesh to decide from: of the control plane, or what was kept of it.
     pub(super) fn is_known(&self) -> bool {
         match &self.feed {
-            Feed::File { .. } | Feed::Nothing => true,
+            Feed::File { .. } | Feed::Nothing { .. } => true,
             Feed::Istiod { status, .. } => status.borrow().synced,
         }
     }
@@ -126,7 +126,7 @@ impl World {
     /// Whether that is of the control plane itself.
     fn is_current(&self) -> bool {
         match &self.feed {
-            Feed::File { .. } | Feed::Nothing => true,
+            Feed::File { .. } | Feed::Nothing { .. } => true,
             Feed::Istiod { status, .. } => status.borrow().confirmed,
         }
     }
@@ -217,7 +217,7 @@ async fn fed(feed: &mut Feed) -> bool {
             None => false,
         },
         Feed::Istiod { status, .. } => status.changed().await.is_ok(),
-        Feed::Nothing => std::future::pending().await,
+        Feed::Nothing { .. } => std::future::pending().await,
     }
 }
 

@@ -204,6 +204,12 @@ const LARGE: usize = READ_SIZE;
 /// Large pieces in a row after which bytes are spliced.
 const BULK_AFTER: u8 = 4;
 
+/// Bytes a direction moves before the other one, and then other connections, have their turn.
+const TURN_MAX: usize = 512 * 1024;
+
+/// What a small piece counts for: it costs calls as well, of which a task has a budget for both directions.
+const TURN_MIN: usize = TURN_MAX / 32;
+
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
@@ -218,8 +224,8 @@ impl Direction {
         self.state == State::Reading && self.outflow.is_empty() && self.pipe.is_none()
     }
 
-    /// Takes what the source has: it is in `outflow` or `pipe` then, or the source has ended.
-    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Takes what the source has, and says how much: it is in `outflow` or `pipe` then, or the source has ended.
+    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let taken = match self.poll_splice(from, cx) {
             Some(spliced) => ready!(spliced)?,
             None => {
@@ -233,7 +239,7 @@ impl Direction {
         if taken == 0 {
             self.state = State::Ending;
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(taken))
     }
 
     /// The same into a pipe; `None` where there is no reason to, or no way, or nothing that could be spliced.
@@ -260,6 +266,7 @@ impl Direction {
         cx: &mut Context<'_>,
         mut count: impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
+        let mut turn = 0;
         loop {
             while !self.outflow.is_empty() {
                 let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
@@ -273,7 +280,13 @@ impl Direction {
                 }
             }
             match self.state {
-                State::Reading => ready!(self.poll_take(from, cx)).map_err(Broken::From)?,
+                State::Reading => {
+                    if turn >= TURN_MAX {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    turn += ready!(self.poll_take(from, cx)).map_err(Broken::From)?.max(TURN_MIN);
+                }
                 State::Ending => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
                     self.state = State::Done;
@@ -415,6 +428,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::net::splice::SPLICE_SIZE;
 
     #[derive(Default)]
     struct Count {
@@ -513,6 +527,54 @@ mod tests {
         for size in [READ_SIZE * (usize::from(BULK_AFTER) + 1) - 1, 5_000_000, 50_000_001] {
             echo_in_bulk(size).await;
         }
+    }
+
+    #[tokio::test]
+    async fn one_direction_leaves_the_other_and_other_connections_their_turn() {
+        const TOTAL: usize = 100_000_000;
+        let (client, front) = pair().await;
+        let (back, server) = pair().await;
+        let [client, server] = [client, server].map(|socket| {
+            let socket = socket.into_std().unwrap();
+            socket.set_nonblocking(false).unwrap();
+            socket
+        });
+        (&server).write_all(b"greeting").unwrap();
+        // Both ends are as fast as they can: there is always more to read, and room for it.
+        let sending = std::thread::spawn(move || {
+            let piece = vec![7; 1 << 20];
+            let mut left = TOTAL;
+            while left > 0 {
+                left -= (&client).write(&piece[..left.min(piece.len())]).unwrap();
+            }
+            client
+        });
+        let receiving = std::thread::spawn(move || {
+            let mut left = TOTAL;
+            let mut piece = vec![0; 1 << 20];
+            while left > 0 {
+                left -= (&server).read(&mut piece).unwrap();
+            }
+            server
+        });
+        front.readable().await.unwrap();
+        back.readable().await.unwrap();
+        let count = Count::default();
+        let mut relay = std::pin::pin!(relayed(front, back, &count));
+        let mut greeted = None;
+        std::future::poll_fn(|cx| {
+            let before = count.up.get();
+            let done = relay.as_mut().poll(cx);
+            let turn = count.up.get() - before;
+            assert!(turn <= (TURN_MAX + SPLICE_SIZE) as u64, "{turn} bytes at once");
+            if turn > 0 {
+                greeted.get_or_insert_with(|| count.down.get());
+            }
+            if done.is_ready() || count.up.get() == TOTAL as u64 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        assert_eq!(greeted, Some(8), "the other direction moves in the same turn");
+        let _open = (sending.join().unwrap(), receiving.join().unwrap());
     }
 
     #[tokio::test]

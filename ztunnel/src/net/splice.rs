@@ -21,7 +21,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 /// How much one call moves at most. A pipe takes less if the pieces are small.
-const SPLICE_SIZE: usize = 512 * 1024;
+pub(super) const SPLICE_SIZE: usize = 512 * 1024;
 
 /// Pieces a pipe takes, in pages: each may be as large as the sender's buffer is.
 const PIPE_SIZE: i32 = 64 * 4096;

@@ -429,6 +429,7 @@ mod tests {
 
     use super::*;
     use crate::net::splice::SPLICE_SIZE;
+    use crate::net::splice::SPLICED;
 
     #[derive(Default)]
     struct Count {
@@ -525,7 +526,12 @@ mod tests {
     #[tokio::test]
     async fn bulk_arrives_whole_and_is_counted() {
         for size in [READ_SIZE * (usize::from(BULK_AFTER) + 1) - 1, 5_000_000, 50_000_001] {
+            let before = SPLICED.get();
             echo_in_bulk(size).await;
+            let spliced = SPLICED.get() - before;
+            // Whether pieces are large is the kernel's to say, but for most of so many.
+            let expected = if size > 5_000_000 { size } else { 0 };
+            assert!(spliced >= expected, "{spliced} of twice {size} bytes");
         }
     }
 
@@ -581,7 +587,9 @@ mod tests {
     async fn bulk_arrives_whole_when_no_pipe_can_be_had() {
         let taken: Vec<Pipe> = std::iter::from_fn(Pipe::lend).collect();
         assert!(!taken.is_empty());
+        let before = SPLICED.get();
         echo_in_bulk(5_000_000).await;
+        assert_eq!(SPLICED.get(), before);
         drop(taken);
         echo_in_bulk(5_000_000).await;
     }

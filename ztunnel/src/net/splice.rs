@@ -34,6 +34,12 @@ thread_local! {
     static PIPES: RefCell<Pipes> = const { RefCell::new(Pipes { spare: Vec::new(), lent: 0 }) };
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Bytes that went through a pipe of this thread.
+    pub(super) static SPLICED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// The pipes of a thread.
 struct Pipes {
     /// Empty ones.
@@ -99,6 +105,8 @@ impl Pipe {
             }
         };
         self.bytes = moved;
+        #[cfg(test)]
+        SPLICED.set(SPLICED.get() + moved);
         Poll::Ready(Ok(moved))
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
 
 use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
@@ -27,6 +28,7 @@ use crate::app::handover::Successors;
 use crate::app::inpod::agent::Agent;
 use crate::app::inpod::agent::Step;
 use crate::app::make_run_dir;
+use crate::app::memory::Housekeeping;
 use crate::app::ports;
 use crate::app::ports::Admin;
 use crate::app::report_rejected;
@@ -57,6 +59,8 @@ const READINESS: &str = "workload proxy manager";
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a predecessor is kept waiting for its pods to be taken over.
 const INHERIT_WITHIN: Duration = Duration::from_secs(20);
+/// How often it is looked whether there is memory to give back.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// The mesh, and what follows from it for this node.
 struct World {
@@ -205,6 +209,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
     world.retain_identities(&agent);
     ready.follow(&agent);
 
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut housekeeping = Housekeeping::default();
     let end = loop {
         tokio::select! {
             update = updates.next() => match update {
@@ -216,6 +223,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry) -> Result<(), Ru
                 None => break End::Signal,
             },
             step = agent.next() => follow(step, &agent, &world, &mut ready),
+            _ = look.tick() => housekeeping.look(LOOK_EVERY),
             () = gone(&mut departing) => departing = None,
             mut claim = successors.next() => {
                 let pods = agent.handed();

@@ -10,14 +10,17 @@ use std::time::Duration;
 
 use nix::time::ClockId;
 use nix::time::clock_gettime;
+use tokio::task::spawn_blocking;
 
 /// Work after which there may be something to give back, as CPU time of the process.
 const WORK: Duration = Duration::from_millis(100);
-/// With less than this share of one CPU the process counts as idle.
-const IDLE_SHARE: u32 = 50;
-/// How many idle looks after the first something is given back once more: tunnels that are not needed any more end
-/// a few seconds after their last stream.
-const AGAIN_AFTER: u32 = 3;
+/// A look finds the process idle if it has used no more CPU time since the last. Looking after the kernel takes some
+/// milliseconds by itself; traffic that takes no more counts as none.
+const IDLE: Duration = Duration::from_millis(10);
+/// Idle looks in a row after which a load counts as over: by then tunnels that are not needed any more have ended.
+const IDLE_LOOKS: u32 = 3;
+/// What was given back has to be fetched again: a load that pauses now and then pays for it no more often than this.
+const BETWEEN: Duration = Duration::from_secs(60);
 
 /// Looks from time to time whether there is something to give back.
 #[derive(Debug, Default)]
@@ -27,14 +30,15 @@ pub struct Housekeeping {
 }
 
 impl Housekeeping {
-    /// To be called once in `interval`.
+    /// To be called once in `interval`, in the context of a runtime. Does not block.
     pub fn look(&mut self, interval: Duration) {
         let Ok(used) = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID) else { return };
         let used = Duration::from(used);
         let since = used.saturating_sub(self.used);
         self.used = used;
         if self.load.is_over(since, interval) {
-            give_back();
+            // Takes milliseconds, and nobody waits for it.
+            let _task = spawn_blocking(give_back);
         }
     }
 }
@@ -43,31 +47,38 @@ impl Housekeeping {
 #[derive(Debug)]
 struct Load {
     work: Duration,
-    again_in: Option<u32>,
+    idle: u32,
+    /// How long nothing is given back.
+    rest: Duration,
+    /// Whether something was given back already.
+    again: bool,
 }
 
 impl Default for Load {
-    /// The start was work, however short it was.
+    /// The start was work, however short it was. What comes after it is another load: there is no rest between.
     fn default() -> Self {
-        Self { work: WORK, again_in: None }
+        Self { work: WORK, idle: 0, rest: Duration::ZERO, again: false }
     }
 }
 
 impl Load {
     /// Whether now is the time, after `used` CPU time in `interval`.
     fn is_over(&mut self, used: Duration, interval: Duration) -> bool {
-        self.work += used;
-        if used > interval / IDLE_SHARE {
+        self.rest = self.rest.saturating_sub(interval);
+        if used > IDLE {
+            self.work += used;
+            self.idle = 0;
             return false;
         }
-        if self.work >= WORK {
-            self.work = Duration::ZERO;
-            self.again_in = Some(AGAIN_AFTER);
-            return true;
+        self.idle = self.idle.saturating_add(1);
+        if self.work < WORK || self.idle < IDLE_LOOKS || !self.rest.is_zero() {
+            return false;
         }
-        let Some(looks) = self.again_in else { return false };
-        self.again_in = looks.checked_sub(1).filter(|left| *left > 0);
-        self.again_in.is_none()
+        if std::mem::replace(&mut self.again, true) {
+            self.rest = BETWEEN;
+        }
+        self.work = Duration::ZERO;
+        true
     }
 }
 
@@ -147,12 +158,25 @@ mod tests {
     }
 
     #[test]
-    fn after_a_load_it_is_given_back_at_once_and_once_more() {
-        assert_eq!(given_back(&[0, 0, 0, 0, 0, 0]), [0, 3], "after the start");
-        assert!(given_back(&[900, 900, 900]).is_empty(), "the load goes on");
-        assert_eq!(given_back(&[900, 10, 10, 10, 10, 10]), [1, 4]);
-        assert_eq!(given_back(&[900, 10, 900, 10, 0, 0, 0, 0]), [1, 3, 6], "the second load starts anew");
-        assert_eq!(given_back(&[0, 30, 30, 30, 30, 30, 0, 0, 0]), [0, 3, 4, 7], "little by little");
+    fn it_is_given_back_once_a_load_is_over() {
+        assert_eq!(given_back(&[0; 100]), [2], "after the start");
+        assert!(given_back(&[900; 100]).is_empty(), "the load goes on");
+        assert!(given_back(&[30; 100]).is_empty(), "a light load, too");
+        assert!(given_back(&[[900, 1, 1]; 30].concat()).is_empty(), "it only pauses");
+        assert_eq!(given_back(&[900, 900, 10, 9, 0, 0, 0, 0]), [4]);
+        assert_eq!(given_back(&[0, 0, 0, 900, 0, 0, 0, 0]), [2, 6], "the start and a load");
+        assert_eq!(given_back(&[&[0; 3][..], &[10; 100]].concat()), [2], "idling is no work");
+        assert_eq!(given_back(&[0, 0, 0, 30, 30, 30, 30, 0, 0, 0]), [2, 9], "little by little");
+    }
+
+    #[test]
+    fn it_is_not_given_back_all_the_time() {
+        // Bursts that are eight seconds apart, for four minutes.
+        let found = given_back(&[[900, 0, 0, 0, 0]; 24].concat());
+        assert!(found.len() > 3, "{found:?}");
+        let rest = (BETWEEN.as_secs() / TICK.as_secs()) as usize;
+        // The first one is for the start.
+        assert!(found[1..].windows(2).all(|pair| pair[1] - pair[0] >= rest), "{found:?}");
     }
 
     #[test]

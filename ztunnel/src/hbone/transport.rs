@@ -126,9 +126,9 @@ fn encrypt(tls: &mut Tls, data: &[IoSlice<'_>]) -> io::Result<()> {
         TlsStream::Client(tls) => tls.get_mut().1.writer().write_vectored(data)?,
         TlsStream::Server(tls) => tls.get_mut().1.writer().write_vectored(data)?,
     };
-    // Without a limit everything is taken.
-    debug_assert_eq!(written, data.iter().map(|piece| piece.len()).sum::<usize>());
-    Ok(())
+    // Without a limit everything is taken. What was not would be missing in the middle of the connection.
+    let all: usize = data.iter().map(|piece| piece.len()).sum();
+    if written == all { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 /// The end that HTTP/2 reads and writes.
@@ -255,5 +255,44 @@ impl Keepalive {
             self.waiting = true;
             self.timer.as_mut().reset(Instant::now() + self.timeout);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::ServerName;
+    use tokio::net::TcpListener;
+    use tokio::net::TcpStream;
+    use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::hbone::tests::TestCa;
+    use crate::hbone::tests::id;
+
+    /// Both ends of a connection.
+    async fn tls() -> [Tls; 2] {
+        let ca = TestCa::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let near = ReadAhead::new(TcpStream::connect(address).await.unwrap());
+        let far = ReadAhead::new(listener.accept().await.unwrap().0);
+        let client = TlsConnector::from(ca.certify(&id("client")).client_config(&[id("server")]));
+        let server = TlsAcceptor::from(ca.certify(&id("server")).server_config());
+        let name = ServerName::IpAddress(address.ip().into());
+        let (near, far) = tokio::try_join!(client.connect(name, near), server.accept(far)).unwrap();
+        [near.into(), far.into()]
+    }
+
+    #[tokio::test]
+    async fn what_tls_does_not_take_is_not_lost_in_silence() {
+        let [mut near, _far] = tls().await;
+        let data = [IoSlice::new(&[7; RECORD_MAX])];
+        encrypt(&mut near, &data).unwrap();
+        match &mut near {
+            TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(Some(RECORD_MAX / 2)),
+            TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(Some(RECORD_MAX / 2)),
+        }
+        assert_eq!(encrypt(&mut near, &data).unwrap_err().kind(), io::ErrorKind::WriteZero);
     }
 }

@@ -146,7 +146,7 @@ pub struct Listeners {
     pub hbone: Arc<TcpListener>,
 }
 
-/// A removed pod whose open connections go on.
+/// A removed pod whose open connections go on, for now or until their end.
 #[derive(Debug)]
 pub struct Leaving(Weak<Pod>);
 
@@ -256,7 +256,7 @@ impl DataPlane {
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
-    /// connections go on.
+    /// connections go on, unless its traffic was redirected ([`Self::add_redirected_pod`]).
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
         let network = CapturedPod::new(
@@ -272,7 +272,7 @@ impl DataPlane {
     }
 
     /// [`Self::add_pod`] for a pod whose traffic is redirected by a node agent's rules, to listeners that hand down
-    /// `settings`. When it is removed, what is open is cut.
+    /// `settings`. When it is removed or replaced, what is open is cut soon after.
     pub fn add_redirected_pod(
         &self,
         pod: PodSpec,
@@ -343,8 +343,9 @@ impl DataPlane {
     }
 
     /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
-    /// they begin, and lets those that are open go on until their end. Peers are told
-    /// to open no new streams on their tunnels to it; its own tunnels close with their last stream.
+    /// they begin, and lets those that are open go on until their end: of a redirected pod for a moment only
+    /// ([`Self::add_redirected_pod`]). Peers are told to open no new streams on their tunnels to it; its own tunnels
+    /// close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         self.neighbours.remove(uid);
         let served = self.pods().remove(uid)?;

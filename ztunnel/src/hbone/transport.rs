@@ -2,7 +2,8 @@
 //!
 //! HTTP/2 writes and flushes every larger DATA frame, TLS makes a record and a system call of each. Here
 //! writes become full records as they come, a flush does nothing, and whoever drives the connection drains
-//! what has gathered, with one system call, when a pass over all streams is over.
+//! what has gathered when a pass over all streams is over, with few system calls: one for the full records and one for
+//! what is left over, where the socket takes it all.
 
 use std::future::Future;
 use std::io;
@@ -139,7 +140,7 @@ pub(super) struct Backlog(Arc<Mutex<Inner>>);
 
 /// Puts a deferring writer on `tls`.
 pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
-    // What gathers is bounded here, and what gathers in TLS is written with one system call.
+    // What gathers is bounded here.
     match &mut tls {
         TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
         TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(None),

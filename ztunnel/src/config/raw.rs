@@ -88,8 +88,9 @@ pub struct Run {
     /// Carry connections between two pods of this node over mutual TLS too
     ///
     /// Otherwise they never leave the daemon: it hands their bytes over from one pod's socket to the other's,
-    /// under the same policies, identities and reports. With this flag every byte is encrypted between the two pods, and
-    /// what else the node has on the way (a NetworkPolicy for port 15008, say) is asked.
+    /// under the same policies, identities and reports. No packet leaves a pod then, so no NetworkPolicy of the CNI
+    /// applies between two pods of the mesh on this node; an AuthorizationPolicy does. With this flag every byte is
+    /// encrypted and goes through the CNI, to port 15008 of the other pod.
     #[arg(long, env = "ZTUNNEL_ENCRYPT_SAME_NODE", value_parser = clap::builder::BoolishValueParser::new())]
     pub encrypt_same_node: bool,
     /// The TCP congestion control of tunnels; `system`: whatever the kernel uses by default

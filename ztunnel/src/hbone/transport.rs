@@ -28,7 +28,6 @@ use tokio::time::Sleep;
 use tokio_rustls::TlsStream;
 
 use crate::hbone::Config;
-use crate::net::buffer;
 use crate::net::buffer::ReadAhead;
 
 /// Bytes that gather before a write waits for the socket.
@@ -52,7 +51,7 @@ pub const ALPN: &[u8] = b"h2";
 
 struct Inner {
     tls: Tls,
-    /// What does not fill a record yet.
+    /// What does not fill a record yet: while the socket is full it stays, in a buffer of that size.
     tail: Vec<u8>,
     /// What was encrypted since the socket last took everything.
     encrypted: usize,
@@ -85,7 +84,7 @@ impl Inner {
             self.tail.clear();
         }
         if rest > 0 && self.tail.capacity() == 0 {
-            self.tail = buffer::take();
+            self.tail = Vec::with_capacity(RECORD_MAX);
         }
         let mut skip = length - rest;
         for piece in data {
@@ -108,9 +107,7 @@ impl Inner {
             self.encrypted += self.tail.len();
             self.tail.clear();
         }
-        if self.tail.capacity() > 0 {
-            buffer::give(std::mem::take(&mut self.tail));
-        }
+        self.tail = Vec::new();
         self.flush(cx)
     }
 
@@ -261,6 +258,8 @@ impl Keepalive {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use rustls::pki_types::ServerName;
     use tokio::net::TcpListener;
     use tokio::net::TcpStream;
@@ -295,5 +294,26 @@ mod tests {
             TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(Some(RECORD_MAX / 2)),
         }
         assert_eq!(encrypt(&mut near, &data).unwrap_err().kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_a_full_socket_keeps_no_more_than_a_record() {
+        let [near, _far] = tls().await;
+        let (deferred, backlog) = defer(near);
+        let data = [7; RECORD_MAX + 100];
+        poll_fn(|cx| {
+            loop {
+                let appended = lock(&deferred.0).append(cx, &[IoSlice::new(&data)]);
+                assert!(matches!(appended, Poll::Ready(Ok(_))), "there is room in the backlog");
+                if backlog.poll_drain(cx).is_pending() {
+                    return Poll::Ready(());
+                }
+            }
+        })
+        .await;
+        let appended = poll_fn(|cx| lock(&deferred.0).append(cx, &[IoSlice::new(b"more")])).await;
+        assert_eq!(appended.unwrap(), 4);
+        let tail = &lock(&deferred.0).tail;
+        assert!(!tail.is_empty() && tail.capacity() <= RECORD_MAX, "{} of {}", tail.len(), tail.capacity());
     }
 }

@@ -26,16 +26,38 @@ pub const READ_SIZE: usize = 64 * 1024;
 /// How much one read takes where there is much: where throughput over a tunnel stops growing.
 const BULK_SIZE: usize = 256 * 1024;
 
-/// What is read in pieces up to this size is copied out of the thread's buffer. Beyond, the piece keeps the
-/// buffer alive until it is sent; a small one would keep 64 KiB for a few bytes.
-const COPY_MAX: usize = 8 * 1024;
+/// What is read in pieces up to this share of the thread's buffer is copied out of it. Beyond, the piece keeps the
+/// whole buffer alive until it is sent: one that nobody takes keeps so many times its size at most.
+const COPY_SHARE: usize = 8;
 
 /// Spare buffers a thread keeps for the next that asks; more are given back to the allocator.
 const SPARE_MAX: usize = 4;
 
 thread_local! {
-    static SCRATCH: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
     static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Where a thread reads to. What was split off shares the allocation.
+#[derive(Default)]
+struct Scratch {
+    room: BytesMut,
+    /// The size of the allocation of which `room` is what is left.
+    size: usize,
+}
+
+impl Scratch {
+    /// Empty room for `size` bytes.
+    fn reserve(&mut self, size: usize) -> &mut BytesMut {
+        self.room.clear();
+        let left = self.room.capacity();
+        self.room.reserve(size);
+        // It grows only by becoming a whole allocation, a new one or the old one that nobody shares any more.
+        if self.room.capacity() > left {
+            self.size = self.room.capacity();
+        }
+        &mut self.room
+    }
 }
 
 /// Reads what `socket` has, at most [`READ_SIZE`]. Empty at the end of the stream.
@@ -48,24 +70,23 @@ pub fn poll_read_chunk(socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io:
 pub fn poll_read_up_to(size: usize, socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
     ready!(socket.poll_read_ready(cx))?;
     SCRATCH.with_borrow_mut(|scratch| {
-        scratch.clear();
-        scratch.reserve(size);
-        let length = ready!(pin!(socket.take(size as u64).read_buf(scratch)).poll(cx))?;
-        Poll::Ready(Ok(if length <= COPY_MAX {
-            Bytes::copy_from_slice(&scratch[..length])
+        let room = scratch.reserve(size);
+        let length = ready!(pin!(socket.take(size as u64).read_buf(room)).poll(cx))?;
+        Poll::Ready(Ok(if length <= scratch.size / COPY_SHARE {
+            Bytes::copy_from_slice(&scratch.room[..length])
         } else {
-            scratch.split().freeze()
+            scratch.room.split().freeze()
         }))
     })
 }
 
 /// An empty buffer with room for much.
-pub fn take() -> Vec<u8> {
+fn take() -> Vec<u8> {
     SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BULK_SIZE))
 }
 
 /// Gives a buffer back. One that has grown out of proportion is freed.
-pub fn give(mut buffer: Vec<u8>) {
+fn give(mut buffer: Vec<u8>) {
     buffer.clear();
     let capacity = buffer.capacity();
     if (BULK_SIZE..=2 * BULK_SIZE).contains(&capacity) {
@@ -161,5 +182,41 @@ impl AsyncWrite for ReadAhead {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_small_piece_does_not_keep_a_large_buffer() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut far, _) = listener.accept().await.unwrap();
+        let mut kept = Vec::new();
+        for (size, length) in
+            [(READ_SIZE, 9), (READ_SIZE, 5), (BULK_SIZE, 50), (BULK_SIZE, 9), (READ_SIZE, 9)]
+        {
+            let length = length * 1024;
+            near.write_all(&vec![7; length]).await.unwrap();
+            // All of it comes in one piece.
+            while far.peek(&mut vec![0; length]).await.unwrap() < length {}
+            let piece = poll_fn(|cx| poll_read_up_to(size, &mut far, cx)).await.unwrap();
+            assert_eq!(piece, vec![7; length]);
+            // The thread's buffer is shared with the thread.
+            let copied = piece.is_unique();
+            kept.push((length / 1024, copied));
+            if !copied {
+                let whole = SCRATCH.with_borrow(|scratch| scratch.size);
+                assert!(length * COPY_SHARE > whole, "{length} of {whole}");
+            }
+        }
+        assert_eq!(kept, [(9, false), (5, true), (50, false), (9, true), (9, true)]);
     }
 }

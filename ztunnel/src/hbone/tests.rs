@@ -546,18 +546,21 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
 
 #[tokio::test]
 async fn after_a_burst_one_tunnel_with_room_is_kept() {
-    let config =
-        Config { client_streams_max: 1, spare_timeout: Duration::from_millis(50), ..Config::default() };
+    let config = Config { client_streams_max: 1, ..Config::default() };
+    let spare_timeout = config.spare_timeout;
     let mesh = Mesh::start(config, echo()).await;
+    // Time runs only here, as fast as it can: what is on its way over a socket needs time of the clock on the wall.
     let left = async |tunnels| {
+        tokio::time::pause();
         let fewer = async {
             while mesh.pool.tunnels() > tunnels {
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                tokio::time::sleep(spare_timeout).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::timeout(1000 * spare_timeout, fewer).await.unwrap();
+        tokio::time::sleep(4 * spare_timeout).await;
         assert_eq!(mesh.pool.tunnels(), tunnels);
+        tokio::time::resume();
     };
     let mut streams = Vec::new();
     for _ in 0..5 {

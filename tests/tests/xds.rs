@@ -442,7 +442,7 @@ fn a_large_mesh_is_kept_and_served_again_at_once() {
     test(async {
         let folder = tempfile::tempdir().expect("a folder");
         let cache = folder.path().join("mesh");
-        let mut plane = ControlPlane::start(0, None).await;
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let config = Config { cache: Some(cache.clone()), ..config(&plane) };
         let mut client = Client::start(config.clone());
         let (mut stream, _) = begin(&mut plane).await;

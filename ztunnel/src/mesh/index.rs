@@ -52,6 +52,8 @@ pub struct Mesh {
     global: Arc<Vec<Arc<Policy>>>,
     by_namespace: Map<Arc<str>, Arc<Vec<Arc<Policy>>>>,
     authorization: u64,
+    /// Policies that are not enforced.
+    on_trial: usize,
 }
 
 impl Mesh {
@@ -151,6 +153,11 @@ impl Mesh {
         }
         let namespaced = self.by_namespace.get(&workload.namespace).map(|list| &list[..]).unwrap_or_default();
         Ok(self.global.iter().chain(namespaced).chain(selected))
+    }
+
+    /// Whether any policy is on trial only.
+    pub fn has_policies_on_trial(&self) -> bool {
+        self.on_trial > 0
     }
 
     /// A number that is another one after a change of what any workload's policies are, if it is the same mesh.
@@ -337,6 +344,7 @@ impl Mesh {
         }
         self.remove_policy(&new.key);
         self.authorization += 1;
+        self.on_trial += usize::from(new.dry_run);
         match new.scope {
             Scope::Global => Arc::make_mut(&mut self.global).push(Arc::clone(&new)),
             Scope::Namespace => {
@@ -351,6 +359,7 @@ impl Mesh {
     fn remove_policy(&mut self, key: &PolicyKey) {
         let Some(old) = self.policies.remove(key) else { return };
         self.authorization += 1;
+        self.on_trial -= usize::from(old.dry_run);
         match old.scope {
             Scope::Global => Arc::make_mut(&mut self.global).retain(|policy| policy.key != *key),
             Scope::Namespace => {

@@ -201,6 +201,22 @@ fn who_watches_authorization_is_woken_by_nothing_else() {
 }
 
 #[test]
+fn whether_any_policy_is_on_trial_is_known() {
+    let mut mesh = Mesh::default();
+    let on_trial = |name: &str| Policy { dry_run: true, ..Policy::clone(&policy(name, Scope::Global)) };
+    let mut after = |change| {
+        mesh.apply(change);
+        mesh.has_policies_on_trial()
+    };
+    assert!(!after(MeshChange::Policy(policy("a", Scope::Global))));
+    assert!(after(MeshChange::Policy(Arc::new(on_trial("a")))));
+    assert!(after(MeshChange::Policy(Arc::new(on_trial("a")))));
+    assert!(after(MeshChange::Policy(Arc::new(on_trial("b")))));
+    assert!(after(MeshChange::RemovePolicy(on_trial("b").key)));
+    assert!(!after(MeshChange::Policy(policy("a", Scope::Global))));
+}
+
+#[test]
 fn a_version_is_freed_by_the_writer_not_by_its_last_reader() {
     let (mut writer, reader) = mesh();
     writer.apply([MeshChange::Workload(Arc::new(workload("a", 1, &[])))]);

@@ -53,16 +53,46 @@ pub enum Denial {
     UnknownPolicy(PolicyKey),
 }
 
+/// What would have become of a connection if the policies on trial had decided, too.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trial {
+    /// It was let in, and would not have been.
+    Refused(Denial),
+    /// It was refused, and would have been let in, by this allow policy.
+    LetIn(Option<PolicyKey>),
+}
+
 /// Decides whether `inbound` may proceed. `policies` is what
 /// [`Mesh::policies_of`](crate::mesh::index::Mesh::policies_of) answers for the destination.
 ///
-/// A policy on trial (`dry_run`) decides nothing. Any matching deny policy refuses. Without allow policies everybody else is let in; with them, those whom one
-/// of them matches.
+/// A policy on trial (`dry_run`) decides nothing: [`rehearse`] tells what it would have done. Any matching deny policy
+/// refuses. Without allow policies everybody else is let in; with them, those whom one of them matches.
 pub fn authorize<'a>(
     policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
     inbound: &Inbound<'_>,
 ) -> Result<Permit, Denial> {
     let policies = policies.map_err(|unknown| Denial::UnknownPolicy(unknown.clone()))?;
+    decide(policies.filter(|policy| !policy.dry_run), inbound).map(|rule| Permit { rule: rule.cloned() })
+}
+
+/// What the policies on trial among `policies` would have made of `inbound`, which was `let_in` or not; nothing if that
+/// is no difference.
+pub fn rehearse<'a>(
+    policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
+    inbound: &Inbound<'_>,
+    let_in: bool,
+) -> Option<Trial> {
+    match decide(policies.ok()?, inbound) {
+        Err(denial) if let_in => Some(Trial::Refused(denial)),
+        Ok(rule) if !let_in => Some(Trial::LetIn(rule.cloned())),
+        _ => None,
+    }
+}
+
+fn decide<'a>(
+    policies: impl Iterator<Item = &'a Arc<Policy>>,
+    inbound: &Inbound<'_>,
+) -> Result<Option<&'a PolicyKey>, Denial> {
     // An IPv4-mapped address is in no IPv4 range, so a deny policy for that range would miss it.
     let inbound = Inbound {
         identity: inbound.identity,
@@ -71,7 +101,7 @@ pub fn authorize<'a>(
     };
     let mut allow_policies_exist = false;
     let mut allowed_by = None;
-    for policy in policies.filter(|policy| !policy.dry_run) {
+    for policy in policies {
         match policy.action {
             Action::Deny if policy_matches(policy, &inbound) => {
                 return Err(Denial::Denied(policy.key.clone()));
@@ -86,8 +116,7 @@ pub fn authorize<'a>(
         }
     }
     match allowed_by {
-        Some(key) => Ok(Permit { rule: Some(key.clone()) }),
         None if allow_policies_exist => Err(Denial::NoneAllowed),
-        None => Ok(Permit { rule: None }),
+        allowed_by => Ok(allowed_by),
     }
 }

@@ -24,7 +24,9 @@ use crate::model::policy::StringMatch;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Inbound;
 use crate::policy::authorize::Permit;
+use crate::policy::authorize::Trial;
 use crate::policy::authorize::authorize;
+use crate::policy::authorize::rehearse;
 
 fn policy(name: &str, action: Action, rules: Vec<Rule>) -> Arc<Policy> {
     let key = PolicyKey { namespace: "shop".into(), name: name.into() };
@@ -64,6 +66,32 @@ fn anonymous() -> Inbound<'static> {
 #[test]
 fn without_policies_everybody_is_let_in() {
     assert_eq!(decide(&[], &anonymous()).map(|permit| permit.policy().cloned()), Ok(None));
+}
+
+#[test]
+fn a_policy_on_trial_decides_nothing_and_what_it_would_have_done_is_known() {
+    let to = |port| Match { destination_ports: vec![port], ..Match::default() };
+    let on_trial = |policy: Arc<Policy>| Arc::new(Policy { dry_run: true, ..Policy::clone(&policy) });
+    let (allow, other) = (simple("yes", Action::Allow, to(8080)), simple("other", Action::Allow, to(9)));
+    let deny = simple("no", Action::Deny, to(8080));
+    let check = |policies: &[Arc<Policy>], let_in: bool, trial: Option<Trial>| {
+        assert_eq!(decide(policies, &anonymous()).is_ok(), let_in);
+        assert_eq!(rehearse(Ok(policies.iter()), &anonymous(), let_in), trial);
+    };
+    let refused = |policy: &Policy| Some(Trial::Refused(Denial::Denied(policy.key.clone())));
+    check(&[on_trial(Arc::clone(&deny))], true, refused(&deny));
+    check(&[Arc::clone(&allow), on_trial(Arc::clone(&deny))], true, refused(&deny));
+    check(&[on_trial(Arc::clone(&other))], true, Some(Trial::Refused(Denial::NoneAllowed)));
+    check(
+        &[Arc::clone(&other), on_trial(Arc::clone(&allow))],
+        false,
+        Some(Trial::LetIn(Some(allow.key.clone()))),
+    );
+    check(&[on_trial(Arc::clone(&allow))], true, None);
+    check(&[Arc::clone(&deny), on_trial(Arc::clone(&allow))], false, None);
+    check(&[Arc::clone(&allow), on_trial(other)], true, None);
+    let missing = allow.key.clone();
+    assert_eq!(rehearse(Err::<std::slice::Iter<'_, _>, _>(&missing), &anonymous(), false), None);
 }
 
 #[test]

@@ -27,11 +27,11 @@ use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy::ResetUnlessDone;
 use crate::policy::authorize::Permit;
-use crate::policy::authorize::authorize;
 use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
 use crate::proxy::ending::told;
+use crate::proxy::live;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
 use crate::proxy::live::TunnelId;
@@ -403,7 +403,7 @@ pub(super) async fn admit(
         let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
         return refuse(Some(to), unknown);
     };
-    let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
+    let permit = live::admit(&mesh, &workload, &facts);
     let parties = Parties {
         reporter: Reporter::Destination,
         source: mesh.workload_at(&workload.network, facts.source).cloned(),

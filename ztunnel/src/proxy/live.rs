@@ -17,9 +17,13 @@ use tokio::sync::oneshot;
 use crate::mesh::MeshReader;
 use crate::mesh::index::Mesh;
 use crate::model::identity::SpiffeId;
+use crate::model::workload::Workload;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Inbound;
+use crate::policy::authorize::Permit;
+use crate::policy::authorize::Trial;
 use crate::policy::authorize::authorize;
+use crate::policy::authorize::rehearse;
 
 /// Connections judged before others get a turn on the thread.
 const BATCH: usize = 256;
@@ -42,6 +46,30 @@ impl Facts {
     pub fn inbound(&self) -> Inbound<'_> {
         Inbound { identity: self.identity.as_ref(), source: self.source, destination: self.destination }
     }
+}
+
+/// Decides whether a new connection may proceed to `workload`, and tells if policies on trial would have decided
+/// otherwise.
+pub fn admit(mesh: &Mesh, workload: &Workload, facts: &Facts) -> Result<Permit, Denial> {
+    let decided = authorize(mesh.policies_of(workload), &facts.inbound());
+    if mesh.has_policies_on_trial()
+        && let Some(trial) = rehearse(mesh.policies_of(workload), &facts.inbound(), decided.is_ok())
+    {
+        let (source, destination) = (facts.source, facts.destination);
+        let identity = facts.identity.as_ref().map_or("", SpiffeId::as_str);
+        let workload = &*facts.workload;
+        match trial {
+            Trial::Refused(denial) => {
+                tracing::info!(%source, identity, %destination, workload, reason = %denial, "dry run: would be refused");
+            }
+            Trial::LetIn(policy) => {
+                let policy = policy.map(|policy| policy.to_string());
+                let policy = policy.as_deref().unwrap_or_default();
+                tracing::info!(%source, identity, %destination, workload, policy, "dry run: would be allowed");
+            }
+        }
+    }
+    decided
 }
 
 /// The connection was permitted and no longer is.

@@ -19,10 +19,10 @@ use crate::net::copy::ResetUnlessDone;
 use crate::net::socket::Delivery;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Permit;
-use crate::policy::authorize::authorize;
 use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
+use crate::proxy::live;
 use crate::proxy::live::Cut;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
@@ -172,7 +172,7 @@ async fn establish(
     let Some(workload) = mesh.workload(&uid).cloned() else {
         return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
-    let permit = authorize(mesh.policies_of(&workload), &facts.inbound());
+    let permit = live::admit(&mesh, &workload, &facts);
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
     let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
     drop(mesh);

@@ -96,7 +96,7 @@ impl Shared {
 
 /// Hands to the writer what becomes of the mesh. The writer ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Cache(Arc<Shared>);
+pub(super) struct Cache(Arc<Shared>, Arc<Counts>);
 
 impl Drop for Cache {
     fn drop(&mut self) {
@@ -114,22 +114,15 @@ impl Cache {
     ) -> io::Result<(Self, oneshot::Receiver<Option<Stored>>)> {
         let shared = Arc::new(Shared::default());
         let (sender, stored) = oneshot::channel();
-        let mut writer = Writer {
-            shared: Arc::clone(&shared),
-            path,
-            scope,
-            counts,
-            base: None,
-            log: None,
-            given_up: false,
-        };
+        let cache = Self(Arc::clone(&shared), Arc::clone(&counts));
+        let mut writer = Writer { shared, path, scope, counts, base: None, log: None, given_up: false };
         thread::Builder::new().name("mesh-cache".to_owned()).spawn(move || {
             let found = writer.load();
             // Without one who waits for it, it will have been disowned.
             let _not_waited_for = sender.send(found);
             writer.run();
         })?;
-        Ok((Self(shared), stored))
+        Ok((cache, stored))
     }
 
     /// Takes what was accepted, in the middle of a response.
@@ -137,6 +130,7 @@ impl Cache {
         let mut state = self.0.lock();
         state.pending.extend(accepted.into_iter().map(|it| ((kind, it.name), it.resource)));
         state.settled = false;
+        self.1.cache_pending(state.pending.len());
     }
 
     /// Says that a response is at its end, and what was taken so far, with what the file had, a whole mesh.
@@ -230,7 +224,11 @@ impl Writer {
                 let batch = std::mem::take(&mut state.pending);
                 drop(state);
                 match self.write(&batch) {
-                    Ok(()) => retry = RETRY.0,
+                    Ok(()) => {
+                        retry = RETRY.0;
+                        let state = shared.lock();
+                        self.counts.cache_pending(state.pending.len());
+                    }
                     Err(error) => {
                         self.counts.cache_written(false);
                         let path = self.path.display();

@@ -53,7 +53,7 @@ const MESSAGE_MAX: usize = 200 * 1024 * 1024;
 /// Resources that are applied before others on the thread get a turn: a few milliseconds' work.
 const SLICE: usize = 512;
 /// How long the file with the last good mesh may take to be read: no disk keeps a proxy from its control plane.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(2);
+const CACHE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
 

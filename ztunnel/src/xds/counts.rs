@@ -91,6 +91,7 @@ pub(super) struct Counts {
     /// Failed and successful.
     cache_writes: [AtomicU64; 2],
     cache_bytes: AtomicU64,
+    cache_pending: AtomicU64,
 }
 
 impl Counts {
@@ -126,6 +127,10 @@ impl Counts {
     #[cfg(test)]
     pub(super) fn cache_writes(&self, successfully: bool) -> u64 {
         self.cache_writes[usize::from(successfully)].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn cache_pending(&self, resources: usize) {
+        self.cache_pending.store(resources as u64, Ordering::Relaxed);
     }
 
     pub(super) fn cache_bytes(&self, bytes: u64) {
@@ -173,6 +178,9 @@ impl Source for Counts {
             value: self.cache_writes[result].load(Ordering::Relaxed),
         });
         families.counter("ztunnel_xds_cache_writes", "Writes of that file.", &samples)?;
+        let value = self.cache_pending.load(Ordering::Relaxed) as f64;
+        let help = "Resources whose newest state is not in that file yet.";
+        families.gauge("ztunnel_xds_cache_pending", help, &[Sample { labels: &[], value }])?;
         let value = self.cache_bytes.load(Ordering::Relaxed) as f64;
         families.gauge("ztunnel_xds_cache_bytes", "The size of that file.", &[Sample { labels: &[], value }])
     }

@@ -104,6 +104,7 @@ async fn there_are_only_so_many_names() {
     next(&mut demands);
     demands.is_gone("n/2");
     assert!(demand.look_up("n/4").now_or_never().is_none());
+    advance(Duration::from_millis(1)).await;
     assert_eq!(
         next(&mut demands),
         Some(requests(&["n/2"], &["n/4"])),
@@ -112,9 +113,11 @@ async fn there_are_only_so_many_names() {
     // What was found takes none.
     demands.is_there("n/1", &[]);
     assert!(demand.look_up("n/5").now_or_never().is_none());
+    advance(Duration::from_millis(1)).await;
     assert_eq!(next(&mut demands), Some(requests(&[], &["n/5"])));
     // What was never said is not taken back.
     assert!(demand.look_up("n/6").now_or_never().is_none());
+    advance(Duration::from_millis(1)).await;
     assert!(demand.look_up("n/7").now_or_never().is_none());
     let said = next(&mut demands).expect("something");
     assert_eq!((said.subscribe.len(), said.unsubscribe.len()), (2, 2));

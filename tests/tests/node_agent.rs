@@ -222,7 +222,8 @@ fn a_deleted_pod_is_let_go_wholly() {
                 Ok(())
             })?;
             eventually(Duration::from_secs(5), || http_refused(&client.place, server.v4.into()))?;
-            let after = eventually(Duration::from_secs(5), || {
+            // Tunnels that are to spare are closed within some seconds.
+            let after = eventually(Duration::from_secs(15), || {
                 let now = count(world)?;
                 ensure!(before.is_none_or(|before| now <= before), "{now} descriptors, before {before:?}");
                 Ok(now)

@@ -82,14 +82,15 @@ impl Site {
 }
 
 /// At the defaults of a fresh namespace a load of new connections soon runs out of ports and measures only that.
-/// The range leaves out every port that something listens on. Congestion control is the kernel's own default for
-/// all: a machine that has another one (BBR, with its pacing) would measure that, where a proxy does not choose.
+/// The range leaves out every port that something listens on. Congestion control is one without
+/// pacing for all (reno: any namespace may have it): a machine whose default is BBR would measure that, where a proxy
+/// does not choose.
 fn widen(pod: &Pod) -> Result<()> {
     for (key, value) in [
         ("ipv4/ip_local_port_range", "16384 65000"),
         ("ipv4/tcp_tw_reuse", "1"),
         ("ipv4/tcp_max_tw_buckets", "1000"),
-        ("ipv4/tcp_congestion_control", "cubic"),
+        ("ipv4/tcp_congestion_control", "reno"),
     ] {
         pod.place.netns.set_sysctl(key, value)?;
     }

@@ -169,21 +169,25 @@ impl Site {
         signal: Signal,
     ) -> (Response<Body>, Option<Unanswered>) {
         let (method, path) = (request.method(), request.uri().path());
-        let known = match self {
+        // What is the same for the servers that only tell: what is there, and by which methods.
+        let refused = |known: bool| match known {
+            false => Some(text(StatusCode::NOT_FOUND, "not found\n")),
+            true if ![Method::GET, Method::HEAD].contains(method) => Some(not_allowed("GET, HEAD")),
+            true => None,
+        };
+        let response = match self {
             Self::Console(console) => {
                 let query = request.uri().query().unwrap_or_default();
                 let asked = console::Asked { method, path, query, headers: request.headers() };
                 return console.answer(asked, signal).await;
             }
-            Self::Metrics(_) => ["/metrics", "/stats/prometheus"].contains(&path),
-            Self::Readiness(_) => path == "/healthz/ready",
-        };
-        let response = match self {
-            _ if !known => text(StatusCode::NOT_FOUND, "not found\n"),
-            _ if ![Method::GET, Method::HEAD].contains(method) => not_allowed("GET, HEAD"),
-            Self::Metrics(telemetry) => metrics(telemetry, request.headers()).await,
-            Self::Readiness(readiness) => ready(readiness),
-            Self::Console(_) => unreachable!("it has answered above"),
+            Self::Metrics(telemetry) => match refused(["/metrics", "/stats/prometheus"].contains(&path)) {
+                Some(refused) => refused,
+                None => metrics(telemetry, request.headers()).await,
+            },
+            Self::Readiness(readiness) => {
+                refused(path == "/healthz/ready").unwrap_or_else(|| ready(readiness))
+            }
         };
         (response, None)
     }

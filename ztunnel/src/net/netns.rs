@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, fstatfs};
@@ -45,6 +46,19 @@ impl Netns {
         Self::open(Path::new("/proc/thread-self/ns/net"))
     }
 
+    /// The namespace of this thread, by one descriptor for all threads that are in it.
+    fn current_shared() -> io::Result<Arc<Self>> {
+        let current = Self::current()?;
+        let mut homes = HOMES.lock().unwrap_or_else(PoisonError::into_inner);
+        homes.retain(|home| home.strong_count() > 0);
+        if let Some(home) = homes.iter().filter_map(Weak::upgrade).find(|home| home.id == current.id) {
+            return Ok(home);
+        }
+        let home = Arc::new(current);
+        homes.push(Arc::downgrade(&home));
+        Ok(home)
+    }
+
     /// Device and inode: equal for two handles of the same namespace.
     pub fn id(&self) -> (u64, u64) {
         self.id
@@ -60,7 +74,7 @@ impl Netns {
         HOME.with(|home| match home.get() {
             Some(home) => self.run_from(home, inside),
             None => {
-                let current = Self::current()?;
+                let current = Self::current_shared()?;
                 self.run_from(home.get_or_init(|| current), inside)
             }
         })
@@ -76,9 +90,12 @@ impl Netns {
     }
 }
 
+/// What the threads' [`HOME`]s point to: one, but in tests.
+static HOMES: Mutex<Vec<Weak<Netns>>> = Mutex::new(Vec::new());
+
 thread_local! {
     /// Where this thread is when it is not inside [`Netns::run`]: opened once, because every dial comes by here.
-    static HOME: OnceCell<Netns> = const { OnceCell::new() };
+    static HOME: OnceCell<Arc<Netns>> = const { OnceCell::new() };
     /// Whether it is inside.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
@@ -126,6 +143,18 @@ mod tests {
         let seen = outer.run(|| (here(), inner.run(here).expect("enter"), here())).expect("enter");
         assert_eq!(seen, (outer.id(), inner.id(), outer.id()));
         assert_eq!(here(), home);
+    }
+
+    #[test]
+    fn threads_at_home_in_one_namespace_share_a_descriptor() {
+        let home = || Arc::as_ptr(&Netns::current_shared().expect("open")) as usize;
+        let held = Netns::current_shared().expect("open");
+        assert_eq!(std::thread::spawn(home).join().expect("no panic"), Arc::as_ptr(&held) as usize);
+        let elsewhere = std::thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).expect("needs root");
+            home()
+        });
+        assert_ne!(elsewhere.join().expect("no panic"), Arc::as_ptr(&held) as usize);
     }
 
     #[test]

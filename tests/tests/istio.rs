@@ -312,6 +312,40 @@ fn restarts_under_load_fail_no_attempt() {
 }
 
 #[test]
+fn it_serves_in_an_image_with_a_read_only_root_and_three_capabilities() {
+    let world = World::without_daemons(Options::default());
+    let mut istio = None;
+    common::act_in(world, "in an image", |world| {
+        istio = Some(world.under_istio()?);
+        for on in BOTH {
+            let mut setting = world.setting(on).clone();
+            let chart = setting.chart.as_mut().context("no chart")?;
+            chart.image = Some(world.run.path(format!("image-{}", setting.node)));
+            let mut daemon = setting.start_ready()?;
+            // It is what it was meant to be.
+            let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.process().pid()))?;
+            let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            let capabilities = (1_u64 << 12) | (1 << 13) | (1 << 21);
+            ensure!(line("CapEff:") == Some(&*format!("{capabilities:016x}")), "{:?}", line("CapEff:"));
+            ensure!(line("Gid:").is_some_and(|ids| ids.starts_with("1337\t")), "{:?}", line("Gid:"));
+            let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", daemon.process().pid()))?;
+            let root = mounts.lines().find(|line| line.split(' ').nth(1) == Some("/")).context("no root")?;
+            ensure!(root.split(' ').nth(3).is_some_and(|how| how.starts_with("ro")), "{root}");
+            world.replace_daemon(on, daemon);
+        }
+        for address in world.server.addresses() {
+            http(&world.client.place, address, "").context("in an image")?;
+        }
+        // What it keeps is in the directory that it shares with the node.
+        for on in BOTH {
+            let kept = world.setting(on).meeting.join("mesh.cache");
+            eventually(SETTLE, || std::fs::metadata(&kept).context("the mesh is not kept"))?;
+        }
+        Ok("capabilities, group and root as the chart asks".to_owned())
+    });
+}
+
+#[test]
 fn with_no_source_of_the_mesh_everything_is_refused_and_that_is_said() {
     let world = World::without_daemons(Options::default());
     let mut istio = None;

@@ -81,7 +81,7 @@ impl World {
                 own("INPOD_UDS", &agent),
                 own("ZTUNNEL_RUN_DIR", &setting.meeting.display().to_string()),
             ];
-            setting.chart = Some(Chart { root, environment });
+            setting.chart = Some(Chart { root, environment, image: None });
         }
         Ok(istio)
     }

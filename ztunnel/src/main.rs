@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt::Write;
 use std::process::ExitCode;
 
+use ztunnel::admin::profile::heap::allocator::Sampled;
 use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
@@ -12,6 +13,9 @@ use ztunnel::config::raw;
 use ztunnel::config::raw::Cli;
 use ztunnel::config::raw::Command;
 use ztunnel::config::resolved;
+
+#[global_allocator]
+static ALLOCATOR: Sampled = Sampled;
 
 fn main() -> ExitCode {
     let (cli, settings) = raw::parse();

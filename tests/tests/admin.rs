@@ -321,6 +321,20 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
             world.setting(On::A).ask("GET", "/debug/pprof/profile?seconds=1&frequency=1000")?;
         // The first field of every profile: what is counted.
         ensure!(status == 200 && profile.starts_with(&[0x32, 0x00]), "{status} {:?}", profile.get(..8));
+        let heap = |path: &str| world.setting(On::A).ask("GET", &format!("/debug/pprof/heap{path}"));
+        let (status, refused) = heap("")?;
+        let refused = String::from_utf8(refused)?;
+        ensure!(status == 500 && refused.contains("heap profiling is not active"), "{status} {refused}");
+        for active in [true, false] {
+            let (status, said) = heap(&format!("/profiling?activate={active}"))?;
+            let wanted = format!("heap profiling active: {active}\n");
+            ensure!(status == 200 && said == wanted.as_bytes(), "{status} {said:?}");
+            http(&client, server, "")?;
+            let (status, profile) = heap("")?;
+            ensure!(status == if active { 200 } else { 500 }, "{status} after activate={active}");
+            // What the format is compressed by.
+            ensure!(profile.starts_with(&[0x1f, 0x8b]) == active, "{:?}", profile.get(..8));
+        }
         for (method, path, wanted) in [("GET", "/logging", 405), ("GET", "/nothing", 404), ("GET", "/", 200)]
         {
             let (status, _) = world.setting(On::A).ask(method, path)?;

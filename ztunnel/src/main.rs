@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt::Write;
 use std::process::ExitCode;
 
+use ztunnel::admin::profile::heap::allocator::Sampled;
 use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
@@ -20,6 +21,9 @@ use ztunnel::config::raw::Output;
 use ztunnel::config::raw::Part;
 use ztunnel::config::raw::Show;
 use ztunnel::config::resolved;
+
+#[global_allocator]
+static ALLOCATOR: Sampled = Sampled;
 
 fn main() -> ExitCode {
     let (cli, settings) = raw::parse();

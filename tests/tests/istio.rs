@@ -2,24 +2,28 @@
 
 mod common;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world_that;
 use serde_json::Value;
 use ztunnel_proto::security::{self, Authorization};
+use ztunnel_proto::workload;
 use ztunnel_tests::ca::Answer;
 use ztunnel_tests::daemon::Daemon;
 use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION};
 use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
+use ztunnel_tests::place::Place;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::stories::outage::nothing_in_clear;
 use ztunnel_tests::topology::in_url;
 use ztunnel_tests::world::istio::{Istio, behind, service};
-use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
+use ztunnel_tests::world::{
+    BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at, refused,
+};
 
 const SETTLE: Duration = Duration::from_secs(10);
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
@@ -363,5 +367,83 @@ fn with_no_source_of_the_mesh_everything_is_refused_and_that_is_said() {
         http_refused(&world.client.place, world.server.v4.into())?;
         nothing_in_clear(&watch.finish()?, &world.client, "secret")?;
         Ok(line.trim().to_owned())
+    });
+}
+
+/// The proxy of a node as istiod publishes its pod, were that pod enrolled. Here it has the node's addresses.
+fn proxy_workload(world: &World, on: On) -> workload::Workload {
+    let node = world.node(on);
+    let (v4, v6) = proxy_addresses(world, on);
+    workload::Workload {
+        uid: format!("Kubernetes//Pod/istio-system/ztunnel-{}", node.name),
+        name: format!("ztunnel-{}", node.name),
+        namespace: "istio-system".to_owned(),
+        service_account: "ztunnel".to_owned(),
+        addresses: vec![v4.octets().to_vec().into(), v6.octets().to_vec().into()],
+        tunnel_protocol: workload::TunnelProtocol::Hbone.into(),
+        node: node.name.clone(),
+        ..istiod::workload(&world.server)
+    }
+}
+
+fn proxy_addresses(world: &World, on: On) -> (Ipv4Addr, Ipv6Addr) {
+    let number = world.node(on).number;
+    (Ipv4Addr::new(10, 80, number, 1), Ipv6Addr::new(0xfd80, number.into(), 0, 0, 0, 0, 0, 1))
+}
+
+#[test]
+fn metrics_are_scraped_through_a_tunnel() {
+    under_istio("metrics through HBONE", |world, istio| {
+        for on in BOTH {
+            istio.discovery.workload(proxy_workload(world, on));
+        }
+        let (client, other) = (world.client.clone(), world.other.clone());
+        let url = |address: IpAddr, port: u16, path: &str| format!("http://{}:{port}{path}", in_url(address));
+        let scrape = |place: &Place, address: IpAddr| -> Result<String> {
+            let answer = curl(place, &[&url(address, 15020, "/metrics")])?;
+            ensure!(answer.body.contains("istio_build{component=\"ztunnel\""), "{}", answer.body);
+            Ok(answer.body)
+        };
+        let log = world.setting(On::B).log();
+        let mark = log.mark();
+        // From the other node, from its own, and to both addresses.
+        for on in BOTH {
+            let (v4, v6) = proxy_addresses(world, on);
+            for address in [IpAddr::from(v4), v6.into()] {
+                let by_tunnel = || {
+                    let body = scrape(&client.place, address)?;
+                    // Until both nodes know of the proxy it is reached in clear.
+                    ensure!(
+                        body.contains("destination_workload_namespace=\"istio-system\""),
+                        "not by a tunnel"
+                    );
+                    Ok(())
+                };
+                eventually(SETTLE, by_tunnel).with_context(|| format!("{address} of {on:?}"))?;
+            }
+        }
+        let line = log.wait_line(mark, SETTLE, "both identities", |line| {
+            let own = "dst.identity=\"spiffe://cluster.local/ns/istio-system/sa/ztunnel\"";
+            line.contains(own) && line.contains(CLIENT) && line.contains(":15020") && line.contains("inbound")
+        })?;
+        let (far, _) = proxy_addresses(world, On::B);
+        let watch = world.watch_link_for_clear("metrics")?;
+        scrape(&client.place, far.into())?;
+        nothing_in_clear(&watch.finish()?, &client, "istio_build")?;
+
+        // Nothing else is there for peers, policies hold for it, and it is no pod of the node.
+        let said = refused(&client.place, &[&url(far.into(), 15021, "/healthz/ready")])?;
+        log.wait_line(mark, SETTLE, "why", |line| line.contains("10.80.2.1:15021 is not offered to peers"))?;
+        istio.discovery.policy(Authorization { namespace: "istio-system".to_owned(), ..deny_client() });
+        eventually(SETTLE, || refused(&client.place, &[&url(far.into(), 15020, "/metrics")]))?;
+        let metrics = scrape(&other.place, far.into())?;
+        ensure!(metrics.contains("workload_manager_active_proxy_count 1\n"), "it counts as a pod");
+        istio.discovery.remove(AUTHORIZATION, "istio-system/no-client");
+        eventually(SETTLE, || scrape(&client.place, far.into()))?;
+
+        // The next daemon has it, too.
+        world.restart_daemon(On::B, true)?;
+        scrape(&client.place, far.into()).context("after a hand-over")?;
+        Ok(format!("{}; {said}", line.trim()))
     });
 }

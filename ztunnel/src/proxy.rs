@@ -55,6 +55,7 @@ use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
 use crate::proxy::listing::Connection;
 use crate::proxy::near::Neighbours;
+use crate::proxy::pod::Own;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -225,6 +226,8 @@ pub struct DataPlane {
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, Served>>,
+    /// This proxy's own pod, which is none of those.
+    own: Mutex<Option<Served>>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     started: AtomicUsize,
@@ -278,6 +281,7 @@ impl DataPlane {
             shards,
             threads: Mutex::new(threads),
             pods: Mutex::default(),
+            own: Mutex::default(),
             neighbours,
             count,
             started: AtomicUsize::new(0),
@@ -316,6 +320,33 @@ impl DataPlane {
         self.add(pod, listeners, id, Arc::new(network), Some(shutdown::channel()))
     }
 
+    /// Takes tunnels to this proxy's own pod from now on, for what `own` says peers may have of it. It is no pod of the
+    /// node: it is neither counted nor listed, and dials nobody. `netns` is its network namespace.
+    pub fn add_own(
+        &self,
+        spec: PodSpec,
+        own: Own,
+        hbone: Arc<TcpListener>,
+        netns: Arc<Netns>,
+        settings: Arc<Settings>,
+    ) -> io::Result<()> {
+        let id = netns.id();
+        let network: Arc<dyn PodNetwork> = Arc::new(RedirectedPod::new(netns, settings, None));
+        prepare_listener(&hbone, &self.config.keepalive)?;
+        self.set_congestion(&hbone);
+        let (stop, stopped) = shutdown::channel();
+        let pod = Pod::new(spec, id, network, stopped, None, self.handing_over.clone()).owned(own);
+        let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
+        Ok(())
+    }
+
+    fn set_congestion(&self, hbone: &TcpListener) {
+        if let Some(congestion) = &self.config.hbone.congestion {
+            set_congestion(hbone, congestion);
+        }
+    }
+
     fn add(
         &self,
         spec: PodSpec,
@@ -326,26 +357,16 @@ impl DataPlane {
     ) -> io::Result<()> {
         let (cut, when_cut) = cut.unzip();
         set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
-        if let Some(congestion) = &self.config.hbone.congestion {
-            set_congestion(&*listeners.hbone, congestion);
-        }
+        self.set_congestion(&listeners.hbone);
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
         let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));
-        let mut hasher = DefaultHasher::new();
-        uid.hash(&mut hasher);
-        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
-        // Tasks go to the runtime whose context this is: the home thread's.
-        let _context = home.runtime.enter();
-        for (kind, listener) in [
+        let listeners = [
             (accept::Kind::Outbound, listeners.outbound),
             (accept::Kind::Inbound, listeners.inbound),
             (accept::Kind::Hbone, listeners.hbone),
-        ] {
-            let listener = Listener::new(kind, listener)?;
-            shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
-        }
-        let served = Served { home: home.runtime.clone(), pod, stop, cut };
+        ];
+        let served = self.take(pod, listeners, stop, cut)?;
         match self.pods().insert(uid, served) {
             Some(replaced) => {
                 replaced.leave();
@@ -355,6 +376,26 @@ impl DataPlane {
             }
         }
         Ok(())
+    }
+
+    /// Accepts on the listeners of `pod`, on its home thread.
+    fn take<const N: usize>(
+        &self,
+        pod: Arc<Pod>,
+        listeners: [(accept::Kind, Arc<TcpListener>); N],
+        stop: Trigger,
+        cut: Option<Trigger>,
+    ) -> io::Result<Served> {
+        let mut hasher = DefaultHasher::new();
+        pod.uid.hash(&mut hasher);
+        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
+        // Tasks go to the runtime whose context this is: the home thread's.
+        let _context = home.runtime.enter();
+        for (kind, listener) in listeners {
+            let listener = Listener::new(kind, listener)?;
+            shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
+        }
+        Ok(Served { home: home.runtime.clone(), pod, stop, cut })
     }
 
     /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
@@ -399,6 +440,10 @@ impl DataPlane {
     /// queued is that process's to take, and lets what is open finish.
     pub fn hand_over_sockets(&self) {
         self.neighbours.clear();
+        // Its listener is not one of those: the other process may be in another pod, or share the port.
+        if let Some(own) = self.own.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            own.leave();
+        }
         self.handover.close();
     }
 

@@ -166,12 +166,15 @@ async fn accept(
         return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
     let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
-    let mesh = shard.mesh.snapshot();
-    let workload = mesh
-        .workload(&uid)
-        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid)))))?;
-    let identity = workload.identity.clone();
-    drop(mesh);
+    let identity = match pod.identity() {
+        Some(own) => own.clone(),
+        None => {
+            let mesh = shard.mesh.snapshot();
+            let workload = mesh.workload(&uid);
+            let unknown = || NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid))));
+            workload.ok_or_else(unknown)?.identity.clone()
+        }
+    };
     let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
     let accepted = server::accept(socket, credentials.server_config(), &shard.config.hbone)
         .await
@@ -214,6 +217,9 @@ pub enum StreamFailure {
     /// It asked for a port of the proxy.
     #[error("attempted recursive call to ourselves: {0} is a port of the proxy")]
     SelfCall(SocketAddr),
+    /// It asked for what this proxy's own pod does not offer.
+    #[error("{0} is not offered to peers")]
+    NotOffered(SocketAddr),
     /// The pod has too many connections.
     #[error(transparent)]
     TooMany(TooMany),
@@ -238,6 +244,7 @@ impl StreamFailure {
             Self::BadRequest => Some(Refusal::BadRequest),
             Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Cut(_)) => Some(Refusal::Denied),
             Self::SelfCall(_)
+            | Self::NotOffered(_)
             | Self::TooMany(_)
             | Self::UnknownWorkload(_)
             | Self::Delivery(DeliveryError::Connect { .. } | DeliveryError::Timeout { .. }) => {
@@ -252,7 +259,9 @@ impl Ending for StreamFailure {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::Delivery(error) => error.flag(),
-            Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => ResponseFlag::Connect,
+            Self::SelfCall(_) | Self::NotOffered(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => {
+                ResponseFlag::Connect
+            }
             Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) => ResponseFlag::None,
         }
     }
@@ -262,7 +271,11 @@ impl Ending for StreamFailure {
             Self::Relay(error) => error.is_reset(),
             Self::Delivery(error) => error.is_reset(),
             Self::Abandoned(_) => true,
-            Self::BadRequest | Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => false,
+            Self::BadRequest
+            | Self::SelfCall(_)
+            | Self::NotOffered(_)
+            | Self::TooMany(_)
+            | Self::UnknownWorkload(_) => false,
         }
     }
 }
@@ -382,6 +395,9 @@ pub(super) async fn admit(
         Ok(to) => to,
         Err(failure) => return refuse(None, failure),
     };
+    if !pod.offers(to.port()) {
+        return refuse(Some(to), StreamFailure::NotOffered(to));
+    }
     let limit = shard.config.pod_connections_max;
     let Some(admitted) = pod.admit(limit) else {
         shard.count.turn_away();

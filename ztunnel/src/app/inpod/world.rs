@@ -13,6 +13,7 @@ use crate::admin::ready::Readiness;
 use crate::app::RunError;
 use crate::app::inpod::agent::Agent;
 use crate::app::report_rejected;
+use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::identity::worker::Identities;
@@ -21,8 +22,9 @@ use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
 use crate::mesh::demand;
 use crate::mesh::index::Mesh;
-use crate::model::identity::SpiffeId;
 use crate::model::identity::TrustDomain;
+use crate::model::workload::Reach;
+use crate::model::workload::Workload;
 use crate::shutdown;
 use crate::standalone::file::Loaded;
 use crate::standalone::watch as file;
@@ -53,6 +55,8 @@ pub(super) struct World {
     /// When the mesh that changed is to be looked at.
     due: Option<Instant>,
     looked: Instant,
+    /// This proxy's own identity is not as the mesh says, and that has been told.
+    doubted: bool,
 }
 
 impl World {
@@ -97,7 +101,7 @@ impl World {
                 Feed::Nothing { _writer: Box::new(writer) }
             }
         };
-        let mut world = Self { feed, reader, due: None, looked: Instant::now() };
+        let mut world = Self { feed, reader, due: None, looked: Instant::now(), doubted: false };
         world.tell();
         Ok(Some(world))
     }
@@ -185,15 +189,31 @@ impl World {
         readiness.stale(since);
     }
 
-    /// Asks for the certificates of the pods that are enrolled, and for no others.
-    pub(super) fn retain_identities(&self, identities: &Identities, agent: &Agent) {
+    /// Asks for the certificates of the pods that are enrolled, for that of this proxy's `own` pod if peers dial
+    /// tunnels to it, and for no others.
+    pub(super) fn retain_identities(&mut self, identities: &Identities, agent: &Agent, own: Option<&OwnPod>) {
         let mesh = self.reader.snapshot();
-        let ids: HashSet<SpiffeId> = mesh
-            .workloads()
-            .filter(|workload| agent.serves(workload))
-            .map(|workload| workload.identity.clone())
-            .collect();
+        let mut ids = HashSet::new();
+        for workload in mesh.workloads() {
+            if agent.serves(workload) {
+                ids.insert(workload.identity.clone());
+            }
+            if let Some(own) = own.filter(|own| own.workload.is(workload)) {
+                if workload.reach == Reach::Hbone {
+                    ids.insert(own.identity.clone());
+                }
+                self.compare(own, workload);
+            }
+        }
         identities.retain(ids);
+    }
+
+    /// Says so if peers expect another identity of this proxy than it has.
+    fn compare(&mut self, own: &OwnPod, workload: &Workload) {
+        if own.identity != workload.identity && !std::mem::replace(&mut self.doubted, true) {
+            let (here, mesh) = (&own.identity, &workload.identity);
+            tracing::warn!(%here, %mesh, "this proxy's identity is another one in the mesh, so peers will refuse it: see TRUST_DOMAIN");
+        }
     }
 }
 

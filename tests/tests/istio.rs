@@ -449,3 +449,71 @@ fn metrics_are_scraped_through_a_tunnel() {
         Ok(format!("{}; {said}", line.trim()))
     });
 }
+
+#[test]
+fn a_mesh_is_given_by_hand_alone_and_beside_istiod() {
+    let world = World::without_daemons(Options::default());
+    let mut istio = None;
+    common::act_in(world, "LOCAL_XDS", |world| {
+        istio = Some(world.under_istio()?);
+        let chart = |world: &World, on: On, variables: &[(&str, &str)]| {
+            let mut setting = world.setting(on).clone();
+            let environment = setting.chart.as_mut().map(|chart| &mut chart.environment);
+            let own = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            environment.context("no chart")?.extend(own);
+            anyhow::Ok(setting)
+        };
+        let file = world.setting(On::A).meeting.join("mesh.yaml");
+        let path = file.display().to_string();
+        // What is wrong with it ends the start, by line and field.
+        std::fs::write(&file, "workloads:\n- name: a\n  namespace: b\n  workloadIps: [10.0.0]\n")?;
+        let alone = [("XDS_ADDRESS", ""), ("LOCAL_XDS_PATH", &*path)];
+        let started = chart(world, On::A, &alone)?.start_ready();
+        let said = format!("{:#}", started.err().context("it has started")?);
+        let wrong = format!("{path}:4: error: workloads[0].workloadIps[0]: \"10.0.0\" is not an IP address");
+        ensure!(said.contains(&wrong), "{said}");
+
+        let mut yaml = String::from("workloads:\n");
+        for pod in [&world.client, &world.other, &world.server] {
+            let (name, v4, v6, node) = (&pod.name, pod.v4, pod.v6, &pod.node);
+            yaml += &format!(
+                "- {{uid: 'Kubernetes//Pod/demo/{name}', name: {name}, namespace: demo, serviceAccount: {name}, \
+                 workloadIps: [{v4}, '{v6}'], protocol: HBONE, node: {node}"
+            );
+            let port = if name == "server" { format!("{{80: {HTTP}}}") } else { "{}".to_owned() };
+            yaml += &format!(", services: {{demo/hand.made: {port}}}}}\n");
+        }
+        yaml += &format!(
+            "services:\n- {{name: hand, namespace: demo, hostname: hand.made, vips: [/{}], ports: {{80: 0}}}}\n",
+            SERVICE_IPS[0]
+        );
+        std::fs::write(&file, yaml)?;
+        let daemon = chart(world, On::A, &alone)?.start_ready()?;
+        world.replace_daemon(On::A, daemon);
+        let policy = "policies:\n- name: by-hand\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  rules:\n  \
+                      - - - principals: [{Exact: cluster.local/ns/demo/sa/other}]\n";
+        let daemon = chart(world, On::B, &[("LOCAL_XDS", policy)])?.start_ready()?;
+        world.replace_daemon(On::B, daemon);
+
+        let log = world.setting(On::B).log();
+        let mark = log.mark();
+        let url = format!("http://{}/", SERVICE_IPS[0]);
+        let answer = eventually(SETTLE, || curl(&world.client.place, &[&url]))?;
+        ensure!(answer.body.contains("pod=server"), "{}", answer.body);
+        log.wait_line(mark, SETTLE, "both identities", |line| {
+            line.contains(CLIENT) && line.contains(SERVER) && line.contains("inbound")
+        })?;
+        refused(&world.other.place, &[&url])?;
+        let line = log.wait_line(mark, SETTLE, "the policy", |line| line.contains("demo/by-hand"))?;
+
+        let (a, b) = (dump(world, On::A)?, dump(world, On::B)?);
+        ensure!(names(&a["staticConfig"], "workloads", "name") == ["client", "other", "server"], "{a}");
+        ensure!(names(&a["staticConfig"], "services", "hostname") == ["hand.made"], "{a}");
+        ensure!(names(&b["staticConfig"], "policies", "name") == ["by-hand"], "{b}");
+        ensure!(
+            names(&b, "policies", "name") == ["by-hand"] && names(&b, "workloads", "name").len() == 6,
+            "{b}"
+        );
+        Ok(line.trim().to_owned())
+    });
+}

@@ -36,6 +36,8 @@ pub(crate) mod tests;
 pub struct Sources {
     /// The mesh.
     pub mesh: MeshReader,
+    /// What of it was given by hand, as that was at the start.
+    pub local: Arc<Mesh>,
     /// The certificates.
     pub identities: Identities,
     /// The pods and their connections.
@@ -54,6 +56,7 @@ impl Sources {
         let mesh = self.mesh.snapshot();
         let document = Document {
             mesh: &mesh,
+            local: &self.local,
             pods: self.pods(&mesh),
             certificates: certificates::certificates(&self.identities.standings()),
             settings: &self.settings,
@@ -126,6 +129,7 @@ fn view(connection: Connection) -> api::Connection {
 /// What is written, gathered.
 struct Document<'a> {
     mesh: &'a Mesh,
+    local: &'a Mesh,
     pods: BTreeMap<String, api::WorkloadState>,
     certificates: Vec<api::Certificates>,
     settings: &'a [api::Setting],
@@ -146,7 +150,7 @@ impl Serialize for Document<'_> {
         document.serialize_entry("services", &model::Services(self.mesh))?;
         document.serialize_entry("policies", &model::Policies(self.mesh))?;
         document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
-        document.serialize_entry("staticConfig", &Static::default())?;
+        document.serialize_entry("staticConfig", &Static(self.local))?;
         document.serialize_entry("version", self.version)?;
         let config: BTreeMap<_, _> =
             self.settings.iter().map(|setting| (setting.key(), &setting.value)).collect();
@@ -160,10 +164,15 @@ impl Serialize for Document<'_> {
     }
 }
 
-/// A mesh that is given by a file of Istio's own kind, which is not read here.
-#[derive(Default, Serialize)]
-struct Static {
-    workloads: [(); 0],
-    policies: [(); 0],
-    services: [(); 0],
+/// The mesh that was given by hand.
+struct Static<'a>(&'a Mesh);
+
+impl Serialize for Static<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut given = serializer.serialize_map(Some(3))?;
+        given.serialize_entry("workloads", &model::Workloads(self.0))?;
+        given.serialize_entry("policies", &model::Policies(self.0))?;
+        given.serialize_entry("services", &model::Services(self.0))?;
+        given.end()
+    }
 }

@@ -168,6 +168,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
     let sources = Sources {
         mesh: world.reader(),
+        local: world.local(),
         identities: identities.clone(),
         data_plane: Arc::clone(&data_plane),
         waiting: agent.awaited(),

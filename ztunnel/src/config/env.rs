@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::env::control_plane::LocalMesh;
 use crate::config::env::proxy_config::ProxyConfig;
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problems;
@@ -429,14 +428,6 @@ fn log_filter(reader: &mut Reader<'_>) -> Filter {
 fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
     if !settings.proxy_enabled {
         reader.refuse("ENABLE_PROXY", "false", "there is nothing left to do: pods' DNS is not answered here");
-    }
-    if let Some(local) = &settings.control_plane.local {
-        let (name, value) = match local {
-            LocalMesh::File(path) => ("LOCAL_XDS_PATH", path.display().to_string()),
-            LocalMesh::Text(_) => ("LOCAL_XDS", String::from("(not shown)")),
-        };
-        let why = "a mesh in this format is not read: use XDS_ADDRESS, or `ztunnel run --mesh` with Kubernetes' objects";
-        reader.refuse(name, &value, why);
     }
     if settings.dns.enabled && settings.control_plane.on_demand {
         let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";

@@ -64,6 +64,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
     Ok(Run {
         places: resolved::places_without_capture(&kernel)?,
         mesh,
+        local: control_plane.local,
         // Of the embedded authority, which is not used.
         state_dir: in_pod.run_dir.clone(),
         authority: Some(istiod::Config {

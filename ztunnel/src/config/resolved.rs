@@ -28,6 +28,7 @@ use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
 use crate::net::socket::Keepalive;
 use crate::proxy;
+use crate::standalone::local;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
 use crate::telemetry::logging::InvalidFilter;
@@ -242,6 +243,8 @@ pub struct Run {
     pub places: Places,
     /// Where the mesh comes from.
     pub mesh: Source,
+    /// A mesh that is there besides, from the start on.
+    pub local: Option<local::Place>,
     /// Where the embedded authority keeps its root.
     pub state_dir: PathBuf,
     /// The authority to ask instead of the embedded one.
@@ -305,6 +308,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     Ok(Run {
         places,
         mesh: Source::File(typed.mesh.clone()),
+        local: None,
         state_dir: typed.state_dir.clone(),
         authority: authority(&typed.certificates, std::env::vars())?,
         crl: typed.certificates.crl.clone(),

@@ -222,8 +222,10 @@ fn written(mesh: &Mesh) -> String {
         value: value.to_owned(),
         origin: origin.to_owned(),
     };
+    let local = Mesh::new(TrustDomain::default(), workloads().pop(), services().pop(), policies().pop());
     let document = Document {
         mesh,
+        local: &local,
         pods: pods(),
         certificates: vec![api::Certificates {
             identity: "spiffe://cluster.local/ns/shop/sa/cart".to_owned(),

@@ -173,6 +173,7 @@ async fn admin() -> Admin {
         DataPlane::start(config, reader.clone(), identities.clone(), &telemetry, bypass, signal.clone());
     let sources = Sources {
         mesh: reader,
+        local: Arc::new(dump::tests::sample_mesh()),
         identities,
         data_plane: Arc::new(data_plane.unwrap()),
         waiting: watch::Sender::new(Arc::default()).subscribe(),

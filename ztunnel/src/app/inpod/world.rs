@@ -1,6 +1,7 @@
 //! The mesh, where it comes from, and what follows from it for this node.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::SystemTime;
 
@@ -27,6 +28,7 @@ use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::shutdown;
 use crate::standalone::file::Loaded;
+use crate::standalone::local;
 use crate::standalone::watch as file;
 use crate::standalone::watch::Updates;
 use crate::telemetry::Telemetry;
@@ -44,7 +46,7 @@ enum Feed {
     File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
     Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
-    /// Nobody: it stays empty.
+    /// Nobody: it stays as it is.
     Nothing { _writer: Box<MeshWriter> },
 }
 
@@ -52,6 +54,8 @@ enum Feed {
 pub(super) struct World {
     feed: Feed,
     reader: MeshReader,
+    /// What is there besides, whatever that source says.
+    local: Arc<Mesh>,
     /// When the mesh that changed is to be looked at.
     due: Option<Instant>,
     looked: Instant,
@@ -68,6 +72,15 @@ impl World {
         signal: &shutdown::Signal,
     ) -> Result<Option<Self>, RunError> {
         let (mut writer, mut reader) = mesh::mesh();
+        let local = Arc::new(match &config.local {
+            Some(place) => local::load(place).map_err(RunError::Mesh)?,
+            None => Mesh::default(),
+        });
+        if config.local.is_some() {
+            let (workloads, services) = (local.workloads().len(), local.services_len());
+            tracing::info!(workloads, services, policies = local.policies().len(), "local mesh applied");
+            writer.publish(Mesh::clone(&local));
+        }
         let feed = match &config.mesh {
             Source::File(path) => {
                 let node = config.places.node.to_string();
@@ -94,14 +107,16 @@ impl World {
                 Feed::Istiod { status, readiness: readiness.clone(), blocker }
             }
             Source::Nothing => {
-                tracing::warn!(
-                    "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
-                );
-                writer.publish(Mesh::default());
+                if config.local.is_none() {
+                    tracing::warn!(
+                        "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
+                    );
+                    writer.publish(Mesh::default());
+                }
                 Feed::Nothing { _writer: Box::new(writer) }
             }
         };
-        let mut world = Self { feed, reader, due: None, looked: Instant::now(), doubted: false };
+        let mut world = Self { feed, reader, local, due: None, looked: Instant::now(), doubted: false };
         world.tell();
         Ok(Some(world))
     }
@@ -109,6 +124,11 @@ impl World {
     /// For those who decide from the mesh.
     pub(super) fn reader(&self) -> MeshReader {
         self.reader.clone()
+    }
+
+    /// What was given besides, as it was given.
+    pub(super) fn local(&self) -> Arc<Mesh> {
+        Arc::clone(&self.local)
     }
 
     /// The trust domain of the mesh file.

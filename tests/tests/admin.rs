@@ -4,7 +4,6 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world;
@@ -12,7 +11,7 @@ use serde::Deserialize;
 use ztunnel_tests::binaries;
 use ztunnel_tests::daemon::ADMIN_PORT;
 use ztunnel_tests::peer::hold::Held;
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::world::{HTTP, LINES, On, World, curl, http};
 
 /// The document as `istioctl ztunnel-config` reads it. A field without a default is one it prints.
@@ -156,9 +155,13 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         let lines = SocketAddr::from((world.server.v4, LINES));
         let mut held = Held::open(&world.client.place, lines)?;
         let mut plain = Held::open(&world.outsider.place, lines)?;
-        let (a, b) = eventually(Duration::from_secs(5), || {
+        let (a, b) = eventually(PATIENCE, || {
             let (a, b) = (dump(world, On::A)?, dump(world, On::B)?);
             ensure!(a.policies.iter().any(|policy| policy.name.contains("no-other")), "no policy yet");
+            // Connections made before these may not have ended yet.
+            let (client, server) = (&a.pod("client")?.connections, &b.pod("server")?.connections);
+            ensure!(client.outbound.len() == 1, "the client has others: {client:?}");
+            ensure!(server.inbound.len() == 2, "the server has others: {server:?}");
             Ok((a, b))
         })?;
         held.say()?;
@@ -220,7 +223,7 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         ensure!(a.config.get("node") == Some(&world.a.name), "{:?}", a.config);
         ensure!(a.config_origins["node"] == "command line", "{:?}", a.config_origins);
         drop(held);
-        eventually(Duration::from_secs(5), || {
+        eventually(PATIENCE, || {
             let left = dump(world, On::A)?.pod("client")?.connections.outbound.len();
             ensure!(left == 0, "{left} connections are still listed");
             Ok(())
@@ -297,7 +300,7 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         ensure!(post(world, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
         // A connection is told of when it has ended, which may be a moment after its client has.
         let over = |world: &World| {
-            eventually(Duration::from_secs(5), || {
+            eventually(PATIENCE, || {
                 let metrics = world.setting(On::A).metrics()?;
                 ensure!(metrics.contains("ztunnel_connections_open 0\n"), "connections are open");
                 Ok(())
@@ -310,9 +313,7 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         // What is logged after it comes behind it.
         post(world, "/logging?level=info&reset", 200)?;
         http(&client, server, "")?;
-        log.wait_line(mark, Duration::from_secs(5), "an access log line", |line| {
-            line.contains("\taccess\t")
-        })?;
+        log.wait_line(mark, PATIENCE, "an access log line", |line| line.contains("\taccess\t"))?;
         let lines = log.since(mark).lines().filter(|line| line.contains("\taccess\t")).count();
         ensure!(lines == 1, "{lines} lines of two connections, one of which was not to be logged");
         ensure!(post(world, "/logging?level=access:loud", 400)?.contains("usage"), "no help");

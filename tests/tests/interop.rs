@@ -3,7 +3,6 @@
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::certificates::{Signed, Signer};
@@ -14,20 +13,19 @@ use common::envoy::{
 use common::in_world;
 use serde_json::{Value, json};
 use ztunnel_tests::mesh::PLAIN;
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::HBONE_PORT;
 use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
 
 const ENTRANCE: u16 = 10000;
-const SETTLE: Duration = Duration::from_secs(10);
 
 #[test]
 fn envoy_as_client_reaches_a_pod_of_the_mesh() {
     in_world("Envoy as client", |world| {
         let (pod, server) = (world.outsider.clone(), world.server.clone());
         world.mesh.peer_authentication("STRICT")?;
-        eventually(SETTLE, || http_refused(&pod.place, server.v4.into()))?;
+        eventually(PATIENCE, || http_refused(&pod.place, server.v4.into()))?;
         let mut evidence = Vec::new();
         for address in server.addresses() {
             let mesh = signer(world)?;
@@ -35,7 +33,7 @@ fn envoy_as_client_reaches_a_pod_of_the_mesh() {
             let config = client(&files(world, &pod, &own, &mesh)?, address, &identity("demo", "server"));
             let mut envoy = start(world, &pod, &config)?;
             let entrance = format!("http://127.0.0.1:{ENTRANCE}/");
-            let answer = eventually(SETTLE, || curl(&pod.place, &[&entrance]))
+            let answer = eventually(PATIENCE, || curl(&pod.place, &[&entrance]))
                 .with_context(|| format!("through Envoy to {address}: {}", envoy.log().tail(5)))?;
             ensure!(answer.body.starts_with("pod=server"), "{}", answer.body);
             // Several at once share the tunnel.
@@ -64,7 +62,7 @@ fn a_pod_of_the_mesh_reaches_envoy_as_server() {
         world.mesh.write("pod-outside", &native)?;
         let mut evidence = Vec::new();
         for address in pod.addresses() {
-            let answer = eventually(SETTLE, || {
+            let answer = eventually(PATIENCE, || {
                 let answer = http(&world.client.place, address, "")?;
                 // Envoy delivers from its own address: any other is a connection that went past it.
                 ensure!(answer.body.contains("client=127.0.0.1"), "not through the tunnel: {}", answer.body);
@@ -96,7 +94,7 @@ fn envoy_understands_itself() -> Result<()> {
         let own = root.sign(&[&client_id])?;
         let mut dialled =
             start(&world, &from, &client(&files(&world, &from, &own, &root)?, address, &server_id))?;
-        let answer = eventually(SETTLE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
+        let answer = eventually(PATIENCE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
             .with_context(|| format!("{}; {}", served.log().tail(5), dialled.log().tail(5)))?;
         ensure!(answer.body.starts_with("pod=outside client=127.0.0.1"), "{}", answer.body);
         dialled.kill_9()?;

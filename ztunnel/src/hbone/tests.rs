@@ -58,6 +58,9 @@ use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 use crate::tls::verify::verified_peer;
 
+/// Longer than anything takes, on whatever machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A root, and whom it certifies.
 pub(crate) struct TestCa {
     issuer: Issuer<'static, KeyPair>,
@@ -191,7 +194,7 @@ impl Dialer for Mesh {
         let (peer, config) = (self.peer, self.config.clone());
         self.dials.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
-            let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await?;
+            let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, PATIENCE).await?;
             handshake(socket, peer, credentials.client_config(&[id("server")]), &config, &Trust::default())
                 .await
         })
@@ -590,7 +593,7 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(mesh.pool.tunnels(), 1, "it has a stream");
     drop(stream);
-    tokio::time::timeout(Duration::from_secs(5), async {
+    tokio::time::timeout(PATIENCE, async {
         while mesh.pool.tunnels() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -654,7 +657,7 @@ async fn tunnels_of_a_source_that_is_over_close_with_their_last_stream() {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
+        tokio::time::timeout(PATIENCE, fewer).await.unwrap();
     };
     mesh.leave.drain();
     left(1).await;
@@ -689,7 +692,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
         ping_timeout: Duration::from_millis(50),
         ..Config::default()
     };
-    let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await.unwrap();
+    let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, PATIENCE).await.unwrap();
     let tls = ca.certify(&id("client")).client_config(&[id("server")]);
     let (tunnel, driver) = handshake(socket, peer, tls, &config, &Trust::default()).await.unwrap();
     let mut lease = tunnel.lease().unwrap();
@@ -705,8 +708,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
 #[tokio::test]
 async fn the_wrong_server_is_no_peer() {
     let mesh = Mesh::start(Config::default(), echo()).await;
-    let socket =
-        connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, Duration::from_secs(5)).await.unwrap();
+    let socket = connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, PATIENCE).await.unwrap();
     let tls = mesh.client.client_config(&[id("somebody-else")]);
     let result = handshake(socket, mesh.peer, tls, &mesh.config, &Trust::default()).await;
     assert!(matches!(result, Err(DialError::Tls { .. })));

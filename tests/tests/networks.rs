@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use ztunnel_proto::workload;
 use ztunnel_tests::binaries;
 use ztunnel_tests::istiod;
-use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::process::Process;

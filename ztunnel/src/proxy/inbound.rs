@@ -361,19 +361,13 @@ pub(super) struct Delivered {
     pub(super) admitted: Admitted,
 }
 
-/// What a caller says of itself: for telemetry, as it can say what it likes.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Introduction<'a> {
-    /// Its workload, as text of the `baggage` header.
-    baggage: Option<&'a str>,
-    /// Its network, where it came through a gateway.
-    network: Option<&'a str>,
-}
-
 /// A caller, while the application is being dialled for it.
 pub(super) trait Asker {
-    /// What it says of itself.
-    fn introduction(&self) -> Introduction<'_>;
+    /// Which workload it says it is, as text of the `baggage` header: for telemetry, as it can say what it likes.
+    fn baggage(&self) -> Option<&str>;
+
+    /// Which network it says it is in, which one does that came through a gateway.
+    fn network(&self) -> Option<&str>;
 
     /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
@@ -383,8 +377,12 @@ pub(super) trait Asker {
 }
 
 impl Asker for Incoming {
-    fn introduction(&self) -> Introduction<'_> {
-        Introduction { baggage: self.baggage(), network: self.network() }
+    fn baggage(&self) -> Option<&str> {
+        Self::baggage(self)
+    }
+
+    fn network(&self) -> Option<&str> {
+        Self::network(self)
     }
 
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
@@ -398,11 +396,11 @@ impl Asker for Incoming {
 
 /// The client's workload. One that came through a gateway is not found by its address, which is the gateway's; of it
 /// there is only what it says, as there is of one that the mesh does not know.
-fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, said: Introduction<'_>) -> Option<Arc<Workload>> {
-    let elsewhere = said.network.is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
+fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, asker: &impl Asker) -> Option<Arc<Workload>> {
+    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
     let known = if elsewhere { None } else { mesh.workload_at(&workload.network, facts.source) };
     known.cloned().or_else(|| {
-        let (baggage, identity) = said.baggage.zip(facts.identity.as_ref())?;
+        let (baggage, identity) = asker.baggage().zip(facts.identity.as_ref())?;
         Some(Arc::new(Baggage::parse(baggage).describe(identity)))
     })
 }
@@ -470,7 +468,7 @@ pub(super) async fn admit(
     let permit = live::admit(&mesh, &workload, &facts);
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: source(&mesh, &workload, &facts, asker.introduction()),
+        source: source(&mesh, &workload, &facts, asker),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),

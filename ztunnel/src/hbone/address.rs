@@ -135,7 +135,7 @@ impl<'a> Baggage<'a> {
         Workload {
             uid: nobody(),
             name: if kind == WorkloadKind::Pod { text(owner) } else { nobody() },
-            namespace: text(self.namespace.or(Some(who.namespace()))),
+            namespace: text(self.namespace.or_else(|| Some(who.namespace()))),
             identity: who.clone(),
             node: nobody(),
             cluster: text(self.cluster),

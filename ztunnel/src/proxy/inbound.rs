@@ -562,3 +562,32 @@ async fn dial(
     first.sent = all - first.unsent.len() - header;
     Ok(dialled)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waypoint_is_dialled_at_the_loopback_unless_that_is_switched_off() {
+        let identity = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        let check = |to: &str, announce: Option<&str>, localhost: bool, expect: [&str; 2]| {
+            let config = Config { localhost_app_tunnel: localhost, ..Config::default() };
+            let client = ClientAddr("10.0.0.1:4000".parse().unwrap());
+            let caller = Caller {
+                client,
+                local: "10.0.0.2:15008".parse().unwrap(),
+                identity: &identity,
+                tunnel: None,
+            };
+            let announce: Option<SocketAddr> = announce.map(|at| at.parse().unwrap());
+            let door = Door::new(&config, &caller, to.parse().unwrap(), announce);
+            assert_eq!([door.client, door.to].map(|at| at.to_string()), expect, "{to}");
+            let header = announce.map(|at| proxy_header::encode(client.0, at, identity.as_str()));
+            assert_eq!(door.header, header.unwrap_or_default(), "{to}");
+        };
+        check("10.0.0.2:80", None, true, ["10.0.0.1:4000", "10.0.0.2:80"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), true, ["127.0.0.1:0", "127.0.0.1:15088"]);
+        check("[fd00::2]:15088", Some("[fd09::1]:80"), true, ["[::1]:0", "[::1]:15088"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), false, ["10.0.0.1:4000", "10.0.0.2:15088"]);
+    }
+}

@@ -135,7 +135,7 @@ impl<'a> Baggage<'a> {
         Workload {
             uid: nobody(),
             name: if kind == WorkloadKind::Pod { text(owner) } else { nobody() },
-            namespace: text(self.namespace.or(Some(who.namespace()))),
+            namespace: text(self.namespace.or_else(|| Some(who.namespace()))),
             identity: who.clone(),
             node: nobody(),
             cluster: text(self.cluster),
@@ -274,6 +274,23 @@ mod tests {
     use proptest::proptest;
 
     use super::*;
+
+    #[test]
+    fn who_speaks_is_known_as_far_as_it_says() {
+        let who: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        let described = |text: &str| Baggage::parse(text).describe(&who);
+        let pod =
+            described("k8s.cluster.name=C,k8s.namespace.name=other,k8s.pod.name=cart-1,service.name=cart");
+        assert_eq!((&*pod.name, &*pod.workload_name, &*pod.namespace), ("cart-1", "cart-1", "other"));
+        assert_eq!((&*pod.cluster, &*pod.canonical_name, &pod.identity), ("C", "cart", &who));
+        let owned = described("k8s.deployment.name=cart");
+        assert_eq!((&*owned.name, &*owned.workload_name, &*owned.namespace), ("", "cart", "shop"));
+        // What no name can be is none.
+        let long = "x".repeat(NAME_MAX + 1);
+        assert_eq!(&*described(&format!("service.name={long}")).canonical_name, "");
+        assert_eq!(described(&format!("service.name={}", &long[1..])).canonical_name.len(), NAME_MAX);
+        assert_eq!(described("nonsense;=,").reach, Reach::Unknown);
+    }
 
     #[test]
     fn authorities() {

@@ -110,7 +110,10 @@ pub(super) async fn open(
             opened: outbound::Opened { lease, halves: (send, recv), early },
             baggage: said.filter(|_| config.response_baggage),
         }),
-        Asked::Refused(status) => Err(OutboundError::Refused { peer, status }),
+        Asked::Refused(status) => {
+            let host = Arc::clone(&route.service.hostname);
+            Err(OutboundError::BeyondRefused { host, status })
+        }
         Asked::Silent => Err(OutboundError::Silent { peer, after }),
         Asked::Unanswered(source) => Err(OutboundError::Unanswered { peer, source }),
     }

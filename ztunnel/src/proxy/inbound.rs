@@ -374,19 +374,13 @@ pub(super) struct Delivered {
     pub(super) admitted: Admitted,
 }
 
-/// What a caller says of itself: for telemetry, as it can say what it likes.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Introduction<'a> {
-    /// Its workload, as text of the `baggage` header.
-    baggage: Option<&'a str>,
-    /// Its network, where it came through a gateway.
-    network: Option<&'a str>,
-}
-
 /// A caller, while the application is being dialled for it.
 pub(super) trait Asker {
-    /// What it says of itself.
-    fn introduction(&self) -> Introduction<'_>;
+    /// Which workload it says it is, as text of the `baggage` header: for telemetry, as it can say what it likes.
+    fn baggage(&self) -> Option<&str>;
+
+    /// Which network it says it is in, which one does that came through a gateway.
+    fn network(&self) -> Option<&str>;
 
     /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
@@ -396,8 +390,12 @@ pub(super) trait Asker {
 }
 
 impl Asker for Incoming {
-    fn introduction(&self) -> Introduction<'_> {
-        Introduction { baggage: self.baggage(), network: self.network() }
+    fn baggage(&self) -> Option<&str> {
+        Self::baggage(self)
+    }
+
+    fn network(&self) -> Option<&str> {
+        Self::network(self)
     }
 
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
@@ -411,11 +409,11 @@ impl Asker for Incoming {
 
 /// The client's workload. One that came through a gateway is not found by its address, which is the gateway's; of it
 /// there is only what it says, as there is of one that the mesh does not know.
-fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, said: Introduction<'_>) -> Option<Arc<Workload>> {
-    let elsewhere = said.network.is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
+fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, asker: &impl Asker) -> Option<Arc<Workload>> {
+    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
     let known = if elsewhere { None } else { mesh.workload_at(&workload.network, facts.source) };
     known.cloned().or_else(|| {
-        let (baggage, identity) = said.baggage.zip(facts.identity.as_ref())?;
+        let (baggage, identity) = asker.baggage().zip(facts.identity.as_ref())?;
         Some(Arc::new(Baggage::parse(baggage).describe(identity)))
     })
 }
@@ -486,7 +484,7 @@ pub(super) async fn admit(
     let permit = live::admit(&mesh, &workload, &facts);
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: source(&mesh, &workload, &facts, asker.introduction()),
+        source: source(&mesh, &workload, &facts, asker),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),
@@ -579,4 +577,33 @@ async fn dial(
     }
     first.sent = all - first.unsent.len() - header;
     Ok(dialled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waypoint_is_dialled_at_the_loopback_unless_that_is_switched_off() {
+        let identity = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        let check = |to: &str, announce: Option<&str>, localhost: bool, expect: [&str; 2]| {
+            let config = Config { localhost_app_tunnel: localhost, ..Config::default() };
+            let client = ClientAddr("10.0.0.1:4000".parse().unwrap());
+            let caller = Caller {
+                client,
+                local: "10.0.0.2:15008".parse().unwrap(),
+                identity: &identity,
+                tunnel: None,
+            };
+            let announce: Option<SocketAddr> = announce.map(|at| at.parse().unwrap());
+            let door = Door::new(&config, &caller, to.parse().unwrap(), announce);
+            assert_eq!([door.client, door.to].map(|at| at.to_string()), expect, "{to}");
+            let header = announce.map(|at| proxy_header::encode(client.0, at, identity.as_str()));
+            assert_eq!(door.header, header.unwrap_or_default(), "{to}");
+        };
+        check("10.0.0.2:80", None, true, ["10.0.0.1:4000", "10.0.0.2:80"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), true, ["127.0.0.1:0", "127.0.0.1:15088"]);
+        check("[fd00::2]:15088", Some("[fd09::1]:80"), true, ["[::1]:0", "[::1]:15088"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), false, ["10.0.0.1:4000", "10.0.0.2:15088"]);
+    }
 }

@@ -43,7 +43,6 @@ use crate::proxy::inbound;
 use crate::proxy::inbound::Asker;
 use crate::proxy::inbound::Caller;
 use crate::proxy::inbound::Delivered;
-use crate::proxy::inbound::Introduction;
 use crate::proxy::live::Registered;
 use crate::proxy::outbound::LOOK_PERIOD;
 use crate::proxy::outbound::OutboundError;
@@ -329,8 +328,12 @@ impl Asker for Neighbour<'_> {
     }
 
     /// It is known by itself.
-    fn introduction(&self) -> Introduction<'_> {
-        Introduction::default()
+    fn baggage(&self) -> Option<&str> {
+        None
+    }
+
+    fn network(&self) -> Option<&str> {
+        None
     }
 
     /// Waits for it to reset its connection. It is not read, so it has to be asked now and then.

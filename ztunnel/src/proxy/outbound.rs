@@ -104,6 +104,14 @@ pub enum OutboundError {
         #[source]
         source: DialError,
     },
+    /// Whoever serves the service in another network answered that it will not connect.
+    #[error("{host} beyond its gateway refused the connection: http status: {status}")]
+    BeyondRefused {
+        /// The service that was asked for.
+        host: Arc<str>,
+        /// What was said.
+        status: StatusCode,
+    },
     /// The tunnel broke before the peer had answered.
     #[error("HBONE peer {} did not answer", peer.0)]
     Unanswered {
@@ -167,6 +175,7 @@ impl Ending for OutboundError {
             | Self::Unresolved { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
+            | Self::BeyondRefused { .. }
             | Self::Connect { .. }
             | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Identity(_) => ResponseFlag::Identity,
@@ -193,6 +202,7 @@ impl Ending for OutboundError {
             | Self::Identity(_)
             | Self::Dial(_)
             | Self::Beyond { .. }
+            | Self::BeyondRefused { .. }
             | Self::Revoked
             | Self::Unanswered { .. }
             | Self::Silent { .. }

@@ -95,7 +95,7 @@ pub fn arrive(mesh: &Mesh, workload: &Workload, asked: &Asked<'_>) -> Result<Arr
                 return Err(NotHere::OtherAddress(meant));
             }
             let ip = if own { meant.ip() } else { asked.local };
-            (SocketAddr::new(ip, tunnel_port.unwrap_or(meant.port())), None, Some(meant))
+            (SocketAddr::new(ip, tunnel_port.unwrap_or_else(|| meant.port())), None, Some(meant))
         }
         Authority::Hostname { host, port } => {
             let (service, target) = named(mesh, workload, host, *port, tunnel_port)?;

@@ -379,6 +379,88 @@ fn demands(absent_for: Duration) -> demand::Config {
     demand::Config { absent_for, wait: PATIENCE, ..demand::Config::default() }
 }
 
+#[test]
+fn on_demand_what_nobody_uses_is_let_go_and_stays_so_with_the_next_control_plane() {
+    test(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        let identity = Identity { node: "own".into(), ..config(&plane).identity };
+        let kept = Some(folder.path().join("mesh"));
+        let config = Config { identity, cache: kept, ..config(&plane) };
+        // What is used is so again before that, however busy the machine is.
+        let bounds = demand::Config { unused_for: Duration::from_secs(3), ..demand::Config::default() };
+        let mut client = Client::start_with(config.clone(), Some(bounds));
+        let (mut stream, _) = begin(&mut plane).await;
+        stream.push(response(AUTHORIZATION, "n1", vec![])).await;
+        let mesh = client.mesh.clone();
+        let demand = mesh.demand().expect("on demand");
+        let of_node = |number: usize, node: &str| {
+            let Any { value, .. } = pod(number).resource.expect("a resource");
+            let mut it = workload::Address::decode(value).expect("an address");
+            if let Some(workload::address::Type::Workload(it)) = &mut it.r#type {
+                it.node = node.into();
+            }
+            let aliases = vec![format!("/10.0.0.{number}")];
+            Resource { aliases, ..resource(ADDRESS, &format!("c//Pod/shop/p{number}"), "v1", it) }
+        };
+        // Those of the node come by themselves. They stay, as does what is used.
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n2", vec![of_node(1, "own")])).await, "n2"));
+        let (found, ()) = tokio::join!(demand.look_up("/10.0.0.2"), async {
+            let asked = stream.request().await.expect("a request");
+            assert_eq!(asked.resource_names_subscribe, ["/10.0.0.2"]);
+            let both = vec![of_node(2, "far"), of_node(3, "far")];
+            assert!(is_accepted(&stream.push(response(ADDRESS, "n3", both)).await, "n3"));
+        });
+        assert_eq!(found, Ok(()));
+        let uses = async {
+            loop {
+                demand.used("c//Pod/shop/p3");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let let_go = async {
+            let request = stream.request().await.expect("a request");
+            let mut names = request.resource_names_unsubscribe;
+            names.sort_unstable();
+            assert!(request.resource_names_subscribe.is_empty());
+            names
+        };
+        let names = tokio::select! {
+            names = let_go => names,
+            () = uses => unreachable!("it goes on"),
+        };
+        assert_eq!(names, ["/10.0.0.2", "c//Pod/shop/p2"]);
+        client.until_workloads(2).await;
+        let snapshot = mesh.snapshot();
+        assert!(
+            snapshot.workload("c//Pod/shop/p1").is_some() && snapshot.workload("c//Pod/shop/p3").is_some()
+        );
+
+        // What was sent before the control plane heard of it is taken, and asked for again.
+        let late = response(ADDRESS, "n4", vec![of_node(2, "far")]);
+        stream.send(late).await;
+        let (mut answered, mut asked) = (false, false);
+        while !(answered && asked) {
+            let request = stream.request().await.expect("a request");
+            answered |= is_accepted(&request, "n4");
+            asked |= request.resource_names_subscribe == ["c//Pod/shop/p2"];
+        }
+        // All but the node's own goes in the end.
+        client.until_workloads(1).await;
+        assert!(mesh.snapshot().workload("c//Pod/shop/p1").is_some());
+        assert!(client.metric("ztunnel_xds_let_go_total") >= 3);
+        drop(stream);
+        let (_stream, first) = begin(&mut plane).await;
+        let wanted: Vec<_> = first[0].initial_resource_versions.keys().map(String::as_str).collect();
+        assert_eq!(wanted, ["c//Pod/shop/p1"]);
+        // Nor does the file have it.
+        until_written(client).await;
+        let mut client = Client::start_with(config, Some(demand::Config::default()));
+        client.until(|status| status.synced).await;
+        assert_eq!(client.mesh.snapshot().workloads().len(), 1);
+    });
+}
+
 /// Ends the client, and waits until all it knew is in its file.
 async fn until_written(client: Client) {
     let Client { telemetry, _stop: stop, .. } = client;

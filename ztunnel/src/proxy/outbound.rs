@@ -443,6 +443,10 @@ async fn resolve(
         planned = plan(&mesh.snapshot(), source, dst, rand::random()).map_err(OutboundError::NoRoute);
         asked = Some(name);
     }
+    // The plan speaks of the waypoint in front of it, if it has one.
+    if let Some(dialled) = mesh.snapshot().workload_at(&source.network, dst.0.ip().to_canonical()) {
+        demand.used(&dialled.uid);
+    }
     planned
 }
 

@@ -584,11 +584,24 @@ async fn what_the_mesh_does_not_know_is_asked_for_before_it_goes_on_as_it_is() {
     let (mut node, mut demands) = start(PATIENCE).await;
     let client = TcpStream::connect(node.outbound).await.unwrap();
     assert_eq!(demands.next().await.subscribe, [Arc::from("/10.0.0.2")]);
-    node.mesh.apply([MeshChange::Workload(workload("server", SERVER))]);
+    let far = |name, address| {
+        let workload = workload(name, address);
+        MeshChange::Workload(Arc::new(Workload { node: Arc::from("far"), ..Arc::unwrap_or_clone(workload) }))
+    };
+    node.mesh.apply([far("server", SERVER), far("idle", "10.0.0.7")]);
     demands.is_there("server", &["/10.0.0.2".to_owned()]);
+    demands.is_there("idle", &[]);
     let (server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
     drop((client, server));
     node.logged(&["direction=\"inbound\""]).await;
+    // What is used is kept for longer.
+    (0..20).for_each(|_| demands.next_epoch());
+    drop(node.connect().await);
+    node.logged(&["direction=\"inbound\""]).await;
+    (0..20).for_each(|_| demands.next_epoch());
+    assert_eq!(demands.unused(node.mesh.mesh(), "own"), [Box::from("idle")]);
+    (0..20).for_each(|_| demands.next_epoch());
+    assert_eq!(demands.unused(node.mesh.mesh(), "own").len(), 2);
     // It is outside.
     node.toward("93.184.216.34:443");
     node.place("93.184.216.34:443", node.app.local_addr().unwrap());

@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::certificates::{Signed, Signer};
+use common::envoy::{
+    Side, address, cluster, connect_route, connection_manager, everywhere, extension, http2, router, start,
+    tls_socket,
+};
 use common::in_world;
 use serde_json::{Value, json};
-use ztunnel_tests::binaries;
 use ztunnel_tests::mesh::PLAIN;
 use ztunnel_tests::poll::eventually;
-use ztunnel_tests::process::Process;
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::HBONE_PORT;
 use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
@@ -130,25 +132,6 @@ fn files(world: &World, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files>
     })
 }
 
-fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
-    std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
-    let mut command = pod.place.command(binaries::envoy()?)?;
-    command.arg("-c").arg(&path).args([
-        "--use-dynamic-base-id",
-        "--concurrency",
-        "1",
-        "--log-level",
-        "warning",
-    ]);
-    pod.place.start(&format!("envoy-{}", pod.name), command)
-}
-
-fn extension(name: &str, kind: &str, mut config: Value) -> Value {
-    config["@type"] = json!(format!("type.googleapis.com/{kind}"));
-    json!({ "name": name, "typed_config": config })
-}
-
 fn tls(files: &Files, expect: &str) -> Value {
     json!({
         "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
@@ -164,37 +147,12 @@ fn tls(files: &Files, expect: &str) -> Value {
     })
 }
 
-fn address(ip: IpAddr, port: u16) -> Value {
-    json!({ "socket_address": { "address": ip.to_string(), "port_value": port } })
-}
-
-fn cluster(name: &str, at: Value) -> Value {
-    json!({
-        "name": name,
-        "connect_timeout": "5s",
-        "load_assignment": {
-            "cluster_name": name,
-            "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": at } }] }],
-        },
-    })
-}
-
 /// Takes plain TCP on the entrance's port, and carries it to nginx behind `to`'s tunnel port.
 fn client(files: &Files, to: IpAddr, expect: &str) -> Value {
     let target = std::net::SocketAddr::new(to, HTTP).to_string();
     let mut tunnel = cluster("tunnel", address(to, HBONE_PORT));
-    let context = json!({ "common_tls_context": tls(files, expect) });
-    tunnel["transport_socket"] = extension(
-        "envoy.transport_sockets.tls",
-        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-        context,
-    );
-    tunnel["typed_extension_protocol_options"] = json!({
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": { "http2_protocol_options": {} },
-        },
-    });
+    tunnel["transport_socket"] = tls_socket(Side::Client, tls(files, expect));
+    tunnel["typed_extension_protocol_options"] = http2(json!({}));
     let proxy = extension(
         "tcp",
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
@@ -212,40 +170,19 @@ fn client(files: &Files, to: IpAddr, expect: &str) -> Value {
 
 /// Takes tunnels, and delivers what is in them to nginx in its own pod.
 fn server(files: &Files, expect: &str) -> Value {
-    let router =
-        extension("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router", json!({}));
-    let connect = json!([{ "upgrade_type": "CONNECT", "connect_config": {} }]);
-    let manager = extension(
-        "envoy.filters.network.http_connection_manager",
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        json!({
-            "stat_prefix": "tunnels",
-            "codec_type": "HTTP2",
-            "http2_protocol_options": { "allow_connect": true },
-            "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
-            "http_filters": [router],
-            "route_config": { "name": "tunnels", "virtual_hosts": [{
-                "name": "all",
-                "domains": ["*"],
-                "routes": [{
-                    "match": { "connect_matcher": {} },
-                    "route": { "cluster": "nginx", "upgrade_configs": connect },
-                }],
-            }] },
-        }),
-    );
-    let context = json!({ "require_client_certificate": true, "common_tls_context": tls(files, expect) });
-    let socket = extension(
-        "envoy.transport_sockets.tls",
-        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-        context,
-    );
-    let mut at = address(std::net::Ipv6Addr::UNSPECIFIED.into(), HBONE_PORT);
-    at["socket_address"]["ipv4_compat"] = json!(true);
+    let manager = connection_manager(json!({
+        "stat_prefix": "tunnels",
+        "codec_type": "HTTP2",
+        "http2_protocol_options": { "allow_connect": true },
+        "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
+        "http_filters": [router()],
+        "route_config": connect_route("nginx", json!([])),
+    }));
+    let socket = tls_socket(Side::Server, tls(files, expect));
     json!({ "static_resources": {
         "listeners": [{
             "name": "tunnels",
-            "address": at,
+            "address": everywhere(HBONE_PORT),
             "filter_chains": [{ "filters": [manager], "transport_socket": socket }],
         }],
         "clusters": [cluster("nginx", address(Ipv4Addr::LOCALHOST.into(), HTTP))],

@@ -18,7 +18,7 @@ use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::stories::outage::nothing_in_clear;
 use ztunnel_tests::topology::in_url;
-use ztunnel_tests::world::istio::{Istio, behind, service};
+use ztunnel_tests::world::istio::{Istio, behind, service, token_of};
 use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
 
 const SETTLE: Duration = Duration::from_secs(10);
@@ -83,8 +83,10 @@ fn pods_talk_with_the_mesh_and_the_certificates_of_istiod() {
         // What istiod was told: who asks, for whom, and what is there already.
         let opened = istio.discovery.opened();
         ensure!(opened.len() == 2, "{} streams of two nodes", opened.len());
+        let mut tokens: Vec<_> = opened.iter().filter_map(|stream| stream.authorization.clone()).collect();
+        tokens.sort_unstable();
+        ensure!(tokens == BOTH.map(|on| format!("Bearer {}", token_of(&world.node(on).name))), "{tokens:?}");
         for stream in &opened {
-            ensure!(stream.authorization.as_deref() == Some("Bearer a-token"), "{:?}", stream.authorization);
             ensure!(stream.cluster.as_deref() == Some("Kubernetes"), "{:?}", stream.cluster);
             let types: Vec<_> = stream.first.iter().map(|request| &*request.type_url).collect();
             ensure!(types == [ADDRESS, AUTHORIZATION], "{types:?}");

@@ -133,6 +133,21 @@ impl Keys {
         self.root.pem()
     }
 
+    /// For a program that takes part in the mesh by itself, as `identity`: the chain and the key, as PEM.
+    pub fn for_peer(&self, identity: &str) -> (String, String) {
+        let key = KeyPair::generate().expect("a key can be made");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("an identity is ASCII"))];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let now = SystemTime::now();
+        (params.not_before, params.not_after) =
+            ((now - Duration::from_secs(120)).into(), (now + HOUR).into());
+        let certificate = params.signed_by(&key, &self.intermediate).expect("the intermediate may sign");
+        (certificate.pem() + &self.intermediate.pem(), key.serialize_pem())
+    }
+
     /// For a server of the control plane: a certificate for `localhost` (127.0.0.1) and istiod's name.
     pub fn serving(&self) -> ServerConfig {
         let key = KeyPair::generate().expect("a key can be made");

@@ -2,13 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::binaries;
+use crate::image::{PROGRAMS, assemble, contained};
 use crate::place::Place;
 use crate::poll::eventually;
 use crate::process::{Log, Process, sh};
@@ -53,6 +55,8 @@ pub struct Chart {
     pub root: PathBuf,
     /// The variables.
     pub environment: Vec<(String, String)>,
+    /// An image's root that it runs in, if not the machine's.
+    pub image: Option<PathBuf>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -89,20 +93,43 @@ impl Setting {
 
     /// Starts a daemon without waiting for anything.
     pub fn start(&self) -> Result<Daemon> {
-        let mut command = self.place.command(binaries::daemon()?)?;
-        match &self.chart {
+        let daemon = binaries::daemon()?;
+        let command = match &self.chart {
             None => {
+                let mut command = self.place.command(daemon)?;
                 command.args(self.arguments());
+                command
             }
             Some(chart) => {
+                let mut command = match &chart.image {
+                    None => self.place.command(daemon)?,
+                    Some(image) => self.in_image(image, &chart.root, &daemon)?,
+                };
                 command.args(["proxy", "ztunnel"]).current_dir(&chart.root);
                 command.envs(chart.environment.iter().map(|(name, value)| (name, value)));
+                command
             }
-        }
+        };
         // One file for all daemons of a node: who reads it reads the node's history.
         let mark = self.log().mark();
         let process = self.place.start(&format!("daemon-{}", self.node), command)?;
         Ok(Daemon { process, mark, started: Instant::now() })
+    }
+
+    fn in_image(&self, image: &Path, root: &Path, daemon: &Path) -> Result<Command> {
+        let setpriv = Path::new("/usr/bin/setpriv");
+        assemble(image, &[daemon, setpriv])?;
+        let agent = self.chart_variable("INPOD_UDS").context("no INPOD_UDS")?;
+        let sockets = Path::new(agent).parent().context("INPOD_UDS has no directory")?;
+        let words = contained(image, &root.join("var/run/secrets"), &[sockets, &self.meeting]);
+        let mut command = self.place.command(&words[0])?;
+        command.args(&words[1..]).arg(Path::new("/").join(PROGRAMS).join("ztunnel"));
+        Ok(command)
+    }
+
+    fn chart_variable(&self, name: &str) -> Option<&str> {
+        let environment = &self.chart.as_ref()?.environment;
+        Some(&environment.iter().find(|(variable, _)| variable == name)?.1)
     }
 
     /// Starts a daemon and waits until it says that it is ready.

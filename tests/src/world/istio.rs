@@ -57,8 +57,9 @@ impl World {
             std::fs::write(certificate.join("root-cert.pem"), keys.root_pem())?;
             std::fs::write(token.join("istio-token"), format!("{}\n", token_of(&name)))?;
             let own = identity(ROOT, "ztunnel");
-            let impersonates =
-                self.meshed_on(on).into_iter().map(|pod| identity(MESHED, &pod.name)).collect();
+            // Of every pod on its node, and it is one.
+            let pods = self.meshed_on(on).into_iter().map(|pod| identity(MESHED, &pod.name));
+            let impersonates = pods.chain([own.clone()]).collect();
             istio.authority.admit(&token_of(&name), Caller { identity: own, impersonates });
             let agent = self.agent(on)?.path().display().to_string();
             let setting = &mut self.settings[on as usize];
@@ -85,7 +86,7 @@ impl World {
                 own("INPOD_UDS", &agent),
                 own("ZTUNNEL_RUN_DIR", &setting.meeting.display().to_string()),
             ];
-            setting.chart = Some(Chart { root, environment });
+            setting.chart = Some(Chart { root, environment, image: None });
         }
         Ok(istio)
     }

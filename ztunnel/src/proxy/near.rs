@@ -43,6 +43,7 @@ use crate::proxy::inbound;
 use crate::proxy::inbound::Asker;
 use crate::proxy::inbound::Caller;
 use crate::proxy::inbound::Delivered;
+use crate::proxy::inbound::Introduction;
 use crate::proxy::live::Registered;
 use crate::proxy::outbound::LOOK_PERIOD;
 use crate::proxy::outbound::OutboundError;
@@ -302,7 +303,7 @@ pub(super) async fn open(
         Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
     let mut neighbour = Neighbour { application, look: pin!(sleep(LOOK_PERIOD)), error: None };
     let mut cut = to.cut();
-    let admitted = inbound::admit(shard, to, caller, Some(route.target), &mut neighbour);
+    let admitted = inbound::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
     match unless_cut(&mut cut, admitted).await {
         Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
         Some(Err(Some(refusal))) => {
@@ -325,6 +326,11 @@ impl Asker for Neighbour<'_> {
     /// It has not been read: its words go from socket to socket later.
     fn first_words(&mut self, _cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         None
+    }
+
+    /// It is known by itself.
+    fn introduction(&self) -> Introduction<'_> {
+        Introduction::default()
     }
 
     /// Waits for it to reset its connection. It is not read, so it has to be asked now and then.

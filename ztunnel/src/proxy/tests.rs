@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::hbone;
+use crate::hbone::address::Authority;
 use crate::hbone::address::Forwarded;
 use crate::hbone::address::TraceParent;
 use crate::hbone::client::Answered;
@@ -992,7 +993,8 @@ async fn a_peer_can_ask_only_for_what_is_the_pods() {
     ] {
         let mut lease = tunnel.lease().unwrap();
         let connect = Connect {
-            authority: authority.parse().unwrap(),
+            authority: Authority::parse(authority).unwrap(),
+            network: None,
             baggage: &baggage,
             forwarded: Forwarded { client: "10.0.0.1:1".parse().unwrap(), host: None },
             trace: TraceParent { trace: 1, span: 1 },

@@ -1,6 +1,7 @@
 use super::control_plane::RootCert;
 use super::control_plane::Token;
 use super::*;
+use crate::standalone::local;
 
 fn environment(variables: &[(&str, &str)]) -> BTreeMap<String, String> {
     variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -279,11 +280,6 @@ fn what_cannot_be_used_is_named_with_what_can() {
             "ENABLE_PROXY=\"false\": there is nothing left to do: pods' DNS is not answered here",
         ),
         (
-            &[("LOCAL_XDS", "hush")],
-            "LOCAL_XDS=\"(not shown)\": a mesh in this format is not read: use XDS_ADDRESS, \
-             or `ztunnel run --mesh` with Kubernetes' objects",
-        ),
-        (
             &[("LOCAL_XDS", "x"), ("LOCAL_XDS_PATH", "y")],
             "LOCAL_XDS_PATH=\"y\": with LOCAL_XDS it is not known which counts: leave one out",
         ),
@@ -305,6 +301,18 @@ fn what_cannot_be_used_is_named_with_what_can() {
         let said = problem(&[variables]);
         assert!(said.starts_with(&format!("{name}=")), "{said}");
     }
+}
+
+#[test]
+fn a_mesh_may_be_given_besides() {
+    let given = |variables: &[_]| settings(variables).control_plane.local;
+    assert_eq!(given(&[]), None);
+    assert_eq!(given(&[("LOCAL_XDS_PATH", "/m.yaml")]), Some(local::Place::File("/m.yaml".into())));
+    let text = "workloads: []";
+    assert_eq!(given(&[("LOCAL_XDS", text)]), Some(local::Place::Variable("LOCAL_XDS", text.to_owned())));
+    let shown = settings(&[("LOCAL_XDS", text)]).shown;
+    let shown = shown.iter().find(|shown| shown.name == "LOCAL_XDS").unwrap();
+    assert_eq!((&*shown.value, shown.origin), ("(13 bytes)", Origin::Environment));
 }
 
 #[test]

@@ -37,6 +37,7 @@ use rcgen::SerialNumber;
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::Request;
 use tonic::Response;
@@ -286,12 +287,21 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[expect(clippy::disallowed_methods, reason = "not a part of the daemon: it ends with its thread")]
+/// Serves on this listener, with these keys and answers, as long as the future is polled: for a caller by whose clock
+/// it is to go.
+pub async fn answer_here(keys: Arc<Keys>, listener: tokio::net::TcpListener, answer: Answer) {
+    let tls = Arc::new(keys.serving());
+    let state = State { answer, callers: BTreeMap::new(), asked: Vec::new(), issued: Vec::new() };
+    serve(listener, tls, Service { keys, state: Arc::new(Mutex::new(state)) }).await;
+}
+
 async fn serve(listener: tokio::net::TcpListener, tls: Arc<ServerConfig>, service: Service) {
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+    // They end with it.
+    let mut connections = JoinSet::new();
     while let Ok((socket, _)) = listener.accept().await {
         let (acceptor, service) = (acceptor.clone(), service.clone());
-        tokio::spawn(async move {
+        connections.spawn(async move {
             // A client that breaks the handshake off is one of the cases.
             let Ok(socket) = acceptor.accept(socket).await else { return };
             let service = TowerToHyperService::new(IstioCertificateServiceServer::new(service));

@@ -123,6 +123,7 @@ pub(crate) fn connect_route(cluster: &str, response_headers: Value) -> Value {
             "match": { "connect_matcher": {} },
             "route": {
                 "cluster": cluster,
+                "timeout": "0s",
                 "upgrade_configs": [{ "upgrade_type": "CONNECT", "connect_config": {} }],
             },
             "response_headers_to_add": response_headers,

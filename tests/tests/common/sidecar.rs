@@ -40,6 +40,8 @@ const ADMIN: u16 = 15000;
 const TERMINATED: &str = "terminated authority=%REQ(:AUTHORITY)% peer=%DOWNSTREAM_PEER_URI_SAN% \
      serial=%DOWNSTREAM_PEER_SERIAL% tls=%DOWNSTREAM_TLS_VERSION% sni=%REQUESTED_SERVER_NAME% \
      forwarded=[%REQ(FORWARDED)%] traceparent=%REQ(TRACEPARENT)% baggage=[%REQ(BAGGAGE)%] code=%RESPONSE_CODE%\n";
+/// What it writes about each request.
+const SERVED: &str = "served path=%REQ(:PATH)% code=%RESPONSE_CODE% why=%RESPONSE_CODE_DETAILS%\n";
 /// What it writes about each tunnel it has opened.
 const ORIGINATED: &str = "originated to=%DOWNSTREAM_LOCAL_ADDRESS% upstream=%UPSTREAM_HOST% \
      answered=[%FILTER_STATE(envoy.tcp_proxy.propagate_response_headers)%]\n";
@@ -336,6 +338,7 @@ impl Sidecar {
         let manager = connection_manager(json!({
             "stat_prefix": cluster,
             "http_filters": filters,
+            "access_log": [access_log(SERVED)],
             "route_config": { "name": cluster, "virtual_hosts": [{
                 "name": "all",
                 "domains": ["*"],

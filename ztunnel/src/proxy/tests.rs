@@ -797,6 +797,57 @@ async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
     }
 }
 
+/// Answers one stream with this many bytes and a reset right behind them, in one piece: what no HTTP/2 implementation
+/// does where it can help it, and Envoy does when a server has closed its connection.
+async fn hasty_peer(node: &Node, bytes: usize) {
+    const HEADERS: u8 = 1;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    let tls = tokio_rustls::TlsAcceptor::from(node.ca.certify(&id("server")).server_config());
+    shutdown::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut socket = tls.accept(socket).await.unwrap();
+        socket.read_exact(&mut [0; 24]).await.unwrap();
+        let mut kind = 0;
+        while kind != HEADERS {
+            let mut head = [0; 9];
+            socket.read_exact(&mut head).await.unwrap();
+            kind = head[3];
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            socket.read_exact(&mut vec![0; length as usize]).await.unwrap();
+        }
+        let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+            [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+        };
+        let settings = [frame(4, 0, 0, &[]), frame(4, 1, 0, &[])].concat();
+        // `:status: 200` is the eighth entry of HPACK's table.
+        let mut all = [settings, frame(HEADERS, 4, 1, &[0x88])].concat();
+        for piece in vec![b'x'; bytes].chunks(16_384) {
+            all.extend(frame(0, 0, 1, piece));
+        }
+        const CONNECT_ERROR: [u8; 4] = [0, 0, 0, 10];
+        all.extend(frame(3, 0, 1, &CONNECT_ERROR));
+        socket.write_all(&all).await.unwrap();
+        socket.flush().await.unwrap();
+        let _gone = socket.read_to_end(&mut Vec::new()).await;
+    });
+}
+
+#[tokio::test]
+async fn what_came_before_a_reset_is_delivered() {
+    for bytes in [1, 212, 50_000] {
+        let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+        hasty_peer(&node, bytes).await;
+        let mut client = TcpStream::connect(node.outbound).await.unwrap();
+        let mut answer = vec![0; bytes];
+        timeout(PATIENCE, client.read_exact(&mut answer)).await.expect("an answer").unwrap();
+        assert!(answer.iter().all(|byte| *byte == b'x'));
+        assert_reset(&mut client).await;
+        node.logged(&["connection complete", &format!("bytes_recv={bytes} ")]).await;
+    }
+}
+
 /// When a peer breaks its tunnel: at the request, or once something was said on it.
 #[derive(Clone, Copy, PartialEq)]
 enum Breaks {

@@ -12,6 +12,7 @@
 //! * [`ca`], [`control_plane`], [`istiod`]: a certificate authority and a control plane that speak istiod's protocols;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
+//! * [`resolver`]: a DNS server and its clients;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
 //! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
@@ -35,6 +36,7 @@ pub mod poll;
 pub mod process;
 pub mod raw_netns;
 pub mod redirect;
+pub mod resolver;
 pub mod run;
 pub mod stories;
 pub mod syscalls;

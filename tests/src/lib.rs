@@ -13,6 +13,7 @@
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
 //! * [`image`]: what a container image of the daemon holds, and a daemon in it;
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
+//! * [`resolver`]: a DNS server and its clients;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
 //! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
@@ -37,6 +38,7 @@ pub mod poll;
 pub mod process;
 pub mod raw_netns;
 pub mod redirect;
+pub mod resolver;
 pub mod run;
 pub mod stories;
 pub mod syscalls;

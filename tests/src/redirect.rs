@@ -1,5 +1,4 @@
-//! The rules by which a node agent redirects a pod's traffic, and lets the node's probes pass: istio-cni's, without
-//! DNS capture.
+//! The rules by which a node agent redirects a pod's traffic and its DNS, and lets the node's probes pass: istio-cni's.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -42,9 +41,19 @@ COMMIT
 -A ISTIO_PRERT -s {probe} -p tcp -j ACCEPT
 -A ISTIO_OUTPUT -d {probe} -p tcp -j ACCEPT
 -A ISTIO_PRERT ! -d {loopback} -p tcp ! --dport 15008 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006
+-A ISTIO_OUTPUT ! -o lo -p udp -m mark ! --mark 0x539/0xfff -m udp --dport 53 -j REDIRECT --to-ports 15053
+-A ISTIO_OUTPUT ! -d {loopback} -p tcp --dport 53 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15053
 -A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
 -A ISTIO_OUTPUT ! -d {loopback} -o lo -j ACCEPT
 -A ISTIO_OUTPUT ! -d {loopback} -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001
+COMMIT
+*raw
+:ISTIO_PRERT - [0:0]
+:ISTIO_OUTPUT - [0:0]
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_OUTPUT -p udp -m mark --mark 0x539/0xfff -m udp --dport 53 -j CT --zone 1
+-A ISTIO_PRERT -p udp -m mark ! --mark 0x539/0xfff -m udp --sport 53 -j CT --zone 1
 COMMIT
 "
     )
@@ -66,6 +75,9 @@ fn in_pod_nft() -> String {
   chain istio-output {{
     meta l4proto tcp ip daddr {v4} accept
     meta l4proto tcp ip6 daddr {v6} accept
+    oifname != lo udp dport 53 meta mark and 0xfff != 0x539 redirect to :15053
+    ip daddr != 127.0.0.1 tcp dport 53 meta mark and 0xfff != 0x539 redirect to :15053
+    ip6 daddr != ::1 tcp dport 53 meta mark and 0xfff != 0x539 redirect to :15053
     meta l4proto tcp meta mark and 0xfff == 0x111 accept
     oifname lo ip daddr != 127.0.0.1 accept
     oifname lo ip6 daddr != ::1 accept
@@ -78,6 +90,12 @@ table inet istio-ambient-mangle {{
   chain output {{ type route hook output priority -150; policy accept; jump istio-output; }}
   chain istio-prerouting {{ meta mark and 0xfff == 0x539 ct mark set ct mark and 0xfffff000 or 0x111; }}
   chain istio-output {{ ct mark and 0xfff == 0x111 meta mark set ct mark; }}
+}}
+table inet istio-ambient-raw {{
+  chain prerouting {{ type filter hook prerouting priority -300; policy accept; jump istio-prerouting; }}
+  chain output {{ type filter hook output priority -300; policy accept; jump istio-output; }}
+  chain istio-prerouting {{ udp sport 53 meta mark and 0xfff != 0x539 ct zone set 1; }}
+  chain istio-output {{ udp dport 53 meta mark and 0xfff == 0x539 ct zone set 1; }}
 }}
 "
     )

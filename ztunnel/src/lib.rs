@@ -39,13 +39,14 @@
 //! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, net, telemetry, shutdown, *proto* |
 //! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
+//! | `dns` | names: answers for the mesh's from the snapshot, forwards the rest | model, mesh, net, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
 //! | `cli` | the command line's view of a running daemon: asks `admin`, prints tables or JSON | |
 //! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, proxy, standalone, telemetry, api |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, dns, proxy, standalone, telemetry, api |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, dns, proxy, standalone, api, admin, config, shutdown |
 //!
 //! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
 //! where they come in and go no further.
@@ -71,6 +72,7 @@ pub mod app;
 pub mod capture;
 pub mod cli;
 pub mod config;
+pub mod dns;
 pub mod enrol;
 pub mod hbone;
 pub mod identity;

@@ -20,6 +20,7 @@ use crate::model::workload::Workload;
 pub mod demand;
 pub mod endpoints;
 pub mod index;
+pub mod lookup;
 pub mod map;
 mod network;
 mod several;

@@ -6,6 +6,7 @@
 
 pub mod buffer;
 pub mod bypass;
+pub mod conntrack;
 pub mod copy;
 pub mod netns;
 pub mod origdst;

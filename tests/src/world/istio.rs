@@ -73,7 +73,6 @@ impl World {
                 own("RUST_LOG", "info"),
                 own("RUST_BACKTRACE", "1"),
                 own("ISTIO_META_CLUSTER_ID", "Kubernetes"),
-                own("ISTIO_META_DNS_CAPTURE", "false"),
                 own("INPOD_ENABLED", "true"),
                 own("TERMINATION_GRACE_PERIOD_SECONDS", "15"),
                 own("POD_NAME", &format!("ztunnel-{name}")),

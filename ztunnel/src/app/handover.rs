@@ -38,6 +38,7 @@ use std::io::IoSlice;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::net::TcpListener;
+use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -66,6 +67,8 @@ use zeroize::Zeroizing;
 use crate::shutdown;
 
 use crate::capture::Listeners;
+use crate::dns::server::Bound;
+use crate::dns::server::Sockets;
 use crate::enrol::zds::AgentPod;
 use crate::model::addr::PodUid;
 use crate::net::netns::Netns;
@@ -82,8 +85,11 @@ const HELLO_WITHIN: Duration = Duration::from_millis(500);
 const LINE_MAX: u64 = 128;
 /// The line that names a pod is as long as the node agent's message was, at most.
 const POD_MAX: usize = 1200;
-/// Of one pod: its network namespace, and its listeners for outbound, inbound and tunnels.
+/// Of one pod: its network namespace, and its listeners for outbound, inbound and tunnels. After these may come pairs
+/// of sockets for DNS, of each address the one for datagrams and the one for connections.
 const POD_DESCRIPTORS: usize = 4;
+/// With the pairs for DNS of both families.
+const POD_DESCRIPTORS_MAX: usize = POD_DESCRIPTORS + 4;
 /// Pods that are taken over. A predecessor that names more is not believed.
 const PODS_MAX: usize = 4096;
 
@@ -94,6 +100,8 @@ pub struct HandedPod {
     pub pod: AgentPod,
     /// Where its connections arrive, in both daemons.
     pub listeners: Arc<Listeners>,
+    /// Where its questions for names arrive, if they do.
+    pub dns: Option<Arc<Sockets>>,
 }
 
 /// The question for the node's certificates, with the version of the answer.
@@ -125,15 +133,21 @@ impl Line {
 
     /// Sends a pod with its descriptors, or the end of them.
     async fn write_pod(&mut self, handed: Option<&HandedPod>) -> io::Result<()> {
-        let Some(HandedPod { pod, listeners }) = handed else { return self.write("end").await };
+        let Some(HandedPod { pod, listeners, dns }) = handed else { return self.write("end").await };
         let AgentPod { uid, name, namespace, service_account, netns } = pod;
         // None of them has a blank in it: see `enrol::zds::message`.
         let line = format!("pod {uid} {name} {namespace} {service_account}\n");
-        let descriptors =
-            [netns.as_fd(), listeners.outbound.as_fd(), listeners.inbound.as_fd(), listeners.hbone.as_fd()];
+        let mut descriptors = vec![
+            netns.as_fd(),
+            listeners.outbound.as_fd(),
+            listeners.inbound.as_fd(),
+            listeners.hbone.as_fd(),
+        ];
+        let bound = dns.iter().flat_map(|dns| &dns.0);
+        descriptors.extend(bound.flat_map(|bound| [bound.udp.as_fd(), bound.tcp.as_fd()]));
         let stream = self.0.get_ref();
         let send = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS_MAX))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             control.push(SendAncillaryMessage::ScmRights(&descriptors));
             let bytes = [IoSlice::new(line.as_bytes())];
@@ -152,7 +166,7 @@ impl Line {
         let stream = self.0.get_ref();
         let receive = || {
             let mut bytes = [0; POD_MAX];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(POD_DESCRIPTORS_MAX))];
             // Whatever is not taken out of it is closed with it.
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let slices = &mut [IoSliceMut::new(&mut bytes)];
@@ -175,13 +189,25 @@ impl Line {
             }
             _ => return Err(wrong()),
         };
-        let [netns, outbound, inbound, hbone] =
-            <[OwnedFd; POD_DESCRIPTORS]>::try_from(descriptors).map_err(|_others| wrong())?;
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or_else(wrong);
+        let [netns, outbound, inbound, hbone] = [next()?, next()?, next()?, next()?];
+        let dns = dns_sockets(descriptors)?;
         let netns = Arc::new(Netns::from_fd(netns)?);
         let [outbound, inbound, hbone] = [outbound, inbound, hbone].map(|fd| Arc::new(TcpListener::from(fd)));
         let pod = AgentPod { uid: PodUid(uid), name, namespace, service_account, netns };
-        Ok(Some(HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }) }))
+        Ok(Some(HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }), dns }))
     }
+}
+
+/// The sockets for DNS among what came with a pod.
+fn dns_sockets(mut descriptors: impl Iterator<Item = OwnedFd>) -> io::Result<Option<Arc<Sockets>>> {
+    let mut all = Vec::new();
+    while let Some(udp) = descriptors.next() {
+        let tcp = descriptors.next().ok_or(io::ErrorKind::InvalidData)?;
+        all.push(Bound { udp: Arc::new(UdpSocket::from(udp)), tcp: Arc::new(TcpListener::from(tcp)) });
+    }
+    Ok(Some(all).filter(|all| !all.is_empty()).map(Sockets).map(Arc::new))
 }
 
 /// A running daemon that has agreed to be taken over. Dropping this without [`Predecessor::done`] makes it
@@ -507,7 +533,17 @@ mod tests {
         let netns = Arc::new(Netns::current().unwrap());
         let pod = AgentPod { uid: PodUid::from(uid), name, namespace, service_account, netns };
         let [outbound, inbound, hbone] = [listener(), listener(), listener()];
-        HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }) }
+        let bound = || Bound { udp: Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap()), tcp: listener() };
+        // None, one and both families.
+        let dns = (0..uid.len() % 3).map(|_| bound()).collect::<Vec<_>>();
+        let dns = Some(dns).filter(|all| !all.is_empty()).map(|all| Arc::new(Sockets(all)));
+        HandedPod { pod, listeners: Arc::new(Listeners { outbound, inbound, hbone }), dns }
+    }
+
+    /// Where the sockets for DNS are bound.
+    fn asked_at(pod: &HandedPod) -> Vec<[std::net::SocketAddr; 2]> {
+        let bound = pod.dns.iter().flat_map(|dns| &dns.0);
+        bound.map(|one| [one.udp.local_addr().unwrap(), one.tcp.local_addr().unwrap()]).collect()
     }
 
     #[tokio::test]
@@ -515,7 +551,8 @@ mod tests {
         let (_dir, path) = socket();
         let old = Successors::listen(&path, nothing()).unwrap();
         let given: Vec<HandedPod> = (0..300).map(|number| handed(&format!("uid-{number}"))).collect();
-        let ports: Vec<_> = given.iter().map(|pod| pod.listeners.hbone.local_addr().unwrap()).collect();
+        let ports: Vec<_> =
+            given.iter().map(|pod| (pod.listeners.hbone.local_addr().unwrap(), asked_at(pod))).collect();
         let successor = async {
             let Found::Yielded(mut predecessor) = ask(&path).await else { panic!("not yielded") };
             let pods = predecessor.pods().await.unwrap();
@@ -530,7 +567,8 @@ mod tests {
         let ((pods, _departing), _claim) = tokio::join!(successor, predecessor);
         drop(given);
         assert_eq!(pods.len(), 300);
-        for (index, (pod, address)) in pods.iter().zip(ports).enumerate() {
+        for (index, (pod, (address, names))) in pods.iter().zip(ports).enumerate() {
+            assert_eq!(asked_at(pod), names);
             assert_eq!(*pod.pod.uid.0, format!("uid-{index}"));
             assert_eq!((&*pod.pod.name, &*pod.pod.service_account), ("cart-1", "cart"));
             assert_eq!(pod.listeners.hbone.local_addr().unwrap(), address);

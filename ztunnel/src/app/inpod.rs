@@ -44,6 +44,7 @@ use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
+use crate::dns::server::Dns;
 use crate::identity;
 use crate::identity::inheritance;
 use crate::identity::worker::Identities;
@@ -164,7 +165,15 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     let data_plane = Arc::new(
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
-    let agent = Agent::new(zds, Arc::clone(&config.places.node), Arc::clone(&data_plane));
+    let dns = match &zds.dns {
+        Some(names) => {
+            let dns = Dns::start(names.clone(), world.reader(), &telemetry, signal.clone());
+            let dns = dns.map_err(|source| RunError::System("cannot start the thread for DNS", source))?;
+            Some(Arc::new(dns))
+        }
+        None => None,
+    };
+    let agent = Agent::new(zds, Arc::clone(&config.places.node), Arc::clone(&data_plane), dns.clone());
     ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
     let sources = Sources {
         mesh: world.reader(),
@@ -191,6 +200,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         // Who asked over HTTP is answered.
         let _late = tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await;
         data_plane.join();
+        dns.iter().for_each(|dns| dns.join());
         return Ok(());
     }
     let predecessor = match handover::ask(&socket).await {
@@ -290,6 +300,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
             tracing::info!("stopping: the node is handed over");
             // Before anybody is told that the node's streams are to go elsewhere.
             data_plane.hand_over_sockets();
+            dns.iter().for_each(|dns| dns.hand_over_sockets());
             claim.bye().await;
             held = Some(claim);
         }
@@ -297,9 +308,16 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     trigger.drain();
     let deadline = tokio::time::sleep(config.drain_deadline);
     tokio::pin!(deadline);
+    let drained = async {
+        data_plane.drained().await;
+        if let Some(dns) = &dns {
+            dns.drained().await;
+        }
+    };
+    tokio::pin!(drained);
     loop {
         tokio::select! {
-            () = data_plane.drained() => break,
+            () = &mut drained => break,
             () = &mut deadline => {
                 let open = data_plane.live().connections;
                 tracing::warn!(open, "the drain deadline has passed; closing what is open");
@@ -322,6 +340,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         tracing::debug!("who asked to stop was not answered in time");
     }
     data_plane.join();
+    dns.iter().for_each(|dns| dns.join());
     drop((held, departing));
     if config.kept_running && !told {
         stay(&socket, &mut signals).await;

@@ -157,14 +157,7 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
     ("UNSTABLE_ENABLE_SOCKS5", "false", "there is no SOCKS5 listener"),
     ("TLS12_ENABLED", "false", "TLS 1.3 is the only version spoken"),
     ("AUTHZ_POLICY_INFO_LOGGING", "false", "the access log names the policy that refused a connection"),
-    ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
-    ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
-    ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
 ];
-
-/// Why names are not resolved, and what to do.
-const NO_DNS: &str = "pods' DNS is not answered here: set AMBIENT_DNS_CAPTURE=false for the node agent, \
-                          whose rules else send it to a port that nobody serves";
 
 /// Reads the environment.
 pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Result<Settings, Problems> {
@@ -281,18 +274,28 @@ fn metadata_flag(reader: &mut Reader<'_>, key: &str, default: bool) -> bool {
 }
 
 fn dns_address(reader: &mut Reader<'_>) -> Option<SocketAddr> {
-    let name = "ISTIO_META_DNS_PROXY_ADDR";
-    let from_proxy = reader.proxy.metadata.get(name).map(|(text, _)| text.clone());
-    match (reader.set(name), from_proxy) {
-        (None, Some(text)) => text.parse().map(Some).unwrap_or_else(|_| {
-            reader.refuse(name, &text, "use an address with its port, such as 127.0.0.1:15053");
+    let (metadata, own) = ("ISTIO_META_DNS_PROXY_ADDR", "DNS_PROXY_ADDR");
+    let from_proxy = reader.proxy.metadata.get(metadata).map(|(text, _)| text.clone());
+    let (name, text) = match (reader.set(metadata).map(str::to_owned).or(from_proxy), reader.set(own)) {
+        // It is shown with the rest of the metadata.
+        (Some(text), _) => (metadata, text),
+        (None, Some(text)) => {
+            reader.show(own, text, Origin::Environment);
+            (own, text.to_owned())
+        }
+        (None, None) => {
+            reader.show(own, "127.0.0.1:15053 [::1]:15053", Origin::Default);
+            return None;
+        }
+    };
+    match text.parse::<SocketAddr>() {
+        // Answers come from where questions were sent, which of a wildcard is not known.
+        Ok(address) if !address.ip().is_unspecified() && address.port() != 0 => Some(address),
+        _ => {
+            let accepted = "use an address with its port, such as 127.0.0.1:15053 or [::1]:15053";
+            reader.refuse(name, &text, accepted);
             None
-        }),
-        (Some(text), _) => text.parse().map(Some).unwrap_or_else(|_| {
-            reader.refuse(name, text, "use an address with its port, such as 127.0.0.1:15053");
-            None
-        }),
-        (None, None) => reader.socket("DNS_PROXY_ADDR"),
+        }
     }
 }
 
@@ -427,7 +430,7 @@ fn log_filter(reader: &mut Reader<'_>) -> Filter {
 /// What makes no sense together, and what this proxy is not.
 fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
     if !settings.proxy_enabled {
-        reader.refuse("ENABLE_PROXY", "false", "there is nothing left to do: pods' DNS is not answered here");
+        reader.refuse("ENABLE_PROXY", "false", "pods' TCP is always proxied: leave it out");
     }
     if settings.dns.enabled && settings.control_plane.on_demand {
         let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";
@@ -453,9 +456,13 @@ fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
 
 fn ineffective(settings: &Settings, reader: &mut Reader<'_>) -> Vec<Ineffective> {
     let mut warnings = Vec::new();
-    // Also where nobody said it: the node agent's default is the same.
-    if settings.dns.enabled {
-        warnings.push(Ineffective { name: "ISTIO_META_DNS_CAPTURE", value: "true".to_owned(), why: NO_DNS });
+    if !settings.dns.enabled {
+        for name in ["PREFERED_SERVICE_NAMESPACE", "ISTIO_META_DNS_PROXY_ADDR", "DNS_PROXY_ADDR"] {
+            if let Some(value) = reader.set(name).map(str::to_owned) {
+                let why = "pods' DNS is not answered: ISTIO_META_DNS_CAPTURE is false";
+                warnings.push(Ineffective { name, value, why });
+            }
+        }
     }
     for (name, agreed, why) in INEFFECTIVE {
         let Some(value) = reader.set(name).map(str::to_owned) else { continue };

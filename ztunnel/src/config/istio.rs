@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::api::Setting;
 use crate::capture;
+use crate::config::env::Dns;
 use crate::config::env::InPod;
 use crate::config::env::Ineffective;
 use crate::config::env::Own;
@@ -21,6 +22,7 @@ use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
+use crate::dns;
 use crate::identity::istiod;
 use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
@@ -37,7 +39,7 @@ const READINESS_PORT: u16 = 15021;
 
 /// Completes `settings` by what this machine has.
 pub fn run(settings: Settings) -> Result<Run, Invalid> {
-    let Settings { own, control_plane, in_pod, data_plane, .. } = settings;
+    let Settings { own, control_plane, in_pod, data_plane, dns, .. } = settings;
     let plane = |server: &Server| plane(server, &control_plane.token, &own.cluster);
     let authority = plane(&control_plane.authority).map_err(Invalid::Authority)?;
     let mesh = match &control_plane.discovery {
@@ -77,7 +79,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         drain_deadline: settings.drain_deadline,
         metrics_addr: any(settings.stats_port),
         ready_addr: any(READINESS_PORT),
-        zds: Some(zds(in_pod, &data_plane.keepalive)),
+        zds: Some(zds(in_pod, &data_plane.keepalive, dns, &own.cluster_domain)),
         own: self_proxy,
         admin_port: settings.admin_port,
         settings: settings.shown.iter().map(Setting::from).collect(),
@@ -130,7 +132,7 @@ fn self_proxy(own: &Own) -> Result<Option<OwnPod>, Invalid> {
     Ok(Some(OwnPod { uid, workload: Named::Pod { name, namespace, service_account, node }, identity }))
 }
 
-fn zds(in_pod: InPod, keepalive: &Keepalive) -> Zds {
+fn zds(in_pod: InPod, keepalive: &Keepalive, dns: Dns, cluster_domain: &str) -> Zds {
     let settings = redirected::Settings {
         mark: in_pod.packet_mark,
         client_address: match in_pod.original_source {
@@ -141,7 +143,12 @@ fn zds(in_pod: InPod, keepalive: &Keepalive) -> Zds {
         keepalive: keepalive.clone(),
     };
     let listeners = capture::rules::Config { share_ports: in_pod.port_reuse, ipv6: in_pod.ipv6, settings };
-    Zds { socket: in_pod.socket, listeners }
+    let preferred = dns.preferred_namespace.as_deref();
+    let names = || dns::answer::Config::new(cluster_domain, preferred, in_pod.ipv6);
+    let dns = dns
+        .enabled
+        .then(|| dns::server::Config { address: dns.address, ..resolved::dns_in_pods(names(), &listeners) });
+    Zds { socket: in_pod.socket, listeners, dns }
 }
 
 #[cfg(test)]
@@ -197,11 +204,32 @@ mod tests {
         let zds = run.zds.as_ref().unwrap();
         assert_eq!(zds.socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
         assert_eq!(zds.listeners.settings.mark, 7);
+        let dns = zds.dns.as_ref().unwrap();
+        assert_eq!((dns.mark, dns.ipv6, dns.address), (7, false, None));
+        assert_eq!(dns.names, dns::answer::Config::new("cluster.local", None, false));
         assert_eq!((run.ready_addr.to_string(), run.admin_port), ("0.0.0.0:15021".to_owned(), 15000));
         assert_eq!(run.drain_deadline, Duration::from_secs(25));
         assert_eq!(run.crl.as_deref(), Some(Path::new("/crl.pem")));
         assert_eq!(run.compliance, crate::tls::configs::Compliance::Pqc);
         assert!(!run.proxy.near);
+    }
+
+    #[test]
+    fn dns_is_as_the_variables_say() {
+        let dns = |variables: &[(&str, &str)]| {
+            let all = [&[("NODE_NAME", "n")], variables].concat();
+            configured(&all).unwrap().zds.unwrap().dns
+        };
+        assert_eq!(dns(&[("ISTIO_META_DNS_CAPTURE", "false")]), None);
+        let other = dns(&[
+            ("CLUSTER_DOMAIN", "example.org"),
+            ("PREFERED_SERVICE_NAMESPACE", "shop"),
+            ("DNS_PROXY_ADDR", "127.0.0.1:53"),
+        ]);
+        let other = other.unwrap();
+        assert_eq!(other.names, dns::answer::Config::new("example.org", Some("shop"), true));
+        assert_eq!(other.address, Some("127.0.0.1:53".parse().unwrap()));
+        assert_eq!(dns(&[]).unwrap().mark, 1337);
     }
 
     #[test]

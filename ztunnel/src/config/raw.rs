@@ -249,6 +249,12 @@ pub struct Zds {
     /// Whether to listen on IPv6 in the pods
     #[arg(long, env = "IPV6_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
     pub ipv6: bool,
+    /// Whether names that pods ask for are answered at port 15053 of their loopback, where the agent redirects them
+    #[arg(long, env = "ISTIO_META_DNS_CAPTURE", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
+    pub dns_capture: bool,
+    /// The DNS suffix of the cluster's services
+    #[arg(long, env = "CLUSTER_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
     /// Whether idle connections are probed (TCP keepalive)
     #[arg(long, env = "KEEPALIVE_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set)]
     pub keepalive: bool,

@@ -19,6 +19,7 @@ use crate::config::env::Surroundings;
 use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
 use crate::config::raw;
+use crate::dns;
 use crate::identity::istiod;
 use crate::model::addr::PodUid;
 use crate::model::identity::InvalidSpiffeId;
@@ -187,6 +188,8 @@ pub struct Zds {
     pub socket: PathBuf,
     /// How to listen in the pods.
     pub listeners: capture::rules::Config,
+    /// How pods' names are resolved; `None` where the agent does not redirect what they ask.
+    pub dns: Option<dns::server::Config>,
 }
 
 fn zds(typed: &raw::Zds) -> Option<Zds> {
@@ -206,7 +209,22 @@ fn zds(typed: &raw::Zds) -> Option<Zds> {
         },
     };
     let listeners = capture::rules::Config { share_ports: typed.port_reuse, ipv6: typed.ipv6, settings };
-    Some(Zds { socket: typed.zds.clone()?, listeners })
+    let names = || dns::answer::Config::new(&typed.cluster_domain, None, typed.ipv6);
+    let dns = typed.dns_capture.then(|| dns_in_pods(names(), &listeners));
+    Some(Zds { socket: typed.zds.clone()?, listeners, dns })
+}
+
+/// Listens for DNS as for everything else in the pods.
+pub(super) fn dns_in_pods(
+    names: dns::answer::Config,
+    listeners: &capture::rules::Config,
+) -> dns::server::Config {
+    dns::server::Config {
+        ipv6: listeners.ipv6,
+        share_ports: listeners.share_ports,
+        mark: listeners.settings.mark,
+        ..dns::server::Config::new(names)
+    }
 }
 
 /// This proxy's own pod, as a server of the mesh.

@@ -103,6 +103,11 @@ impl Mesh {
         best(self.names.services.get(hostname)?.as_slice(), namespace)
     }
 
+    /// All services of this hostname, one per namespace at most, in the order in which they came.
+    pub fn services_by_hostname(&self, hostname: &str) -> &[Arc<Service>] {
+        self.names.services.get(hostname).map(Several::as_slice).unwrap_or_default()
+    }
+
     /// The workload with this hostname, preferably of `namespace`.
     pub fn workload_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Workload>> {
         let there = self.names.workloads.get(hostname)?.as_slice();

@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::timeout;
 
+use crate::mesh::lookup::UnknownWorkload;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::OriginalDst;
 use crate::model::workload::Named;
@@ -29,7 +30,6 @@ use crate::proxy::live::Registered;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
-use crate::proxy::pod::UnknownWorkload;
 use crate::proxy::shard::Shard;
 use crate::route::plan::NoRoute;
 use crate::route::plan::RESERVED_PORTS;

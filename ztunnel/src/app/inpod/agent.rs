@@ -19,6 +19,7 @@ use crate::app::handover::HandedPod;
 use crate::capture;
 use crate::capture::Listeners;
 use crate::config::resolved::Zds;
+use crate::dns;
 use crate::enrol::pod::Awaited;
 use crate::enrol::zds::AgentPod;
 use crate::enrol::zds::link::Happened;
@@ -48,8 +49,15 @@ pub(super) enum Step {
     Other,
 }
 
-/// How the capture of a pod ended: with its listeners, or why not.
-type Answer = (AgentPod, Result<Arc<Listeners>, String>);
+/// Where a pod's connections arrive, and its questions for names, where these are redirected.
+#[derive(Debug, Clone)]
+struct Sockets {
+    listeners: Arc<Listeners>,
+    dns: Option<Arc<dns::server::Sockets>>,
+}
+
+/// How the capture of a pod ended: with its sockets, or why not.
+type Answer = (AgentPod, Result<Sockets, String>);
 
 /// The connection to the agent, the machine behind it, and the pods that are served.
 pub(super) struct Agent {
@@ -60,10 +68,12 @@ pub(super) struct Agent {
     settings: Arc<Settings>,
     node: Arc<str>,
     data_plane: Arc<DataPlane>,
+    /// Where names are resolved for pods.
+    dns: Option<Arc<dns::server::Dns>>,
     /// What is served, for the next daemon.
     served: HashMap<PodUid, HandedPod>,
-    /// Listeners by network namespace that came from the daemon before this one, until they are used.
-    inherited: HashMap<(u64, u64), Arc<Listeners>>,
+    /// Sockets by network namespace that came from the daemon before this one, until they are used.
+    inherited: HashMap<(u64, u64), Sockets>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     /// The pods that are not served yet, for those who ask.
     awaited: watch::Sender<Arc<[Awaited]>>,
@@ -71,7 +81,12 @@ pub(super) struct Agent {
 
 impl Agent {
     /// Does nothing yet.
-    pub(super) fn new(zds: Zds, node: Arc<str>, data_plane: Arc<DataPlane>) -> Self {
+    pub(super) fn new(
+        zds: Zds,
+        node: Arc<str>,
+        data_plane: Arc<DataPlane>,
+        dns: Option<Arc<dns::server::Dns>>,
+    ) -> Self {
         Self {
             machine: Machine::default(),
             link: Link::new(zds.socket.clone()),
@@ -80,6 +95,7 @@ impl Agent {
             zds,
             node,
             data_plane,
+            dns,
             served: HashMap::new(),
             inherited: HashMap::new(),
             answers: mpsc::channel(ANSWERS),
@@ -94,8 +110,8 @@ impl Agent {
 
     /// Serves the pods of the daemon before this one, on its sockets.
     pub(super) fn inherit(&mut self, pods: Vec<HandedPod>) {
-        for HandedPod { pod, listeners } in pods {
-            self.inherited.insert(pod.netns.id(), listeners);
+        for HandedPod { pod, listeners, dns } in pods {
+            self.inherited.insert(pod.netns.id(), Sockets { listeners, dns });
             self.step(Event::Inherited(pod));
         }
     }
@@ -193,9 +209,9 @@ impl Agent {
     fn answered(&mut self, (pod, result): Answer) -> Step {
         let uid = pod.uid.clone();
         match result {
-            Ok(listeners) => {
+            Ok(Sockets { listeners, dns }) => {
                 tracing::info!(pod = %uid, name = %pod.name, namespace = %pod.namespace, "pod captured");
-                self.served.insert(uid.clone(), HandedPod { pod, listeners });
+                self.served.insert(uid.clone(), HandedPod { pod, listeners, dns });
                 self.step(Event::Captured(uid))
             }
             Err(error) => {
@@ -265,16 +281,16 @@ impl Agent {
 
     fn capture(&mut self, pod: AgentPod) {
         let known = self.served.get(&pod.uid).filter(|served| served.pod.netns.id() == pod.netns.id());
-        let listeners = self
-            .inherited
-            .remove(&pod.netns.id())
-            .or_else(|| known.map(|served| Arc::clone(&served.listeners)));
-        let (data_plane, config) = (Arc::clone(&self.data_plane), self.zds.listeners.clone());
+        let sockets = self.inherited.remove(&pod.netns.id()).or_else(|| {
+            known.map(|served| Sockets { listeners: Arc::clone(&served.listeners), dns: served.dns.clone() })
+        });
+        let (data_plane, dns) = (Arc::clone(&self.data_plane), self.dns.clone());
+        let zds = self.zds.clone();
         let (settings, workload) = (Arc::clone(&self.settings), self.named(&pod));
         let answers = self.answers.0.clone();
         // It enters the pod's namespace, which may take its time; the answer comes by the channel.
         let _task = spawn_blocking(move || {
-            let result = serve(&pod, workload, listeners, &config, settings, &data_plane);
+            let result = serve(&pod, workload, sockets, &zds, settings, &data_plane, dns.as_deref());
             // The agent may be dropped by now: the daemon stops.
             let _gone = answers.blocking_send((pod, result));
         });
@@ -282,27 +298,41 @@ impl Agent {
 
     fn release(&mut self, uid: &PodUid) {
         self.served.remove(uid);
+        if let Some(dns) = &self.dns {
+            dns.remove_pod(uid);
+        }
         if self.data_plane.remove_pod(uid).is_some() {
             tracing::info!(pod = %uid, "pod released");
         }
     }
 }
 
-/// Listens in the pod, unless the listeners are there, and takes its connections from now on.
+/// Listens in the pod, unless the sockets are there, and takes what it sends from now on.
 fn serve(
     pod: &AgentPod,
     workload: Named,
-    listeners: Option<Arc<Listeners>>,
-    config: &capture::rules::Config,
+    known: Option<Sockets>,
+    zds: &Zds,
     settings: Arc<Settings>,
     data_plane: &DataPlane,
-) -> Result<Arc<Listeners>, String> {
+    dns: Option<&dns::server::Dns>,
+) -> Result<Sockets, String> {
+    let (listeners, names) = known.map(|known| (known.listeners, known.dns)).unzip();
+    // A daemon before this one may not have had these.
+    let names = match (&zds.dns, names.flatten()) {
+        (None, _) => None,
+        (Some(_), Some(names)) => Some(names),
+        (Some(config), None) => {
+            Some(Arc::new(dns::server::bind(&pod.netns, config).map_err(|error| chain(&error))?))
+        }
+    };
     let listeners = match listeners {
         Some(listeners) => listeners,
-        None => Arc::new(capture::rules::bind(&pod.netns, config).map_err(|error| chain(&error))?),
+        None => Arc::new(capture::rules::bind(&pod.netns, &zds.listeners).map_err(|error| chain(&error))?),
     };
     let addresses =
         addresses(&pod.netns).map_err(|error| format!("its addresses cannot be read: {error}"))?;
+    let asking = dns::server::PodSpec { uid: pod.uid.clone(), workload: workload.clone() };
     let spec = proxy::PodSpec { uid: pod.uid.clone(), workload, addresses };
     let taken = proxy::Listeners {
         outbound: Arc::clone(&listeners.outbound),
@@ -313,7 +343,11 @@ fn serve(
         .add_redirected_pod(spec, taken, Arc::clone(&pod.netns), settings)
         .map_err(|error| format!("the data plane does not take the pod's listeners: {error}"))?;
     data_plane.neighbour(&pod.uid);
-    Ok(listeners)
+    if let (Some(dns), Some(names)) = (dns, &names) {
+        dns.add_pod(asking, names, Arc::clone(&pod.netns))
+            .map_err(|error| format!("the pod's DNS sockets are not taken: {error}"))?;
+    }
+    Ok(Sockets { listeners, dns: names })
 }
 
 /// The addresses in a network namespace, those of `lo` aside, in canonical form.

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -200,12 +199,6 @@ impl<'a> Reader<'a> {
     pub(super) fn cores(&mut self, name: &str) -> Option<usize> {
         let accepted = "use a number of processor cores such as 2, 0.5 or 500m";
         self.read(name, &Kind { read: cores, accepted, show: usize::to_string }, None)
-    }
-
-    pub(super) fn socket(&mut self, name: &str) -> Option<SocketAddr> {
-        let accepted = "use an address with its port, such as 127.0.0.1:15053 or [::1]:15053";
-        let read = |text: &str| text.parse().ok();
-        self.read(name, &Kind { read, accepted, show: SocketAddr::to_string }, None)
     }
 }
 

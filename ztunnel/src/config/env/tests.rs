@@ -48,8 +48,9 @@ fn without_a_word_the_defaults_hold() {
     assert_eq!((keepalive.time, keepalive.retries), (Duration::from_secs(180), 9));
     assert_eq!(settings.data_plane.hbone.client_streams_max, 100);
     assert_eq!(settings.mesh_cache, Some("/var/run/ztunnel/mesh.cache".into()));
-    let ineffective: Vec<_> = settings.warnings.iter().map(|said| said.name).collect();
-    assert_eq!(ineffective, ["ISTIO_META_DNS_CAPTURE"]);
+    assert!(settings.warnings.is_empty(), "{:?}", settings.warnings);
+    assert_eq!(shown(&settings, "DNS_PROXY_ADDR"), ("127.0.0.1:15053 [::1]:15053", Origin::Default));
+    assert_eq!(shown(&settings, "ISTIO_META_DNS_CAPTURE"), ("true", Origin::Default));
     assert!(settings.shown.iter().all(|shown| matches!(shown.origin, Origin::Default | Origin::Machine)));
 }
 
@@ -74,8 +75,7 @@ fn the_charts_environment_is_understood() {
         ("ZTUNNEL_RESOURCE_CPU_REQUEST", "200m"),
         ("KUBERNETES_SERVICE_HOST", "10.0.0.1"),
     ]);
-    let ineffective: Vec<_> = settings.warnings.iter().map(|said| said.name).collect();
-    assert_eq!(ineffective, ["ISTIO_META_DNS_CAPTURE"]);
+    assert!(settings.warnings.is_empty(), "{:?}", settings.warnings);
     assert_eq!(settings.control_plane.authority.address, "https://istiod.istio-system.svc:15012");
     assert_eq!(settings.drain_deadline, Duration::from_secs(25));
     let origin = Origin::Variable("TERMINATION_GRACE_PERIOD_SECONDS");
@@ -265,6 +265,10 @@ fn what_cannot_be_used_is_named_with_what_can() {
             &[("DNS_PROXY_ADDR", "x")],
             "DNS_PROXY_ADDR=\"x\": use an address with its port, such as 127.0.0.1:15053 or [::1]:15053",
         ),
+        (
+            &[("ISTIO_META_DNS_PROXY_ADDR", "[::]:53")],
+            "ISTIO_META_DNS_PROXY_ADDR=\"[::]:53\": use an address with its port, such as 127.0.0.1:15053 or [::1]:15053",
+        ),
         (&[("ISTIO_META_DNS_CAPTURE", "on")], "ISTIO_META_DNS_CAPTURE=\"on\": use true or false"),
         (&[("PROXY_MODE", "dual")], "PROXY_MODE=\"dual\": use shared"),
         (
@@ -278,7 +282,7 @@ fn what_cannot_be_used_is_named_with_what_can() {
         ),
         (
             &[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "false")],
-            "ENABLE_PROXY=\"false\": there is nothing left to do: pods' DNS is not answered here",
+            "ENABLE_PROXY=\"false\": pods' TCP is always proxied: leave it out",
         ),
         (
             &[("LOCAL_XDS", "x"), ("LOCAL_XDS_PATH", "y")],
@@ -332,10 +336,11 @@ fn what_has_no_effect_is_said() {
         ("UNSTABLE_ENABLE_SOCKS5", "true"),
         ("TLS12_ENABLED", "false"),
         ("PREFERED_SERVICE_NAMESPACE", "shop"),
+        ("ISTIO_META_DNS_CAPTURE", "false"),
     ];
     let warnings = settings(&variables).warnings;
     let names: Vec<_> = warnings.iter().map(|warning| warning.name).collect();
-    assert_eq!(names, ["ISTIO_META_DNS_CAPTURE", "UNSTABLE_ENABLE_SOCKS5", "PREFERED_SERVICE_NAMESPACE"]);
+    assert_eq!(names, ["PREFERED_SERVICE_NAMESPACE", "UNSTABLE_ENABLE_SOCKS5"]);
     assert_eq!(
         warnings[1].to_string(),
         "UNSTABLE_ENABLE_SOCKS5=true has no effect: there is no SOCKS5 listener"

@@ -1,0 +1,291 @@
+//! Names that pods ask for, where a node agent's rules redirect that: answered for the mesh, forwarded for the rest.
+
+mod common;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use common::act_in;
+use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
+use hickory_proto::rr::{RData, RecordType};
+use ztunnel_tests::poll::eventually;
+use ztunnel_tests::redirect::Backend;
+use ztunnel_tests::resolver::{self, Resolver, TRANSPORTS, Transport, addresses, ask, question};
+use ztunnel_tests::topology::Pod;
+use ztunnel_tests::world::{BOTH, On, Options, SERVICE_IPS, World, http};
+
+const SETTLE: Duration = Duration::from_secs(20);
+/// What the two resolvers answer.
+const FIRST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+const SECOND: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+/// A resolver on the other node, and another one on the client's: neither is in the mesh.
+struct Resolvers {
+    first: Resolver,
+    second: Resolver,
+}
+
+/// Something in a world whose pods are enrolled by node agents that redirect their DNS, too.
+fn in_redirected(
+    name: &str,
+    backend: Backend,
+    act: impl FnOnce(&mut World, &mut Resolvers) -> Result<String>,
+) {
+    let mut resolvers = None;
+    let world = World::start_prepared(Options::default(), |world| {
+        world.enrol_by_agent(&BOTH, backend)?;
+        let start = |pod: &Pod, answer| Resolver::start(&pod.place, &pod.addresses(), answer);
+        let (first, second) = (start(&world.outside, FIRST)?, start(&world.outsider, SECOND)?);
+        resolvers = Some(Resolvers { first, second });
+        world.mesh.write("service-db", HEADLESS)
+    });
+    act_in(world, name, |world| {
+        let resolvers = resolvers.as_mut().context("no resolvers")?;
+        let told = act(world, resolvers)?;
+        for on in BOTH {
+            world.agent(on)?.check()?;
+        }
+        Ok(told)
+    });
+}
+
+/// A service whose addresses are those of its pods.
+const HEADLESS: &str = "apiVersion: v1
+kind: Service
+metadata:
+  name: db
+  namespace: demo
+spec:
+  clusterIP: None
+  selector:
+    app: near
+  ports:
+  - name: lines
+    protocol: TCP
+    port: 9000
+";
+
+/// What the client is answered by the resolver of the cluster.
+fn resolve(world: &World, name: &str, kind: RecordType, transport: Transport) -> Result<Message> {
+    ask(&world.client.place, world.outside.v4.into(), &question(name, kind)?, transport)
+}
+
+fn names_of_the_mesh(world: &World, resolvers: &Resolvers) -> Result<usize> {
+    let mut asked = 0;
+    let near = world.near.addresses().map(|address| address.to_string());
+    eventually(SETTLE, || {
+        let answer = resolve(world, "db.demo.svc.cluster.local.", RecordType::A, Transport::Udp)?;
+        ensure!(answer.authoritative, "the headless service is not known yet");
+        Ok(())
+    })?;
+    let before = resolvers.first.asked().len();
+    for transport in TRANSPORTS {
+        for (name, [v4, v6]) in [
+            ("server.demo.svc.cluster.local.", SERVICE_IPS),
+            ("SERVER.demo.", SERVICE_IPS),
+            ("server.", SERVICE_IPS),
+            ("server.demo.demo.svc.cluster.local.", SERVICE_IPS),
+            ("db.demo.svc.cluster.local.", [&near[0], &near[1]]),
+        ] {
+            for (kind, address) in [(RecordType::A, v4), (RecordType::AAAA, v6)] {
+                let answer = resolve(world, name, kind, transport).with_context(|| name.to_owned())?;
+                ensure!(answer.authoritative, "{name}: {answer}");
+                ensure!(addresses(&answer) == [address], "{name}: {answer}");
+                asked += 1;
+            }
+        }
+    }
+    ensure!(resolvers.first.asked().len() == before, "{:?}", resolvers.first.asked());
+    // And what was resolved is reached.
+    http(&world.client.place, world.server.v4.into(), "").context("a server of the mesh")?;
+    Ok(asked)
+}
+
+/// Whom the pod asks is asked, with the pod's address, and what is answered comes back as it is.
+fn other_names(world: &World, resolvers: &Resolvers) -> Result<usize> {
+    let before = [resolvers.first.asked().len(), resolvers.second.asked().len()];
+    let mut asked = 0;
+    let client = world.client.addresses();
+    for (number, transport) in TRANSPORTS.into_iter().enumerate() {
+        for (pod, said) in [(&world.outside, FIRST), (&world.outsider, SECOND)] {
+            for address in pod.addresses() {
+                let name = format!("www-{number}.example.com.");
+                let question = question(&name, RecordType::A)?;
+                let answer = ask(&world.client.place, address, &question, transport)?;
+                ensure!(addresses(&answer) == [said.to_string()], "{answer}");
+                ensure!(!answer.authoritative && answer.additionals.len() == 1, "{answer}");
+                asked += 1;
+            }
+        }
+        let missing = resolve(world, "a.missing.", RecordType::AAAA, transport)?;
+        ensure!(missing.metadata.response_code == ResponseCode::NXDomain, "{missing}");
+        let [authority] = &missing.authorities[..] else { anyhow::bail!("no authority: {missing}") };
+        ensure!(matches!(&authority.data, RData::SOA(soa) if soa.minimum == 77), "{authority}");
+        let large = resolve(world, "a.large.", RecordType::A, transport)?;
+        match transport {
+            Transport::Udp => ensure!(large.truncation && large.answers.is_empty(), "{large}"),
+            Transport::Tcp => ensure!(addresses(&large).len() == 100, "{large}"),
+        }
+        // An update is for the server it was sent to.
+        let update = Message::new(4711, MessageType::Query, OpCode::Update);
+        let updated = ask(&world.client.place, world.outside.v4.into(), &update, transport)?;
+        ensure!(updated.metadata.response_code == ResponseCode::NoError, "{updated}");
+        ensure!(updated.op_code == OpCode::Update, "{updated}");
+        asked += 3;
+    }
+    let seen = [resolvers.first.asked(), resolvers.second.asked()];
+    let new = seen.iter().zip(before).flat_map(|(seen, before)| &seen[before..]);
+    for question in new {
+        ensure!(client.contains(&question.from), "from another address: {question:?}");
+    }
+    Ok(asked)
+}
+
+/// One socket asks two servers, as some resolvers do with all that they know.
+fn two_servers_from_one_socket(world: &World) -> Result<()> {
+    let servers = [(&world.outside, FIRST), (&world.outsider, SECOND)];
+    for round in 0..3 {
+        let socket = world.client.place.netns.enter(|| resolver::unbound(world.outside.v4.into()))?;
+        for (pod, said) in servers {
+            let bytes = question(&format!("round-{round}.example.com."), RecordType::A)?.to_vec()?;
+            let answer = resolver::by_datagram(&socket, pod.v4.into(), &bytes, SETTLE)
+                .with_context(|| format!("round {round}: {}", pod.name))?;
+            let answer = Message::from_vec(&answer)?;
+            ensure!(addresses(&answer) == [said.to_string()], "round {round}: {answer}");
+        }
+    }
+    Ok(())
+}
+
+fn requests(world: &World) -> Result<u64> {
+    let metrics = world.setting(On::A).metrics()?;
+    let counted = metrics.lines().filter(|line| line.starts_with("istio_dns_requests_total"));
+    Ok(counted.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+}
+
+fn everything(world: &mut World, resolvers: &mut Resolvers) -> Result<String> {
+    let known = names_of_the_mesh(world, resolvers)?;
+    let before = requests(world)?;
+    let others = other_names(world, resolvers)?;
+    // The proxy's own questions would be counted if they were redirected.
+    let counted = requests(world)? - before;
+    ensure!(counted == others as u64, "{others} questions were counted as {counted}");
+    two_servers_from_one_socket(world)?;
+    // What is not redirected is as without it: a pod outside the mesh.
+    let place = &world.outsider.place;
+    let answer = ask(place, world.outside.v4.into(), &question("server.", RecordType::A)?, Transport::Udp)?;
+    ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
+    let metrics = world.setting(On::A).metrics()?;
+    for name in [
+        "istio_dns_requests_total{request_query_type=\"AAAA\",request_protocol=\"tcp\",source_canonical_service=\"client\"",
+        "istio_dns_upstream_requests_total{request_query_type=\"A\",request_protocol=\"udp\",source_canonical_service=\"client\"",
+        "istio_dns_upstream_request_duration_seconds_count",
+    ] {
+        ensure!(metrics.contains(name), "no {name} in {metrics}");
+    }
+    Ok(format!("{known} questions for names of the mesh, {others} for others"))
+}
+
+#[test]
+fn names_are_resolved_through_rules_of_iptables() {
+    in_redirected("iptables on nf_tables", Backend::IptablesNft, everything);
+}
+
+#[test]
+fn names_are_resolved_through_rules_of_legacy_iptables() {
+    in_redirected("legacy iptables", Backend::IptablesLegacy, everything);
+}
+
+#[test]
+fn names_are_resolved_through_rules_of_nftables() {
+    in_redirected("nftables", Backend::Nft, everything);
+}
+
+#[test]
+fn a_resolver_that_is_away_is_told_before_clients_give_up() {
+    in_redirected("resolver away", Backend::IptablesNft, |world, resolvers| {
+        resolvers.first.silent(true);
+        let began = Instant::now();
+        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        let silent = began.elapsed();
+        ensure!(answer.metadata.response_code == ResponseCode::ServFail, "{answer}");
+        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Tcp)?;
+        ensure!(answer.metadata.response_code == ResponseCode::ServFail, "{answer}");
+        // Names of the mesh need nobody.
+        let answer = resolve(world, "server.", RecordType::A, Transport::Udp)?;
+        ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
+        resolvers.first.silent(false);
+        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
+        // Nobody at that port: known at once.
+        let nobody = IpAddr::from(world.server.v4);
+        for transport in TRANSPORTS {
+            let answer =
+                ask(&world.client.place, nobody, &question("www.example.com.", RecordType::A)?, transport)?;
+            ensure!(answer.metadata.response_code == ResponseCode::ServFail, "{answer}");
+        }
+        let metrics = world.setting(On::A).metrics()?;
+        ensure!(metrics.contains("istio_dns_upstream_failures_total"), "{metrics}");
+        Ok(format!("SERVFAIL after {silent:?}"))
+    });
+}
+
+#[test]
+fn handing_over_loses_no_answer() {
+    const ROUNDS: usize = 4;
+    in_redirected("hand-over", Backend::IptablesNft, |world, _resolvers| {
+        let (place, server) = (world.client.place.clone(), IpAddr::from(world.outside.v4));
+        let stop = AtomicBool::new(false);
+        // Each with a socket of its own, one question after the other, asked once.
+        let asking = |name: &'static str, transport| {
+            let (place, stop) = (&place, &stop);
+            move || -> Result<usize> {
+                let mut answered = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let answer = ask(place, server, &question(name, RecordType::A)?, transport)
+                        .with_context(|| format!("{name} after {answered} answers"))?;
+                    ensure!(addresses(&answer).len() == 1, "{name} after {answered} answers: {answer}");
+                    answered += 1;
+                }
+                Ok(answered)
+            }
+        };
+        let answered = std::thread::scope(|scope| {
+            let clients = [
+                ("server.", Transport::Udp),
+                ("www.example.com.", Transport::Udp),
+                ("server.", Transport::Tcp),
+            ];
+            let threads = clients.map(|(name, transport)| scope.spawn(asking(name, transport)));
+            let replaced = (0..ROUNDS).try_for_each(|round| {
+                let ready = world.restart_daemon(On::A, round % 2 == 1);
+                ready.with_context(|| format!("restart {round}")).map(drop)
+            });
+            stop.store(true, Ordering::Relaxed);
+            let answered: Result<Vec<usize>> =
+                threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+            replaced.and(answered)
+        })?;
+        ensure!(answered.iter().all(|count| *count > ROUNDS), "too little to show anything: {answered:?}");
+        Ok(format!("{ROUNDS} restarts, {answered:?} answers"))
+    });
+}
+
+#[test]
+fn a_pod_whose_dns_port_is_taken_is_refused_in_time_and_served_afterwards() {
+    in_redirected("port taken", Backend::IptablesNft, |world, _resolvers| {
+        let server = world.server.clone();
+        world.agent(On::B)?.del(&server)?;
+        let taken = server.place.netns.enter(|| Ok(std::net::UdpSocket::bind("127.0.0.1:15053")?))?;
+        let error = world.agent(On::B)?.add(&server).err().context("it was acknowledged")?;
+        ensure!(format!("{error:#}").contains("cannot listen for DNS on 127.0.0.1:15053"), "{error:#}");
+        drop(taken);
+        eventually(SETTLE, || world.agent(On::B)?.add(&server))?;
+        let question = question("server.", RecordType::A)?;
+        let answer = ask(&server.place, world.outside.v4.into(), &question, Transport::Udp)?;
+        ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
+        Ok(format!("{error:#}"))
+    });
+}

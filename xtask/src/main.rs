@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod fuzz;
 mod image;
 mod run;
 mod setup;
@@ -37,6 +38,8 @@ enum Command {
     Tidy,
     /// Measure the daemon beside bare TCP and Envoy
     Bench(bench::Arguments),
+    /// Throw what others may send at the daemon's readers, with cargo-fuzz
+    Fuzz(fuzz::Arguments),
     /// Make a container image of the daemon, for Istio's chart
     Image(image::Arguments),
     /// Build the eBPF programs alone
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
         Command::Ebpf => ebpf(),
     };

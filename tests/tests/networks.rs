@@ -54,7 +54,6 @@ fn gateway(network: &str, ip: Ipv4Addr) -> Option<workload::GatewayAddress> {
     Some(workload::GatewayAddress {
         destination: Some(destination),
         hbone_mtls_port: HBONE_PORT.into(),
-        ..workload::GatewayAddress::default()
     })
 }
 

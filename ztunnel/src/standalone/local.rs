@@ -116,7 +116,7 @@ fn read(name: &Arc<str>, text: &str) -> Result<Mesh, Vec<Diagnostic>> {
     };
     let unknown = RefCell::default();
     let written: Written = decode(root, &unknown).map_err(|error| {
-        vec![Diagnostic::error(name, error.line, error.to_string()).hint(error.hint.clone())]
+        vec![Diagnostic::error(name, error.line, error.to_string()).hint(error.hint)]
     })?;
     let mut wrong = Vec::new();
     for field in unknown.into_inner() {

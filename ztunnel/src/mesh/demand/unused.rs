@@ -41,18 +41,14 @@ pub(super) fn unused<'a>(
             *known = at.max(*known);
         }
     };
-    let gateways: Vec<(&str, Epoch)> =
-        used.iter().flat_map(|(name, at)| relied_on(mesh, name).map(|gateway| (gateway, *at))).collect();
-    gateways.into_iter().for_each(|(gateway, at)| later(&mut used, gateway, at));
-    let endpoints: Vec<(&str, Epoch)> = used
-        .keys()
-        .filter_map(|name| {
-            let services = mesh.workload(name)?.services.iter();
-            let last = services.filter_map(|member| used.get(member.service.as_str())).max()?;
-            Some((*name, *last))
-        })
-        .collect();
-    endpoints.into_iter().for_each(|(endpoint, at)| later(&mut used, endpoint, at));
+    for (name, at) in used.clone() {
+        relied_on(mesh, name).for_each(|gateway| later(&mut used, gateway, at));
+    }
+    for (name, _) in used.clone() {
+        let services = mesh.workload(name).into_iter().flat_map(|workload| &workload.services);
+        let last = services.filter_map(|member| used.get(member.service.as_str())).max().copied();
+        last.into_iter().for_each(|at| later(&mut used, name, at));
+    }
 
     let total = used.len();
     let is_own = |name: &str| mesh.workload(name).is_some_and(|workload| may_be_on(node, workload));

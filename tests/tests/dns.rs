@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::act_in;
+use common::in_world_that;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::{RData, RecordType};
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::redirect::Backend;
 use ztunnel_tests::resolver::{self, Resolver, TRANSPORTS, Transport, addresses, ask, question};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::{BOTH, On, Options, SERVICE_IPS, World, http};
+use ztunnel_tests::world::{BOTH, On, SERVICE_IPS, World, http};
 
 const SETTLE: Duration = Duration::from_secs(20);
 /// What the two resolvers answer.
@@ -33,16 +33,13 @@ fn in_redirected(
     backend: Backend,
     act: impl FnOnce(&mut World, &mut Resolvers) -> Result<String>,
 ) {
-    let mut resolvers = None;
-    let world = World::start_prepared(Options::default(), |world| {
+    let prepare = |world: &mut World| {
         world.enrol_by_agent(&BOTH, backend)?;
+        world.mesh.write("service-db", HEADLESS)?;
         let start = |pod: &Pod, answer| Resolver::start(&pod.place, &pod.addresses(), answer);
-        let (first, second) = (start(&world.outside, FIRST)?, start(&world.outsider, SECOND)?);
-        resolvers = Some(Resolvers { first, second });
-        world.mesh.write("service-db", HEADLESS)
-    });
-    act_in(world, name, |world| {
-        let resolvers = resolvers.as_mut().context("no resolvers")?;
+        Ok(Resolvers { first: start(&world.outside, FIRST)?, second: start(&world.outsider, SECOND)? })
+    };
+    in_world_that(name, prepare, |world, resolvers| {
         let told = act(world, resolvers)?;
         for on in BOTH {
             world.agent(on)?.check()?;

@@ -20,6 +20,8 @@ use crate::place::Place;
 const PORT: u16 = 53;
 /// How often the server looks whether it is to end.
 const LOOK: u16 = 50;
+/// How many messages a zone is.
+pub const PARTS: usize = 3;
 /// Longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -53,8 +55,8 @@ struct State {
     stop: AtomicBool,
 }
 
-/// A running server: names below `missing.` are not there, answers to those below `large.` do not fit into a datagram, and
-/// other operations than queries succeed. It ends when dropped.
+/// A running server: names below `missing.` are not there, answers to those below `large.` do not fit into a datagram,
+/// zones are transferred in [`PARTS`] messages, and other operations than queries succeed. It ends when dropped.
 #[derive(Debug)]
 pub struct Resolver {
     state: Arc<State>,
@@ -126,8 +128,12 @@ fn converse(stream: &mut TcpStream, client: SocketAddr, address: Ipv4Addr, state
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let message = receive(stream)?;
+    let zone = Message::from_vec(&message)
+        .is_ok_and(|message| message.queries.iter().any(|query| query.query_type() == RecordType::AXFR));
     if let Some(answer) = reply(&message, client, Transport::Tcp, address, state) {
-        stream.write_all(&framed(&answer))?;
+        for _ in 0..if zone { PARTS } else { 1 } {
+            stream.write_all(&framed(&answer))?;
+        }
     }
     Ok(())
 }
@@ -213,6 +219,24 @@ pub fn ask(place: &Place, server: IpAddr, message: &Message, transport: Transpor
     ensure!(answer.id == message.id, "another answer: {answer}");
     ensure!(answer.message_type == MessageType::Response, "{answer}");
     Ok(answer)
+}
+
+/// Has `server` transfer a zone: all messages until it closes the connection.
+pub fn transfer(place: &Place, server: IpAddr, zone: &str) -> Result<Vec<Message>> {
+    let bytes = question(zone, RecordType::AXFR)?.to_vec()?;
+    place.netns.enter(|| {
+        let mut stream = TcpStream::connect((server, PORT))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&framed(&bytes))?;
+        let mut parts = Vec::new();
+        loop {
+            match receive(&mut stream) {
+                Ok(message) => parts.push(Message::from_vec(&message)?),
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(parts),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    })
 }
 
 /// A socket for datagrams to a server of this family.

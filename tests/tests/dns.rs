@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::act_in;
+use common::in_world_that;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::{RData, RecordType};
+use ztunnel_tests::istiod;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::redirect::Backend;
 use ztunnel_tests::resolver::{self, Resolver, TRANSPORTS, Transport, addresses, ask, question};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::{BOTH, On, Options, SERVICE_IPS, World, http};
+use ztunnel_tests::world::istio::{behind, service};
+use ztunnel_tests::world::{BOTH, On, SERVICE_IPS, World, http};
 
 const SETTLE: Duration = Duration::from_secs(20);
 /// What the two resolvers answer.
@@ -33,16 +35,13 @@ fn in_redirected(
     backend: Backend,
     act: impl FnOnce(&mut World, &mut Resolvers) -> Result<String>,
 ) {
-    let mut resolvers = None;
-    let world = World::start_prepared(Options::default(), |world| {
+    let prepare = |world: &mut World| {
         world.enrol_by_agent(&BOTH, backend)?;
+        world.mesh.write("service-db", HEADLESS)?;
         let start = |pod: &Pod, answer| Resolver::start(&pod.place, &pod.addresses(), answer);
-        let (first, second) = (start(&world.outside, FIRST)?, start(&world.outsider, SECOND)?);
-        resolvers = Some(Resolvers { first, second });
-        world.mesh.write("service-db", HEADLESS)
-    });
-    act_in(world, name, |world| {
-        let resolvers = resolvers.as_mut().context("no resolvers")?;
+        Ok(Resolvers { first: start(&world.outside, FIRST)?, second: start(&world.outsider, SECOND)? })
+    };
+    in_world_that(name, prepare, |world, resolvers| {
         let told = act(world, resolvers)?;
         for on in BOTH {
             world.agent(on)?.check()?;
@@ -135,6 +134,10 @@ fn other_names(world: &World, resolvers: &Resolvers) -> Result<usize> {
         ensure!(updated.op_code == OpCode::Update, "{updated}");
         asked += 3;
     }
+    let zone = resolver::transfer(&world.client.place, world.outsider.v4.into(), "zone.")?;
+    ensure!(zone.len() == resolver::PARTS, "{} messages", zone.len());
+    ensure!(zone.iter().all(|part| addresses(part) == [SECOND.to_string()]), "{zone:?}");
+    asked += 1;
     let seen = [resolvers.first.asked(), resolvers.second.asked()];
     let new = seen.iter().zip(before).flat_map(|(seen, before)| &seen[before..]);
     for question in new {
@@ -287,5 +290,39 @@ fn a_pod_whose_dns_port_is_taken_is_refused_in_time_and_served_afterwards() {
         let answer = ask(&server.place, world.outside.v4.into(), &question, Transport::Udp)?;
         ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
         Ok(format!("{error:#}"))
+    });
+}
+
+#[test]
+fn under_istios_defaults_names_are_resolved() {
+    in_world_that("under Istio", World::under_istio, |world, istio| {
+        let resolver = Resolver::start(&world.outside.place, &world.outside.addresses(), FIRST)?;
+        istio.discovery.service(service("shop"));
+        istio.discovery.workload(behind(istiod::workload(&world.server), "shop"));
+        let log = world.setting(On::A).log();
+        let (status, _) = world.setting(On::A).ask("POST", "/logging?level=dns=debug")?;
+        ensure!(status == 200, "{status}");
+        let mark = log.mark();
+        eventually(SETTLE, || {
+            let answer = resolve(world, "shop.", RecordType::A, Transport::Udp)?;
+            ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
+            Ok(())
+        })?;
+        let line = log.wait_line(mark, SETTLE, "the question", |line| line.contains("result=\"success\""))?;
+        for field in [
+            "\tdns\t",
+            "src.workload=\"client\"",
+            "src.namespace=\"demo\"",
+            "query=\"A\"",
+            "domain=\"shop\"",
+            "endpoints=1",
+        ] {
+            ensure!(line.contains(field), "no {field} in {line}");
+        }
+        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
+        log.wait_line(mark, SETTLE, "the other", |line| line.contains("result=\"forwarded\""))?;
+        drop(resolver);
+        Ok(line.trim().to_owned())
     });
 }

@@ -78,6 +78,8 @@ use crate::telemetry::writer;
 use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 
+mod beyond;
+
 const PATIENCE: Duration = Duration::from_secs(10);
 const CLIENT: &str = "10.0.0.1";
 const SERVER: &str = "10.0.0.2";

@@ -51,10 +51,7 @@ fn address(network: &str, ip: Ipv4Addr) -> workload::NetworkAddress {
 
 fn gateway(network: &str, ip: Ipv4Addr) -> Option<workload::GatewayAddress> {
     let destination = workload::gateway_address::Destination::Address(address(network, ip));
-    Some(workload::GatewayAddress {
-        destination: Some(destination),
-        hbone_mtls_port: HBONE_PORT.into(),
-    })
+    Some(workload::GatewayAddress { destination: Some(destination), hbone_mtls_port: HBONE_PORT.into() })
 }
 
 fn start_envoy(world: &World, pod: &Pod, config: &Value) -> Result<Process> {

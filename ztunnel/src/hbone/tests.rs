@@ -26,6 +26,7 @@ use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
 use crate::hbone::Config;
 use crate::hbone::address::Authority;
@@ -295,28 +296,34 @@ async fn bytes_arrive_in_order_however_they_are_cut() {
     assert!(got.unwrap() == all);
 }
 
-/// A gateway: it passes on to `to` what it is sent, without a look at it.
-fn gateway(to: HbonePeer) -> Handle {
-    handle(move |incoming: Incoming| async move {
-        let Ok(halves) = incoming.connect(None) else { return };
-        let mut socket = TcpStream::connect(to.0).await.unwrap();
-        let _ended = tokio::io::copy_bidirectional(&mut Through::new(halves), &mut socket).await;
+/// A gateway: it passes on to `to` what it is sent, without a look at it, and says how that ended.
+fn gateway(to: HbonePeer, ended: mpsc::UnboundedSender<bool>) -> Handle {
+    handle(move |incoming: Incoming| {
+        let ended = ended.clone();
+        async move {
+            let Ok(halves) = incoming.connect(None) else { return };
+            let mut socket = TcpStream::connect(to.0).await.unwrap();
+            let (mut through, _tail) = Through::new(halves);
+            let passed_on = tokio::io::copy_bidirectional(&mut through, &mut socket).await;
+            let _gone = ended.send(passed_on.is_ok());
+        }
     })
 }
 
 #[tokio::test]
 async fn a_tunnel_goes_through_a_stream_of_another() {
     let inner = Mesh::start(Config::default(), echo()).await;
-    let outer = Mesh::start(Config::default(), gateway(inner.peer)).await;
+    let (ended, mut passed_on) = mpsc::unbounded_channel();
+    let outer = Mesh::start(Config::default(), gateway(inner.peer, ended)).await;
     let within = async |expect: &str| {
         let (around, send, recv) = outer.connected().await;
         let tls = inner.client.client_config(&[id(expect)]);
-        let through = Through::new((send, recv));
+        let (through, tail) = Through::new((send, recv));
         let made = handshake_within(through, outer.peer, tls, &inner.config, &Trust::default()).await;
-        (around, made)
+        (around, tail, made)
     };
     for _ in 0..3 {
-        let (_around, made) = within("server").await;
+        let (_around, tail, made) = within("server").await;
         let (tunnel, driver) = made.unwrap();
         let mut lease = tunnel.lease().unwrap();
         tunnel.retire();
@@ -339,8 +346,11 @@ async fn a_tunnel_goes_through_a_stream_of_another() {
         // With its only stream the tunnel ends.
         let ((), ended) = tokio::join!(talk, driver);
         assert!(ended.is_ok(), "{ended:?}");
+        // And the gateway has passed on all of it before its stream is gone.
+        tail.ended().await;
+        assert_eq!(passed_on.recv().await, Some(true));
     }
-    let (_around, made) = within("other").await;
+    let (_around, _tail, made) = within("other").await;
     assert!(matches!(made, Err(DialError::Tls { .. })));
     assert_eq!(outer.dials(), 1, "they all went through one tunnel to the gateway");
 }

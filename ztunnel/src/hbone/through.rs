@@ -1,8 +1,13 @@
 //! A stream as that through which another tunnel goes: to a peer beyond a gateway, which passes on what it cannot read.
 
+use std::future::poll_fn;
 use std::io;
 use std::io::IoSlice;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
@@ -21,21 +26,48 @@ use crate::hbone::stream::StreamError;
 /// What one write takes at most: as much as four records of TLS.
 const WRITE_MAX: usize = 64 * 1024;
 
-/// Both halves of a stream. Dropped before its end, it resets the stream.
+/// Both halves of a stream. Dropped before this side has ended it, it resets the stream.
 #[derive(Debug)]
 pub struct Through {
     send: SendHalf,
-    recv: RecvHalf,
+    recv: Arc<Mutex<RecvHalf>>,
     /// What was received and not yet read.
     ahead: Bytes,
     finished: bool,
 }
 
 impl Through {
-    /// Joins the halves of one stream.
-    pub fn new((send, recv): (SendHalf, RecvHalf)) -> Self {
-        Self { send, recv, ahead: Bytes::new(), finished: false }
+    /// Joins the halves of one stream. Keep the other result until this side is done with it.
+    pub fn new((send, recv): (SendHalf, RecvHalf)) -> (Self, Tail) {
+        let recv = Arc::new(Mutex::new(recv));
+        (Self { send, recv: Arc::clone(&recv), ahead: Bytes::new(), finished: false }, Tail(recv))
     }
+}
+
+/// What is left of a stream that this side has ended.
+#[derive(Debug)]
+pub struct Tail(Arc<Mutex<RecvHalf>>);
+
+impl Tail {
+    /// Waits until the other side has ended the stream, too, or broken it. Dropped before, it resets the stream, and
+    /// then whoever passes its data on may lose what it has not passed on yet.
+    pub async fn ended(self) {
+        poll_fn(|cx| {
+            let mut recv = lock(&self.0);
+            loop {
+                match ready!(recv.poll_data(cx)) {
+                    Some(Ok(data)) => recv.release(data.len()),
+                    Some(Err(_)) | None => return Poll::Ready(()),
+                }
+            }
+        })
+        .await;
+    }
+}
+
+// One task has both ends, one after the other: nobody ever waits for it.
+fn lock(recv: &Mutex<RecvHalf>) -> MutexGuard<'_, RecvHalf> {
+    recv.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn broken(error: StreamError) -> io::Error {
@@ -52,7 +84,8 @@ impl AsyncRead for Through {
         out: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         while self.ahead.is_empty() {
-            match ready!(self.recv.poll_data(cx)) {
+            let received = ready!(lock(&self.recv).poll_data(cx));
+            match received {
                 Some(Ok(data)) => self.ahead = data,
                 Some(Err(error)) => return Poll::Ready(Err(broken(error))),
                 None => return Poll::Ready(Ok(())),
@@ -61,7 +94,7 @@ impl AsyncRead for Through {
         let length = self.ahead.len().min(out.remaining());
         out.put_slice(&self.ahead[..length]);
         self.ahead.advance(length);
-        self.recv.release(length);
+        lock(&self.recv).release(length);
         Poll::Ready(Ok(()))
     }
 }

@@ -7,8 +7,10 @@
 
 use std::error::Error;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::HeaderValue;
+use tokio::time::timeout;
 
 use crate::hbone::address::Forwarded;
 use crate::hbone::address::TraceParent;
@@ -18,6 +20,8 @@ use crate::hbone::client::Lease;
 use crate::hbone::client::handshake_within;
 use crate::hbone::pool::Dialer;
 use crate::hbone::pool::Key;
+use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::hbone::through::Through;
 use crate::model::addr::Authority;
@@ -61,6 +65,9 @@ pub(super) struct Opened {
     pub(super) baggage: Option<HeaderValue>,
 }
 
+/// When an inner tunnel has ended, the other side of the stream that carried it has so long to end, too.
+const TAIL_WITHIN: Duration = Duration::from_secs(10);
+
 /// Opens both.
 pub(super) async fn open(
     shard: &Arc<Shard>,
@@ -84,8 +91,9 @@ pub(super) async fn open(
         expect: &route.expect,
         first: credentials,
     };
-    let (around, through) = reach(shard, route, &connect, &dialer, application).await?;
+    let (around, halves) = reach(shard, route, &connect, &dialer, application).await?;
 
+    let (through, tail) = Through::new(halves);
     let config = &shard.config;
     let beyond = |source| OutboundError::Beyond { host: Arc::clone(&route.service.hostname), source };
     let tls = dialer.credentials().client_config(&route.service.identities);
@@ -94,8 +102,12 @@ pub(super) async fn open(
     let (tunnel, driver) = shaken.map_err(beyond)?;
     let gateway = route.gateway.0;
     shutdown::spawn(async move {
-        if let Err(error) = driver.await {
-            tracing::debug!(%gateway, error = &error as &dyn Error, "tunnel beyond a gateway broke");
+        match driver.await {
+            // A stream that is dropped now would be reset, and the gateway may not have passed all of it on.
+            Ok(()) => drop(timeout(TAIL_WITHIN, tail.ended()).await),
+            Err(error) => {
+                tracing::debug!(%gateway, error = &error as &dyn Error, "tunnel beyond a gateway broke");
+            }
         }
     });
     let mut lease = tunnel.lease().ok_or_else(|| beyond(DialError::NoRoom { peer: route.gateway }))?;
@@ -127,7 +139,7 @@ async fn reach(
     connect: &Connect<'_>,
     dialer: &TunnelDialer<'_>,
     application: &mut ResetUnlessDone,
-) -> Result<(Lease, Through), OutboundError> {
+) -> Result<(Lease, (SendHalf, RecvHalf)), OutboundError> {
     let peer = route.gateway;
     let key = Key {
         source: route.source.identity.clone(),
@@ -141,7 +153,7 @@ async fn reach(
         tries += 1;
         let mut leased = shard.pool.lease(&key, dialer).await.map_err(OutboundError::Dial)?;
         let source = match ask(&mut leased.lease, connect, application, None, after).await? {
-            Asked::Connected(send, recv, _) => return Ok((leased.lease, Through::new((send, recv)))),
+            Asked::Connected(send, recv, _) => return Ok((leased.lease, (send, recv))),
             Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
             Asked::Silent => return Err(OutboundError::Silent { peer, after }),
             Asked::Unanswered(source) => source,

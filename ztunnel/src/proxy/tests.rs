@@ -78,6 +78,8 @@ use crate::telemetry::writer;
 use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 
+mod beyond;
+
 /// Longer than anything takes, on whatever machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 const CLIENT: &str = "10.0.0.1";

@@ -106,6 +106,8 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
                 lines.any(|line| line.contains("destination") && !line.ends_with(" 0"))
             };
             ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
+            let untracked = "istio_crl_untracked_connections_total{reporter=\"destination\"} 0\n";
+            ensure!(metrics.contains(untracked), "{metrics}");
             ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
             // The client's own node has noticed as well, and has another certificate.
             eventually(SETTLE, || http(&world.client.place, world.server.v4.into(), ""))?;

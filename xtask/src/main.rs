@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod image;
 mod run;
 mod setup;
 mod test;
@@ -36,6 +37,8 @@ enum Command {
     Tidy,
     /// Measure the daemon beside bare TCP and Envoy
     Bench(bench::Arguments),
+    /// Make a container image of the daemon, for Istio's chart
+    Image(image::Arguments),
     /// Build the eBPF programs alone
     Ebpf,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Image(arguments) => image::run(&arguments),
         Command::Ebpf => ebpf(),
     };
     match result {

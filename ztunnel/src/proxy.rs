@@ -8,6 +8,7 @@
 //! thread, which spreads what it accepts over all of them.
 //!
 //! * [`outbound`]: what the pod dials.
+//! * [`double`]: what it dials of another network, through a tunnel within a tunnel.
 //! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
@@ -65,6 +66,7 @@ use crate::shutdown::Trigger;
 use crate::telemetry::Telemetry;
 
 pub mod accept;
+pub mod double;
 pub mod ending;
 pub mod inbound;
 pub mod listing;
@@ -106,8 +108,11 @@ pub struct Config {
     pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
-    /// Whether clients are told in the answer who serves them.
+    /// Whether clients are told in the answer who serves them, and what they are told so is believed.
     pub response_baggage: bool,
+    /// Whether a waypoint that is told of connections by the PROXY protocol is dialled at the loopback address, from
+    /// there, so that it need not listen anywhere else.
+    pub localhost_app_tunnel: bool,
     /// Tunnels.
     pub hbone: hbone::Config,
 }
@@ -127,6 +132,7 @@ impl Default for Config {
             near: true,
             keepalive: Keepalive::default(),
             response_baggage: true,
+            localhost_app_tunnel: true,
             hbone: hbone::Config::default(),
         }
     }

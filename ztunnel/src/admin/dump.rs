@@ -20,6 +20,7 @@ use crate::mesh::MeshReader;
 use crate::mesh::index::Mesh;
 use crate::model::workload::Named;
 use crate::proxy::DataPlane;
+use crate::proxy::listing::Carrier;
 use crate::proxy::listing::Connection;
 use crate::proxy::listing::Original;
 use crate::telemetry::events::Reporter;
@@ -117,7 +118,11 @@ fn view(connection: Connection) -> api::Connection {
             Original::Host(name) => name.to_string(),
         }),
         actual_dst: connection.actual,
-        protocol: if connection.tunnelled { "HBONE" } else { "TCP" },
+        protocol: match connection.carrier {
+            Carrier::Tcp => "TCP",
+            Carrier::Hbone => "HBONE",
+            Carrier::DoubleHbone => "DOUBLEHBONE",
+        },
     }
 }
 

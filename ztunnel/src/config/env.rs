@@ -138,8 +138,6 @@ pub struct Settings {
     pub data_plane: proxy::Config,
     /// How long open connections may go on once the proxy is told to end.
     pub drain_deadline: Duration,
-    /// Whether `PROXY` headers reach an application tunnel of this host.
-    pub localhost_app_tunnel: bool,
     /// The port of the admin server on the loopback.
     pub admin_port: u16,
     /// The port of the metrics server.
@@ -175,7 +173,6 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
     ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
     ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
     ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
-    ("LOCALHOST_APP_TUNNEL", "false", "no PROXY header is sent to a sandwiched waypoint"),
 ];
 
 /// Why names are not resolved, and what to do.
@@ -204,7 +201,6 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
         in_pod,
         dedicated,
         drain_deadline: drain_deadline(&mut reader),
-        localhost_app_tunnel: reader.flag("LOCALHOST_APP_TUNNEL", true),
         data_plane: data_plane(&mut reader, around.cores),
         admin_port: port(&mut reader, "proxyAdminPort", 15000, |proxy| proxy.admin_port),
         stats_port: port(&mut reader, "statsPort", 15020, |proxy| proxy.stats_port),
@@ -425,6 +421,7 @@ fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
         user_timeout: reader.flag("USER_TIMEOUT_ENABLED", probes.user_timeout),
     };
     config.response_baggage = reader.flag("ENABLE_RESPONSE_BAGGAGE", config.response_baggage);
+    config.localhost_app_tunnel = reader.flag("LOCALHOST_APP_TUNNEL", config.localhost_app_tunnel);
     config.near = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.near);
     let hbone = &mut config.hbone;
     let congestion =

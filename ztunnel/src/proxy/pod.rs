@@ -110,6 +110,11 @@ impl Pod {
         self.addresses.contains(&ip)
     }
 
+    /// All of them.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
     /// Waits for the pod's removal, without keeping the pod meanwhile.
     pub fn removed(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut stopped = self.stopped.clone();

@@ -215,6 +215,7 @@ fn durations_and_numbers_have_their_effect() {
         ("ENABLE_ORIG_SRC", "true"),
         ("SECRET_TTL", "12h"),
         ("ENABLE_RESPONSE_BAGGAGE", "false"),
+        ("LOCALHOST_APP_TUNNEL", "false"),
         ("LOG_FORMAT", "json"),
         ("RUST_LOG", "info,access=off"),
         ("CONNECTION_TERMINATION_DEADLINE", ""),
@@ -234,7 +235,7 @@ fn durations_and_numbers_have_their_effect() {
     assert_eq!((config.hbone.client_streams_max, config.hbone.stream_window), (7, 4 << 20));
     assert_eq!(settings.in_pod.packet_mark, 1337);
     assert_eq!(settings.in_pod.original_source, Some(true));
-    assert!(!config.response_baggage);
+    assert!(!config.response_baggage && !config.localhost_app_tunnel);
     assert_eq!(
         (settings.log_format, settings.log_filter.to_string()),
         (Format::Json, "info,access=off".into())

@@ -602,7 +602,7 @@ fn a_proxy_of_one_workload_serves_it_without_a_node_agent() {
         ensure!(shown["workloadState"]["demo/outsider"]["state"] == "Up", "{}", shown["workloadState"]);
         ensure!(shown["config"]["proxyMode"] == "dedicated", "{}", shown["config"]);
         process.signal(Signal::SIGTERM);
-        let ended = process.wait(Duration::from_secs(30))?;
+        let ended = process.wait(PATIENCE)?;
         ensure!(ended.success(), "{ended}");
         Ok(line.trim().to_owned())
     });

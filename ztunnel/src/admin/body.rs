@@ -1,6 +1,7 @@
 //! What is answered: a text that is there, or chunks that are being made.
 
 use std::io;
+use std::io::BufWriter;
 use std::io::Write;
 use std::pin::Pin;
 use std::task::Context;
@@ -90,8 +91,9 @@ pub fn written(gzip: bool, make: impl FnOnce(&mut dyn Write) -> io::Result<()> +
     let writing = move || {
         let mut out = ChunkWriter { chunks, buffer: Vec::with_capacity(CHUNK) };
         let written = if gzip {
-            let mut encoder = GzEncoder::new(&mut out, Compression::fast());
-            make(&mut encoder).and_then(|()| encoder.finish().map(|_out| ()))
+            // Documents come in pieces of a few bytes, and the encoder takes its time for each piece.
+            let mut encoder = BufWriter::with_capacity(CHUNK, GzEncoder::new(&mut out, Compression::fast()));
+            make(&mut encoder).and_then(|()| encoder.into_inner()?.finish().map(|_out| ()))
         } else {
             make(&mut out)
         };

@@ -107,6 +107,8 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
                 let metrics = world.setting(On::B).metrics()?;
                 ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
                 ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
+                let untracked = "istio_crl_untracked_connections_total{reporter=\"destination\"} 0\n";
+                ensure!(metrics.contains(untracked), "{metrics}");
                 Ok(())
             })?;
             // The client's own node has noticed as well, and has another certificate.

@@ -6,10 +6,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world_that;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use ztunnel_proto::security::{self, Authorization};
 use ztunnel_proto::workload;
-use ztunnel_tests::ca::Answer;
+use ztunnel_tests::binaries;
+use ztunnel_tests::ca::{Answer, Caller};
 use ztunnel_tests::daemon::Daemon;
 use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION};
 use ztunnel_tests::mesh::MESHED;
@@ -18,7 +20,7 @@ use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::place::Place;
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::stories::outage::nothing_in_clear;
-use ztunnel_tests::topology::in_url;
+use ztunnel_tests::topology::{Pod, in_url};
 use ztunnel_tests::world::istio::{Istio, behind, service, token_of};
 use ztunnel_tests::world::{
     BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at, refused,
@@ -521,6 +523,87 @@ fn a_mesh_is_given_by_hand_alone_and_beside_istiod() {
             names(&b, "policies", "name") == ["by-hand"] && names(&b, "workloads", "name").len() == 6,
             "{b}"
         );
+        Ok(line.trim().to_owned())
+    });
+}
+
+/// Redirects what a pod's programs dial and what is dialled to them, but for those of the group 1337.
+fn redirect_by_group(pod: &Pod) -> Result<()> {
+    for program in ["iptables-nft", "ip6tables-nft"] {
+        for rule in [
+            "-A OUTPUT -p tcp ! -o lo -m owner ! --gid-owner 1337 -j REDIRECT --to-ports 15001",
+            "-A PREROUTING -p tcp ! -i lo ! --dport 15008 -j REDIRECT --to-ports 15006",
+        ] {
+            let arguments: Vec<&str> = ["-t", "nat"].into_iter().chain(rule.split(' ')).collect();
+            let output = pod.place.run(program, &arguments)?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_proxy_of_one_workload_serves_it_without_a_node_agent() {
+    under_istio("dedicated", |world, istio| {
+        let pod = world.outsider.clone();
+        let own = format!("spiffe://cluster.local/ns/demo/sa/{}", pod.name);
+        let mut setting = world.setting(On::A).clone();
+        (setting.node, setting.place) = (pod.name.clone(), pod.place.clone());
+        let chart = setting.chart.as_ref().context("no chart")?;
+        let info = format!("{MESHED}/{0}/{0}", pod.name);
+        // It needs no privilege; its group is how the rules know it.
+        let mut command = pod.place.command("setpriv")?;
+        command.args(["--regid=1337", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]);
+        command.arg(binaries::daemon()?).args(["proxy", "ztunnel"]).current_dir(&chart.root);
+        command.envs(chart.environment.iter().map(|(name, value)| (name, value)));
+        command.env("PROXY_MODE", "dedicated").env("PROXY_WORKLOAD_INFO", info);
+        // Its token is its own, so there is nobody to impersonate.
+        let token = format!("{}-token", pod.name);
+        istio.authority.admit(&token, Caller { identity: own.clone(), impersonates: Vec::new() });
+        command.env("AUTH_TOKEN", &token);
+        redirect_by_group(&pod)?;
+        let (log, mark) = (setting.log(), setting.log().mark());
+        let mut process = pod.place.start(&format!("daemon-{}", pod.name), command)?;
+        log.wait_line(mark, PATIENCE, "ready", |line| line.contains("\tready"))?;
+        istio.discovery.workload(istiod::workload(&pod));
+
+        // What it dials.
+        let far = world.setting(On::B).log();
+        let seen = far.mark();
+        for address in world.server.addresses() {
+            let answer = eventually(PATIENCE, || http(&pod.place, address, ""))?;
+            ensure!(answer.body.contains("pod=server"), "{}", answer.body);
+        }
+        far.wait_line(seen, PATIENCE, "its identity", |line| line.contains(&own) && line.contains(SERVER))?;
+        // What is dialled to it, through a tunnel and in clear. No rule would bring an answer to another's address back.
+        for (address, from) in pod.addresses().into_iter().zip(world.outside.addresses()) {
+            let tunnelled = eventually(PATIENCE, || {
+                let answer = http(&world.client.place, address, "")?;
+                ensure!(answer.body.contains(&format!("client={address}")), "{}", answer.body);
+                Ok(answer)
+            })?;
+            ensure!(tunnelled.body.contains(&format!("pod={}", pod.name)), "{}", tunnelled.body);
+            http(&world.outside.place, address, "")?;
+            log.wait_line(mark, PATIENCE, "the plain one", |line| {
+                line.contains("inbound") && line.contains(&format!("src.addr={}:", in_url(from)))
+            })?;
+        }
+        let line = log.wait_line(mark, PATIENCE, "both identities", |line| {
+            line.contains("inbound") && line.contains(CLIENT) && line.contains(&own)
+        })?;
+
+        let asked = istio.authority.asked();
+        let for_itself = asked.iter().filter(|asked| asked.impersonated.is_none()).count();
+        ensure!(for_itself == 1, "{for_itself} certificates were asked for without impersonation");
+        ensure!(world.agent(On::A)?.seen() == 1, "it has called the node agent");
+        let (status, body) = setting.ask("GET", "/config_dump")?;
+        let shown: Value = serde_json::from_slice(&body)?;
+        ensure!(status == 200 && names(&shown, "certificates", "identity") == [&*own], "{shown}");
+        ensure!(shown["workloadState"]["demo/outsider"]["state"] == "Up", "{}", shown["workloadState"]);
+        ensure!(shown["config"]["proxyMode"] == "dedicated", "{}", shown["config"]);
+        process.signal(Signal::SIGTERM);
+        let ended = process.wait(PATIENCE)?;
+        ensure!(ended.success(), "{ended}");
         Ok(line.trim().to_owned())
     });
 }

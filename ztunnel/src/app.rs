@@ -99,6 +99,9 @@ pub enum RunError {
     /// The certificate authority.
     #[error("the certificate authority does not start")]
     Authority(#[from] AuthorityError),
+    /// A port is not free.
+    #[error(transparent)]
+    Bind(#[from] capture::rules::BindError),
     /// A privilege is missing.
     #[error(transparent)]
     NotPermitted(#[from] capture::rules::NotPermitted),
@@ -147,9 +150,10 @@ fn serve_on_a_runtime(config: Run, telemetry: Telemetry, levels: Levels) -> Resu
         .build()
         .map_err(|source| RunError::System("cannot start the control runtime", source))?;
     runtime.block_on(async {
-        match config.zds.clone() {
-            Some(zds) => inpod::serve(config, zds, telemetry, levels).await,
-            None => serve(config, telemetry, levels).await,
+        match (config.zds.clone(), config.alone.clone()) {
+            (Some(zds), _) => inpod::serve(config, zds, telemetry, levels).await,
+            (None, Some(alone)) => inpod::alone::serve(config, alone, telemetry, levels).await,
+            (None, None) => serve(config, telemetry, levels).await,
         }
     })
 }

@@ -1,6 +1,7 @@
 //! What is answered: a text that is there, or chunks that are being made.
 
 use std::io;
+use std::io::BufWriter;
 use std::io::Write;
 use std::pin::Pin;
 use std::task::Context;
@@ -90,8 +91,9 @@ pub fn written(gzip: bool, make: impl FnOnce(&mut dyn Write) -> io::Result<()> +
     let writing = move || {
         let mut out = ChunkWriter { chunks, buffer: Vec::with_capacity(CHUNK) };
         let written = if gzip {
-            let mut encoder = GzEncoder::new(&mut out, Compression::fast());
-            make(&mut encoder).and_then(|()| encoder.finish().map(|_out| ()))
+            // Documents come in pieces of a few bytes, and the encoder takes its time for each piece.
+            let mut encoder = BufWriter::with_capacity(CHUNK, GzEncoder::new(&mut out, Compression::fast()));
+            make(&mut encoder).and_then(|()| encoder.into_inner()?.finish().map(|_out| ()))
         } else {
             make(&mut out)
         };
@@ -170,6 +172,9 @@ pub fn takes_gzip(asked: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering;
 
     use flate2::read::GzDecoder;
     use http_body_util::BodyExt as _;
@@ -212,6 +217,26 @@ mod tests {
             }
             assert!(got == text, "gzip={gzip}");
         }
+    }
+
+    #[tokio::test]
+    async fn little_is_made_ahead_of_who_reads_it() {
+        let made = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&made);
+        let mut body = written(false, move |out| {
+            for _ in 0..64 {
+                out.write_all(&[b'x'; CHUNK])?;
+                count.fetch_add(CHUNK, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        let mut taken = 0;
+        while let Some(frame) = body.frame().await {
+            taken += frame.unwrap().into_data().unwrap().len();
+            let ahead = made.load(Ordering::SeqCst).saturating_sub(taken);
+            assert!(ahead <= CHUNKS_MAX * CHUNK, "{ahead} bytes ahead after {taken}");
+        }
+        assert_eq!(taken, 64 * CHUNK);
     }
 
     #[tokio::test]

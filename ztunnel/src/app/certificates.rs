@@ -90,6 +90,11 @@ fn register(telemetry: &Telemetry, trust: Trust, status: Arc<crl::Status>) {
         ];
         let help = "Peers refused or cut off by certificate revocation lists.";
         families.counter("istio_crl_policy_rejections", help, &samples)?;
+        // Whoever is connected is judged by every new list, as long as lists are asked for at all.
+        let help = "Connections whose peers' certificates are not looked up again when the lists change.";
+        let untracked = [[("reporter", "source")], [("reporter", "destination")]];
+        let untracked = [0, 1].map(|reporter| Sample { labels: &untracked[reporter], value: 0 });
+        families.counter("istio_crl_untracked_connections", help, &untracked)?;
         let help = "Loads of certificate revocation lists that failed; the last good ones stayed in force.";
         let failures = [Sample { labels: &[], value: status.failures() }];
         families.counter("ztunnel_crl_load_failures", help, &failures)?;

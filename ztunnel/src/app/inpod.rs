@@ -48,13 +48,16 @@ use crate::dns::server::Dns;
 use crate::identity;
 use crate::identity::inheritance;
 use crate::identity::worker::Identities;
+use crate::model::workload::Workload;
 use crate::net::bypass::Unguarded;
 use crate::proxy::DataPlane;
 use crate::shutdown;
+use crate::shutdown::Trigger;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::Levels;
 
 mod agent;
+pub mod alone;
 mod own;
 mod world;
 
@@ -87,7 +90,8 @@ struct Node {
 impl Node {
     /// Asks for the certificates that are needed here.
     fn retain_identities(&mut self) {
-        self.world.retain_identities(&self.identities, &self.agent, self.own.as_ref());
+        let serves = |workload: &Workload| self.agent.serves(workload);
+        self.world.retain_identities(&self.identities, serves, self.own.as_ref());
     }
 
     /// Carries out what happens next. False where the process ends. Cancel-safe.
@@ -194,7 +198,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         Source::Istiod { .. } | Source::Nothing => Some(serve_admin()?),
         Source::File(_) => None,
     };
-    if !first_mesh(&mut node.world, &socket, &mut signals).await {
+    if !first_mesh(&mut node.world, Some(&socket), &mut signals).await {
         tracing::info!("stopping: told to, before there was a mesh");
         trigger.close();
         // Who asked over HTTP is answered.
@@ -285,7 +289,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     };
     drop(admin);
     // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
-    let Node { mut world, agent, .. } = node;
+    let Node { world, agent, .. } = node;
     drop(agent);
     // A daemon that starts from now on finds nobody who would not answer it, and has ports of its own.
     drop(successors);
@@ -305,12 +309,31 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
             held = Some(claim);
         }
     }
+    drain(&config, (&data_plane, dns.as_deref()), &trigger, world, &mut signals, &mut told).await;
+    drop((held, departing));
+    if config.kept_running && !told {
+        stay(&socket, &mut signals).await;
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Lets what is open end, for as long as that may take, and ends the data plane. `told`: whether the daemon was told to
+/// stop already, and whether it is then.
+async fn drain(
+    config: &Run,
+    (data_plane, dns): (&DataPlane, Option<&Dns>),
+    trigger: &Trigger,
+    mut world: World,
+    signals: &mut Signals,
+    told: &mut bool,
+) {
     trigger.drain();
     let deadline = tokio::time::sleep(config.drain_deadline);
     tokio::pin!(deadline);
     let drained = async {
         data_plane.drained().await;
-        if let Some(dns) = &dns {
+        if let Some(dns) = dns {
             dns.drained().await;
         }
     };
@@ -326,11 +349,11 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
             // Whoever is still connected stays under the newest policy.
             true = world.next() => {}
             () = signals.next() => {
-                if told {
+                if *told {
                     tracing::warn!("told twice to stop; closing what is open");
                     break;
                 }
-                told = true;
+                *told = true;
                 tracing::info!("told to stop: stopping already, once the open connections have ended");
             }
         }
@@ -340,13 +363,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         tracing::debug!("who asked to stop was not answered in time");
     }
     data_plane.join();
-    dns.iter().for_each(|dns| dns.join());
-    drop((held, departing));
-    if config.kept_running && !told {
-        stay(&socket, &mut signals).await;
+    if let Some(dns) = dns {
+        dns.join();
     }
-    tracing::info!("stopped");
-    Ok(())
 }
 
 /// Why the daemon stops serving.
@@ -376,8 +395,8 @@ async fn stay(socket: &Path, signals: &mut Signals) {
 }
 
 /// Waits for a first mesh: for as long as another daemon serves the node, which need not stop for one that could not;
-/// else only a little. False where the daemon is told to stop.
-async fn first_mesh(world: &mut World, socket: &Path, signals: &mut Signals) -> bool {
+/// else only a little. It would answer at `socket`. False where this one is told to stop.
+async fn first_mesh(world: &mut World, socket: Option<&Path>, signals: &mut Signals) -> bool {
     let mut look = Instant::now() + MESH_WITHIN;
     loop {
         tokio::select! {
@@ -388,7 +407,11 @@ async fn first_mesh(world: &mut World, socket: &Path, signals: &mut Signals) -> 
                 if world.is_known() {
                     return true;
                 }
-                if !handover::is_served(socket).await {
+                let served = match socket {
+                    Some(socket) => handover::is_served(socket).await,
+                    None => false,
+                };
+                if !served {
                     tracing::warn!("no mesh yet: what pods send is refused until the control plane answers");
                     return true;
                 }

@@ -67,6 +67,17 @@ pub struct Own {
     pub metadata: BTreeMap<String, Value>,
 }
 
+/// The one workload that is proxied (`PROXY_MODE=dedicated`), in the network namespace of this process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dedicated {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its service account.
+    pub service_account: String,
+}
+
 /// How names are resolved for pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dns {
@@ -85,7 +96,7 @@ pub struct InPod {
     pub socket: PathBuf,
     /// Whether the ports in a pod may be shared with another proxy while one replaces the other.
     pub port_reuse: bool,
-    /// The mark of every socket of the proxy in a pod.
+    /// The mark of every socket of the proxy in a pod; 0: they have none.
     pub packet_mark: u32,
     /// Whether applications see the client's address: required, never, or wherever it is possible.
     pub original_source: Option<bool>,
@@ -109,6 +120,8 @@ pub struct Demands {
 pub struct Settings {
     /// Who and where it is.
     pub own: Own,
+    /// The one workload that is proxied; `None`: all pods of a node that its agent names (`PROXY_MODE=shared`).
+    pub dedicated: Option<Dedicated>,
     /// Whether pods' TCP is proxied.
     pub proxy_enabled: bool,
     /// Pods' DNS.
@@ -162,7 +175,8 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
 /// Reads the environment.
 pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Result<Settings, Problems> {
     let mut reader = Reader::new(env, around.mesh_config);
-    let in_pod = in_pod(&mut reader);
+    let dedicated = dedicated(&mut reader);
+    let in_pod = in_pod(&mut reader, dedicated.is_some());
     let mut settings = Settings {
         own: own(&mut reader),
         proxy_enabled: reader.flag("ENABLE_PROXY", true),
@@ -176,8 +190,9 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
             crl: reader.optional("CRL_PATH").map(PathBuf::from),
             compliance: compliance(&mut reader),
         },
-        mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir),
+        mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir, dedicated.is_some()),
         in_pod,
+        dedicated,
         drain_deadline: drain_deadline(&mut reader),
         data_plane: data_plane(&mut reader, around.cores),
         admin_port: port(&mut reader, "proxyAdminPort", 15000, |proxy| proxy.admin_port),
@@ -299,7 +314,33 @@ fn dns_address(reader: &mut Reader<'_>) -> Option<SocketAddr> {
     }
 }
 
-fn in_pod(reader: &mut Reader<'_>) -> InPod {
+/// The workload that is meant, where it is one.
+fn dedicated(reader: &mut Reader<'_>) -> Option<Dedicated> {
+    let mode = "PROXY_MODE";
+    match &*reader.text(mode, "shared") {
+        "shared" => return None,
+        "dedicated" => {}
+        other => {
+            reader.refuse(mode, other, "use shared or dedicated");
+            return None;
+        }
+    }
+    let name = "PROXY_WORKLOAD_INFO";
+    let text = reader.text(name, "");
+    let workload = match text.split('/').collect::<Vec<_>>()[..] {
+        [namespace, name, account] => [namespace, name, account].map(str::to_owned),
+        _ => Default::default(),
+    };
+    if workload.iter().any(String::is_empty) {
+        let why =
+            "use <namespace>/<name>/<service account>: the workload that is proxied (PROXY_MODE=dedicated)";
+        reader.refuse(name, &text, why);
+    }
+    let [namespace, name, service_account] = workload;
+    Some(Dedicated { namespace, name, service_account })
+}
+
+fn in_pod(reader: &mut Reader<'_>, dedicated: bool) -> InPod {
     let socket = reader.path("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
     // The chart mounts it from the host, into the pod of the next daemon as well.
     let beside = socket.parent().unwrap_or_else(|| Path::new("/")).display().to_string();
@@ -307,18 +348,36 @@ fn in_pod(reader: &mut Reader<'_>) -> InPod {
         run_dir: reader.path("ZTUNNEL_RUN_DIR", &beside),
         socket,
         port_reuse: reader.flag("INPOD_PORT_REUSE", true),
-        packet_mark: reader.number("PACKET_MARK", Some(1337)).unwrap_or(1337),
-        original_source: reader.tristate("ENABLE_ORIG_SRC"),
+        packet_mark: reader.number("PACKET_MARK", (!dedicated).then_some(1337)).unwrap_or(0),
+        original_source: original_source(reader, dedicated),
         ipv6: reader.flag("IPV6_ENABLED", true),
     }
 }
 
-/// An empty variable switches it off.
-fn mesh_cache(reader: &mut Reader<'_>, run_dir: &Path) -> Option<PathBuf> {
+/// What nothing marks, no route leads back to this proxy: an application that saw its client would answer past it.
+fn original_source(reader: &mut Reader<'_>, dedicated: bool) -> Option<bool> {
+    let name = "ENABLE_ORIG_SRC";
+    if dedicated && reader.set(name).is_none() && reader.set("PACKET_MARK").is_none() {
+        reader.show(name, false, Origin::Variable("PROXY_MODE"));
+        return Some(false);
+    }
+    reader.tristate(name)
+}
+
+/// An empty variable switches it off. A proxy of one workload may share its file system with others, so it keeps none
+/// unless it is told where.
+fn mesh_cache(reader: &mut Reader<'_>, run_dir: &Path, dedicated: bool) -> Option<PathBuf> {
     let name = "ZTUNNEL_MESH_CACHE";
-    if reader.raw(name) == Some("") {
-        reader.show(name, "", Origin::Environment);
-        return None;
+    match reader.raw(name) {
+        Some("") => {
+            reader.show(name, "", Origin::Environment);
+            return None;
+        }
+        None if dedicated => {
+            reader.show(name, "", Origin::Variable("PROXY_MODE"));
+            return None;
+        }
+        Some(_) | None => {}
     }
     Some(reader.path(name, &run_dir.join("mesh.cache").display().to_string()))
 }
@@ -436,19 +495,6 @@ fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
         let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";
         reader.refuse("XDS_ON_DEMAND", "true", why);
     }
-    match reader.set("PROXY_MODE").unwrap_or("shared") {
-        "shared" => {}
-        "dedicated" => {
-            let why = "this proxy serves all pods of a node (shared), and not a single workload";
-            reader.refuse("PROXY_MODE", "dedicated", why);
-        }
-        other => reader.refuse("PROXY_MODE", other, "use shared"),
-    }
-    let mode = reader.text("PROXY_MODE", "shared");
-    if mode == "shared" && reader.set("PROXY_WORKLOAD_INFO").is_some() {
-        let value = reader.text("PROXY_WORKLOAD_INFO", "");
-        reader.refuse("PROXY_WORKLOAD_INFO", &value, "it is meant for PROXY_MODE=dedicated: leave it out");
-    }
     if reader.flag("FAKE_CA", false) {
         reader.refuse("FAKE_CA", "true", "certificates nobody vouches for are for tests: leave it out");
     }
@@ -464,7 +510,15 @@ fn ineffective(settings: &Settings, reader: &mut Reader<'_>) -> Vec<Ineffective>
             }
         }
     }
-    for (name, agreed, why) in INEFFECTIVE {
+    let of_the_mode: &[_] = match settings.dedicated {
+        None => &[("PROXY_WORKLOAD_INFO", "", "PROXY_MODE=shared serves the pods that the node agent names")],
+        Some(_) => &[("INPOD_UDS", "", "PROXY_MODE=dedicated serves one workload, and asks no node agent")],
+    };
+    for (name, agreed, why) in INEFFECTIVE.iter().chain(of_the_mode) {
+        // Whatever is said, this holds.
+        if reader.shown.iter().all(|shown| shown.name != *name) {
+            reader.show(name, agreed, Origin::Default);
+        }
         let Some(value) = reader.set(name).map(str::to_owned) else { continue };
         if matches!(*agreed, "true" | "false") && reader::flag(&value).is_none() {
             reader.refuse(name, &value, "use true or false");

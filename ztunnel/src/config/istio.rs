@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::api::Setting;
 use crate::capture;
+use crate::config::env::Dedicated;
 use crate::config::env::Dns;
 use crate::config::env::InPod;
 use crate::config::env::Ineffective;
@@ -17,6 +18,7 @@ use crate::config::env::control_plane::RootCert;
 use crate::config::env::control_plane::Server;
 use crate::config::env::control_plane::Token;
 use crate::config::resolved;
+use crate::config::resolved::Alone;
 use crate::config::resolved::Invalid;
 use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
@@ -60,7 +62,21 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
             false => (Ipv4Addr::UNSPECIFIED, port).into(),
         }
     };
-    let self_proxy = self_proxy(&own)?;
+    let listeners = listeners(&in_pod, &data_plane.keepalive);
+    let impersonate = settings.dedicated.is_none();
+    let (zds, alone, self_proxy) = match settings.dedicated {
+        Some(workload) => (None, Some(alone(workload, &own.node, listeners)), None),
+        None => {
+            let dns = dns_in_pods(&dns, &listeners, &own.cluster_domain);
+            (Some(Zds { socket: in_pod.socket.clone(), listeners, dns }), None, self_proxy(&own)?)
+        }
+    };
+    let mut warnings: Vec<String> = settings.warnings.iter().map(Ineffective::to_string).collect();
+    if alone.is_some() && dns.enabled {
+        let why =
+            "ISTIO_META_DNS_CAPTURE=true has no effect: a proxy of one workload does not answer its DNS";
+        warnings.push(why.to_owned());
+    }
     let kernel =
         resolved::unused_kernel(Some(own.node).filter(|node| !node.is_empty()), in_pod.run_dir.clone());
     Ok(Run {
@@ -72,19 +88,22 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         authority: Some(istiod::Config {
             planes: vec![authority],
             life: control_plane.secret_ttl,
-            impersonate: true,
+            // A proxy of one workload is that workload, as its token says.
+            impersonate,
         }),
         crl: settings.demands.crl,
         compliance: settings.demands.compliance,
         drain_deadline: settings.drain_deadline,
         metrics_addr: any(settings.stats_port),
         ready_addr: any(READINESS_PORT),
-        zds: Some(zds(in_pod, &data_plane.keepalive, dns, &own.cluster_domain)),
+        zds,
+        alone,
+        network: own.network,
         own: self_proxy,
         admin_port: settings.admin_port,
         settings: settings.shown.iter().map(Setting::from).collect(),
         kept_running: true,
-        warnings: settings.warnings.iter().map(Ineffective::to_string).collect(),
+        warnings,
         proxy: data_plane,
         log_format: settings.log_format,
         log_filter: settings.log_filter,
@@ -132,7 +151,16 @@ fn self_proxy(own: &Own) -> Result<Option<OwnPod>, Invalid> {
     Ok(Some(OwnPod { uid, workload: Named::Pod { name, namespace, service_account, node }, identity }))
 }
 
-fn zds(in_pod: InPod, keepalive: &Keepalive, dns: Dns, cluster_domain: &str) -> Zds {
+fn alone(workload: Dedicated, node: &str, listeners: capture::rules::Config) -> Alone {
+    let Dedicated { namespace, name, service_account } = workload;
+    let uid = PodUid(format!("{namespace}/{name}").into());
+    let [name, namespace, service_account] = [name, namespace, service_account].map(Arc::from);
+    // Where no node is named, that of the workload is not asked for.
+    let workload = Named::Pod { name, namespace, service_account, node: Arc::from(node) };
+    Alone { uid, workload, listeners }
+}
+
+fn listeners(in_pod: &InPod, keepalive: &Keepalive) -> capture::rules::Config {
     let settings = redirected::Settings {
         mark: in_pod.packet_mark,
         client_address: match in_pod.original_source {
@@ -142,13 +170,19 @@ fn zds(in_pod: InPod, keepalive: &Keepalive, dns: Dns, cluster_domain: &str) -> 
         },
         keepalive: keepalive.clone(),
     };
-    let listeners = capture::rules::Config { share_ports: in_pod.port_reuse, ipv6: in_pod.ipv6, settings };
+    capture::rules::Config { share_ports: in_pod.port_reuse, ipv6: in_pod.ipv6, settings }
+}
+
+fn dns_in_pods(
+    dns: &Dns,
+    listeners: &capture::rules::Config,
+    cluster_domain: &str,
+) -> Option<dns::server::Config> {
     let preferred = dns.preferred_namespace.as_deref();
-    let names = || dns::answer::Config::new(cluster_domain, preferred, in_pod.ipv6);
-    let dns = dns
-        .enabled
-        .then(|| dns::server::Config { address: dns.address, ..resolved::dns_in_pods(names(), &listeners) });
-    Zds { socket: in_pod.socket, listeners, dns }
+    let names = || dns::answer::Config::new(cluster_domain, preferred, listeners.ipv6);
+    let completed =
+        || dns::server::Config { address: dns.address, ..resolved::dns_in_pods(names(), listeners) };
+    dns.enabled.then(completed)
 }
 
 #[cfg(test)]
@@ -237,6 +271,23 @@ mod tests {
         let run = configured(&[("XDS_ADDRESS", ""), ("NODE_NAME", "n"), ("ZTUNNEL_MESH_CACHE", "")]).unwrap();
         assert!(matches!(run.mesh, Source::Nothing));
         assert_eq!(run.own, None, "it does not know its own pod");
+    }
+
+    #[test]
+    fn a_workload_of_its_own_is_who_it_is() {
+        let run = configured(&[
+            ("PROXY_MODE", "dedicated"),
+            ("PROXY_WORKLOAD_INFO", "shop/cart-1/cart"),
+            ("POD_NAME", "ztunnel-x"),
+            ("POD_NAMESPACE", "istio-system"),
+            ("SERVICE_ACCOUNT", "ztunnel"),
+        ]);
+        let run = run.unwrap();
+        assert!(run.zds.is_none() && run.own.is_none() && !run.authority.unwrap().impersonate);
+        let alone = run.alone.unwrap();
+        assert_eq!(alone.workload.to_string(), "cart.shop (cart-1)");
+        assert_eq!(alone.listeners.settings.client_address, ClientAddress::Hidden);
+        assert_eq!(alone.listeners.settings.mark, 0);
     }
 
     #[test]

@@ -227,6 +227,17 @@ pub(super) fn dns_in_pods(
     }
 }
 
+/// One workload, in the network namespace of this process.
+#[derive(Debug, Clone)]
+pub struct Alone {
+    /// What it is called here.
+    pub uid: PodUid,
+    /// Which workload of the mesh it is.
+    pub workload: Named,
+    /// How to listen for it.
+    pub listeners: capture::rules::Config,
+}
+
 /// This proxy's own pod, as a server of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnPod {
@@ -279,6 +290,10 @@ pub struct Run {
     pub ready_addr: SocketAddr,
     /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
     pub zds: Option<Zds>,
+    /// The one workload that is served instead, where this process is.
+    pub alone: Option<Alone>,
+    /// The network this proxy is told that its pods are in; empty: it is not told.
+    pub network: String,
     /// This proxy's own pod, if its metrics are to be had through a tunnel.
     pub own: Option<OwnPod>,
     /// The port of the loopback where operators ask.
@@ -339,6 +354,8 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
+        alone: None,
+        network: String::new(),
         own: None,
         proxy,
         log_format: match typed.log_format {

@@ -146,7 +146,7 @@ pub enum Named {
         namespace: Arc<str>,
         /// The pod's service account.
         service_account: Arc<str>,
-        /// The node it is on.
+        /// The node it is on; empty where that may be any.
         node: Arc<str>,
     },
 }
@@ -161,7 +161,7 @@ impl Named {
                     && *namespace == workload.namespace
                     && **service_account == *workload.service_account()
                     // Of a mesh file that does not say where its pods are, each pod is meant.
-                    && (*node == workload.node || workload.node.is_empty())
+                    && (*node == workload.node || workload.node.is_empty() || node.is_empty())
             }
         }
     }

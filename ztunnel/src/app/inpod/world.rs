@@ -12,7 +12,6 @@ use tokio::time::sleep_until;
 use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
 use crate::app::RunError;
-use crate::app::inpod::agent::Agent;
 use crate::app::report_rejected;
 use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
@@ -59,6 +58,8 @@ pub(super) struct World {
     /// When the mesh that changed is to be looked at.
     due: Option<Instant>,
     looked: Instant,
+    /// The network that pods should be in; empty where none is named, or once it was told that they are not.
+    network: String,
     /// This proxy's own identity is not as the mesh says, and that has been told.
     doubted: bool,
 }
@@ -116,7 +117,15 @@ impl World {
                 Feed::Nothing { _writer: Box::new(writer) }
             }
         };
-        let mut world = Self { feed, reader, local, due: None, looked: Instant::now(), doubted: false };
+        let mut world = Self {
+            feed,
+            reader,
+            local,
+            due: None,
+            looked: Instant::now(),
+            network: config.network.clone(),
+            doubted: false,
+        };
         world.tell();
         Ok(Some(world))
     }
@@ -209,13 +218,19 @@ impl World {
         readiness.stale(since);
     }
 
-    /// Asks for the certificates of the pods that are enrolled, for that of this proxy's `own` pod if peers dial
+    /// Asks for the certificates of the workloads that are served here, for that of this proxy's `own` pod if peers dial
     /// tunnels to it, and for no others.
-    pub(super) fn retain_identities(&mut self, identities: &Identities, agent: &Agent, own: Option<&OwnPod>) {
+    pub(super) fn retain_identities(
+        &mut self,
+        identities: &Identities,
+        serves: impl Fn(&Workload) -> bool,
+        own: Option<&OwnPod>,
+    ) {
         let mesh = self.reader.snapshot();
         let mut ids = HashSet::new();
         for workload in mesh.workloads() {
-            if agent.serves(workload) {
+            if serves(workload) {
+                self.locate(workload);
                 ids.insert(workload.identity.clone());
             }
             if let Some(own) = own.filter(|own| own.workload.is(workload)) {
@@ -226,6 +241,14 @@ impl World {
             }
         }
         identities.retain(ids);
+    }
+
+    /// Says so if a workload of this proxy is in another network than that it was told of.
+    fn locate(&mut self, workload: &Workload) {
+        if !self.network.is_empty() && self.network != *workload.network {
+            let (told, mesh) = (std::mem::take(&mut self.network), &workload.network);
+            tracing::warn!(told, %mesh, workload = %workload.uid, "NETWORK is not what the mesh says of a pod served here: the mesh counts");
+        }
     }
 
     /// Says so if peers expect another identity of this proxy than it has.

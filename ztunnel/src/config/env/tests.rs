@@ -85,6 +85,120 @@ fn the_charts_environment_is_understood() {
     assert_eq!((&*settings.own.node, &*settings.own.pod), ("node-1", "ztunnel-abc"));
 }
 
+/// Every variable of Istio's, with a value that is not its default: each has its effect, which is shown with its origin,
+/// or a warning that says why it has none.
+#[test]
+fn no_variable_is_passed_over() {
+    let variables = [
+        ("ENABLE_PROXY", "true"),
+        ("PROXY_MODE", "shared"),
+        ("PROXY_WORKLOAD_INFO", "a/b/c"),
+        ("NETWORK", "net1"),
+        ("NODE_NAME", "node-1"),
+        ("CLUSTER_ID", "c1"),
+        ("CLUSTER_DOMAIN", "example.local"),
+        ("TRUST_DOMAIN", "example.org"),
+        ("XDS_ADDRESS", "xds:1"),
+        ("CA_ADDRESS", "ca:1"),
+        ("XDS_ROOT_CA", "SYSTEM"),
+        ("CA_ROOT_CA", "SYSTEM"),
+        ("ALT_XDS_HOSTNAME", "xds.example"),
+        ("ALT_CA_HOSTNAME", "ca.example"),
+        ("AUTH_TOKEN", "/token"),
+        ("XDS_HEADER_x", "1"),
+        ("CA_HEADER_x", "1"),
+        ("XDS_ON_DEMAND", "true"),
+        ("LOCAL_XDS_PATH", "/m.yaml"),
+        ("PREFERED_SERVICE_NAMESPACE", "shop"),
+        ("SECRET_TTL", "1h"),
+        ("FAKE_CA", "false"),
+        ("ISTIO_META_DNS_CAPTURE", "false"),
+        ("ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:53"),
+        ("ISTIO_META_ENABLE_HBONE", "true"),
+        ("ISTIO_META_ISTIO_VERSION", "1.30.0"),
+        ("ISTIO_METAJSON_X", "[1]"),
+        ("INSTANCE_IP", "10.0.0.9"),
+        ("POD_NAME", "ztunnel-x"),
+        ("POD_NAMESPACE", "istio-system"),
+        ("SERVICE_ACCOUNT", "ztunnel"),
+        ("INPOD_UDS", "/z.sock"),
+        ("INPOD_PORT_REUSE", "false"),
+        ("INPOD_ENABLED", "false"),
+        ("PACKET_MARK", "7"),
+        ("ENABLE_ORIG_SRC", "false"),
+        ("KEEPALIVE_ENABLED", "false"),
+        ("KEEPALIVE_TIME", "1m"),
+        ("KEEPALIVE_INTERVAL", "1m"),
+        ("KEEPALIVE_RETRIES", "3"),
+        ("USER_TIMEOUT_ENABLED", "true"),
+        ("IPV6_ENABLED", "false"),
+        ("HTTP2_STREAM_WINDOW_SIZE", "65535"),
+        ("HTTP2_CONNECTION_WINDOW_SIZE", "65535"),
+        ("HTTP2_FRAME_SIZE", "16384"),
+        ("POOL_MAX_STREAMS_PER_CONNECTION", "7"),
+        ("POOL_UNUSED_RELEASE_TIMEOUT", "1m"),
+        ("CONNECTION_TERMINATION_DEADLINE", "7s"),
+        ("ZTUNNEL_WORKER_THREADS", "3"),
+        ("UNSTABLE_ENABLE_SOCKS5", "true"),
+        ("LOCALHOST_APP_TUNNEL", "true"),
+        ("ENABLE_RESPONSE_BAGGAGE", "false"),
+        ("CRL_PATH", "/crl.pem"),
+        ("TLS12_ENABLED", "true"),
+        ("COMPLIANCE_POLICY", "pqc"),
+        ("AUTHZ_POLICY_INFO_LOGGING", "true"),
+        ("RUST_LOG", "debug"),
+        ("LOG_FORMAT", "json"),
+    ];
+    let settings = settings(&variables);
+    for (name, _) in variables {
+        let warned = settings.warnings.iter().any(|said| said.name == name);
+        let shown = settings.shown.iter().filter(|shown| shown.name == name).collect::<Vec<_>>();
+        let in_force = matches!(shown[..], [shown] if shown.origin == Origin::Environment);
+        assert!(in_force || warned, "{name}: {shown:?}");
+    }
+    // These are what others follow from.
+    for (variable, follows) in [
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "CONNECTION_TERMINATION_DEADLINE"),
+        ("ISTIO_META_CLUSTER_ID", "CLUSTER_ID"),
+    ] {
+        let settings = self::settings(&[(variable, "30")]);
+        assert_eq!(shown(&settings, follows).1, Origin::Variable(variable));
+    }
+    let asked = self::settings(&[("TLS12_ENABLED", "true")]);
+    assert_eq!(shown(&asked, "TLS12_ENABLED"), ("false", Origin::Default), "what is in force");
+}
+
+/// What the chart sets where every value that becomes a variable is given.
+#[test]
+fn the_charts_values_are_understood() {
+    let settings = settings(&[
+        ("CA_ADDRESS", "istiod-canary.istio-system.svc:15012"),
+        ("XDS_ADDRESS", "istiod-canary.istio-system.svc:15012"),
+        ("LOG_FORMAT", "json"),
+        ("NETWORK", "net1"),
+        ("RUST_LOG", "info"),
+        ("RUST_BACKTRACE", "1"),
+        ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
+        ("INPOD_ENABLED", "true"),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
+        ("POD_NAME", "ztunnel-abc"),
+        ("POD_NAMESPACE", "istio-system"),
+        ("NODE_NAME", "node-1"),
+        ("INSTANCE_IP", "10.1.0.7"),
+        ("SERVICE_ACCOUNT", "ztunnel"),
+        ("ISTIO_META_DNS_CAPTURE", "false"),
+        ("ISTIO_META_ENABLE_HBONE", "true"),
+        ("ZTUNNEL_CPU_LIMIT", "4"),
+        ("ZTUNNEL_RESOURCE_CPU_LIMIT", "2"),
+        ("ZTUNNEL_RESOURCE_CPU_REQUEST", "200m"),
+        ("CRL_PATH", "/var/run/secrets/istio/crl/ca-crl.pem"),
+        ("KUBERNETES_SERVICE_HOST", "10.0.0.1"),
+    ]);
+    assert_eq!(settings.warnings, []);
+    assert_eq!(settings.data_plane.threads, 2);
+    assert_eq!(shown(&settings, "NETWORK"), ("net1", Origin::Environment));
+}
+
 #[test]
 fn durations_and_numbers_have_their_effect() {
     let settings = settings(&[
@@ -270,7 +384,12 @@ fn what_cannot_be_used_is_named_with_what_can() {
             "ISTIO_META_DNS_PROXY_ADDR=\"[::]:53\": use an address with its port, such as 127.0.0.1:15053 or [::1]:15053",
         ),
         (&[("ISTIO_META_DNS_CAPTURE", "on")], "ISTIO_META_DNS_CAPTURE=\"on\": use true or false"),
-        (&[("PROXY_MODE", "dual")], "PROXY_MODE=\"dual\": use shared"),
+        (&[("PROXY_MODE", "dual")], "PROXY_MODE=\"dual\": use shared or dedicated"),
+        (
+            &[("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "shop/cart")],
+            "PROXY_WORKLOAD_INFO=\"shop/cart\": use <namespace>/<name>/<service account>: \
+             the workload that is proxied (PROXY_MODE=dedicated)",
+        ),
         (
             &[("PROXY_CONFIG", "statsPort: 70000")],
             "PROXY_CONFIG: statsPort=\"70000\": use a whole number from 0 to 65535",
@@ -300,12 +419,36 @@ fn what_cannot_be_used_is_named_with_what_can() {
         (("ISTIO_METAJSON_X", "{"), "ISTIO_METAJSON_X"),
         (("PROXY_CONFIG", "a: b: c"), "PROXY_CONFIG"),
         (("TRUST_DOMAIN", "A B"), "TRUST_DOMAIN"),
-        (("PROXY_MODE", "dedicated"), "PROXY_MODE"),
+        (("PROXY_MODE", "dedicated"), "PROXY_WORKLOAD_INFO"),
         (("CA_HEADER_a b", "c"), "CA_HEADER_a b"),
     ] {
         let said = problem(&[variables]);
         assert!(said.starts_with(&format!("{name}=")), "{said}");
     }
+}
+
+#[test]
+fn one_workload_may_be_proxied_alone() {
+    let dedicated = [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "shop/cart-1/cart")];
+    let with = |more: &[(&'static str, &'static str)]| settings(&[&dedicated[..], more].concat());
+    let alone = with(&[]);
+    let workload = alone.dedicated.as_ref().unwrap();
+    assert_eq!(
+        [&*workload.namespace, &*workload.name, &*workload.service_account],
+        ["shop", "cart-1", "cart"]
+    );
+    // Nobody else's rules, so nothing to be known by, and no way back for what has another's address.
+    assert_eq!((alone.in_pod.packet_mark, alone.in_pod.original_source), (0, Some(false)));
+    assert_eq!(alone.mesh_cache, None);
+    let marked = with(&[("PACKET_MARK", "0x539"), ("ZTUNNEL_MESH_CACHE", "/m")]);
+    assert_eq!((marked.in_pod.packet_mark, marked.in_pod.original_source), (0x539, None));
+    assert_eq!(marked.mesh_cache, Some("/m".into()));
+    assert_eq!(with(&[("ENABLE_ORIG_SRC", "true")]).in_pod.original_source, Some(true));
+    let said = |settings: Settings| settings.warnings.last().map(ToString::to_string).unwrap_or_default();
+    assert!(said(with(&[("INPOD_UDS", "/x")])).starts_with("INPOD_UDS=/x has no effect: "));
+    let shared = settings(&[("PROXY_WORKLOAD_INFO", "a/b/c")]);
+    assert_eq!((&shared.dedicated, shared.in_pod.packet_mark), (&None, 1337));
+    assert!(said(shared).starts_with("PROXY_WORKLOAD_INFO=a/b/c has no effect: "));
 }
 
 #[test]

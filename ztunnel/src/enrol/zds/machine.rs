@@ -131,8 +131,11 @@ impl<P: Enrolled> Machine<P> {
                 self.enrol(pods::Event::Captured(uid), now, &mut actions);
             }
             Event::CaptureFailed(uid, why) => {
-                self.failures.insert(uid.clone(), why);
-                self.enrol(pods::Event::CaptureFailed(uid), now, &mut actions);
+                self.enrol(pods::Event::CaptureFailed(uid.clone()), now, &mut actions);
+                // Nobody asks for the reason of one that was withdrawn meanwhile, so nobody would forget it.
+                if self.pods.standing(&uid) == Standing::Failing {
+                    self.failures.insert(uid, why);
+                }
             }
             Event::Released(uid) => self.enrol(pods::Event::Released(uid), now, &mut actions),
             Event::Tick => self.enrol(pods::Event::Tick, now, &mut actions),
@@ -165,6 +168,12 @@ impl<P: Enrolled> Machine<P> {
     /// Pods whose traffic should, and does not (yet).
     pub fn waiting(&self) -> impl Iterator<Item = &P> {
         self.pods.waiting()
+    }
+
+    /// For how many pods it is kept why they failed.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn failures(&self) -> usize {
+        self.failures.len()
     }
 
     /// How many those are.

@@ -388,3 +388,18 @@ proptest! {
         prop_assert_eq!(captured, wanted);
     }
 }
+
+#[test]
+fn why_a_pod_failed_is_forgotten_with_the_pod() {
+    let mut node = Node::serving(&[]);
+    for number in 0..10 {
+        let name = format!("u{number}");
+        node.step(add(&name, 1));
+        // Its capture takes longer than the agent waits, and fails after the agent has given it up.
+        assert!(refusal(&node.pass(ANSWER_WITHIN)).contains("that goes on"));
+        node.step(del(&name));
+        node.step(Event::CaptureFailed(uid(&name), "no".to_owned()));
+        node.step(Event::Released(uid(&name)));
+    }
+    assert_eq!(node.machine.failures(), 0);
+}

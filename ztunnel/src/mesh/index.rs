@@ -3,6 +3,8 @@
 //! Made of persistent maps: a copy costs next to nothing and shares what is not changed later, so that every change
 //! can be a version of its own.
 
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -216,16 +218,14 @@ impl Mesh {
             _ => self.authorization += 1,
         }
         if let Some(old) = old {
-            for membership in &old.services {
-                if !new.services.iter().any(|kept| kept.service == membership.service) {
-                    self.remove_endpoint(&membership.service, &old.uid);
-                }
+            let [old_services, new_services] =
+                [&old, &new].map(|it| it.services.iter().map(|membership| &membership.service));
+            for service in gone(old_services, new_services) {
+                self.remove_endpoint(service, &old.uid);
             }
-            let kept = addresses(&new);
-            for ip in addresses(&old) {
-                if old.network != new.network || !kept.contains(ip) {
-                    self.unindex(&old.network, |network| network.remove_workload(*ip, &old.uid));
-                }
+            let kept = if old.network == new.network { addresses(&new) } else { &[] };
+            for ip in gone(addresses(&old).iter(), kept.iter()) {
+                self.unindex(&old.network, |network| network.remove_workload(*ip, &old.uid));
             }
             if old.hostname != new.hostname {
                 self.remove_name(&old);
@@ -322,11 +322,12 @@ impl Mesh {
     /// Forgets the addresses of `old` that its successor does not have: those keep their places.
     fn unindex_service(&mut self, old: &Service, new: Option<&Service>) {
         let kept = new.map(|new| &new.vips[..]).unwrap_or_default();
-        for vip in old.vips.iter().filter(|vip| !kept.contains(vip)) {
+        for vip in gone(old.vips.iter(), kept.iter()) {
             self.unindex(&vip.network, |network| network.remove_vip(vip.ip, old));
         }
-        for cidr in &old.cidr_vips {
-            self.unindex(&cidr.network, |network| network.remove_range(cidr.range, old));
+        // All of one network at once.
+        for of_network in old.cidr_vips.chunk_by(|a, b| a.network == b.network) {
+            self.unindex(&of_network[0].network, |network| network.remove_ranges(old));
         }
     }
 
@@ -372,6 +373,18 @@ impl Mesh {
             Scope::WorkloadSelector => {}
         }
     }
+}
+
+/// Those of `old` that are not in `new`. Where one of them is short, as nearly all are, it is looked through.
+fn gone<'a, T: Eq + Hash + 'a>(
+    old: impl ExactSizeIterator<Item = &'a T>,
+    new: impl ExactSizeIterator<Item = &'a T> + Clone,
+) -> Vec<&'a T> {
+    if old.len().min(new.len()) <= 16 {
+        return old.filter(|it| !new.clone().any(|kept| kept == *it)).collect();
+    }
+    let new: HashSet<&T> = new.collect();
+    old.filter(|it| !new.contains(it)).collect()
 }
 
 /// The addresses by which a workload is found.

@@ -80,8 +80,8 @@ impl Network {
         Arc::make_mut(&mut self.ranges).push((range, Arc::clone(service)));
     }
 
-    pub(super) fn remove_range(&mut self, range: IpNet, service: &Service) {
-        Arc::make_mut(&mut self.ranges).retain(|(other, it)| *other != range || it.key != service.key);
+    pub(super) fn remove_ranges(&mut self, service: &Service) {
+        Arc::make_mut(&mut self.ranges).retain(|(_, it)| it.key != service.key);
     }
 }
 

@@ -123,8 +123,11 @@ impl FromStr for SpiffeId {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let form = || InvalidSpiffeId::Form(text.to_owned());
         let path = text.strip_prefix(SCHEME).ok_or_else(form)?;
-        let parts: Vec<&str> = path.split('/').collect();
-        let [trust_domain, "ns", namespace, "sa", service_account] = parts[..] else {
+        let mut parts = path.split('/');
+        let mut part = || parts.next();
+        let (Some(trust_domain), Some("ns"), Some(namespace), Some("sa"), Some(service_account), None) =
+            (part(), part(), part(), part(), part(), part())
+        else {
             return Err(form());
         };
         Self::new(&TrustDomain::new(trust_domain)?, namespace, service_account)

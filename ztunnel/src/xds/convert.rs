@@ -7,6 +7,8 @@
 //! reached in an unknown way is not reached, a scope that is not known has nobody in common. An authorization policy is
 //! always taken, however little of it is understood: see `convert::authorization`.
 
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -102,6 +104,37 @@ impl Converter {
     fn unknown<T>(&mut self, careful: T) -> T {
         self.unknown += 1;
         careful
+    }
+}
+
+/// A list of what is different, in the order in which it came.
+struct Distinct<T> {
+    list: Vec<T>,
+    /// What is in the list, once that is so long that it is not looked through any more.
+    seen: HashSet<T>,
+}
+
+/// Lists are looked through while they are not longer. Nearly all are.
+const LOOKED_THROUGH: usize = 16;
+
+impl<T: Clone + Eq + Hash> Distinct<T> {
+    fn with_capacity(capacity: usize) -> Self {
+        Self { list: Vec::with_capacity(capacity), seen: HashSet::new() }
+    }
+
+    fn push(&mut self, new: T) {
+        if self.list.len() < LOOKED_THROUGH {
+            if !self.list.contains(&new) {
+                self.list.push(new);
+            }
+            return;
+        }
+        if self.seen.is_empty() {
+            self.seen.extend(self.list.iter().cloned());
+        }
+        if self.seen.insert(new.clone()) {
+            self.list.push(new);
+        }
     }
 }
 

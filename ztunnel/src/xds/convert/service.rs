@@ -19,6 +19,7 @@ use crate::model::service::ServicePort;
 use crate::model::service::Visibility;
 use crate::model::service::WeightedWaypoint;
 use crate::xds::convert::Converter;
+use crate::xds::convert::Distinct;
 use crate::xds::convert::Rejected;
 use crate::xds::convert::workload::ip;
 use crate::xds::convert::workload::port;
@@ -28,7 +29,7 @@ impl Converter {
     pub(super) fn service(&mut self, from: &wire::Service) -> Result<Service, Rejected> {
         let name = format!("{}/{}", from.namespace, from.hostname);
         let key = ServiceKey::parse(self.interner.text(&name)).ok_or(Rejected::Name(name))?;
-        let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
+        let (mut vips, mut cidr_vips) = (Distinct::with_capacity(0), Distinct::with_capacity(0));
         for address in &from.addresses {
             let network = self.interner.text(&address.network);
             let ip = ip(&address.address)?;
@@ -37,17 +38,9 @@ impl Converter {
                 Some(length) if length > bits => return Err(Rejected::Prefix(length)),
                 Some(length) if length < bits => {
                     let range = IpNet::new(ip, length as u8).map_err(|_| Rejected::Prefix(length))?.trunc();
-                    let cidr = NetworkCidr { network, range };
-                    if !cidr_vips.contains(&cidr) {
-                        cidr_vips.push(cidr);
-                    }
+                    cidr_vips.push(NetworkCidr { network, range });
                 }
-                _ => {
-                    let vip = NetworkAddress { network, ip };
-                    if !vips.contains(&vip) {
-                        vips.push(vip);
-                    }
-                }
+                _ => vips.push(NetworkAddress { network, ip }),
             }
         }
         let mut ports = Vec::with_capacity(from.ports.len());
@@ -88,8 +81,8 @@ impl Converter {
             name: self.interner.text(&from.name),
             namespace: self.interner.text(&from.namespace),
             hostname: self.interner.text(&from.hostname),
-            vips,
-            cidr_vips,
+            vips: vips.list,
+            cidr_vips: cidr_vips.list,
             ports,
             subject_alt_names,
             identities,

@@ -382,3 +382,16 @@ proptest! {
         let _taken_or_rejected = converter.authorization(bytes);
     }
 }
+
+/// With as many comparisons as there are pairs this would take minutes.
+#[test]
+fn an_address_counts_once_however_many_there_are() {
+    let number = |n: u32| Bytes::from(n.to_be_bytes().to_vec());
+    let numbers = || (0..100_000).chain(0..100_000);
+    let expected: Vec<IpAddr> = (0..100_000_u32).map(|n| IpAddr::from(n.to_be_bytes())).collect();
+    let pod = workload(wire::Workload { addresses: numbers().map(number).collect(), ..pod() });
+    assert!(pod.addresses == expected);
+    let vip = |n| wire::NetworkAddress { address: number(n), ..net(&[], None) };
+    let svc = service(wire::Service { addresses: numbers().map(vip).collect(), ..svc() });
+    assert!(svc.vips.iter().map(|vip| vip.ip).eq(expected));
+}

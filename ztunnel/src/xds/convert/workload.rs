@@ -18,6 +18,7 @@ use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::xds::convert::Converter;
+use crate::xds::convert::Distinct;
 use crate::xds::convert::Rejected;
 use crate::xds::convert::policy_key;
 
@@ -61,12 +62,9 @@ impl Converter {
         }
         let waypoint = self.some_gateway(from.waypoint.as_ref())?;
         let network_gateway = self.some_gateway(from.network_gateway.as_ref())?;
-        let mut addresses = Vec::with_capacity(from.addresses.len());
+        let mut addresses = Distinct::with_capacity(from.addresses.len());
         for bytes in &from.addresses {
-            let ip = ip(bytes)?;
-            if !addresses.contains(&ip) {
-                addresses.push(ip);
-            }
+            addresses.push(ip(bytes)?);
         }
         let or = |text: &str, default| if text.is_empty() { default } else { text }.to_owned();
         let trust_domain = or(&from.trust_domain, "cluster.local");
@@ -83,7 +81,7 @@ impl Converter {
             node: text(&from.node),
             cluster: text(if from.cluster_id.is_empty() { "Kubernetes" } else { &from.cluster_id }),
             network: text(&from.network),
-            addresses,
+            addresses: addresses.list,
             hostname: text(&from.hostname),
             workload_name: text(&from.workload_name),
             kind,

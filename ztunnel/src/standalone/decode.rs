@@ -50,6 +50,9 @@ enum Kind {
     AuthorizationPolicy,
 }
 
+/// Remarks beyond so many come without a guess at what was meant.
+const HINTS_MAX: usize = 1000;
+
 const SECURITY: &str = "security.istio.io";
 const SECURITY_VERSIONS: [&str; 2] = ["security.istio.io/v1", "security.istio.io/v1beta1"];
 /// Kinds of the security group that say nothing about layer 4.
@@ -266,8 +269,11 @@ impl Collector {
         let result = decode::<T>(&node, &unknown);
         for field in unknown.into_inner() {
             let message = format!("{} is not a field of {}", field.field, field.within);
-            let hint = nearest(&field.field, field.known.iter().copied())
-                .map_or(String::new(), |known| format!("write {known} instead"));
+            // Looking for what was meant takes a while; of a mistake that is made everywhere it is said often enough.
+            let near = (self.diagnostics.len() < HINTS_MAX)
+                .then(|| nearest(&field.field, field.known.iter().copied()))
+                .flatten();
+            let hint = near.map_or(String::new(), |known| format!("write {known} instead"));
             // A rule with a misspelt field would match more than was meant: such a policy is not applied.
             self.diagnostics.push(match kind.is_security() {
                 true => Diagnostic::error(&source.file, field.line, message).hint(hint),

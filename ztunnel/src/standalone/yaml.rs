@@ -112,6 +112,9 @@ pub enum SyntaxError {
     /// Too large, or aliases expand to too much.
     #[error("holds more than {NODES_MAX} values, counting what aliases expand to")]
     Size,
+    /// Aliases expand to much more than is written.
+    #[error("aliases expand to more than {0} values, too many for a text of this length")]
+    Expansion(usize),
     /// A mapping has a key twice.
     #[error("key {0:?} is there twice, first on line {1}")]
     Duplicate(String, u32),
@@ -132,10 +135,18 @@ const DEPTH_MAX: usize = 64;
 /// How many values one text may hold: some 20,000 pods as `kubectl get -o yaml` prints them.
 const NODES_MAX: usize = 4_000_000;
 
+/// How many values aliases may expand to in a text that is short.
+const EXPANSION_MIN: usize = 10_000;
+
+/// How many values aliases may expand to for each byte of a text that is long: many objects that share their parts. Each
+/// value is decoded again wherever it is used, so a text must not become much larger by being read.
+const EXPANSION_FOR_EACH_BYTE: usize = 8;
+
 /// The documents of `text` that are not empty. An error comes with its line.
 pub fn documents(text: &str) -> Result<Vec<Arc<Node>>, (u32, SyntaxError)> {
     let mut parser = Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
-    let mut builder = Builder::default();
+    let expansion_max = EXPANSION_MIN.max(text.len().saturating_mul(EXPANSION_FOR_EACH_BYTE));
+    let mut builder = Builder { expansion_max, ..Builder::default() };
     while let Some(event) = parser.next_event() {
         let (event, span) = event.map_err(|error| syntax(&error))?;
         let line = line(span.start.line());
@@ -160,6 +171,9 @@ struct Builder {
     anchors: HashMap<usize, (Arc<Node>, usize)>,
     /// How many nodes there are, counting what aliases expand to.
     nodes: usize,
+    /// How many of them are what aliases expand to, and how many may be.
+    expanded: usize,
+    expansion_max: usize,
 }
 
 /// A collection whose end is not seen yet.
@@ -186,6 +200,10 @@ impl Builder {
             Event::Alias(anchor) => {
                 let (node, nodes) = self.anchors.get(&anchor).ok_or(SyntaxError::Alias)?;
                 let (node, nodes) = (Arc::clone(node), *nodes);
+                self.expanded = self.expanded.saturating_add(nodes);
+                if self.expanded > self.expansion_max {
+                    return Err(SyntaxError::Expansion(self.expansion_max));
+                }
                 self.count(nodes)?;
                 self.place(node, line)
             }
@@ -306,12 +324,19 @@ mod tests {
             ("x:\n  ? [1]\n  : 2\n", 2, SyntaxError::Key),
             ("a: !Foo x\n", 1, SyntaxError::Tag("!Foo".into())),
             (deep.as_str(), 1, SyntaxError::Depth),
-            (bomb.as_str(), 7, SyntaxError::Size),
+            (bomb.as_str(), 4, SyntaxError::Expansion(EXPANSION_MIN)),
         ] {
             assert_eq!(documents(text).unwrap_err(), (line, error), "{text:.60}");
         }
         let (line, error) = documents("a: 1\nb: [1\nc: 2\n").unwrap_err();
         assert!(matches!(error, SyntaxError::Yaml(_)) && line >= 2, "{line} {error}");
+    }
+
+    #[test]
+    fn many_objects_may_share_their_parts() {
+        let mut text = format!("- &spec [{}]\n", "x, ".repeat(300));
+        text += &"- {name: cart, namespace: shop, spec: *spec}\n".repeat(1000);
+        assert!(documents(&text).is_ok());
     }
 
     #[test]

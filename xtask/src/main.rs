@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod fuzz;
 mod run;
 mod setup;
 mod test;
@@ -36,6 +37,8 @@ enum Command {
     Tidy,
     /// Measure the daemon beside bare TCP and Envoy
     Bench(bench::Arguments),
+    /// Throw what others may send at the daemon's readers, with cargo-fuzz
+    Fuzz(fuzz::Arguments),
     /// Build the eBPF programs alone
     Ebpf,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Ebpf => ebpf(),
     };
     match result {

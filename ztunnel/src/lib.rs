@@ -45,6 +45,7 @@
 //! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
 //! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, proxy, standalone, telemetry, api |
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
+//! | `fuzzing` | what fuzz targets call that is private; only with the feature of that name | enrol, tls, xds, *proto* |
 //!
 //! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
 //! where they come in and go no further.
@@ -70,6 +71,9 @@ pub mod app;
 pub mod capture;
 pub mod config;
 pub mod enrol;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hbone;
 pub mod identity;
 pub mod mesh;

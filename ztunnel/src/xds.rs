@@ -22,3 +22,6 @@ pub mod convert;
 mod counts;
 mod intern;
 pub mod session;
+
+#[cfg(feature = "fuzzing")]
+pub(crate) use cache::contents as cached_mesh;

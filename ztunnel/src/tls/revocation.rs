@@ -119,7 +119,7 @@ impl Lists {
 
     /// Looks every certificate of a chain up in the lists of its issuer. A list is believed if the issuer in the
     /// chain signed it; one of another issuer of the same name is passed over.
-    pub(super) fn look_up(
+    pub(crate) fn look_up(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],

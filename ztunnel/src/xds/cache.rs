@@ -57,6 +57,12 @@ pub(super) struct Stored {
     pub(super) age: Duration,
 }
 
+/// What a file of `scope` holds, by kind.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn contents(file: &File, scope: &str) -> Result<[Vec<Resource>; 2], Box<dyn Error>> {
+    Ok(file::scan(file, scope, file.metadata()?.len())?.resources(file)?)
+}
+
 /// What is known of the mesh and may not be written yet.
 #[derive(Debug, Default)]
 struct State {

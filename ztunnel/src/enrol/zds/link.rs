@@ -170,7 +170,7 @@ fn connect(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     readable(socket)
 }
 
-fn receive(socket: &OwnedFd) -> io::Result<Packet> {
+pub(crate) fn receive(socket: &OwnedFd) -> io::Result<Packet> {
     let mut bytes = vec![0; MESSAGE_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     // Whatever is not taken out of it is closed with it.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -28,10 +28,8 @@ use ztunnel_proto::workload::zds::{
 
 use crate::mesh::MESHED;
 use crate::netns::Netns;
+use crate::poll::{PATIENCE, eventually};
 use crate::topology::Pod;
-
-/// How long the agent waits for the hello and for each answer.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where daemons call.
 #[derive(Debug)]
@@ -128,6 +126,22 @@ impl Connection {
         }
     }
 
+    /// Adds a pod, which must be acknowledged. A daemon that is slower than an agent waits says so, and is asked again,
+    /// as istio-cni does.
+    pub fn add(&self, pod: &Pod, netns: &File) -> Result<()> {
+        eventually(PATIENCE, || {
+            let error = self.exchange(&encode(add(pod)), &[netns.as_fd()])?;
+            if error.contains("; that goes on") {
+                bail!("{error}");
+            }
+            Ok(error)
+        })
+        .and_then(|error| match error.is_empty() {
+            true => Ok(()),
+            false => bail!("adding {}: {error}", pod.name),
+        })
+    }
+
     /// A request that must be acknowledged without an error.
     pub fn request(&self, payload: Payload, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
         let said = format!("{payload:?}");
@@ -217,7 +231,7 @@ impl NodeAgent {
         let mut state = self.state();
         state.pods.insert(uid(pod), pod.clone());
         let latest = state.connections.last().context("no ztunnel connection")?;
-        latest.request(add(pod), &[handle(&pod.place.netns)?.as_fd()])
+        latest.add(pod, &handle(&pod.place.netns)?)
     }
 
     /// Deletes a pod, at all daemons.
@@ -264,7 +278,7 @@ fn serve(listener: &Listener, state: &Mutex<State>, stop: &AtomicBool) {
         }
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         state.seen += 1;
-        let told = listener.accept(Duration::from_secs(1)).and_then(|connection| {
+        let told = listener.accept(PATIENCE).and_then(|connection| {
             snapshot(&connection, state.pods.values())?;
             Ok(connection)
         });
@@ -287,13 +301,11 @@ fn is_gone(error: &anyhow::Error) -> bool {
 /// Tells a daemon of all pods.
 pub fn snapshot<'a>(connection: &Connection, pods: impl Iterator<Item = &'a Pod>) -> Result<()> {
     for pod in pods {
-        let began = Instant::now();
         match handle(&pod.place.netns) {
-            Ok(netns) => connection.request(add(pod), &[netns.as_fd()])?,
+            Ok(netns) => connection.add(pod, &netns)?,
             // Its namespace is not known any more.
             Err(_) => connection.request(keep(pod), &[])?,
         }
-        ensure!(began.elapsed() < PATIENCE, "an answer after {:?}", began.elapsed());
     }
     connection.request(sent(), &[])
 }

@@ -2,6 +2,7 @@
 //!
 //! It runs on a thread of its own, so that it can be asked from anywhere.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -36,6 +37,7 @@ use rcgen::SerialNumber;
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::Request;
 use tonic::Response;
@@ -92,8 +94,19 @@ pub struct Asked {
     pub csr: String,
 }
 
+/// Who holds a token.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    /// Its own identity: what it gets without asking for another one.
+    pub identity: String,
+    /// In whose names it may ask, too: a node proxy in those of the pods on its node, anybody else in nobody's.
+    pub impersonates: Vec<String>,
+}
+
 struct State {
     answer: Answer,
+    /// By token. While it is empty everybody gets what is asked for.
+    callers: BTreeMap<String, Caller>,
     asked: Vec<Asked>,
     /// For whom certificates were made, and which: PEM.
     issued: Vec<(Option<String>, String)>,
@@ -118,6 +131,21 @@ impl Keys {
     /// The root certificate.
     pub fn root_pem(&self) -> String {
         self.root.pem()
+    }
+
+    /// For a program that takes part in the mesh by itself, as `identity`: the chain and the key, as PEM.
+    pub fn for_peer(&self, identity: &str) -> (String, String) {
+        let key = KeyPair::generate().expect("a key can be made");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("an identity is ASCII"))];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let now = SystemTime::now();
+        (params.not_before, params.not_after) =
+            ((now - Duration::from_secs(120)).into(), (now + HOUR).into());
+        let certificate = params.signed_by(&key, &self.intermediate).expect("the intermediate may sign");
+        (certificate.pem() + &self.intermediate.pem(), key.serialize_pem())
     }
 
     /// For a server of the control plane: a certificate for `localhost` (127.0.0.1) and istiod's name.
@@ -166,8 +194,12 @@ impl fmt::Debug for Authority {
 impl Authority {
     /// Listens on `address` (port 0: any) and issues what it is asked for.
     pub fn start(keys: Arc<Keys>, address: SocketAddr) -> io::Result<Self> {
-        let state =
-            Arc::new(Mutex::new(State { answer: Answer::Issue, asked: Vec::new(), issued: Vec::new() }));
+        let state = Arc::new(Mutex::new(State {
+            answer: Answer::Issue,
+            callers: BTreeMap::new(),
+            asked: Vec::new(),
+            issued: Vec::new(),
+        }));
         let mut authority = Self { keys, address, state, running: None };
         authority.restart()?;
         Ok(authority)
@@ -220,6 +252,12 @@ impl Authority {
         lock(&self.state).answer = answer;
     }
 
+    /// Knows the holder of this token. Once it knows one it decides as istiod does: others get nothing, and the
+    /// identity in a certificate is what the caller has or may ask for, whatever the signing request says.
+    pub fn admit(&self, token: &str, caller: Caller) {
+        lock(&self.state).callers.insert(token.to_owned(), caller);
+    }
+
     /// A revocation list, as PEM, that names every certificate made so far for these identities.
     pub fn revoking(&self, identities: &[&str]) -> String {
         let named =
@@ -249,12 +287,21 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[expect(clippy::disallowed_methods, reason = "not a part of the daemon: it ends with its thread")]
+/// Serves on this listener, with these keys and answers, as long as the future is polled: for a caller by whose clock
+/// it is to go.
+pub async fn answer_here(keys: Arc<Keys>, listener: tokio::net::TcpListener, answer: Answer) {
+    let tls = Arc::new(keys.serving());
+    let state = State { answer, callers: BTreeMap::new(), asked: Vec::new(), issued: Vec::new() };
+    serve(listener, tls, Service { keys, state: Arc::new(Mutex::new(state)) }).await;
+}
+
 async fn serve(listener: tokio::net::TcpListener, tls: Arc<ServerConfig>, service: Service) {
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+    // They end with it.
+    let mut connections = JoinSet::new();
     while let Ok((socket, _)) = listener.accept().await {
         let (acceptor, service) = (acceptor.clone(), service.clone());
-        tokio::spawn(async move {
+        connections.spawn(async move {
             // A client that breaks the handshake off is one of the cases.
             let Ok(socket) = acceptor.accept(socket).await else { return };
             let service = TowerToHyperService::new(IstioCertificateServiceServer::new(service));
@@ -279,24 +326,28 @@ impl IstioCertificateService for Service {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let asked = asked(&request);
-        let (csr, whom) = (asked.csr.clone(), asked.impersonated.clone());
-        let answer = {
+        let csr = asked.csr.clone();
+        let (answer, whom, decided) = {
             let mut state = lock(&self.state);
+            let decided = identity(&state.callers, &asked);
+            let whom = asked.impersonated.clone();
             state.asked.push(asked);
-            state.answer.clone()
+            (state.answer.clone(), whom, decided)
         };
+        let decided = decided?;
+        let (whom, decided) = (whom.or_else(|| decided.clone()), decided.as_deref());
         let (keys, root) = (&self.keys, self.keys.root_pem());
         let now = SystemTime::now();
         let (from, until) = (now - Duration::from_secs(120), now + 24 * HOUR);
         let below = keys.intermediate.pem();
         let cert_chain = match answer {
-            Answer::Issue => vec![keys.certify(&csr, from, until, None)?, below, root],
-            Answer::TwoRoots(other) => vec![keys.certify(&csr, from, until, None)?, below, root + &other],
+            Answer::Issue => vec![keys.certify(&csr, from, until, decided)?, below, root],
+            Answer::TwoRoots(other) => vec![keys.certify(&csr, from, until, decided)?, below, root + &other],
             Answer::Hang => std::future::pending().await,
             Answer::Refuse(code, message) => return Err(Status::new(code, message)),
-            Answer::NoRoot => vec![keys.certify(&csr, from, until, None)?],
+            Answer::NoRoot => vec![keys.certify(&csr, from, until, decided)?],
             Answer::Nothing => vec![],
-            Answer::OtherRoot(other) => vec![keys.certify(&csr, from, until, None)?, below, other],
+            Answer::OtherRoot(other) => vec![keys.certify(&csr, from, until, decided)?, below, other],
             Answer::Identity(other) => vec![keys.certify(&csr, from, until, Some(other))?, below, root],
             Answer::OtherKey => {
                 let other = KeyPair::generate().map_err(internal)?;
@@ -307,14 +358,14 @@ impl IstioCertificateService for Service {
                     .params
                     .subject_alt_names;
                 let csr = params.serialize_request(&other).and_then(|csr| csr.pem()).map_err(internal)?;
-                vec![keys.certify(&csr, from, until, None)?, below, root]
+                vec![keys.certify(&csr, from, until, decided)?, below, root]
             }
             Answer::Between(from, until) => {
                 let at = |offset: i64| {
                     let away = Duration::from_secs(offset.unsigned_abs());
                     if offset < 0 { now - away } else { now + away }
                 };
-                vec![keys.certify(&csr, at(from), at(until), None)?, below, root]
+                vec![keys.certify(&csr, at(from), at(until), decided)?, below, root]
             }
             Answer::Garbage => vec!["garbage".to_owned(), "more of it".to_owned()],
         };
@@ -342,6 +393,24 @@ fn asked(request: &Request<IstioCertificateRequest>) -> Asked {
         impersonated,
         validity: message.validity_duration,
         csr: message.csr.clone(),
+    }
+}
+
+/// Whose certificate a caller gets; none if the signing request decides.
+fn identity(callers: &BTreeMap<String, Caller>, asked: &Asked) -> Result<Option<String>, Status> {
+    if callers.is_empty() {
+        return Ok(None);
+    }
+    let token = asked.authorization.as_deref().and_then(|header| header.strip_prefix("Bearer "));
+    let caller = token.and_then(|token| callers.get(token));
+    let Some(caller) = caller else { return Err(Status::unauthenticated("the token is nobody's")) };
+    match &asked.impersonated {
+        None => Ok(Some(caller.identity.clone())),
+        Some(other) if caller.impersonates.contains(other) => Ok(Some(other.clone())),
+        Some(other) => {
+            let message = format!("{} may not ask in the name of {other}", caller.identity);
+            Err(Status::permission_denied(message))
+        }
     }
 }
 

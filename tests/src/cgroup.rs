@@ -3,11 +3,10 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 
 /// A directory of the version 2 hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +63,7 @@ impl Cgroup {
         }
         // cgroup.kill is there from Linux 5.14.
         let _ignored = fs::write(self.path.join("cgroup.kill"), "1");
-        eventually(Duration::from_secs(5), || {
+        eventually(PATIENCE, || {
             remove_tree(&self.path).with_context(|| format!("cannot remove {}", self.path.display()))
         })
     }

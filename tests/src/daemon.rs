@@ -1,21 +1,25 @@
 //! The daemon of one node, as a process of its own.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::binaries;
+use crate::image::{PROGRAMS, assemble, contained};
+use crate::netns::Netns;
 use crate::place::Place;
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::{Log, Process, sh};
 
-/// How long an old daemon may take for its open connections.
-pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long an old daemon may take for its open connections: longer than what is done meanwhile takes.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 const METRICS_PORT: u16 = 15020;
 const READINESS_PORT: u16 = 15021;
 /// The port of the loopback where operators ask.
@@ -53,6 +57,8 @@ pub struct Chart {
     pub root: PathBuf,
     /// The variables.
     pub environment: Vec<(String, String)>,
+    /// An image's root that it runs in, if not the machine's.
+    pub image: Option<PathBuf>,
 }
 
 /// A running daemon. Killed when dropped: what it leaves in the kernel stays.
@@ -89,20 +95,43 @@ impl Setting {
 
     /// Starts a daemon without waiting for anything.
     pub fn start(&self) -> Result<Daemon> {
-        let mut command = self.place.command(binaries::daemon()?)?;
-        match &self.chart {
+        let daemon = binaries::daemon()?;
+        let command = match &self.chart {
             None => {
+                let mut command = self.place.command(daemon)?;
                 command.args(self.arguments());
+                command
             }
             Some(chart) => {
+                let mut command = match &chart.image {
+                    None => self.place.command(daemon)?,
+                    Some(image) => self.in_image(image, &chart.root, &daemon)?,
+                };
                 command.args(["proxy", "ztunnel"]).current_dir(&chart.root);
                 command.envs(chart.environment.iter().map(|(name, value)| (name, value)));
+                command
             }
-        }
+        };
         // One file for all daemons of a node: who reads it reads the node's history.
         let mark = self.log().mark();
         let process = self.place.start(&format!("daemon-{}", self.node), command)?;
         Ok(Daemon { process, mark, started: Instant::now() })
+    }
+
+    fn in_image(&self, image: &Path, root: &Path, daemon: &Path) -> Result<Command> {
+        let setpriv = Path::new("/usr/bin/setpriv");
+        assemble(image, &[daemon, setpriv])?;
+        let agent = self.chart_variable("INPOD_UDS").context("no INPOD_UDS")?;
+        let sockets = Path::new(agent).parent().context("INPOD_UDS has no directory")?;
+        let words = contained(image, &root.join("var/run/secrets"), &[sockets, &self.meeting]);
+        let mut command = self.place.command(&words[0])?;
+        command.args(&words[1..]).arg(Path::new("/").join(PROGRAMS).join("ztunnel"));
+        Ok(command)
+    }
+
+    fn chart_variable(&self, name: &str) -> Option<&str> {
+        let environment = &self.chart.as_ref()?.environment;
+        Some(&environment.iter().find(|(variable, _)| variable == name)?.1)
     }
 
     /// Starts a daemon and waits until it says that it is ready.
@@ -132,7 +161,7 @@ impl Setting {
         self.place.netns.enter(|| {
             let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, ADMIN_PORT))
                 .with_context(|| format!("the admin port of {} does not answer", self.node))?;
-            stream.set_read_timeout(Some(DRAIN_DEADLINE + Duration::from_secs(10)))?;
+            stream.set_read_timeout(Some(DRAIN_DEADLINE + PATIENCE))?;
             // Version 1.0: the answer comes in one piece, to the end of the connection.
             write!(stream, "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")?;
             let mut answer = Vec::new();
@@ -149,7 +178,7 @@ impl Setting {
         self.place.netns.enter(|| {
             let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
                 .with_context(|| format!("port {port} of {} does not answer", self.node))?;
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
             write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
@@ -168,7 +197,7 @@ impl Setting {
         command.arg("--run-dir").arg(&self.meeting).arg("--kubepods-cgroup").arg(&self.kubepods);
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         let child = crate::process::spawn(command)?;
-        let output = crate::process::finish(child, Duration::from_secs(20))?;
+        let output = crate::process::finish(child, PATIENCE)?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             bail!("uninstall: {}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
@@ -180,17 +209,21 @@ impl Setting {
 impl Daemon {
     /// Waits until it says that it is ready; returns how long that was after its start.
     pub fn wait_ready(&mut self) -> Result<Duration> {
-        eventually(START_LIMIT, || {
-            let printed = self.process.log().since(self.mark);
-            if printed.lines().any(says_ready) {
-                return Ok(Ok(self.started.elapsed()));
-            }
+        eventually(PATIENCE, || match self.is_ready() {
+            Ok(true) => Ok(Ok(self.started.elapsed())),
+            Ok(false) => bail!("not ready; it said: {}", self.process.log().tail(5)),
             // A daemon that has ended will not become ready: the inner error ends the waiting.
-            match self.process.must_run() {
-                Ok(()) => bail!("not ready; it said: {}", self.process.log().tail(5)),
-                Err(ended) => Ok(Err(ended)),
-            }
+            Err(ended) => Ok(Err(ended)),
         })?
+    }
+
+    /// Whether it has said that it is ready. That it has ended before is an error.
+    pub fn is_ready(&mut self) -> Result<bool> {
+        let ended = self.process.must_run();
+        if self.process.log().since(self.mark).lines().any(says_ready) {
+            return Ok(true);
+        }
+        ended.map(|()| false)
     }
 
     /// Its process.
@@ -211,7 +244,7 @@ impl Daemon {
 
     /// Waits for it to exit by itself.
     pub fn ended(&mut self) -> Result<()> {
-        let status = self.process.wait(DRAIN_DEADLINE + Duration::from_secs(10))?;
+        let status = self.process.wait(DRAIN_DEADLINE + PATIENCE)?;
         if !status.success() {
             bail!("the daemon ended with {status}: {}", self.process.log().tail(5));
         }
@@ -231,16 +264,38 @@ impl Daemon {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.process.pid()))?.count())
     }
 
-    /// How many descriptors it has of anything but sockets: how many tunnels there are depends on which of its threads
-    /// connections came to.
+    /// How many descriptors it has of network namespaces and of files: what comes with messages. How many it has of
+    /// anything else depends on which of its threads connections came to.
     pub fn files(&self) -> Result<usize> {
-        let mut files = 0;
+        let is_file = |target: &&String| target.starts_with("net:") || target.starts_with('/');
+        Ok(self.open()?.iter().filter(is_file).count())
+    }
+
+    /// What it holds of a network namespace: the namespace itself, and TCP sockets in it.
+    pub fn held_of(&self, netns: &Netns) -> Result<Vec<String>> {
+        let namespace = format!("net:[{}]", std::fs::metadata(netns.path())?.ino());
+        let sockets = netns.enter(|| {
+            let mut sockets = BTreeSet::new();
+            for table in ["tcp", "tcp6"] {
+                let text = std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+                let inodes = text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(9));
+                sockets.extend(inodes.map(|inode| format!("socket:[{inode}]")));
+            }
+            Ok(sockets)
+        })?;
+        let open = self.open()?.into_iter();
+        Ok(open.filter(|target| *target == namespace || sockets.contains(target)).collect())
+    }
+
+    /// What its descriptors lead to.
+    fn open(&self) -> Result<Vec<String>> {
+        let mut targets = Vec::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fd", self.process.pid()))? {
             // One that has just been closed is gone from the directory, too.
             let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
-            files += usize::from(!target.to_string_lossy().starts_with("socket:"));
+            targets.push(target.to_string_lossy().into_owned());
         }
-        Ok(files)
+        Ok(targets)
     }
 }
 

@@ -8,13 +8,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use aya::maps::{MapInfo, loaded_maps};
 use aya::programs::{loaded_links, loaded_programs};
 
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::sh;
 use crate::run::DIRECTORY;
 use crate::{cgroup, netns};
@@ -106,18 +105,20 @@ impl Machine {
         Ok(Self(things))
     }
 
-    /// Waits, a few seconds at most, until nothing is left of the run: the kernel frees programs and namespaces in
-    /// its own time.
+    /// Waits until nothing is left of the run: the kernel frees programs and namespaces in its own time.
     pub fn nothing_left(&self, prefix: &str, maps: &BpfMaps) -> Result<Nothing> {
-        eventually(Duration::from_secs(8), || {
-            let now = Self::look()?;
-            let changed: Vec<_> = now.0.symmetric_difference(&self.0).collect();
-            ensure!(changed.is_empty(), "changed on the host: {changed:?}");
-            let mut left = named(prefix)?;
-            left.extend(maps.loaded());
-            ensure!(left.is_empty(), "left behind: {left:?}");
-            Ok(Nothing { prefix: prefix.to_owned(), maps: maps.0.len(), same: now.0.len() })
-        })
+        eventually(PATIENCE, || self.differs(prefix, maps))
+    }
+
+    /// Looks once, and says what is left.
+    pub fn differs(&self, prefix: &str, maps: &BpfMaps) -> Result<Nothing> {
+        let now = Self::look()?;
+        let changed: Vec<_> = now.0.symmetric_difference(&self.0).collect();
+        ensure!(changed.is_empty(), "changed on the host: {changed:?}");
+        let mut left = named(prefix)?;
+        left.extend(maps.loaded());
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        Ok(Nothing { prefix: prefix.to_owned(), maps: maps.0.len(), same: now.0.len() })
     }
 }
 

@@ -11,6 +11,7 @@
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
 //! * [`ca`], [`control_plane`], [`istiod`]: a certificate authority and a control plane that speak istiod's protocols;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
+//! * [`image`]: what a container image of the daemon holds, and a daemon in it;
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
 //! * [`syscalls`]: what a daemon asked of the kernel for it;
@@ -24,6 +25,7 @@ pub mod ca;
 pub mod cgroup;
 pub mod control_plane;
 pub mod daemon;
+pub mod image;
 pub mod istiod;
 pub mod leftovers;
 pub mod mesh;

@@ -222,7 +222,7 @@ fn tcp(from: IpAddr, to: IpAddr, tcp: &[u8]) -> Option<Segment> {
     })
 }
 
-fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+pub(crate) fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|window| window == needle)
 }
 

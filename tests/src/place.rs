@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
@@ -14,6 +13,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
+use crate::poll::PATIENCE;
 use crate::process::{self, Log, Process};
 
 /// A network namespace and a control group; programs are started in both.
@@ -68,7 +68,7 @@ impl Place {
         let mut command = self.command(program)?;
         command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = spawn(command, program)?;
-        process::finish(child, Duration::from_secs(60))
+        process::finish(child, 2 * PATIENCE)
     }
 
     /// Starts a program that keeps running; what it prints goes to `<logs>/<name>.log`.

@@ -5,6 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
+/// How long to wait for what must come: what takes longer never comes. Far more than any of it takes, as it costs time
+/// only where something fails, and a machine may be slow. How long something took is no test's business.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Tries until `attempt` succeeds or `limit` has passed; the last failure is the error.
 pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let start = Instant::now();

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 
 /// Runs a program of the machine to its end and returns its output; a bad exit status is an error with
 /// everything it said.
@@ -136,7 +136,7 @@ impl Process {
     /// Kills it at once and waits for the kernel to have done so.
     pub fn kill_9(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL);
-        let status = self.wait(Duration::from_secs(5))?;
+        let status = self.wait(PATIENCE)?;
         if status.signal() != Some(Signal::SIGKILL as i32) {
             bail!("process {} had ended by itself before it was killed: {status}", self.pid());
         }

@@ -5,15 +5,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::{self, Log, Process};
-
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// Counting, until it is finished or dropped.
 #[derive(Debug)]
@@ -37,7 +34,7 @@ impl Counting {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&words)?);
         let child = process::spawn(command).context("cannot start strace: see `cargo xtask setup`")?;
         let mut strace = Process::new(child, Log::at(words));
-        eventually(LIMIT, || {
+        eventually(PATIENCE, || {
             strace.must_run()?;
             for tid in &tids {
                 let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
@@ -53,7 +50,7 @@ impl Counting {
     pub fn finish(mut self) -> Result<Calls> {
         self.strace.signal(Signal::SIGINT);
         // It ends as who is interrupted does: its status says nothing.
-        self.strace.wait(LIMIT)?;
+        self.strace.wait(PATIENCE)?;
         let text = fs::read_to_string(&self.output).context("strace has written nothing")?;
         let calls = Calls::parse(&text);
         ensure!(calls.total() > 0, "strace has counted nothing: {}; {text}", self.strace.log().tail(3));

@@ -4,14 +4,14 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world;
 use serde::Deserialize;
+use ztunnel_tests::binaries;
 use ztunnel_tests::daemon::ADMIN_PORT;
 use ztunnel_tests::peer::hold::Held;
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::world::{HTTP, LINES, On, World, curl, http};
 
 /// The document as `istioctl ztunnel-config` reads it. A field without a default is one it prints.
@@ -155,9 +155,13 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         let lines = SocketAddr::from((world.server.v4, LINES));
         let mut held = Held::open(&world.client.place, lines)?;
         let mut plain = Held::open(&world.outsider.place, lines)?;
-        let (a, b) = eventually(Duration::from_secs(5), || {
+        let (a, b) = eventually(PATIENCE, || {
             let (a, b) = (dump(world, On::A)?, dump(world, On::B)?);
             ensure!(a.policies.iter().any(|policy| policy.name.contains("no-other")), "no policy yet");
+            // Connections made before these may not have ended yet.
+            let (client, server) = (&a.pod("client")?.connections, &b.pod("server")?.connections);
+            ensure!(client.outbound.len() == 1, "the client has others: {client:?}");
+            ensure!(server.inbound.len() == 2, "the server has others: {server:?}");
             Ok((a, b))
         })?;
         held.say()?;
@@ -219,7 +223,7 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         ensure!(a.config.get("node") == Some(&world.a.name), "{:?}", a.config);
         ensure!(a.config_origins["node"] == "command line", "{:?}", a.config_origins);
         drop(held);
-        eventually(Duration::from_secs(5), || {
+        eventually(PATIENCE, || {
             let left = dump(world, On::A)?.pod("client")?.connections.outbound.len();
             ensure!(left == 0, "{left} connections are still listed");
             Ok(())
@@ -235,6 +239,56 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
 }
 
 #[test]
+fn the_command_line_shows_what_a_daemon_knows() {
+    in_world("ztunnel show", |world| {
+        let daemon = binaries::daemon()?;
+        let daemon = daemon.to_str().context("the daemon's path is no text")?;
+        let said = |arguments: &[&str]| -> Result<String> {
+            let output = world.a.place.run(daemon, arguments)?;
+            let (said, wrong) =
+                (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr).into_owned());
+            ensure!(output.status.success(), "ztunnel {arguments:?}: {}: {wrong}", output.status);
+            Ok(said)
+        };
+        let row = |table: &str, words: &[&str]| -> Result<()> {
+            let is = |line: &str| line.split_whitespace().eq(words.iter().copied());
+            ensure!(table.lines().any(is), "no row {words:?} in\n{table}");
+            Ok(())
+        };
+        let mut held = Held::open(&world.client.place, SocketAddr::from((world.server.v4, LINES)))?;
+        held.say()?;
+        let workloads = said(&["show", "workload", "server"])?;
+        row(&workloads, &["NAMESPACE", "POD", "NAME", "ADDRESS", "NODE", "WAYPOINT", "PROTOCOL"])?;
+        let addresses = world.server.addresses().map(|address| address.to_string()).join(",");
+        row(&workloads, &["demo", "server", &addresses, &world.b.name, "None", "HBONE"])?;
+        let connections = said(&["show", "connections", "client"])?;
+        let target = format!("server.demo:{LINES}");
+        let open = connections.lines().find(|line| line.starts_with("client.demo ")).context("no row")?;
+        let words: Vec<_> = open.split_whitespace().collect();
+        ensure!(words[1] == "Outbound" && words[2].starts_with("client.demo:"), "{open}");
+        ensure!(words[3..] == ["server.demo:15008", &target, "HBONE"], "{open}");
+        let certificates = said(&["show", "certificates", "sa/client"])?;
+        ensure!(certificates.contains("Leaf") && certificates.contains("Root"), "{certificates}");
+        ensure!(!certificates.contains("false"), "not valid:\n{certificates}");
+
+        // JSON is for programs; a saved dump is as good as a daemon.
+        let all: serde_json::Value = serde_json::from_str(&said(&["show", "-o", "json"])?)?;
+        ensure!(all["workloads"].as_array().is_some_and(|workloads| workloads.len() >= 4), "{all}");
+        let saved = world.run.path("dump.json");
+        std::fs::write(&saved, all.to_string())?;
+        let saved = saved.to_str().context("no text")?;
+        ensure!(said(&["show", "workload", "server", "--file", saved])? == workloads, "another table");
+
+        ensure!(said(&["log", "access:debug"])?.contains("access=debug"), "not set");
+        ensure!(!said(&["log", "--reset"])?.contains("debug"), "not reset");
+        let nobody = world.a.place.run(daemon, &["show", "--admin", "127.0.0.1:9"])?;
+        let wrong = String::from_utf8(nobody.stderr)?;
+        ensure!(!nobody.status.success() && wrong.contains("no daemon answers at 127.0.0.1:9"), "{wrong}");
+        Ok(open.trim().to_owned())
+    });
+}
+
+#[test]
 fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
     in_world("the admin port", |world| {
         let log = world.setting(On::A).log();
@@ -246,7 +300,7 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         ensure!(post(world, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
         // A connection is told of when it has ended, which may be a moment after its client has.
         let over = |world: &World| {
-            eventually(Duration::from_secs(5), || {
+            eventually(PATIENCE, || {
                 let metrics = world.setting(On::A).metrics()?;
                 ensure!(metrics.contains("ztunnel_connections_open 0\n"), "connections are open");
                 Ok(())
@@ -259,9 +313,7 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         // What is logged after it comes behind it.
         post(world, "/logging?level=info&reset", 200)?;
         http(&client, server, "")?;
-        log.wait_line(mark, Duration::from_secs(5), "an access log line", |line| {
-            line.contains("\taccess\t")
-        })?;
+        log.wait_line(mark, PATIENCE, "an access log line", |line| line.contains("\taccess\t"))?;
         let lines = log.since(mark).lines().filter(|line| line.contains("\taccess\t")).count();
         ensure!(lines == 1, "{lines} lines of two connections, one of which was not to be logged");
         ensure!(post(world, "/logging?level=access:loud", 400)?.contains("usage"), "no help");
@@ -270,6 +322,20 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
             world.setting(On::A).ask("GET", "/debug/pprof/profile?seconds=1&frequency=1000")?;
         // The first field of every profile: what is counted.
         ensure!(status == 200 && profile.starts_with(&[0x32, 0x00]), "{status} {:?}", profile.get(..8));
+        let heap = |path: &str| world.setting(On::A).ask("GET", &format!("/debug/pprof/heap{path}"));
+        let (status, refused) = heap("")?;
+        let refused = String::from_utf8(refused)?;
+        ensure!(status == 500 && refused.contains("heap profiling is not active"), "{status} {refused}");
+        for active in [true, false] {
+            let (status, said) = heap(&format!("/profiling?activate={active}"))?;
+            let wanted = format!("heap profiling active: {active}\n");
+            ensure!(status == 200 && said == wanted.as_bytes(), "{status} {said:?}");
+            http(&client, server, "")?;
+            let (status, profile) = heap("")?;
+            ensure!(status == if active { 200 } else { 500 }, "{status} after activate={active}");
+            // What the format is compressed by.
+            ensure!(profile.starts_with(&[0x1f, 0x8b]) == active, "{:?}", profile.get(..8));
+        }
         for (method, path, wanted) in [("GET", "/logging", 405), ("GET", "/nothing", 404), ("GET", "/", 200)]
         {
             let (status, _) = world.setting(On::A).ask(method, path)?;

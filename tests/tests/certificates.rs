@@ -3,16 +3,14 @@
 mod common;
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world_that;
 use ztunnel_tests::ca::{Answer, Authority, Keys};
 use ztunnel_tests::peer::hold::Held;
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::world::{On, World, http, lines_at};
 
-const SETTLE: Duration = Duration::from_secs(10);
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 const SERVER: &str = "spiffe://cluster.local/ns/demo/sa/server";
 /// The first node's address on the link, and istiod's port.
@@ -56,7 +54,8 @@ fn pods_talk_with_certificates_of_an_authority_like_istiod() {
             let log = world.setting(On::B).log();
             let mark = log.mark();
             http(&world.client.place, world.server.v4.into(), "")?;
-            let line = log.wait_line(mark, SETTLE, "the client's identity", |line| line.contains(CLIENT))?;
+            let line =
+                log.wait_line(mark, PATIENCE, "the client's identity", |line| line.contains(CLIENT))?;
             ensure!(line.contains(SERVER), "{line}");
             // It is away and says nothing at all: what is open and what is new goes on.
             authority.answer(Answer::Hang);
@@ -92,27 +91,30 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
             let mut other = Held::open(&world.other.place, to)?;
             let mark = log.mark();
             std::fs::write(world.run.path("ca-crl.pem"), authority.revoking(&[CLIENT]))?;
-            eventually(SETTLE, || match revoked.say() {
+            eventually(PATIENCE, || match revoked.say() {
                 Ok(_) => bail!("still answered"),
                 Err(_) => Ok(()),
             })?;
-            let line = log.wait_line(mark, SETTLE, "the reason", |line| {
+            let line = log.wait_line(mark, PATIENCE, "the reason", |line| {
                 line.contains("connection complete") && line.contains("certificate of the peer was revoked")
             })?;
             other.say().context("nobody has revoked it")?;
-            let metrics = world.setting(On::B).metrics()?;
             let counted = |metrics: &str, name: &str| {
                 let mut lines = metrics.lines().filter(|line| line.starts_with(name));
                 lines.any(|line| line.contains("destination") && !line.ends_with(" 0"))
             };
-            ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
-            ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
+            eventually(PATIENCE, || {
+                let metrics = world.setting(On::B).metrics()?;
+                ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
+                ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
+                Ok(())
+            })?;
             // The client's own node has noticed as well, and has another certificate.
-            eventually(SETTLE, || http(&world.client.place, world.server.v4.into(), ""))?;
+            eventually(PATIENCE, || http(&world.client.place, world.server.v4.into(), ""))?;
             // A torn file: what was revoked stays so, and peers go on.
             let mark = log.mark();
             std::fs::write(world.run.path("ca-crl.pem"), "torn")?;
-            log.wait_line(mark, SETTLE, "the last good", |line| {
+            log.wait_line(mark, PATIENCE, "the last good", |line| {
                 line.contains("the last good lists stay in force")
             })?;
             other.say().context("under the last good list")?;

@@ -13,7 +13,7 @@ use common::in_world;
 use http::{Method, StatusCode};
 use tokio::net::TcpStream;
 use ztunnel_tests::mesh::{Enrolment, PLAIN};
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{HTTP, On, World, http, http_refused};
 
@@ -180,7 +180,7 @@ fn a_server_with_another_identity_is_not_spoken_to() {
             let served = Arc::new(AtomicUsize::new(0));
             let server = impostor(&pod.place.netns, own, Arc::clone(&served))?;
             // The impostor refuses every stream, so no request succeeds; the question is whether one is made.
-            let refusal = eventually(std::time::Duration::from_secs(5), || {
+            let refusal = eventually(PATIENCE, || {
                 let refusal = http_refused(&world.client.place, pod.v4.into())?;
                 ensure!(!trusted || served.load(Ordering::SeqCst) > 0, "no request arrived: {refusal}");
                 Ok(refusal)

@@ -3,29 +3,29 @@
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use common::certificates::{Signed, Signer};
+use common::envoy::{
+    Side, address, cluster, connect_route, connection_manager, everywhere, extension, http2, router, start,
+    tls_socket,
+};
 use common::in_world;
 use serde_json::{Value, json};
-use ztunnel_tests::binaries;
 use ztunnel_tests::mesh::PLAIN;
-use ztunnel_tests::poll::eventually;
-use ztunnel_tests::process::Process;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::HBONE_PORT;
 use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
 
 const ENTRANCE: u16 = 10000;
-const SETTLE: Duration = Duration::from_secs(10);
 
 #[test]
 fn envoy_as_client_reaches_a_pod_of_the_mesh() {
     in_world("Envoy as client", |world| {
         let (pod, server) = (world.outsider.clone(), world.server.clone());
         world.mesh.peer_authentication("STRICT")?;
-        eventually(SETTLE, || http_refused(&pod.place, server.v4.into()))?;
+        eventually(PATIENCE, || http_refused(&pod.place, server.v4.into()))?;
         let mut evidence = Vec::new();
         for address in server.addresses() {
             let mesh = signer(world)?;
@@ -33,7 +33,7 @@ fn envoy_as_client_reaches_a_pod_of_the_mesh() {
             let config = client(&files(world, &pod, &own, &mesh)?, address, &identity("demo", "server"));
             let mut envoy = start(world, &pod, &config)?;
             let entrance = format!("http://127.0.0.1:{ENTRANCE}/");
-            let answer = eventually(SETTLE, || curl(&pod.place, &[&entrance]))
+            let answer = eventually(PATIENCE, || curl(&pod.place, &[&entrance]))
                 .with_context(|| format!("through Envoy to {address}: {}", envoy.log().tail(5)))?;
             ensure!(answer.body.starts_with("pod=server"), "{}", answer.body);
             // Several at once share the tunnel.
@@ -62,7 +62,7 @@ fn a_pod_of_the_mesh_reaches_envoy_as_server() {
         world.mesh.write("pod-outside", &native)?;
         let mut evidence = Vec::new();
         for address in pod.addresses() {
-            let answer = eventually(SETTLE, || {
+            let answer = eventually(PATIENCE, || {
                 let answer = http(&world.client.place, address, "")?;
                 // Envoy delivers from its own address: any other is a connection that went past it.
                 ensure!(answer.body.contains("client=127.0.0.1"), "not through the tunnel: {}", answer.body);
@@ -94,7 +94,7 @@ fn envoy_understands_itself() -> Result<()> {
         let own = root.sign(&[&client_id])?;
         let mut dialled =
             start(&world, &from, &client(&files(&world, &from, &own, &root)?, address, &server_id))?;
-        let answer = eventually(SETTLE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
+        let answer = eventually(PATIENCE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
             .with_context(|| format!("{}; {}", served.log().tail(5), dialled.log().tail(5)))?;
         ensure!(answer.body.starts_with("pod=outside client=127.0.0.1"), "{}", answer.body);
         dialled.kill_9()?;
@@ -130,25 +130,6 @@ fn files(world: &World, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files>
     })
 }
 
-fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
-    std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
-    let mut command = pod.place.command(binaries::envoy()?)?;
-    command.arg("-c").arg(&path).args([
-        "--use-dynamic-base-id",
-        "--concurrency",
-        "1",
-        "--log-level",
-        "warning",
-    ]);
-    pod.place.start(&format!("envoy-{}", pod.name), command)
-}
-
-fn extension(name: &str, kind: &str, mut config: Value) -> Value {
-    config["@type"] = json!(format!("type.googleapis.com/{kind}"));
-    json!({ "name": name, "typed_config": config })
-}
-
 fn tls(files: &Files, expect: &str) -> Value {
     json!({
         "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
@@ -164,37 +145,12 @@ fn tls(files: &Files, expect: &str) -> Value {
     })
 }
 
-fn address(ip: IpAddr, port: u16) -> Value {
-    json!({ "socket_address": { "address": ip.to_string(), "port_value": port } })
-}
-
-fn cluster(name: &str, at: Value) -> Value {
-    json!({
-        "name": name,
-        "connect_timeout": "5s",
-        "load_assignment": {
-            "cluster_name": name,
-            "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": at } }] }],
-        },
-    })
-}
-
 /// Takes plain TCP on the entrance's port, and carries it to nginx behind `to`'s tunnel port.
 fn client(files: &Files, to: IpAddr, expect: &str) -> Value {
     let target = std::net::SocketAddr::new(to, HTTP).to_string();
     let mut tunnel = cluster("tunnel", address(to, HBONE_PORT));
-    let context = json!({ "common_tls_context": tls(files, expect) });
-    tunnel["transport_socket"] = extension(
-        "envoy.transport_sockets.tls",
-        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-        context,
-    );
-    tunnel["typed_extension_protocol_options"] = json!({
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": { "http2_protocol_options": {} },
-        },
-    });
+    tunnel["transport_socket"] = tls_socket(Side::Client, tls(files, expect));
+    tunnel["typed_extension_protocol_options"] = http2(json!({}));
     let proxy = extension(
         "tcp",
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
@@ -212,40 +168,19 @@ fn client(files: &Files, to: IpAddr, expect: &str) -> Value {
 
 /// Takes tunnels, and delivers what is in them to nginx in its own pod.
 fn server(files: &Files, expect: &str) -> Value {
-    let router =
-        extension("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router", json!({}));
-    let connect = json!([{ "upgrade_type": "CONNECT", "connect_config": {} }]);
-    let manager = extension(
-        "envoy.filters.network.http_connection_manager",
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        json!({
-            "stat_prefix": "tunnels",
-            "codec_type": "HTTP2",
-            "http2_protocol_options": { "allow_connect": true },
-            "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
-            "http_filters": [router],
-            "route_config": { "name": "tunnels", "virtual_hosts": [{
-                "name": "all",
-                "domains": ["*"],
-                "routes": [{
-                    "match": { "connect_matcher": {} },
-                    "route": { "cluster": "nginx", "upgrade_configs": connect },
-                }],
-            }] },
-        }),
-    );
-    let context = json!({ "require_client_certificate": true, "common_tls_context": tls(files, expect) });
-    let socket = extension(
-        "envoy.transport_sockets.tls",
-        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-        context,
-    );
-    let mut at = address(std::net::Ipv6Addr::UNSPECIFIED.into(), HBONE_PORT);
-    at["socket_address"]["ipv4_compat"] = json!(true);
+    let manager = connection_manager(json!({
+        "stat_prefix": "tunnels",
+        "codec_type": "HTTP2",
+        "http2_protocol_options": { "allow_connect": true },
+        "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
+        "http_filters": [router()],
+        "route_config": connect_route("nginx", json!([])),
+    }));
+    let socket = tls_socket(Side::Server, tls(files, expect));
     json!({ "static_resources": {
         "listeners": [{
             "name": "tunnels",
-            "address": at,
+            "address": everywhere(HBONE_PORT),
             "filter_chains": [{ "filters": [manager], "transport_socket": socket }],
         }],
         "clusters": [cluster("nginx", address(Ipv4Addr::LOCALHOST.into(), HTTP))],

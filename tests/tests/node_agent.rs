@@ -5,14 +5,15 @@ mod common;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ztunnel_tests::agent::{self, Listener, NodeAgent};
+use ztunnel_tests::mesh::{Enrolment, MESHED};
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
-use ztunnel_tests::poll::{eventually, throughout};
-use ztunnel_tests::redirect::{Backend, PROBES};
+use ztunnel_tests::poll::{PATIENCE, eventually, throughout};
+use ztunnel_tests::redirect::{self, Backend, PROBES};
 use ztunnel_tests::stories::outage::nothing_in_clear;
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
@@ -74,7 +75,7 @@ fn outside(world: &World) -> Result<()> {
 fn strict(world: &World) -> Result<()> {
     let server = &world.server;
     world.mesh.peer_authentication("STRICT")?;
-    eventually(Duration::from_secs(5), || http_refused(&world.outsider.place, server.v4.into()))?;
+    eventually(PATIENCE, || http_refused(&world.outsider.place, server.v4.into()))?;
     for (address, probe) in server.addresses().into_iter().zip(PROBES) {
         let answer = http(&world.b.place, address, "").with_context(|| format!("probe of {address}"))?;
         ensure!(answer.body.contains(&format!("client={probe}")), "{}", answer.body);
@@ -125,16 +126,15 @@ fn restarts_under_load_fail_no_attempt() {
     const ROUNDS: usize = 8;
     in_redirected("restarts", &BOTH, Backend::IptablesNft, |world| {
         let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
-        let load = Load::start(&world.client.place, 500, &targets)?;
-        std::thread::sleep(Duration::from_millis(500));
+        let mut load = Load::start(&world.client.place, 500, &targets)?;
+        load.goes_on(100)?;
         for round in 0..ROUNDS {
             let ready = world.restart_daemon(BOTH[round % 2], round / 2 % 2 == 1);
             ready.with_context(|| format!("restart {round}"))?;
+            load.goes_on(100)?;
         }
-        std::thread::sleep(Duration::from_millis(500));
         let outcome = load.finish()?;
         ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
-        ensure!(outcome.rate() >= 400.0, "too little to show anything: {}", outcome.evidence());
         Ok(format!("{ROUNDS} restarts: {}", outcome.evidence()))
     });
 }
@@ -143,8 +143,8 @@ fn restarts_under_load_fail_no_attempt() {
 fn beside_a_daemon_that_hands_nothing_over_the_ports_are_shared() {
     in_redirected("rolling update", &[On::B], Backend::IptablesNft, |world| {
         let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));
-        let load = Load::start(&world.outsider.place, 300, &targets)?;
-        std::thread::sleep(Duration::from_millis(500));
+        let mut load = Load::start(&world.outsider.place, 300, &targets)?;
+        load.goes_on(100)?;
         for round in 0..4 {
             // Where it looks for the one before it there is nobody.
             let mut setting = world.setting(On::B).clone();
@@ -152,12 +152,10 @@ fn beside_a_daemon_that_hands_nothing_over_the_ports_are_shared() {
             let next = setting.start_ready()?;
             let first = world.replace_daemon(On::B, next).context("no first daemon")?;
             first.stop().context("the first daemon, after SIGTERM")?;
+            load.goes_on(100)?;
         }
         let outcome = load.finish()?;
-        let failed: u64 = outcome.failed.values().sum();
-        // What is between SYN and ACK when a listener closes is reset: some microseconds' worth each time.
-        ensure!(failed <= 4, "{}", outcome.evidence());
-        ensure!(outcome.rate() >= 200.0, "too little to show anything: {}", outcome.evidence());
+        ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
         Ok(format!("4 replacements: {}", outcome.evidence()))
     });
 }
@@ -191,7 +189,7 @@ fn an_agent_that_restarts_changes_nothing_for_its_pods() {
         let mut held = Held::open(&client.place, lines_at(server.v4))?;
         let path = world.agent(On::B)?.path().to_owned();
         world.replace_agent(On::B, None);
-        eventually(Duration::from_secs(5), || {
+        eventually(PATIENCE, || {
             let answer = world.setting(On::B).readiness();
             let error = answer.err().context("it is ready without its agent")?;
             ensure!(format!("{error:#}").contains("workload proxy manager"), "{error:#}");
@@ -200,7 +198,7 @@ fn an_agent_that_restarts_changes_nothing_for_its_pods() {
         held.say().context("without the agent")?;
         http(&client.place, server.v4.into(), "").context("without the agent")?;
         world.replace_agent(On::B, Some(NodeAgent::start(path, &[&server])?));
-        eventually(Duration::from_secs(20), || world.setting(On::B).readiness())?;
+        eventually(PATIENCE, || world.setting(On::B).readiness())?;
         held.say().context("with the agent back")?;
         http(&client.place, server.v4.into(), "").context("with the agent back")?;
         Ok("open and new connections went on".to_owned())
@@ -212,27 +210,46 @@ fn a_deleted_pod_is_let_go_wholly() {
     in_redirected("deletion", &BOTH, Backend::IptablesNft, |world| {
         let (client, server) = (world.client.clone(), world.server.clone());
         http(&client.place, server.v4.into(), "")?;
-        let count = |world: &mut World| world.daemon(On::B)?.descriptors();
-        let mut before = None;
+        let mut held_before = 0;
         for _ in 0..3 {
             let mut held = Held::open(&client.place, lines_at(server.v4))?;
+            held_before = world.daemon(On::B)?.held_of(&server.place.netns)?.len();
+            ensure!(held_before > 3, "namespace, listeners and connection are {held_before} descriptors");
             world.agent(On::B)?.del(&server)?;
-            eventually(Duration::from_secs(5), || {
+            eventually(PATIENCE, || {
                 ensure!(held.say().is_err(), "the connection of the deleted pod goes on");
                 Ok(())
             })?;
-            eventually(Duration::from_secs(5), || http_refused(&client.place, server.v4.into()))?;
-            // Tunnels that are to spare are closed within some seconds.
-            let after = eventually(Duration::from_secs(15), || {
-                let now = count(world)?;
-                ensure!(before.is_none_or(|before| now <= before), "{now} descriptors, before {before:?}");
-                Ok(now)
+            eventually(PATIENCE, || http_refused(&client.place, server.v4.into()))?;
+            eventually(PATIENCE, || {
+                let left = world.daemon(On::B)?.held_of(&server.place.netns)?;
+                ensure!(left.is_empty(), "still held: {left:?}");
+                Ok(())
             })?;
-            before.get_or_insert(after);
             world.agent(On::B)?.add(&server)?;
             http(&client.place, server.v4.into(), "").context("added again: at once")?;
         }
-        Ok(format!("{before:?} descriptors after each deletion"))
+        // Whatever else is held of a pod's namespace keeps that alive, and so the device in it and its other end.
+        let pod = world.b.add_pod(&world.run, "brief")?;
+        redirect::pod(&pod, Backend::IptablesNft)?;
+        world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
+        world.agent(On::B)?.add(&pod)?;
+        for to in [&server, &world.near] {
+            eventually(PATIENCE, || http(&pod.place, to.v4.into(), ""))?;
+        }
+        let devices = || world.b.place.netns.ip(&["-o", "link", "show"]);
+        let device = format!("pod{}@", pod.v4.octets()[3]);
+        ensure!(devices()?.contains(&device), "no {device} on the node");
+        world.agent(On::B)?.del(&pod)?;
+        world.mesh.remove("pod-brief")?;
+        pod.place.netns.remove()?;
+        eventually(PATIENCE, || {
+            ensure!(!devices()?.contains(&device), "{device} is still there: something holds the namespace");
+            Ok(())
+        })?;
+        Ok(format!(
+            "of {held_before} descriptors none is left after a deletion, nor of a namespace the device"
+        ))
     });
 }
 
@@ -246,7 +263,6 @@ fn hostile(world: &mut World) -> Result<String> {
     let path = world.agent(On::B)?.path().to_owned();
     world.replace_agent(On::B, None);
     let listener = Listener::at(&path)?;
-    let within = Duration::from_secs(15);
     let served = |world: &mut World, when: &str| -> Result<usize> {
         http(&client.place, server.v4.into(), "").with_context(|| format!("after {when}"))?;
         let daemon = world.daemon(On::B)?;
@@ -255,13 +271,13 @@ fn hostile(world: &mut World) -> Result<String> {
     };
     // What messages bring: namespaces and files. That connections end is looked at besides.
     let none_leaked = |world: &mut World, when: &str, before: usize| {
-        eventually(Duration::from_secs(3), || {
+        eventually(PATIENCE, || {
             let now = served(world, when)?;
             ensure!(now <= before, "{now} descriptors after {when}, {before} before");
             Ok(())
         })
     };
-    let connection = listener.accept(within)?;
+    let connection = listener.accept(PATIENCE)?;
     agent::snapshot(&connection, [&server].into_iter())?;
     connection.silent(Duration::from_millis(300))?;
     let before = served(world, "a good snapshot")?;
@@ -305,7 +321,7 @@ fn hostile(world: &mut World) -> Result<String> {
         let error = last.exchange(bytes, descriptors).with_context(|| what.to_owned())?;
         ensure!(error.contains("protocol error"), "{what}: {error:?}");
         last.closed().with_context(|| what.to_owned())?;
-        last = listener.accept(within).with_context(|| format!("after {what}"))?;
+        last = listener.accept(PATIENCE).with_context(|| format!("after {what}"))?;
         agent::snapshot(&last, [&server].into_iter()).with_context(|| format!("after {what}"))?;
         none_leaked(world, what, before)?;
     }
@@ -313,12 +329,10 @@ fn hostile(world: &mut World) -> Result<String> {
     let outside = world.outside.clone();
     let taken = outside.place.netns.enter(|| Ok(std::net::TcpListener::bind("0.0.0.0:15006")?))?;
     let netns = agent::handle(&outside.place.netns)?;
-    let began = Instant::now();
     let error = last.exchange(&agent::encode(agent::add(&outside)), &[netns.as_fd()])?;
     ensure!(error.contains("cannot listen on port 15006"), "{error}");
-    ensure!(began.elapsed() < Duration::from_secs(5), "the agent had given up");
     drop(taken);
-    eventually(Duration::from_secs(5), || last.request(agent::add(&outside), &[netns.as_fd()]))?;
+    eventually(PATIENCE, || last.request(agent::add(&outside), &[netns.as_fd()]))?;
     last.request(agent::del(&outside), &[])?;
     // Gone in the middle of an Add.
     last.send(&add, &[agent::handle(&server.place.netns)?.as_fd()])?;
@@ -327,7 +341,7 @@ fn hostile(world: &mut World) -> Result<String> {
     // The rest is for an agent that behaves.
     drop(listener);
     world.replace_agent(On::B, Some(NodeAgent::start(path, &[&server])?));
-    eventually(Duration::from_secs(20), || world.setting(On::B).readiness())?;
+    eventually(PATIENCE, || world.setting(On::B).readiness())?;
     Ok(format!(
         "{} kinds of bad messages, {} of broken protocol; {before} descriptors",
         cases.len(),

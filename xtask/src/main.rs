@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod demo;
 mod fuzz;
+mod image;
 mod run;
 mod setup;
 mod test;
@@ -39,6 +40,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Throw what others may send at the daemon's readers, with cargo-fuzz
     Fuzz(fuzz::Arguments),
+    /// Make a container image of the daemon, for Istio's chart
+    Image(image::Arguments),
     /// Build the eBPF programs alone
     Ebpf,
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run(),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
+        Command::Image(arguments) => image::run(&arguments),
         Command::Ebpf => ebpf(),
     };
     match result {

@@ -243,6 +243,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
 
     let sources = Sources {
         mesh: reader,
+        local: Arc::default(),
         identities,
         data_plane: Arc::clone(&data_plane),
         waiting: control.waiting(),

@@ -1,7 +1,7 @@
 //! HBONE: application connections as HTTP/2 CONNECT streams inside mutual TLS.
 //!
 //! Owns the headers ([`address`]), the tunnel as a client and as a server ([`client`], [`server`]), the reuse
-//! of tunnels ([`pool`]) and the two halves of a stream ([`stream`]). Which tunnel is dialled and who may use
+//! of tunnels ([`pool`]), the two halves of a stream ([`stream`]) and tunnels inside of one ([`through`]). Which tunnel is dialled and who may use
 //! one is decided elsewhere; nothing outside this module knows which HTTP/2 implementation is below.
 //!
 //! What makes it fast is in [`transport`]: everything a pass over a tunnel's streams has to say is written
@@ -20,6 +20,7 @@ pub mod client;
 pub mod pool;
 pub mod server;
 pub mod stream;
+pub mod through;
 pub mod transport;
 
 #[cfg(test)]

@@ -42,6 +42,7 @@
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
 //! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
 //! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
+//! | `cli` | the command line's view of a running daemon: asks `admin`, prints tables or JSON | |
 //! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
 //! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, proxy, standalone, telemetry, api |
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, proxy, standalone, api, admin, config, shutdown |
@@ -69,6 +70,7 @@ pub mod admin;
 pub mod api;
 pub mod app;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod enrol;
 #[cfg(feature = "fuzzing")]

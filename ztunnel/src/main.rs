@@ -4,14 +4,26 @@ use std::error::Error;
 use std::fmt::Write;
 use std::process::ExitCode;
 
+use ztunnel::admin::profile::heap::allocator::Sampled;
 use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
+use ztunnel::cli;
+use ztunnel::cli::Query;
+use ztunnel::cli::Source;
+use ztunnel::cli::What;
+use ztunnel::cli::dump::Filter;
 use ztunnel::config::istio;
 use ztunnel::config::raw;
 use ztunnel::config::raw::Cli;
 use ztunnel::config::raw::Command;
+use ztunnel::config::raw::Output;
+use ztunnel::config::raw::Part;
+use ztunnel::config::raw::Show;
 use ztunnel::config::resolved;
+
+#[global_allocator]
+static ALLOCATOR: Sampled = Sampled;
 
 fn main() -> ExitCode {
     let (cli, settings) = raw::parse();
@@ -51,11 +63,34 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
             commands::config(&resolved::istio()?, typed.output)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Show(typed) => {
+            cli::show(&query(typed), time::UtcDateTime::now(), &mut std::io::stdout().lock())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Log(typed) => {
+            let mut out = std::io::stdout().lock();
+            cli::log(typed.admin, typed.level.as_deref(), typed.reset, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Version => {
             commands::version()?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+fn query(typed: Show) -> Query {
+    let what = match typed.part {
+        Part::All => What::All,
+        Part::Workload => What::Workload,
+        Part::Service => What::Service,
+        Part::Policy => What::Policy,
+        Part::Certificate => What::Certificate,
+        Part::Connections => What::Connections,
+    };
+    let source = typed.file.map_or(Source::Daemon(typed.admin), Source::File);
+    let filter = Filter { name: typed.name, namespace: typed.namespace, node: typed.node };
+    Query { what, source, filter, raw: typed.raw, json: typed.output == Output::Json }
 }
 
 /// An error with its causes, on one line.

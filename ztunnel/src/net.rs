@@ -9,6 +9,7 @@ pub mod bypass;
 pub mod copy;
 pub mod netns;
 pub mod origdst;
+pub mod proxy_header;
 pub mod redirected;
 pub mod socket;
 pub mod splice;

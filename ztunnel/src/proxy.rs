@@ -8,6 +8,7 @@
 //! thread, which spreads what it accepts over all of them.
 //!
 //! * [`outbound`]: what the pod dials.
+//! * [`double`]: what it dials of another network, through a tunnel within a tunnel.
 //! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
@@ -55,6 +56,7 @@ use crate::net::socket::set_congestion;
 use crate::proxy::accept::Listener;
 use crate::proxy::listing::Connection;
 use crate::proxy::near::Neighbours;
+use crate::proxy::pod::Own;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
 use crate::proxy::shard::Shard;
@@ -64,6 +66,7 @@ use crate::shutdown::Trigger;
 use crate::telemetry::Telemetry;
 
 pub mod accept;
+pub mod double;
 pub mod ending;
 pub mod inbound;
 pub mod listing;
@@ -105,8 +108,11 @@ pub struct Config {
     pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
-    /// Whether clients are told in the answer who serves them.
+    /// Whether clients are told in the answer who serves them, and what they are told so is believed.
     pub response_baggage: bool,
+    /// Whether a waypoint that is told of connections by the PROXY protocol is dialled at the loopback address, from
+    /// there, so that it need not listen anywhere else.
+    pub localhost_app_tunnel: bool,
     /// Tunnels.
     pub hbone: hbone::Config,
 }
@@ -126,6 +132,7 @@ impl Default for Config {
             near: true,
             keepalive: Keepalive::default(),
             response_baggage: true,
+            localhost_app_tunnel: true,
             hbone: hbone::Config::default(),
         }
     }
@@ -225,6 +232,8 @@ pub struct DataPlane {
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, Served>>,
+    /// This proxy's own pod, which is none of those.
+    own: Mutex<Option<Served>>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     started: AtomicUsize,
@@ -278,6 +287,7 @@ impl DataPlane {
             shards,
             threads: Mutex::new(threads),
             pods: Mutex::default(),
+            own: Mutex::default(),
             neighbours,
             count,
             started: AtomicUsize::new(0),
@@ -316,6 +326,33 @@ impl DataPlane {
         self.add(pod, listeners, id, Arc::new(network), Some(shutdown::channel()))
     }
 
+    /// Takes tunnels to this proxy's own pod from now on, for what `own` says peers may have of it. It is no pod of the
+    /// node: it is neither counted nor listed, and dials nobody. `netns` is its network namespace.
+    pub fn add_own(
+        &self,
+        spec: PodSpec,
+        own: Own,
+        hbone: Arc<TcpListener>,
+        netns: Arc<Netns>,
+        settings: Arc<Settings>,
+    ) -> io::Result<()> {
+        let id = netns.id();
+        let network: Arc<dyn PodNetwork> = Arc::new(RedirectedPod::new(netns, settings, None));
+        prepare_listener(&hbone, &self.config.keepalive)?;
+        self.set_congestion(&hbone);
+        let (stop, stopped) = shutdown::channel();
+        let pod = Pod::new(spec, id, network, stopped, None, self.handing_over.clone()).owned(own);
+        let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
+        Ok(())
+    }
+
+    fn set_congestion(&self, hbone: &TcpListener) {
+        if let Some(congestion) = &self.config.hbone.congestion {
+            set_congestion(hbone, congestion);
+        }
+    }
+
     fn add(
         &self,
         spec: PodSpec,
@@ -326,26 +363,16 @@ impl DataPlane {
     ) -> io::Result<()> {
         let (cut, when_cut) = cut.unzip();
         set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
-        if let Some(congestion) = &self.config.hbone.congestion {
-            set_congestion(&*listeners.hbone, congestion);
-        }
+        self.set_congestion(&listeners.hbone);
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
         let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));
-        let mut hasher = DefaultHasher::new();
-        uid.hash(&mut hasher);
-        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
-        // Tasks go to the runtime whose context this is: the home thread's.
-        let _context = home.runtime.enter();
-        for (kind, listener) in [
+        let listeners = [
             (accept::Kind::Outbound, listeners.outbound),
             (accept::Kind::Inbound, listeners.inbound),
             (accept::Kind::Hbone, listeners.hbone),
-        ] {
-            let listener = Listener::new(kind, listener)?;
-            shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
-        }
-        let served = Served { home: home.runtime.clone(), pod, stop, cut };
+        ];
+        let served = self.take(pod, listeners, stop, cut)?;
         match self.pods().insert(uid, served) {
             Some(replaced) => {
                 replaced.leave();
@@ -355,6 +382,26 @@ impl DataPlane {
             }
         }
         Ok(())
+    }
+
+    /// Accepts on the listeners of `pod`, on its home thread.
+    fn take<const N: usize>(
+        &self,
+        pod: Arc<Pod>,
+        listeners: [(accept::Kind, Arc<TcpListener>); N],
+        stop: Trigger,
+        cut: Option<Trigger>,
+    ) -> io::Result<Served> {
+        let mut hasher = DefaultHasher::new();
+        pod.uid.hash(&mut hasher);
+        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
+        // Tasks go to the runtime whose context this is: the home thread's.
+        let _context = home.runtime.enter();
+        for (kind, listener) in listeners {
+            let listener = Listener::new(kind, listener)?;
+            shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
+        }
+        Ok(Served { home: home.runtime.clone(), pod, stop, cut })
     }
 
     /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
@@ -399,6 +446,10 @@ impl DataPlane {
     /// queued is that process's to take, and lets what is open finish.
     pub fn hand_over_sockets(&self) {
         self.neighbours.clear();
+        // Its listener is not one of those: the other process may be in another pod, or share the port.
+        if let Some(own) = self.own.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            own.leave();
+        }
         self.handover.close();
     }
 

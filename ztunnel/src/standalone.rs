@@ -6,6 +6,8 @@
 //! [`translate`] turns those into the mesh model, and [`watch`] does so again whenever the files change.
 //! Only [`mod@file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
 //!
+//! Beside a control plane a mesh may be written as `config_dump` shows it, which [`local`] reads.
+//!
 //! # What a mesh file may hold
 //!
 //! * `v1` Namespace: label `istio.io/dataplane-mode: ambient` enrols its pods.
@@ -24,6 +26,7 @@ pub mod authority;
 pub mod decode;
 pub mod diagnostic;
 pub mod file;
+pub mod local;
 pub mod objects;
 pub mod translate;
 pub mod watch;

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
+use crate::model::addr::Authority;
 use crate::telemetry::cache::Cache;
 use crate::telemetry::events::AccessRecord;
 use crate::telemetry::events::Addresses;
@@ -204,7 +205,8 @@ impl LocalTelemetry {
     pub fn open(&self, parties: Parties, addresses: Addresses) -> OpenConnection {
         let counts = self.0.opened(&parties);
         if self.0.shared.writes(Level::DEBUG) {
-            let opened = Opened { at: SystemTime::now(), parties: parties.clone(), addresses };
+            let (parties, addresses) = (parties.clone(), addresses.clone());
+            let opened = Opened { at: SystemTime::now(), parties, addresses };
             self.0.shared.write(AccessRecord::Opened(opened));
         }
         let started = Instant::now();
@@ -323,8 +325,15 @@ impl OpenConnection {
         (self.received.load(Ordering::Relaxed), self.sent.load(Ordering::Relaxed))
     }
 
+    /// Says that it began before it was counted: to find out who is at its ends took a while.
+    pub fn began(&mut self, at: Instant) {
+        if let Some(live) = &mut self.live {
+            live.started = at;
+        }
+    }
+
     /// Says whom the connection turned out to go to, for the log line.
-    pub fn reaches(&mut self, destination: SocketAddr, hbone: Option<SocketAddr>) {
+    pub fn reaches(&mut self, destination: SocketAddr, hbone: Option<Authority>) {
         if let Some(live) = &mut self.live {
             live.addresses = Addresses { source: live.addresses.source, destination, hbone };
         }

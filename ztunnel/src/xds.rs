@@ -13,7 +13,7 @@
 //! when.
 //!
 //! With [`client::start_on_demand`] only the node's own workloads come by themselves, and of the others those that are
-//! asked for through [`mesh::demand`](crate::mesh::demand).
+//! asked for through [`mesh::demand`](crate::mesh::demand), for as long as somebody uses them.
 
 pub mod backoff;
 mod cache;

@@ -4,18 +4,18 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Stdio;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::binaries;
 use crate::place::Place;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::Process;
 
 /// What the program does: each line of standard input goes over the connection, each answer to standard output.
 pub fn hold(to: SocketAddr) -> Result<()> {
-    let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).context("cannot connect")?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let stream = TcpStream::connect_timeout(&to, PATIENCE).context("cannot connect")?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     println!("connected from {} to {}", stream.local_addr()?, stream.peer_addr()?);
     let mut answers = BufReader::new(&stream);
     for line in std::io::stdin().lines() {
@@ -56,15 +56,21 @@ impl Held {
     pub fn say(&mut self) -> Result<IpAddr> {
         self.count += 1;
         let word = format!("line-{}-{}", self.process.pid(), self.count);
-        let ended = |process: &mut Process| process.must_run().err();
         let stdin = self.process.stdin().context("the client has no input")?;
         if let Err(error) = writeln!(stdin, "{word}") {
-            bail!("the connection is gone: {error}; {:?}", ended(&mut self.process));
+            bail!("the connection is gone: {error}; {:?}", self.process.must_run().err());
         }
-        let log = self.process.log().clone();
-        let line = log
-            .wait_line(self.mark, Duration::from_secs(6), "an answer", |line| line.ends_with(&word))
-            .with_context(|| format!("the open connection broke: {:?}", ended(&mut self.process)))?;
+        // Not longer than the client waits itself, which then ends.
+        let line = eventually(2 * PATIENCE, || {
+            // Looked at first: what an ended client has said is all there.
+            let ended = self.process.must_run().err();
+            let said = self.process.log().since(self.mark);
+            match (said.lines().find(|line| line.ends_with(&word)), ended) {
+                (Some(line), _) => Ok(Ok(line.to_owned())),
+                (None, Some(ended)) => Ok(Err(ended.context("the open connection broke"))),
+                (None, None) => bail!("no answer to {word}"),
+            }
+        })??;
         let client = line.split(' ').next().unwrap_or_default();
         client.parse().with_context(|| line.clone())
     }

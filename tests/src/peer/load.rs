@@ -13,16 +13,17 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::binaries;
 use crate::place::Place;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::{Log, Process};
 
 const WORKERS: usize = 64;
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// The program tells of every so many attempts.
+const TOLD: u64 = 10;
 
 /// What came of a load.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq)]
@@ -68,6 +69,7 @@ impl Outcome {
 
 #[derive(Default)]
 struct Tally {
+    made: u64,
     ok: u64,
     failed: BTreeMap<String, u64>,
     first_failure: Option<Duration>,
@@ -77,7 +79,7 @@ struct Tally {
 }
 
 /// What the program does: `rate` new connections per second to the targets in turn, each one HTTP request,
-/// until standard input ends; then one line of JSON.
+/// until standard input ends; then one line of JSON. Meanwhile it tells how many attempts were made.
 pub fn load(rate: u64, targets: &[SocketAddr]) -> Result<()> {
     if targets.is_empty() || rate == 0 {
         bail!("give a rate and at least one address");
@@ -115,6 +117,10 @@ fn work(
         let result = attempt(target);
         let took = (start.elapsed() - begun).as_millis() as u64;
         let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        tally.made += 1;
+        if tally.made.is_multiple_of(TOLD) {
+            println!("made {}", tally.made);
+        }
         match result {
             Ok(()) => {
                 tally.ok += 1;
@@ -131,7 +137,7 @@ fn work(
 }
 
 fn attempt(target: SocketAddr) -> Result<(), String> {
-    let stream = TcpStream::connect_timeout(&target, CONNECT_LIMIT).map_err(|error| match error.kind() {
+    let stream = TcpStream::connect_timeout(&target, PATIENCE).map_err(|error| match error.kind() {
         ErrorKind::ConnectionRefused => "refused".to_owned(),
         ErrorKind::TimedOut => "connect timed out".to_owned(),
         ErrorKind::ConnectionReset => "reset in connect".to_owned(),
@@ -142,7 +148,7 @@ fn attempt(target: SocketAddr) -> Result<(), String> {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => "no answer in time".to_owned(),
         _ => error.to_string(),
     };
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(ended)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(ended)?;
     let mut writer = &stream;
     writer.write_all(b"GET /load HTTP/1.0\r\n\r\n").map_err(ended)?;
     let mut answer = Vec::new();
@@ -189,15 +195,33 @@ impl Load {
         let name = format!("load-{}", place.netns.name());
         let mark = Log::at(place.logs.join(format!("{name}.log"))).mark();
         let process = place.start_with(&name, command, Stdio::piped())?;
-        process.log().wait_line(mark, Duration::from_secs(5), "the start", |line| line == "started")?;
+        process.log().wait_line(mark, PATIENCE, "the start", |line| line == "started")?;
         Ok(Self { process, mark })
+    }
+
+    /// Waits until so many more attempts were made, however long that takes on this machine: what happens between two
+    /// such waits happens in the midst of a load. As many are open at once, so more were made after this was called.
+    pub fn goes_on(&mut self, attempts: u64) -> Result<()> {
+        let until = self.made() + WORKERS as u64 + attempts;
+        eventually(4 * PATIENCE, || {
+            let made = self.made();
+            ensure!(made >= until, "{made} attempts were made, which were to be {until}");
+            Ok(())
+        })
+        .with_context(|| format!("the load: {:?}", self.process.must_run().err()))
+    }
+
+    fn made(&self) -> u64 {
+        let told = self.process.log().since(self.mark);
+        let numbers = told.lines().filter_map(|line| line.strip_prefix("made ")?.parse().ok());
+        numbers.max().unwrap_or_default()
     }
 
     /// Ends it, and returns what came of it.
     pub fn finish(mut self) -> Result<Outcome> {
         self.process.must_run()?;
         self.process.close_stdin();
-        let limit = CONNECT_LIMIT + ANSWER_LIMIT + Duration::from_secs(5);
+        let limit = 3 * PATIENCE;
         let line =
             self.process.log().wait_line(self.mark, limit, "the counts", |line| line.starts_with('{'))?;
         self.process.wait(limit)?;

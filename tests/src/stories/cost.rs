@@ -33,7 +33,7 @@ pub const NEW_CONNECTIONS: Story = Story {
         let urls = format!("http://{}:{HTTP}/?[1-{CONNECTIONS}]", world.server.v4);
         let place = world.client.place.clone();
         let (counted, ()) = counting(world, "connections", || {
-            let arguments = ["-q", "-sS", "-m", "50", "-o", "/dev/null", "-w", "%{num_connects}\n"];
+            let arguments = ["-q", "-sS", "-m", "100", "-o", "/dev/null", "-w", "%{num_connects}\n"];
             let output =
                 place.run("curl", &[&arguments[..], &["-H", "Connection: close", &urls]].concat())?;
             let made = String::from_utf8_lossy(&output.stdout).lines().filter(|line| *line == "1").count();
@@ -71,7 +71,7 @@ pub const BULK: Story = Story {
         let url = format!("http://{}:{HTTP}/large", world.server.v4);
         let place = world.client.place.clone();
         let (counted, ()) = counting(world, "bulk", || {
-            let arguments = ["-q", "-sS", "-m", "50", "-o", "/dev/null", "-w", "%{size_download}", &url];
+            let arguments = ["-q", "-sS", "-m", "100", "-o", "/dev/null", "-w", "%{size_download}", &url];
             let output = place.run("curl", &arguments)?;
             let got = String::from_utf8_lossy(&output.stdout);
             let all = (LARGE_MIB << 20).to_string();

@@ -1,7 +1,6 @@
 //! Pods come into the mesh and leave it while they work.
 
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -9,12 +8,10 @@ use super::Story;
 use crate::mesh::{Enrolment, MESHED};
 use crate::netns::Netns;
 use crate::peer::hold::Held;
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
 use crate::world::{HTTP, World, http, lines_at};
-
-const SETTLE: Duration = Duration::from_secs(5);
 
 /// Enrolling and withdrawing leave open connections alone.
 pub const OPEN_CONNECTIONS: Story = Story {
@@ -93,7 +90,7 @@ pub const POD_DELETED: Story = Story {
             let name = if namespace_first { "brief-1" } else { "brief-2" };
             let pod = world.a.add_pod(&world.run, name)?;
             world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
-            eventually(SETTLE, || {
+            eventually(PATIENCE, || {
                 http(&pod.place, world.server.v4.into(), "")?;
                 match crate::world::Traces::look(&pod.place.netns)?.is_captured() {
                     true => Ok(()),
@@ -126,7 +123,7 @@ pub const NAMESPACE_REMADE: Story = Story {
             true => Ok(()),
             false => bail!("not captured"),
         };
-        eventually(SETTLE, captured).context("at first")?;
+        eventually(PATIENCE, captured).context("at first")?;
         let old = std::fs::metadata(pod.place.netns.path())?.ino();
         pod.place.netns.remove()?;
         let again = Netns::create(pod.place.netns.name())?;
@@ -134,7 +131,7 @@ pub const NAMESPACE_REMADE: Story = Story {
         again.ip(&["addr", "add", &format!("{}/128", pod.v6), "dev", "lo", "nodad"])?;
         let new = std::fs::metadata(pod.place.netns.path())?.ino();
         ensure!(old != new, "it is the same namespace");
-        eventually(SETTLE, captured).context("after it was made again")?;
+        eventually(PATIENCE, captured).context("after it was made again")?;
         world.mesh.remove("pod-remade")?;
         pod.place.netns.remove()?;
         http(&world.client.place, world.server.v4.into(), "")
@@ -145,7 +142,7 @@ pub const NAMESPACE_REMADE: Story = Story {
 
 /// Waits until a new connection of the client goes over the link to this port and to no other.
 pub fn wait_for_port(world: &World, client: &Pod, port: u16) -> Result<()> {
-    eventually(SETTLE, || {
+    eventually(PATIENCE, || {
         let mark = super::tunnel::marker();
         let watch = world.watch_link("enrolment")?;
         for address in world.server.addresses() {

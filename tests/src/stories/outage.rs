@@ -3,18 +3,21 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rand::RngExt;
 
 use super::Story;
 use super::tunnel::marker;
 use crate::pcap::Packets;
-use crate::poll::{eventually, throughout};
+use crate::poll::{PATIENCE, eventually, throughout};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
-use crate::world::{BOTH, On, World, curl, http, http_refused};
+use crate::world::{BOTH, On, World, http, http_refused, refused};
 
+/// On a machine on which [`pace`] takes no longer than a fifth of that; on a slower one so much more.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
+/// How often it is tried: what else the machine does may take the time of a start, but not each time.
+const STARTS: usize = 5;
 
 /// The daemon on the client's side.
 pub const KILLED_SOURCE: Story = Story {
@@ -65,7 +68,7 @@ pub const KILLED_DESTINATION: Story = Story {
         let packets = watch.finish()?;
         nothing_in_clear(&packets, &client, &marker)?;
         let back = comes_back(world, On::B, &client, server.v4.into())?;
-        let outsider_back = eventually(BACK_WITHIN, || http(&outsider.place, server.v4.into(), ""));
+        let outsider_back = eventually(PATIENCE, || http(&outsider.place, server.v4.into(), ""));
         outsider_back.context("a pod outside the mesh, after the daemon is back")?;
         Ok(format!(
             "{} attempts from inside and outside the mesh refused (\"{said}\"); back {} ms after its start",
@@ -105,7 +108,7 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
             if let Some(first) = world.replace_daemon(on, next) {
                 first.stop().with_context(|| format!("round {round}: the first daemon"))?;
             }
-            eventually(Duration::from_secs(3), || http(&client.place, server.v4.into(), ""))
+            eventually(PATIENCE, || http(&client.place, server.v4.into(), ""))
                 .with_context(|| format!("round {round}: not working again after a kill at {delay:?}"))?;
         }
         let packets = watch.finish()?;
@@ -117,13 +120,7 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
 /// One request that must be refused, not answered and not left waiting.
 fn closed(from: &Pod, to: IpAddr, marker: &str) -> Result<String> {
     let url = format!("http://{}:{}/?marker={marker}", crate::topology::in_url(to), crate::world::HTTP);
-    match curl(&from.place, &[&url]) {
-        Ok(answer) => anyhow::bail!("{} → {to} was answered: {}", from.name, answer.body),
-        Err(error) if error.to_string().contains("(28)") => {
-            anyhow::bail!("{} → {to} was left waiting instead of refused: {error}", from.name)
-        }
-        Err(error) => Ok(error.to_string()),
-    }
+    refused(&from.place, &[&url]).with_context(|| format!("{} → {to}", from.name))
 }
 
 /// No marker on the link, and no connection of this pod but tunnels.
@@ -141,18 +138,38 @@ pub fn nothing_in_clear(packets: &Packets, client: &Pod, marker: &str) -> Result
     Ok(())
 }
 
-/// Starts the daemon; how long after that the first connection works.
+/// Starts the killed daemon; how long after that the first connection works.
 fn comes_back(world: &mut World, on: On, client: &Pod, to: IpAddr) -> Result<Duration> {
-    let daemon = world.setting(on).start()?;
-    let started = daemon.started();
-    world.replace_daemon(on, daemon);
-    eventually(Duration::from_secs(10), || http(&client.place, to, "")).context("after the restart")?;
-    let back = started.elapsed();
-    world.daemon(on)?.wait_ready()?;
-    ensure!(back < BACK_WITHIN, "it took {} ms until the first connection worked", back.as_millis());
-    // And not once only.
-    throughout(Duration::from_millis(300), || http(&client.place, to, "").map(drop))?;
-    Ok(back)
+    let mut late = Vec::new();
+    for start in 0..STARTS {
+        if start > 0 {
+            world.kill_daemon(on)?;
+        }
+        let before = pace(world)?;
+        let daemon = world.setting(on).start()?;
+        let started = daemon.started();
+        world.replace_daemon(on, daemon);
+        eventually(PATIENCE, || http(&client.place, to, "")).context("after the restart")?;
+        let back = started.elapsed();
+        world.daemon(on)?.wait_ready()?;
+        // And not once only.
+        throughout(Duration::from_millis(300), || http(&client.place, to, "").map(drop))?;
+        let within = BACK_WITHIN.max(5 * before.max(pace(world)?));
+        if back < within {
+            return Ok(back);
+        }
+        late.push(format!("{} ms of {} ms", back.as_millis(), within.as_millis()));
+    }
+    bail!("it took too long until the first connection worked, each time: {}", late.join(", "))
+}
+
+/// How fast this machine is now: the time for some requests that no daemon has a part in.
+fn pace(world: &World) -> Result<Duration> {
+    let begun = Instant::now();
+    for _ in 0..10 {
+        http(&world.outsider.place, world.outside.v4.into(), "")?;
+    }
+    Ok(begun.elapsed())
 }
 
 /// While a policy forbids it, a kill must not open a way: the refusal outlives the daemon.
@@ -161,21 +178,23 @@ pub const KILLED_UNDER_POLICY: Story = Story {
     tell: |world| {
         let (outsider, server) = (world.outsider.clone(), world.server.clone());
         world.mesh.peer_authentication("STRICT")?;
-        eventually(Duration::from_secs(5), || http_refused(&outsider.place, server.v4.into()))?;
+        eventually(PATIENCE, || http_refused(&outsider.place, server.v4.into()))?;
         let mut tries = 0;
         for _ in 0..5 {
             world.kill_daemon(On::B)?;
             let mut next = world.setting(On::B).start()?;
             // All the way through the start: a daemon that opens before it knows the policies is caught here.
             let begun = Instant::now();
-            while begun.elapsed() < Duration::from_millis(700) {
+            let mut since_ready = 0;
+            while since_ready < 5 {
+                ensure!(begun.elapsed() < PATIENCE, "it does not get ready");
+                since_ready += u32::from(next.is_ready()?);
                 for address in server.addresses() {
                     http_refused(&outsider.place, address)
                         .with_context(|| format!("{} ms after the start", begun.elapsed().as_millis()))?;
                     tries += 1;
                 }
             }
-            next.wait_ready()?;
             world.replace_daemon(On::B, next);
         }
         Ok(format!("5 kills and restarts, {tries} plaintext attempts in the midst of it, all refused"))

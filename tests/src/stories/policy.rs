@@ -1,17 +1,13 @@
 //! Who may talk to whom.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Story;
 use super::basics::sees_client;
 use crate::peer::hold::Held;
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::wire::HBONE_PORT;
 use crate::world::{On, World, http, http_refused, lines_at};
-
-const SETTLE: Duration = Duration::from_secs(5);
 
 /// An AuthorizationPolicy that refuses one service account.
 pub const DENIED: Story = Story {
@@ -21,14 +17,15 @@ pub const DENIED: Story = Story {
         world.mesh.deny("no-other", "server", "other")?;
         let server = world.server.clone();
         let mark = log.mark();
-        let said = eventually(SETTLE, || http_refused(&world.other.place, server.v4.into()))?;
+        let said = eventually(PATIENCE, || http_refused(&world.other.place, server.v4.into()))?;
         for address in server.addresses() {
             http_refused(&world.other.place, address).with_context(|| format!("other → {address}"))?;
             http(&world.client.place, address, "").context("the policy does not name the client")?;
         }
-        let line = log.wait_line(mark, SETTLE, "the policy's name", |line| line.contains("demo/no-other"))?;
+        let line =
+            log.wait_line(mark, PATIENCE, "the policy's name", |line| line.contains("demo/no-other"))?;
         world.mesh.remove("policy-no-other")?;
-        eventually(SETTLE, || http(&world.other.place, server.v4.into(), ""))
+        eventually(PATIENCE, || http(&world.other.place, server.v4.into(), ""))
             .context("after the policy was removed")?;
         let error = super::tunnel::field(&line, "error").unwrap_or(&line);
         Ok(format!("other: \"{said}\"; client: 200; log of node-b: error=\"{error}\""))
@@ -41,13 +38,13 @@ pub const STRICT: Story = Story {
     tell: |world| {
         let server = world.server.clone();
         world.mesh.peer_authentication("STRICT")?;
-        let said = eventually(SETTLE, || http_refused(&world.outsider.place, server.v4.into()))?;
+        let said = eventually(PATIENCE, || http_refused(&world.outsider.place, server.v4.into()))?;
         for address in server.addresses() {
             http_refused(&world.outsider.place, address).with_context(|| format!("STRICT, {address}"))?;
             http(&world.client.place, address, "").context("STRICT must not touch the mesh")?;
         }
         world.mesh.peer_authentication("PERMISSIVE")?;
-        let answer = eventually(SETTLE, || http(&world.outsider.place, server.v4.into(), ""))?;
+        let answer = eventually(PATIENCE, || http(&world.outsider.place, server.v4.into(), ""))?;
         sees_client(&answer, &world.outsider, server.v4.into())?;
         let answer = http(&world.outsider.place, server.v6.into(), "")?;
         sees_client(&answer, &world.outsider, server.v6.into())?;
@@ -97,18 +94,19 @@ pub const OPEN_CONNECTION_CUT: Story = Story {
         let mark = log.mark();
         world.mesh.deny("no-other", "server", "other")?;
         for held in &mut refused {
-            eventually(SETTLE, || match held.say() {
+            eventually(PATIENCE, || match held.say() {
                 Ok(_) => bail!("still answered"),
                 Err(_) => Ok(()),
             })?;
         }
-        let line = log.wait_line(mark, SETTLE, "the reason", |line| line.contains("due to policy change"))?;
+        let line =
+            log.wait_line(mark, PATIENCE, "the reason", |line| line.contains("due to policy change"))?;
         for held in allowed.iter_mut().chain(&mut plain) {
             held.say().context("the policy does not name it")?;
         }
         world.mesh.peer_authentication("STRICT")?;
         for held in &mut plain {
-            eventually(SETTLE, || match held.say() {
+            eventually(PATIENCE, || match held.say() {
                 Ok(_) => bail!("plaintext still answered under STRICT"),
                 Err(_) => Ok(()),
             })?;

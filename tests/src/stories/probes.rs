@@ -1,12 +1,10 @@
 //! The kubelet's probes.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Story;
 use crate::place::Place;
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 use crate::topology::in_url;
 use crate::world::{HTTP, World, curl, http, http_refused};
 
@@ -19,7 +17,7 @@ pub const ONLY_THE_NODE: Story = Story {
     tell: |world| {
         let server = world.server.clone();
         world.mesh.peer_authentication("STRICT")?;
-        eventually(Duration::from_secs(5), || http_refused(&world.outsider.place, server.v4.into()))?;
+        eventually(PATIENCE, || http_refused(&world.outsider.place, server.v4.into()))?;
         for address in server.addresses() {
             http(&world.b.place, address, "").with_context(|| format!("probe of {address}"))?;
         }

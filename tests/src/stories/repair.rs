@@ -8,11 +8,8 @@ use super::Story;
 use super::outage::nothing_in_clear;
 use super::tunnel::marker;
 use crate::netns::Netns;
-use crate::poll::{eventually, throughout};
+use crate::poll::{PATIENCE, eventually, throughout};
 use crate::world::{On, World, http};
-
-/// Within which the reconciler must have put it right.
-const REPAIRED_WITHIN: Duration = Duration::from_secs(15);
 
 type Damage = fn(&Netns) -> Result<()>;
 
@@ -39,9 +36,7 @@ pub const DAMAGED_POD: Story = Story {
                 let whole = crate::world::Traces::look(&pod.place.netns)?;
                 let took = survive(world, || damage(&pod.place.netns))
                     .with_context(|| format!("{what} in {}", pod.name))?;
-                whole
-                    .same_again_within(&pod.place.netns, REPAIRED_WITHIN)
-                    .with_context(|| format!("{what} in {}", pod.name))?;
+                whole.same_again(&pod.place.netns).with_context(|| format!("{what} in {}", pod.name))?;
                 evidence.push(format!("{what} in {}: {} ms", pod.name, took.as_millis()));
             }
         }
@@ -62,7 +57,7 @@ pub const PINS_DELETED: Story = Story {
             }
             Ok(())
         })?;
-        let restored = eventually(REPAIRED_WITHIN, || {
+        let restored = eventually(PATIENCE, || {
             let now = files_below(&pins)?.len();
             ensure!(now == count, "{now} of {count} pins are back");
             Ok(now)
@@ -87,7 +82,7 @@ fn survive(world: &World, damage: impl FnOnce() -> Result<()>) -> Result<Duratio
         let _closed_or_working = http(&client.place, server.v4.into(), &query);
         Ok(())
     })?;
-    eventually(REPAIRED_WITHIN, || {
+    eventually(PATIENCE, || {
         for address in server.addresses() {
             http(&client.place, address, &query)?;
         }

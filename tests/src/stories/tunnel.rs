@@ -1,10 +1,9 @@
 //! What goes over the link, and who vouched for it.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 
 use super::Story;
+use crate::poll::PATIENCE;
 use crate::process::Log;
 use crate::wire::tunnels_only;
 use crate::world::{On, http};
@@ -71,7 +70,7 @@ pub fn outbound_line(log: &Log, mark: usize, client: &str, server: &str) -> Resu
 fn line(log: &Log, mark: usize, direction: &str, client: &str, server: &str) -> Result<String> {
     let [source, destination] = [client, server].map(identity);
     let what = format!("direction {direction}, {source} → {destination}");
-    log.wait_line(mark, Duration::from_secs(3), &what, |line| {
+    log.wait_line(mark, PATIENCE, &what, |line| {
         field(line, "direction") == Some(direction)
             && field(line, "src.identity") == Some(&source)
             && field(line, "dst.identity") == Some(&destination)

@@ -6,10 +6,10 @@ use anyhow::Result;
 use ztunnel_proto::workload;
 
 use super::{BOTH, SERVICE_IPS, World};
-use crate::ca::{Authority, Keys};
+use crate::ca::{Authority, Caller, Keys};
 use crate::daemon::Chart;
 use crate::istiod::{self, Istiod};
-use crate::mesh::MESHED;
+use crate::mesh::{MESHED, ROOT};
 use crate::redirect::Backend;
 
 /// Where istiod's two services are: the first node's address on the link.
@@ -55,7 +55,12 @@ impl World {
             std::fs::create_dir_all(&certificate)?;
             std::fs::create_dir_all(&token)?;
             std::fs::write(certificate.join("root-cert.pem"), keys.root_pem())?;
-            std::fs::write(token.join("istio-token"), "a-token\n")?;
+            std::fs::write(token.join("istio-token"), format!("{}\n", token_of(&name)))?;
+            let own = identity(ROOT, "ztunnel");
+            // Of every pod on its node, and it is one.
+            let pods = self.meshed_on(on).into_iter().map(|pod| identity(MESHED, &pod.name));
+            let impersonates = pods.chain([own.clone()]).collect();
+            istio.authority.admit(&token_of(&name), Caller { identity: own, impersonates });
             let agent = self.agent(on)?.path().display().to_string();
             let setting = &mut self.settings[on as usize];
             std::fs::create_dir_all(&setting.meeting)?;
@@ -81,10 +86,20 @@ impl World {
                 own("INPOD_UDS", &agent),
                 own("ZTUNNEL_RUN_DIR", &setting.meeting.display().to_string()),
             ];
-            setting.chart = Some(Chart { root, environment });
+            setting.chart = Some(Chart { root, environment, image: None });
         }
         Ok(istio)
     }
+}
+
+/// The token of a node's proxy.
+pub fn token_of(node: &str) -> String {
+    format!("token-of-ztunnel-{node}")
+}
+
+/// What istiod calls a service account.
+pub fn identity(namespace: &str, service_account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{namespace}/sa/{service_account}")
 }
 
 /// A service with cluster IPs and the port of nginx, as istiod publishes it. Workloads say by themselves that they
@@ -116,6 +131,7 @@ pub fn behind(mut workload: workload::Workload, service: &str) -> workload::Work
     workload
 }
 
-fn hostname(service: &str) -> String {
+/// A service's full name.
+pub fn hostname(service: &str) -> String {
     format!("{service}.{MESHED}.svc.cluster.local")
 }

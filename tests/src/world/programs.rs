@@ -10,7 +10,8 @@ use crate::binaries;
 use crate::process::Process;
 use crate::topology::Pod;
 
-/// nginx on port 8080 of both families. Each answer says who asked and repeats a marker; `/large` is zeros.
+/// nginx on port 8080 of both families. Each answer says who asked and repeats a marker; `/via` is answered with what
+/// a proxy on the way has added to the request, `/large` with zeros.
 pub(super) fn nginx(pod: &Pod, directory: &Path) -> Result<Process> {
     let own = directory.join(format!("nginx-{}", pod.name));
     fs::create_dir_all(&own)?;
@@ -44,6 +45,7 @@ http {{
     listen {HTTP} backlog=4096;
     listen [::]:{HTTP} backlog=4096;
     location /large {{ root {directory}; }}
+    location /via {{ return 200 \"pod={name} client=$remote_addr via=$http_x_via\\n\"; }}
     location / {{ return 200 \"pod={name} client=$remote_addr marker=$arg_marker\\n\"; }}
   }}
 }}

@@ -1,12 +1,11 @@
 //! What capturing a pod changes in its network namespace.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use crate::netns::Netns;
-use crate::poll::eventually;
+use crate::poll::{PATIENCE, eventually};
 
 /// Rules, routes, sysctls, queueing disciplines, filters and listeners of one network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +24,8 @@ impl Traces {
             for line in netns.ip(args)?.lines() {
                 // Link-local and multicast routes come by themselves, some time after the device.
                 if !line.contains("fe80:") && !line.contains("ff00::") {
+                    // A device that has just been made says for a moment that nothing is at its other end.
+                    let line = line.replace(" linkdown", "");
                     found.insert(format!("{}: {}", args.join(" "), line.trim()));
                 }
             }
@@ -55,14 +56,9 @@ impl Traces {
         self.0.iter().any(|line| line.contains("rule: ") && line.ends_with("lookup 100"))
     }
 
-    /// Waits, a few seconds at most, until the namespace looks like this again.
+    /// Waits until the namespace looks like this again.
     pub fn same_again(&self, netns: &Netns) -> Result<()> {
-        self.same_again_within(netns, Duration::from_secs(5))
-    }
-
-    /// The same with another limit.
-    pub fn same_again_within(&self, netns: &Netns, limit: Duration) -> Result<()> {
-        eventually(limit, || {
+        eventually(PATIENCE, || {
             let now = Self::look(netns)?;
             let gone: Vec<_> = self.0.difference(&now.0).collect();
             let new = now.new_since(self);

@@ -18,13 +18,15 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use ztunnel_tests::netns::Netns;
+use ztunnel_tests::poll::PATIENCE;
 
 use super::certificates::Signed;
 
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long one client may keep the impostor from the next.
+const TURN: Duration = Duration::from_secs(5);
 
 /// How long a peer that says nothing sensible may be kept: the daemon gives a handshake ten seconds.
-const CLOSED_WITHIN: Duration = Duration::from_secs(20);
+const CLOSED_WITHIN: Duration = Duration::from_secs(10).saturating_add(PATIENCE);
 
 /// What came of a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,7 +42,7 @@ pub(crate) fn inside<T: Send>(netns: &Netns, act: impl Future<Output = Result<T>
     netns.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            tokio::time::timeout(CLOSED_WITHIN + LIMIT, act).await.context("left waiting")?
+            tokio::time::timeout(CLOSED_WITHIN + PATIENCE, act).await.context("left waiting")?
         })
     })
 }
@@ -133,7 +135,7 @@ pub(crate) fn impostor(netns: &Netns, own: Signed, served: Arc<AtomicUsize>) -> 
                         _ = &mut stopped => return Ok(()),
                     };
                     // One after the other is enough, and none may hold up the others for long.
-                    let _refused = tokio::time::timeout(LIMIT, answer(&acceptor, stream, &served)).await;
+                    let _refused = tokio::time::timeout(TURN, answer(&acceptor, stream, &served)).await;
                 }
             })
         })

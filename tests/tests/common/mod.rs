@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub(crate) mod certificates;
+pub(crate) mod envoy;
 pub(crate) mod hbone;
+pub(crate) mod sidecar;
 
 use anyhow::Result;
 use ztunnel_tests::stories::Story;

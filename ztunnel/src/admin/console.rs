@@ -17,6 +17,7 @@ use crate::admin::body;
 use crate::admin::body::Body;
 use crate::admin::dump::Sources;
 use crate::admin::profile;
+use crate::admin::profile::heap;
 use crate::admin::quit::Quit;
 use crate::admin::quit::Unanswered;
 use crate::admin::server::not_allowed;
@@ -97,7 +98,7 @@ impl Console {
             }
             "/logging" | "/quitquitquit" => not_allowed("POST"),
             "/debug/pprof/profile" => processor_profile(asked.query).await,
-            "/debug/pprof/heap" => text(StatusCode::INTERNAL_SERVER_ERROR, NO_HEAP_PROFILE),
+            "/debug/pprof/heap" => heap_profile().await,
             "/debug/pprof/heap/profiling" => heap_profiling(asked.query),
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         };
@@ -152,28 +153,53 @@ async fn processor_profile(query: &str) -> Response<Body> {
         Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     };
     match profile::processor(duration, frequency).await {
-        Ok(profile) => {
-            let mut response = of_type(BYTES, profile);
-            let name = HeaderValue::from_static("attachment; filename=\"profile.pb\"");
-            response.headers_mut().insert(header::CONTENT_DISPOSITION, name);
-            response
-        }
+        Ok(profile) => file("attachment; filename=\"profile.pb\"", profile),
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
 }
 
-const NO_HEAP_PROFILE: &str =
-    "heap profiling is not active: this build allocates with the C library, which does not profile\n";
-
-/// Says what is so; to be activated it would have to be there.
-fn heap_profiling(query: &str) -> Response<Body> {
-    match parameters(query) {
-        Ok(asked) if asked.iter().any(|(key, value)| key == "activate" && value == "true") => {
-            text(StatusCode::INTERNAL_SERVER_ERROR, NO_HEAP_PROFILE)
-        }
-        Ok(_) => text(StatusCode::OK, "heap profiling active: false\n"),
-        Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+async fn heap_profile() -> Response<Body> {
+    match heap::profile().await {
+        Ok(profile) => file("attachment; filename=\"heap.pb.gz\"", profile),
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
+}
+
+/// Says what is so, after making it so if it was asked for.
+fn heap_profiling(query: &str) -> Response<Body> {
+    let wanted = match activation(query) {
+        Ok(wanted) => wanted,
+        Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    };
+    match wanted {
+        Some(true) => heap::activate(),
+        Some(false) => heap::deactivate(),
+        None => {}
+    }
+    let active = heap::is_active();
+    if wanted.is_some() {
+        tracing::info!(active, "heap profiling was changed");
+    }
+    text(StatusCode::OK, format!("heap profiling active: {active}\n"))
+}
+
+fn activation(query: &str) -> Result<Option<bool>, BadQuery> {
+    let mut wanted = None;
+    for (key, value) in parameters(query)? {
+        match (key.as_str(), value.parse()) {
+            ("activate", Ok(activate)) => wanted = Some(activate),
+            ("activate", Err(_)) => return Err(BadQuery::Flag { key, value }),
+            _ => return Err(BadQuery::Unknown(key)),
+        }
+    }
+    Ok(wanted)
+}
+
+/// What is to be kept as a file of this name.
+fn file(disposition: &'static str, body: Vec<u8>) -> Response<Body> {
+    let mut response = of_type(BYTES, body);
+    response.headers_mut().insert(header::CONTENT_DISPOSITION, HeaderValue::from_static(disposition));
+    response
 }
 
 fn profile_parameters(query: &str) -> Result<(Duration, u32), BadQuery> {
@@ -201,6 +227,8 @@ enum BadQuery {
     Encoding(String),
     #[error("{key}={value}: use a number from 1 to {max}")]
     Number { key: String, value: String, max: u32 },
+    #[error("{key}={value}: use true or false")]
+    Flag { key: String, value: String },
     #[error(transparent)]
     Level(#[from] InvalidChange),
 }

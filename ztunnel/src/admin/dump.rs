@@ -20,6 +20,7 @@ use crate::mesh::MeshReader;
 use crate::mesh::index::Mesh;
 use crate::model::workload::Named;
 use crate::proxy::DataPlane;
+use crate::proxy::listing::Carrier;
 use crate::proxy::listing::Connection;
 use crate::proxy::listing::Original;
 use crate::telemetry::events::Reporter;
@@ -35,6 +36,8 @@ pub(crate) mod tests;
 pub struct Sources {
     /// The mesh.
     pub mesh: MeshReader,
+    /// What of it was given by hand, as that was at the start.
+    pub local: Arc<Mesh>,
     /// The certificates.
     pub identities: Identities,
     /// The pods and their connections.
@@ -53,6 +56,7 @@ impl Sources {
         let mesh = self.mesh.snapshot();
         let document = Document {
             mesh: &mesh,
+            local: &self.local,
             pods: self.pods(&mesh),
             certificates: certificates::certificates(&self.identities.standings()),
             settings: &self.settings,
@@ -114,13 +118,18 @@ fn view(connection: Connection) -> api::Connection {
             Original::Host(name) => name.to_string(),
         }),
         actual_dst: connection.actual,
-        protocol: if connection.tunnelled { "HBONE" } else { "TCP" },
+        protocol: match connection.carrier {
+            Carrier::Tcp => "TCP",
+            Carrier::Hbone => "HBONE",
+            Carrier::DoubleHbone => "DOUBLEHBONE",
+        },
     }
 }
 
 /// What is written, gathered.
 struct Document<'a> {
     mesh: &'a Mesh,
+    local: &'a Mesh,
     pods: BTreeMap<String, api::WorkloadState>,
     certificates: Vec<api::Certificates>,
     settings: &'a [api::Setting],
@@ -141,7 +150,7 @@ impl Serialize for Document<'_> {
         document.serialize_entry("services", &model::Services(self.mesh))?;
         document.serialize_entry("policies", &model::Policies(self.mesh))?;
         document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
-        document.serialize_entry("staticConfig", &Static::default())?;
+        document.serialize_entry("staticConfig", &Static(self.local))?;
         document.serialize_entry("version", self.version)?;
         let config: BTreeMap<_, _> =
             self.settings.iter().map(|setting| (setting.key(), &setting.value)).collect();
@@ -155,10 +164,15 @@ impl Serialize for Document<'_> {
     }
 }
 
-/// A mesh that is given by a file of Istio's own kind, which is not read here.
-#[derive(Default, Serialize)]
-struct Static {
-    workloads: [(); 0],
-    policies: [(); 0],
-    services: [(); 0],
+/// The mesh that was given by hand.
+struct Static<'a>(&'a Mesh);
+
+impl Serialize for Static<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut given = serializer.serialize_map(Some(3))?;
+        given.serialize_entry("workloads", &model::Workloads(self.0))?;
+        given.serialize_entry("policies", &model::Policies(self.0))?;
+        given.serialize_entry("services", &model::Services(self.0))?;
+        given.end()
+    }
 }

@@ -1,4 +1,4 @@
-//! What the processor does: samples of all threads, in the format of pprof.
+//! What the processor does, as samples of all threads, and what memory is used for ([`heap`]): in the format of pprof.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,11 +8,13 @@ use std::time::SystemTime;
 use pprof::Frames;
 use pprof::ProfilerGuard;
 use pprof::ProfilerGuardBuilder;
+use pprof::Symbol;
 use tokio::time::sleep;
 
 use crate::admin::profile::encoder::Message;
 
 pub mod encoder;
+pub mod heap;
 
 /// Why there is no profile.
 #[derive(Debug, thiserror::Error)]
@@ -53,19 +55,62 @@ fn encode(
     duration: Duration,
     frequency: u32,
 ) -> Result<Vec<u8>, ProfileError> {
-    let report = guard.report().build().map_err(ProfileError::Report)?;
-    let period = Duration::from_secs(1) / frequency.max(1);
-    let mut profile = Profile::new(started, duration, period);
-    for (frames, count) in &report.data {
-        profile.add(frames, i64::try_from(*count).unwrap_or(i64::MAX));
+    let report = guard.report().build().map_err(ProfileError::Report);
+    // What was read to find the names is as large as the program.
+    backtrace::clear_symbol_cache();
+    let period = nanos(Duration::from_secs(1) / frequency.max(1));
+    let cpu = ("cpu", "nanoseconds");
+    let mut profile = Profile::new([("samples", "count"), cpu], cpu, started);
+    profile.duration(duration);
+    profile.period(period);
+    for (frames, count) in &report?.data {
+        let locations = locations(&mut profile, frames);
+        let count = i64::try_from(*count).unwrap_or(i64::MAX);
+        profile.add(locations, [count, count.saturating_mul(period)]);
     }
     Ok(profile.finish())
+}
+
+/// The nearest first.
+fn locations(profile: &mut Profile, frames: &Frames) -> Vec<u64> {
+    let mut locations: Vec<u64> = Vec::with_capacity(frames.frames.len() + 1);
+    for inlined in &frames.frames {
+        let line = |symbol: &Symbol| {
+            let file = symbol.filename.as_deref().unwrap_or_else(|| Path::new(""));
+            Line {
+                name: symbol.name(),
+                system_name: symbol.sys_name().into_owned(),
+                file: file.to_string_lossy().into_owned(),
+                line: symbol.lineno(),
+            }
+        };
+        locations.push(profile.location(&inlined.iter().map(line).collect::<Vec<_>>()));
+    }
+    // The thread stands at the root of what it did.
+    let thread = Line { name: frames.thread_name_or_id(), ..Line::default() };
+    locations.push(profile.location(&[thread]));
+    locations
+}
+
+fn nanos(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// A place in a function.
+#[derive(Debug, Clone, Default)]
+struct Line {
+    name: String,
+    /// The name as the linker knows it.
+    system_name: String,
+    /// Empty if it is not known.
+    file: String,
+    /// 0 if it is not known.
+    line: u32,
 }
 
 /// A profile being written: <https://github.com/google/pprof/blob/main/proto/profile.proto>.
 struct Profile {
     message: Message,
-    period_ns: i64,
     strings: HashMap<String, u64>,
     functions: HashMap<(u64, u64), u64>,
     locations: HashMap<Vec<(u64, u32)>, u64>,
@@ -80,32 +125,47 @@ const TIME: u32 = 9;
 const DURATION: u32 = 10;
 const PERIOD_TYPE: u32 = 11;
 const PERIOD: u32 = 12;
+const COMMENT: u32 = 13;
+const DEFAULT_SAMPLE_TYPE: u32 = 14;
 
 impl Profile {
-    fn new(started: SystemTime, duration: Duration, period: Duration) -> Self {
-        let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
+    /// What a sample's two values count, in which units, and what there is between two samples.
+    fn new(values: [(&str, &str); 2], period: (&str, &str), at: SystemTime) -> Self {
         let mut profile = Self {
             message: Message::default(),
-            period_ns: nanos(period),
             strings: HashMap::new(),
             functions: HashMap::new(),
             locations: HashMap::new(),
         };
         // The format wants the empty text first.
         profile.text("");
-        for (field, kind, unit) in [
-            (SAMPLE_TYPE, "samples", "count"),
-            (SAMPLE_TYPE, "cpu", "nanoseconds"),
-            (PERIOD_TYPE, "cpu", "nanoseconds"),
-        ] {
+        let values = values.map(|value| (SAMPLE_TYPE, value));
+        for (field, (kind, unit)) in values.into_iter().chain([(PERIOD_TYPE, period)]) {
             let (kind, unit) = (profile.text(kind), profile.text(unit));
             profile.message.nested(field, Message::default().number(1, kind).number(2, unit));
         }
-        let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         profile.message.signed(TIME, nanos(since));
-        profile.message.signed(DURATION, nanos(duration));
-        profile.message.signed(PERIOD, profile.period_ns);
         profile
+    }
+
+    fn duration(&mut self, duration: Duration) {
+        self.message.signed(DURATION, nanos(duration));
+    }
+
+    fn period(&mut self, period: i64) {
+        self.message.signed(PERIOD, period);
+    }
+
+    fn comment(&mut self, text: &str) {
+        let text = self.text(text);
+        self.message.signed(COMMENT, text as i64);
+    }
+
+    /// Which of the two values is shown unless somebody wants the other.
+    fn shown_first(&mut self, kind: &str) {
+        let kind = self.text(kind);
+        self.message.signed(DEFAULT_SAMPLE_TYPE, kind as i64);
     }
 
     fn text(&mut self, text: &str) -> u64 {
@@ -118,31 +178,14 @@ impl Profile {
         index
     }
 
-    fn add(&mut self, frames: &Frames, count: i64) {
-        let mut locations: Vec<u64> = Vec::with_capacity(frames.frames.len() + 1);
-        for inlined in &frames.frames {
-            let lines = inlined
-                .iter()
-                .map(|symbol| {
-                    let file = symbol.filename.as_deref().unwrap_or_else(|| Path::new(""));
-                    (
-                        self.function(&symbol.name(), &symbol.sys_name(), &file.to_string_lossy()),
-                        symbol.lineno(),
-                    )
-                })
-                .collect();
-            locations.push(self.location(lines));
-        }
-        // The thread stands at the root of what it did.
-        let thread = self.function(&frames.thread_name_or_id(), "", "");
-        locations.push(self.location(vec![(thread, 0)]));
-        let nanos = count.saturating_mul(self.period_ns);
-        let sample = Message::default().packed(1, locations).packed(2, [count as u64, nanos as u64]);
+    fn add(&mut self, locations: Vec<u64>, values: [i64; 2]) {
+        let sample = Message::default().packed(1, locations).packed(2, values.map(|value| value as u64));
         self.message.nested(SAMPLE, sample);
     }
 
-    fn function(&mut self, name: &str, system_name: &str, file: &str) -> u64 {
-        let (name, file, system_name) = (self.text(name), self.text(file), self.text(system_name));
+    fn function(&mut self, line: &Line) -> u64 {
+        let [name, system_name, file] =
+            [&line.name, &line.system_name, &line.file].map(|text| self.text(text));
         if let Some(id) = self.functions.get(&(name, file)) {
             return *id;
         }
@@ -154,7 +197,9 @@ impl Profile {
         id
     }
 
-    fn location(&mut self, lines: Vec<(u64, u32)>) -> u64 {
+    /// One instruction: what was inlined there first.
+    fn location(&mut self, lines: &[Line]) -> u64 {
+        let lines: Vec<(u64, u32)> = lines.iter().map(|line| (self.function(line), line.line)).collect();
         if let Some(id) = self.locations.get(&lines) {
             return *id;
         }

@@ -40,6 +40,7 @@ use crate::app::ports;
 use crate::app::ports::Admin;
 use crate::app::version;
 use crate::capture;
+use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
@@ -53,6 +54,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::logging::Levels;
 
 mod agent;
+mod own;
 mod world;
 
 /// What waits for the agent's snapshot, by the name that operators know from Istio.
@@ -77,10 +79,16 @@ struct Node {
     world: World,
     agent: Agent,
     identities: Identities,
+    own: Option<OwnPod>,
     ready: Ready,
 }
 
 impl Node {
+    /// Asks for the certificates that are needed here.
+    fn retain_identities(&mut self) {
+        self.world.retain_identities(&self.identities, &self.agent, self.own.as_ref());
+    }
+
     /// Carries out what happens next. False where the process ends. Cancel-safe.
     async fn next(&mut self) -> bool {
         let step = tokio::select! {
@@ -91,7 +99,7 @@ impl Node {
             step = self.agent.next() => step,
         };
         if step == Step::Pods {
-            self.world.retain_identities(&self.identities, &self.agent);
+            self.retain_identities();
         }
         self.ready.follow(&self.agent);
         true
@@ -160,6 +168,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
     let sources = Sources {
         mesh: world.reader(),
+        local: world.local(),
         identities: identities.clone(),
         data_plane: Arc::clone(&data_plane),
         waiting: agent.awaited(),
@@ -168,7 +177,8 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     };
     let console = Console::new(sources, levels, telemetry.clone(), quit);
     let serve_admin = || Admin::start(&config, &telemetry, &readiness, console.clone(), signal.clone());
-    let mut node = Node { world, agent, identities: identities.clone(), ready };
+    let own = config.own.clone();
+    let mut node = Node { world, agent, identities: identities.clone(), own, ready };
 
     // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
     let mut admin = match &config.mesh {
@@ -192,7 +202,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
                     tracing::info!(pid, pods = pods_, "taking over from a running daemon");
                     node.agent.inherit(pods);
                     node.agent.settled(INHERIT_WITHIN).await;
-                    node.world.retain_identities(&node.identities, &node.agent);
+                    node.retain_identities();
                 }
                 Err(error) => tracing::warn!(%error, "the running daemon does not hand its pods over"),
             }
@@ -218,6 +228,11 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         Some(admin) => admin,
         None => serve_admin()?,
     };
+    if let Some(own) = &config.own
+        && let Err(error) = own::serve(own, &config, &data_plane)
+    {
+        tracing::warn!(error = &*error, "metrics are not to be had through a tunnel (HBONE), but directly");
+    }
     let mut departing = match predecessor {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
@@ -229,7 +244,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         source,
     })?;
     tracing::info!(pods = node.agent.captured(), after = ?started.elapsed(), "serving");
-    node.world.retain_identities(&node.identities, &node.agent);
+    node.retain_identities();
     node.ready.follow(&node.agent);
 
     let mut look = tokio::time::interval(LOOK_EVERY);

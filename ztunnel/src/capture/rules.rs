@@ -113,6 +113,11 @@ pub fn bind(netns: &Netns, config: &Config) -> Result<Listeners, BindError> {
     netns.run(bind).map_err(BindError::Netns)?
 }
 
+/// Listens for tunnels where this thread is: in the network namespace of the daemon.
+pub fn bind_here(config: &Config) -> Result<Arc<TcpListener>, BindError> {
+    listen(HBONE_PORT, config)
+}
+
 fn listen(port: u16, config: &Config) -> Result<Arc<TcpListener>, BindError> {
     try_listen(port, config).map(Arc::new).map_err(|source| BindError::Listen { port, source })
 }

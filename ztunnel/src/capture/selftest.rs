@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use ztunnel_ebpf_abi::Counter;
 
@@ -49,7 +50,8 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 const POD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const ELSEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), 80);
-const PATIENCE: Duration = Duration::from_secs(2);
+/// For a connection within one namespace. A machine that is busy may still take its time.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Captures a connection and refuses a packet in a throw-away namespace, and leaves nothing behind. Independent
 /// of a daemon that may be running on the node.
@@ -103,10 +105,13 @@ fn try_capture(config: &Config, netns: PathBuf, device: u32) -> Result<(), Failu
 
     let client = TcpStream::connect_timeout(&ELSEWHERE, PATIENCE)
         .map_err(|error| format!("a connection was not captured: {error}"))?;
-    let (accepted, _) = captured
-        .listeners
-        .outbound
-        .accept()
+    // The listener does not wait, and may know of the connection later than its client.
+    let outbound = &captured.listeners.outbound;
+    let mut polled = [PollFd::new(outbound.as_fd(), PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(PATIENCE)?;
+    let (accepted, _) = poll(&mut polled, patience)
+        .map_err(io::Error::from)
+        .and_then(|_| outbound.accept())
         .map_err(|error| format!("a captured connection did not reach the listener: {error}"))?;
     let destination = accepted.local_addr()?;
     if crate::model::addr::canonical(destination) != ELSEWHERE {

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::env::control_plane::LocalMesh;
 use crate::config::env::proxy_config::ProxyConfig;
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problems;
@@ -126,8 +125,6 @@ pub struct Settings {
     pub data_plane: proxy::Config,
     /// How long open connections may go on once the proxy is told to end.
     pub drain_deadline: Duration,
-    /// Whether `PROXY` headers reach an application tunnel of this host.
-    pub localhost_app_tunnel: bool,
     /// The port of the admin server on the loopback.
     pub admin_port: u16,
     /// The port of the metrics server.
@@ -163,7 +160,6 @@ const INEFFECTIVE: &[(&str, &str, &str)] = &[
     ("PREFERED_SERVICE_NAMESPACE", "", "pods' DNS is not answered here"),
     ("ISTIO_META_DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
     ("DNS_PROXY_ADDR", "", "pods' DNS is not answered here"),
-    ("LOCALHOST_APP_TUNNEL", "false", "no PROXY header is sent to a sandwiched waypoint"),
 ];
 
 /// Why names are not resolved, and what to do.
@@ -190,7 +186,6 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
         mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir),
         in_pod,
         drain_deadline: drain_deadline(&mut reader),
-        localhost_app_tunnel: reader.flag("LOCALHOST_APP_TUNNEL", true),
         data_plane: data_plane(&mut reader, around.cores),
         admin_port: port(&mut reader, "proxyAdminPort", 15000, |proxy| proxy.admin_port),
         stats_port: port(&mut reader, "statsPort", 15020, |proxy| proxy.stats_port),
@@ -367,6 +362,7 @@ fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
         user_timeout: reader.flag("USER_TIMEOUT_ENABLED", probes.user_timeout),
     };
     config.response_baggage = reader.flag("ENABLE_RESPONSE_BAGGAGE", config.response_baggage);
+    config.localhost_app_tunnel = reader.flag("LOCALHOST_APP_TUNNEL", config.localhost_app_tunnel);
     config.near = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.near);
     let hbone = &mut config.hbone;
     let congestion =
@@ -432,14 +428,6 @@ fn log_filter(reader: &mut Reader<'_>) -> Filter {
 fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
     if !settings.proxy_enabled {
         reader.refuse("ENABLE_PROXY", "false", "there is nothing left to do: pods' DNS is not answered here");
-    }
-    if let Some(local) = &settings.control_plane.local {
-        let (name, value) = match local {
-            LocalMesh::File(path) => ("LOCAL_XDS_PATH", path.display().to_string()),
-            LocalMesh::Text(_) => ("LOCAL_XDS", String::from("(not shown)")),
-        };
-        let why = "a mesh in this format is not read: use XDS_ADDRESS, or `ztunnel run --mesh` with Kubernetes' objects";
-        reader.refuse(name, &value, why);
     }
     if settings.dns.enabled && settings.control_plane.on_demand {
         let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::api::Setting;
 use crate::capture;
@@ -16,10 +17,14 @@ use crate::config::env::control_plane::Server;
 use crate::config::env::control_plane::Token;
 use crate::config::resolved;
 use crate::config::resolved::Invalid;
+use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
 use crate::identity::istiod;
+use crate::model::addr::PodUid;
+use crate::model::identity::SpiffeId;
+use crate::model::workload::Named;
 use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
 use crate::net::socket::Keepalive;
@@ -53,11 +58,13 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
             false => (Ipv4Addr::UNSPECIFIED, port).into(),
         }
     };
+    let self_proxy = self_proxy(&own)?;
     let kernel =
         resolved::unused_kernel(Some(own.node).filter(|node| !node.is_empty()), in_pod.run_dir.clone());
     Ok(Run {
         places: resolved::places_without_capture(&kernel)?,
         mesh,
+        local: control_plane.local,
         // Of the embedded authority, which is not used.
         state_dir: in_pod.run_dir.clone(),
         authority: Some(istiod::Config {
@@ -71,6 +78,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         metrics_addr: any(settings.stats_port),
         ready_addr: any(READINESS_PORT),
         zds: Some(zds(in_pod, &data_plane.keepalive)),
+        own: self_proxy,
         admin_port: settings.admin_port,
         settings: settings.shown.iter().map(Setting::from).collect(),
         kept_running: true,
@@ -107,6 +115,19 @@ fn identity(own: &Own) -> client::Identity {
         node: own.node.clone(),
         metadata: own.metadata.clone().into_iter().collect(),
     }
+}
+
+/// This proxy's own pod, if it is told which that is.
+fn self_proxy(own: &Own) -> Result<Option<OwnPod>, Invalid> {
+    let Own { pod, namespace, service_account, node, .. } = own;
+    if [pod, namespace, service_account].into_iter().any(String::is_empty) {
+        return Ok(None);
+    }
+    let identity = SpiffeId::new(&own.trust_domain, namespace, service_account).map_err(Invalid::Own)?;
+    let uid = PodUid(format!("{namespace}/{pod}").into());
+    let [name, namespace, service_account, node] =
+        [pod, namespace, service_account, node].map(|text| Arc::from(&**text));
+    Ok(Some(OwnPod { uid, workload: Named::Pod { name, namespace, service_account, node }, identity }))
 }
 
 fn zds(in_pod: InPod, keepalive: &Keepalive) -> Zds {
@@ -147,6 +168,8 @@ mod tests {
             ("POD_NAME", "ztunnel-x"),
             ("POD_NAMESPACE", "istio-system"),
             ("INSTANCE_IP", "10.0.0.9"),
+            ("SERVICE_ACCOUNT", "ztunnel"),
+            ("TRUST_DOMAIN", "example.org"),
             ("XDS_HEADER_x-tenant", "one"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
             ("PACKET_MARK", "7"),
@@ -167,6 +190,9 @@ mod tests {
         assert_eq!(authority.planes[0].address.to_string(), "https://istiod-canary.istio-system.svc:15012");
         assert!(authority.impersonate && authority.planes[0].headers.is_empty());
         assert_eq!(&*run.places.node, "node-1");
+        let own = run.own.as_ref().unwrap();
+        assert_eq!(own.identity.as_str(), "spiffe://example.org/ns/istio-system/sa/ztunnel");
+        assert_eq!(own.workload.to_string(), "ztunnel.istio-system (ztunnel-x)");
         assert_eq!(run.places.run_dir, Path::new("/var/run/ztunnel"));
         let zds = run.zds.as_ref().unwrap();
         assert_eq!(zds.socket, Path::new("/var/run/ztunnel/ztunnel.sock"));
@@ -182,6 +208,7 @@ mod tests {
     fn an_empty_address_is_no_control_plane() {
         let run = configured(&[("XDS_ADDRESS", ""), ("NODE_NAME", "n"), ("ZTUNNEL_MESH_CACHE", "")]).unwrap();
         assert!(matches!(run.mesh, Source::Nothing));
+        assert_eq!(run.own, None, "it does not know its own pod");
     }
 
     #[test]

@@ -53,6 +53,13 @@ pub enum Command {
     /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
     /// status 1 when one of them cannot be used.
     Config(Config),
+    /// Show what a running daemon knows: its workloads, services, policies, certificates and open connections
+    ///
+    /// The tables of `istioctl ztunnel-config`, without Kubernetes: asks the admin port of the daemon in this network
+    /// namespace, or reads a dump that was saved. In a pod: `kubectl exec POD -- ztunnel show connections`.
+    Show(Show),
+    /// Show the log's levels of a running daemon, or set them
+    Log(Log),
     /// Serve the pods of this node in the place of Istio's own ztunnel
     ///
     /// Everything is read from the environment that Istio's chart sets: the mesh comes from istiod, and so do
@@ -65,6 +72,69 @@ pub enum Command {
     },
     /// Say which build this is
     Version,
+}
+
+/// `ztunnel show`
+#[derive(Debug, Args)]
+pub struct Show {
+    /// Which part of it
+    #[arg(value_enum, default_value = "all")]
+    pub part: Part,
+    /// Only what has this name: of workloads and connections the pod's; of certificates a part of the identity
+    pub name: Option<String>,
+    /// Only what is in this namespace
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// Only workloads on this node
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// The daemon's admin port
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
+    /// A saved `/config_dump` instead
+    #[arg(short, long, value_name = "FILE", conflicts_with = "admin")]
+    pub file: Option<PathBuf>,
+    /// Addresses of connections as they are, without names in their place
+    #[arg(long)]
+    pub raw: bool,
+    /// How it is shown; JSON has every key of the dump
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+}
+
+/// A part of what a daemon knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// All of the following.
+    All,
+    /// The workloads of the mesh.
+    #[value(alias = "workloads")]
+    Workload,
+    /// Its services.
+    #[value(alias = "services")]
+    Service,
+    /// Its policies.
+    #[value(alias = "policies")]
+    Policy,
+    /// The certificates of this node's identities.
+    #[value(alias = "certificates")]
+    Certificate,
+    /// The open connections of this node's pods.
+    #[value(alias = "connection")]
+    Connections,
+}
+
+/// `ztunnel log`
+#[derive(Debug, Args)]
+pub struct Log {
+    /// A level for everything, or MODULE:LEVEL, several with commas: `info,access:debug`
+    pub level: Option<String>,
+    /// Go back to the levels of the start first
+    #[arg(long)]
+    pub reset: bool,
+    /// The daemon's admin port
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
 }
 
 /// `ztunnel config`

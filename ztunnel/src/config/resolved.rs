@@ -20,10 +20,15 @@ use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
 use crate::config::raw;
 use crate::identity::istiod;
+use crate::model::addr::PodUid;
+use crate::model::identity::InvalidSpiffeId;
+use crate::model::identity::SpiffeId;
+use crate::model::workload::Named;
 use crate::net::redirected;
 use crate::net::redirected::ClientAddress;
 use crate::net::socket::Keepalive;
 use crate::proxy;
+use crate::standalone::local;
 use crate::telemetry::line::Format;
 use crate::telemetry::logging::Filter;
 use crate::telemetry::logging::InvalidFilter;
@@ -67,6 +72,9 @@ pub enum Invalid {
     /// Istio's environment.
     #[error(transparent)]
     Environment(#[from] Problems),
+    /// Who this proxy is.
+    #[error("POD_NAMESPACE and SERVICE_ACCOUNT name no identity")]
+    Own(#[source] InvalidSpiffeId),
     /// Where the certificate authority is.
     #[error("CA_ADDRESS (--ca-address)")]
     Authority(#[from] InvalidAddress),
@@ -201,6 +209,17 @@ fn zds(typed: &raw::Zds) -> Option<Zds> {
     Some(Zds { socket: typed.zds.clone()?, listeners })
 }
 
+/// This proxy's own pod, as a server of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnPod {
+    /// What it is called here: a node agent does not say its own name for it.
+    pub uid: PodUid,
+    /// Its name, its namespace, its service account and its node.
+    pub workload: Named,
+    /// Who it is.
+    pub identity: SpiffeId,
+}
+
 /// Where the mesh comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
@@ -224,6 +243,8 @@ pub struct Run {
     pub places: Places,
     /// Where the mesh comes from.
     pub mesh: Source,
+    /// A mesh that is there besides, from the start on.
+    pub local: Option<local::Place>,
     /// Where the embedded authority keeps its root.
     pub state_dir: PathBuf,
     /// The authority to ask instead of the embedded one.
@@ -240,6 +261,8 @@ pub struct Run {
     pub ready_addr: SocketAddr,
     /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
     pub zds: Option<Zds>,
+    /// This proxy's own pod, if its metrics are to be had through a tunnel.
+    pub own: Option<OwnPod>,
     /// The port of the loopback where operators ask.
     pub admin_port: u16,
     /// What was typed, and what was completed.
@@ -285,6 +308,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     Ok(Run {
         places,
         mesh: Source::File(typed.mesh.clone()),
+        local: None,
         state_dir: typed.state_dir.clone(),
         authority: authority(&typed.certificates, std::env::vars())?,
         crl: typed.certificates.crl.clone(),
@@ -297,6 +321,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
+        own: None,
         proxy,
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,

@@ -6,23 +6,18 @@
 use std::fmt;
 use std::fmt::Write;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
+use http::HeaderName;
+
+pub use crate::model::addr::Authority;
+use crate::model::identity::SpiffeId;
+use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 
-/// Where a stream is to go: the `:authority` of the request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Authority {
-    /// `10.0.0.1:8080` or `[fd00::1]:8080`.
-    Address(SocketAddr),
-    /// `name.example:8080`.
-    Hostname {
-        /// The name.
-        host: String,
-        /// The port.
-        port: u16,
-    },
-}
+/// The header in which a client says which network it is in, to a server that it reaches through a gateway.
+pub const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 
 /// The text is not an authority with a port.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,23 +32,13 @@ impl Authority {
             return if address.port() == 0 { Err(invalid()) } else { Ok(Self::Address(address)) };
         }
         let (host, port) = text.rsplit_once(':').ok_or_else(invalid)?;
-        let valid = |c: char| c.is_ascii_alphanumeric() || ".-_".contains(c);
         // The shape of the digits is checked, as `parse` takes "+1" for a number.
         let digits = !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
         let port = port.parse::<u16>().ok().filter(|port| digits && *port != 0).ok_or_else(invalid)?;
-        if host.is_empty() || host.len() > 253 || !host.chars().all(valid) {
+        if !Self::is_host(host) {
             return Err(invalid());
         }
-        Ok(Self::Hostname { host: host.to_owned(), port })
-    }
-}
-
-impl fmt::Display for Authority {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) => address.fmt(f),
-            Self::Hostname { host, port } => write!(f, "{host}:{port}"),
-        }
+        Ok(Self::Hostname { host: Arc::from(host), port })
     }
 }
 
@@ -116,6 +101,9 @@ pub struct Baggage<'a> {
     pub zone: Option<&'a str>,
 }
 
+/// No name or label value of Kubernetes is longer (RFC 1123 §2.1).
+const NAME_MAX: usize = 253;
+
 const KINDS: [(WorkloadKind, &str); 4] = [
     (WorkloadKind::Deployment, "k8s.deployment.name"),
     (WorkloadKind::CronJob, "k8s.cronjob.name"),
@@ -137,13 +125,53 @@ impl<'a> Baggage<'a> {
         }
     }
 
-    /// Reads what is known and passes over the rest.
+    /// The workload that says this of itself and proved to be `who`, as far as telemetry is concerned: it is in no
+    /// mesh this side knows of.
+    pub fn describe(&self, who: &SpiffeId) -> Workload {
+        let text = |said: Option<&str>| said.map_or_else(Arc::<str>::default, Arc::from);
+        let (kind, owner) = self.workload.unzip();
+        let kind = kind.unwrap_or(WorkloadKind::Pod);
+        let nobody = Arc::<str>::default;
+        Workload {
+            uid: nobody(),
+            name: if kind == WorkloadKind::Pod { text(owner) } else { nobody() },
+            namespace: text(self.namespace.or_else(|| Some(who.namespace()))),
+            identity: who.clone(),
+            node: nobody(),
+            cluster: text(self.cluster),
+            network: nobody(),
+            addresses: Vec::new(),
+            hostname: nobody(),
+            workload_name: text(owner),
+            kind,
+            canonical_name: text(self.canonical_name),
+            canonical_revision: text(self.canonical_revision),
+            region: text(self.region),
+            zone: text(self.zone),
+            subzone: nobody(),
+            reach: Reach::Unknown,
+            native_tunnel: false,
+            application_tunnel: None,
+            healthy: false,
+            capacity: 0,
+            host_network: false,
+            waypoint: None,
+            network_gateway: None,
+            services: Box::default(),
+            policies: Vec::new(),
+        }
+    }
+
+    /// Reads what is known and passes over the rest, what is longer than names of Kubernetes are included.
     pub fn parse(text: &'a str) -> Self {
         let mut baggage = Self::default();
         for member in text.split(',') {
             let Some((key, value)) = member.split_once('=') else { continue };
             // Properties (W3C Baggage §3.2.1) are not for us.
             let Some(value) = present(value.split(';').next().unwrap_or_default().trim()) else { continue };
+            if value.len() > NAME_MAX {
+                continue;
+            }
             match key.trim() {
                 "k8s.cluster.name" => baggage.cluster = Some(value),
                 "k8s.namespace.name" => baggage.namespace = Some(value),
@@ -246,6 +274,23 @@ mod tests {
     use proptest::proptest;
 
     use super::*;
+
+    #[test]
+    fn who_speaks_is_known_as_far_as_it_says() {
+        let who: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        let described = |text: &str| Baggage::parse(text).describe(&who);
+        let pod =
+            described("k8s.cluster.name=C,k8s.namespace.name=other,k8s.pod.name=cart-1,service.name=cart");
+        assert_eq!((&*pod.name, &*pod.workload_name, &*pod.namespace), ("cart-1", "cart-1", "other"));
+        assert_eq!((&*pod.cluster, &*pod.canonical_name, &pod.identity), ("C", "cart", &who));
+        let owned = described("k8s.deployment.name=cart");
+        assert_eq!((&*owned.name, &*owned.workload_name, &*owned.namespace), ("", "cart", "shop"));
+        // What no name can be is none.
+        let long = "x".repeat(NAME_MAX + 1);
+        assert_eq!(&*described(&format!("service.name={long}")).canonical_name, "");
+        assert_eq!(described(&format!("service.name={}", &long[1..])).canonical_name.len(), NAME_MAX);
+        assert_eq!(described("nonsense;=,").reach, Reach::Unknown);
+    }
 
     #[test]
     fn authorities() {

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -23,21 +22,29 @@ use http::Request;
 use http::StatusCode;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::TlsStream;
 
 use crate::hbone::Config;
+use crate::hbone::address::Authority;
 use crate::hbone::address::Forwarded;
+use crate::hbone::address::NETWORK;
 use crate::hbone::address::TraceParent;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::hbone::stream::TunnelError;
+use crate::hbone::through::Through;
 use crate::hbone::transport::ALPN;
 use crate::hbone::transport::Keepalive;
 use crate::hbone::transport::defer;
 use crate::model::addr::HbonePeer;
+use crate::model::identity::SpiffeId;
 use crate::net::buffer::ReadAhead;
 use crate::net::socket::Dial;
 use crate::tls::trust::Side;
@@ -129,14 +136,29 @@ pub async fn handshake(
     trust: &Trust,
 ) -> Result<(Arc<Tunnel>, Driver), DialError> {
     let limit = config.handshake_timeout;
-    match timeout(limit, shake(socket, peer, tls, config, trust)).await {
+    match timeout(limit, shake(ReadAhead::new(socket), peer, tls, config, trust)).await {
         Ok(result) => result,
         Err(_elapsed) => Err(DialError::Stalled { peer, after: limit }),
     }
 }
 
-async fn shake(
-    socket: TcpStream,
+/// [`handshake`] inside another tunnel: `through` is a stream of it, opened at the gateway `peer`.
+pub async fn handshake_within(
+    through: Through,
+    peer: HbonePeer,
+    tls: Arc<ClientConfig>,
+    config: &Config,
+    trust: &Trust,
+) -> Result<(Arc<Tunnel>, Driver), DialError> {
+    let limit = config.handshake_timeout;
+    match timeout(limit, shake(through, peer, tls, config, trust)).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(DialError::Stalled { peer, after: limit }),
+    }
+}
+
+async fn shake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    socket: S,
     peer: HbonePeer,
     tls: Arc<ClientConfig>,
     config: &Config,
@@ -145,7 +167,7 @@ async fn shake(
     // An address as a name: none is sent (RFC 6066 §3), and the expected identities are in `tls`.
     let name = ServerName::IpAddress(peer.0.ip().into());
     let tls = TlsConnector::from(tls)
-        .connect(name, ReadAhead::new(socket))
+        .connect(name, socket)
         .await
         .map_err(|source| DialError::Tls { peer, source })?;
     if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
@@ -153,7 +175,7 @@ async fn shake(
     }
     // Always there after a handshake; without, there is nothing that could be revoked.
     let verified = trust.verified_peer(tls.get_ref().1).ok();
-    let (io, backlog) = defer(tls.into());
+    let (io, backlog) = defer(TlsStream::Client(tls));
     let handshake = h2::client::Builder::new()
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
@@ -167,6 +189,7 @@ async fn shake(
         backlog.drive(handshake).await.map_err(|_| DialError::NotHttp2 { peer })?;
     let tunnel = Arc::new(Tunnel {
         streams_max: config.client_streams_max,
+        peer: verified.as_ref().map(|verified| verified.id().clone()),
         state: Mutex::new(State {
             sender: Some(sender),
             streams: 0,
@@ -258,6 +281,8 @@ impl Future for Driver {
 #[derive(Debug)]
 pub struct Tunnel {
     streams_max: usize,
+    /// Who the peer proved to be.
+    peer: Option<SpiffeId>,
     state: Mutex<State>,
 }
 
@@ -386,16 +411,23 @@ impl Drop for Lease {
 #[derive(Debug, Clone)]
 pub struct Connect<'a> {
     /// Where the peer is to deliver.
-    pub authority: SocketAddr,
+    pub authority: Authority,
     /// The source workload's `baggage`.
     pub baggage: &'a HeaderValue,
     /// Whose connection it is.
     pub forwarded: Forwarded<'a>,
     /// What ties both ends' telemetry together.
     pub trace: TraceParent,
+    /// The network this side is in, for a peer that is reached through a gateway.
+    pub network: Option<&'a str>,
 }
 
 impl Lease {
+    /// Who the peer proved to be.
+    pub fn peer(&self) -> Option<&SpiffeId> {
+        self.tunnel.peer.as_ref()
+    }
+
     /// The tunnel is not to be used for new streams: it did not take this one.
     pub fn retire(&self) {
         self.tunnel.retire();
@@ -413,17 +445,22 @@ impl Lease {
         // A tunnel that takes no request has not looked at this one.
         let refused = |_| StreamError::NotTaken;
         poll_fn(|cx| sender.poll_ready(cx)).await.map_err(refused)?;
-        let (answer, send) = sender.send_request(request(connect), false).map_err(refused)?;
+        let (answer, send) = sender.send_request(request(connect)?, false).map_err(refused)?;
         Ok(Opening { send: SendHalf::new(send), answer: Answer(answer) })
     }
 }
 
-fn request(connect: &Connect<'_>) -> Request<()> {
+fn request(connect: &Connect<'_>) -> Result<Request<()>, StreamError> {
     let value = |text: String| {
         HeaderValue::from_maybe_shared(Bytes::from(text))
             .expect("addresses, tokens and hex digits are visible ASCII")
     };
-    let uri = http::Uri::try_from(connect.authority.to_string()).expect("a socket address is an authority");
+    let authority = connect.authority.to_string();
+    // Addresses are fine; names come from the control plane.
+    let unsayable = |error: http::uri::InvalidUri| {
+        StreamError::Tunnel(TunnelError::Protocol(format!("cannot ask for {}: {error}", connect.authority)))
+    };
+    let uri = http::Uri::try_from(authority).map_err(unsayable)?;
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
     *request.uri_mut() = uri;
@@ -433,7 +470,11 @@ fn request(connect: &Connect<'_>) -> Request<()> {
     headers.insert("baggage", connect.baggage.clone());
     headers.insert("forwarded", value(connect.forwarded.to_string()));
     headers.insert("traceparent", value(connect.trace.to_string()));
-    request
+    // A name that cannot be said is as good as none: it is for telemetry only.
+    if let Some(network) = connect.network.and_then(|network| HeaderValue::from_str(network).ok()) {
+        headers.insert(NETWORK, network);
+    }
+    Ok(request)
 }
 
 /// A stream whose request is on its way.

@@ -27,6 +27,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::hbone::Config;
 use crate::hbone::address::Authority;
 use crate::hbone::address::Forwarded;
+use crate::hbone::address::NETWORK;
 use crate::hbone::address::TraceParent;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
@@ -201,6 +202,11 @@ impl Incoming {
     /// The client's `baggage`.
     pub fn baggage(&self) -> Option<&str> {
         self.headers.get("baggage")?.to_str().ok()
+    }
+
+    /// The network the client says it is in, which only one does that was sent through a gateway.
+    pub fn network(&self) -> Option<&str> {
+        self.headers.get(NETWORK)?.to_str().ok()
     }
 
     /// What the client has said without waiting for the answer: nothing, or a piece, or that the stream broke. It

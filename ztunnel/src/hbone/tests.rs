@@ -38,6 +38,7 @@ use crate::hbone::client::Lease;
 use crate::hbone::client::Opening;
 use crate::hbone::client::connect;
 use crate::hbone::client::handshake;
+use crate::hbone::client::handshake_within;
 use crate::hbone::pool::Dialer;
 use crate::hbone::pool::Dialled;
 use crate::hbone::pool::Key;
@@ -49,12 +50,16 @@ use crate::hbone::server::ServeError;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::hbone::through::Through;
 use crate::model::addr::HbonePeer;
 use crate::model::identity::SpiffeId;
 use crate::shutdown;
 use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 use crate::tls::verify::verified_peer;
+
+/// Longer than anything takes, on whatever machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A root, and whom it certifies.
 pub(crate) struct TestCa {
@@ -189,7 +194,7 @@ impl Dialer for Mesh {
         let (peer, config) = (self.peer, self.config.clone());
         self.dials.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
-            let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await?;
+            let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, PATIENCE).await?;
             handshake(socket, peer, credentials.client_config(&[id("server")]), &config, &Trust::default())
                 .await
         })
@@ -205,7 +210,8 @@ static BAGGAGE: HeaderValue = HeaderValue::from_static("k8s.cluster.name=C");
 
 fn connect_to(authority: &str) -> Connect<'static> {
     Connect {
-        authority: authority.parse().unwrap(),
+        authority: Authority::parse(authority).unwrap(),
+        network: None,
         baggage: &BAGGAGE,
         forwarded: Forwarded { client: "10.9.9.9:1234".parse().unwrap(), host: Some("web") },
         trace: TraceParent { trace: 7, span: 9 },
@@ -287,6 +293,56 @@ async fn bytes_arrive_in_order_however_they_are_cut() {
     };
     let ((), got) = tokio::join!(talk, receive(&mut from));
     assert!(got.unwrap() == all);
+}
+
+/// A gateway: it passes on to `to` what it is sent, without a look at it.
+fn gateway(to: HbonePeer) -> Handle {
+    handle(move |incoming: Incoming| async move {
+        let Ok(halves) = incoming.connect(None) else { return };
+        let mut socket = TcpStream::connect(to.0).await.unwrap();
+        let _ended = tokio::io::copy_bidirectional(&mut Through::new(halves), &mut socket).await;
+    })
+}
+
+#[tokio::test]
+async fn a_tunnel_goes_through_a_stream_of_another() {
+    let inner = Mesh::start(Config::default(), echo()).await;
+    let outer = Mesh::start(Config::default(), gateway(inner.peer)).await;
+    let within = async |expect: &str| {
+        let (around, send, recv) = outer.connected().await;
+        let tls = inner.client.client_config(&[id(expect)]);
+        let through = Through::new((send, recv));
+        let made = handshake_within(through, outer.peer, tls, &inner.config, &Trust::default()).await;
+        (around, made)
+    };
+    for _ in 0..3 {
+        let (_around, made) = within("server").await;
+        let (tunnel, driver) = made.unwrap();
+        let mut lease = tunnel.lease().unwrap();
+        tunnel.retire();
+        assert_eq!(lease.peer(), Some(&id("server")));
+        let talk = async {
+            let Opening { send: mut forth, mut answer } =
+                lease.open(&connect_to("web.shop:80")).await.unwrap();
+            let Answered::Connected { mut recv, .. } = poll_fn(|cx| answer.poll(cx)).await.unwrap() else {
+                panic!("it is refused");
+            };
+            // More than either tunnel lets a stream have under way.
+            let data: Vec<u8> = (0..5_000_000_u32).map(|n| (n % 251) as u8).collect();
+            let to = async {
+                send(&mut forth, data.clone()).await.unwrap();
+                forth.finish().unwrap();
+            };
+            let ((), got) = tokio::join!(to, receive(&mut recv));
+            assert!(got.unwrap() == data);
+        };
+        // With its only stream the tunnel ends.
+        let ((), ended) = tokio::join!(talk, driver);
+        assert!(ended.is_ok(), "{ended:?}");
+    }
+    let (_around, made) = within("other").await;
+    assert!(matches!(made, Err(DialError::Tls { .. })));
+    assert_eq!(outer.dials(), 1, "they all went through one tunnel to the gateway");
 }
 
 #[tokio::test]
@@ -537,7 +593,7 @@ async fn an_idle_tunnel_is_closed_and_forgotten() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(mesh.pool.tunnels(), 1, "it has a stream");
     drop(stream);
-    tokio::time::timeout(Duration::from_secs(5), async {
+    tokio::time::timeout(PATIENCE, async {
         while mesh.pool.tunnels() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -601,7 +657,7 @@ async fn tunnels_of_a_source_that_is_over_close_with_their_last_stream() {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), fewer).await.unwrap();
+        tokio::time::timeout(PATIENCE, fewer).await.unwrap();
     };
     mesh.leave.drain();
     left(1).await;
@@ -636,7 +692,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
         ping_timeout: Duration::from_millis(50),
         ..Config::default()
     };
-    let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, Duration::from_secs(5)).await.unwrap();
+    let socket = connect(Box::pin(TcpStream::connect(peer.0)), peer, PATIENCE).await.unwrap();
     let tls = ca.certify(&id("client")).client_config(&[id("server")]);
     let (tunnel, driver) = handshake(socket, peer, tls, &config, &Trust::default()).await.unwrap();
     let mut lease = tunnel.lease().unwrap();
@@ -652,8 +708,7 @@ async fn a_peer_that_answers_no_pings_is_given_up() {
 #[tokio::test]
 async fn the_wrong_server_is_no_peer() {
     let mesh = Mesh::start(Config::default(), echo()).await;
-    let socket =
-        connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, Duration::from_secs(5)).await.unwrap();
+    let socket = connect(Box::pin(TcpStream::connect(mesh.peer.0)), mesh.peer, PATIENCE).await.unwrap();
     let tls = mesh.client.client_config(&[id("somebody-else")]);
     let result = handshake(socket, mesh.peer, tls, &mesh.config, &Trust::default()).await;
     assert!(matches!(result, Err(DialError::Tls { .. })));

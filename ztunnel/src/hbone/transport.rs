@@ -43,14 +43,19 @@ const RECORD_MAX: usize = 16 * 1024;
 /// Pieces one write takes at most.
 const PIECES_MAX: usize = 64;
 
-/// TLS over a socket that is read in large pieces.
-pub type Tls = TlsStream<ReadAhead>;
+/// TLS over a socket that is read in large pieces, or over something else.
+pub type Tls<S = ReadAhead> = TlsStream<S>;
+
+/// What TLS goes over.
+pub(super) trait Carrier: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Carrier for S {}
 
 /// The ALPN name of HTTP/2: both sides must have agreed on it.
 pub const ALPN: &[u8] = b"h2";
 
-struct Inner {
-    tls: Tls,
+struct Inner<S> {
+    tls: Tls<S>,
     /// What does not fill a record yet: while the socket is full it stays, in a buffer of that size.
     tail: Vec<u8>,
     /// What was encrypted since the socket last took everything.
@@ -59,7 +64,7 @@ struct Inner {
     read: usize,
 }
 
-impl Inner {
+impl<S: Carrier> Inner<S> {
     /// Full records are made of it at once, out of where it lies; the rest waits for more, or for the drain.
     fn append(&mut self, cx: &mut Context<'_>, data: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         if self.encrypted >= BACKLOG_MAX {
@@ -119,7 +124,7 @@ impl Inner {
 }
 
 /// Makes records of `data`, which are written with the next flush.
-fn encrypt(tls: &mut Tls, data: &[IoSlice<'_>]) -> io::Result<()> {
+fn encrypt<S>(tls: &mut Tls<S>, data: &[IoSlice<'_>]) -> io::Result<()> {
     let written = match tls {
         TlsStream::Client(tls) => tls.get_mut().1.writer().write_vectored(data)?,
         TlsStream::Server(tls) => tls.get_mut().1.writer().write_vectored(data)?,
@@ -130,13 +135,13 @@ fn encrypt(tls: &mut Tls, data: &[IoSlice<'_>]) -> io::Result<()> {
 }
 
 /// The end that HTTP/2 reads and writes.
-pub(super) struct Deferred(Arc<Mutex<Inner>>);
+pub(super) struct Deferred<S>(Arc<Mutex<Inner<S>>>);
 
 /// The end that whoever drives the connection drains after every pass.
-pub(super) struct Backlog(Arc<Mutex<Inner>>);
+pub(super) struct Backlog<S>(Arc<Mutex<Inner<S>>>);
 
 /// Puts a deferring writer on `tls`.
-pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
+pub(super) fn defer<S>(mut tls: Tls<S>) -> (Deferred<S>, Backlog<S>) {
     // What gathers is bounded here.
     match &mut tls {
         TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
@@ -147,11 +152,11 @@ pub(super) fn defer(mut tls: Tls) -> (Deferred, Backlog) {
 }
 
 // The lock is there because tasks must be `Send`; a tunnel stays on its thread, so nobody ever waits for it.
-fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+fn lock<S>(inner: &Mutex<Inner<S>>) -> MutexGuard<'_, Inner<S>> {
     inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Backlog {
+impl<S: Carrier> Backlog<S> {
     /// Writes what has gathered. Pending when the socket takes no more for now.
     pub(super) fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut inner = lock(&self.0);
@@ -172,7 +177,7 @@ impl Backlog {
     }
 }
 
-impl AsyncRead for Deferred {
+impl<S: Carrier> AsyncRead for Deferred<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut inner = lock(&self.0);
         if inner.read >= PASS_MAX {
@@ -186,7 +191,7 @@ impl AsyncRead for Deferred {
     }
 }
 
-impl AsyncWrite for Deferred {
+impl<S: Carrier> AsyncWrite for Deferred<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         lock(&self.0).append(cx, &[IoSlice::new(data)])
     }

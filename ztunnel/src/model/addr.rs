@@ -19,6 +19,43 @@ pub struct ClientAddr(pub SocketAddr);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HbonePeer(pub SocketAddr);
 
+/// What a tunnel is asked for: the `:authority` of a CONNECT.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Authority {
+    /// `10.0.0.1:8080` or `[fd00::1]:8080`.
+    Address(SocketAddr),
+    /// `name.example:8080`: a port of the service of that name.
+    Hostname {
+        /// The name.
+        host: Arc<str>,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl Authority {
+    /// Whether `host` is a name that can be asked for.
+    pub fn is_host(host: &str) -> bool {
+        let valid = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
+        !host.is_empty() && host.len() <= 253 && host.bytes().all(valid)
+    }
+}
+
+impl fmt::Display for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Hostname { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+impl From<SocketAddr> for Authority {
+    fn from(address: SocketAddr) -> Self {
+        Self::Address(address)
+    }
+}
+
 /// The unique name of one incarnation of a pod (its Kubernetes UID, or the name it was given
 /// in a mesh file).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -626,7 +626,7 @@ mod tests {
             };
             let count = Count::default();
             let both = async { tokio::join!(relayed(front, back, &count), receive) };
-            let (done, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("an end");
+            let (done, ()) = tokio::time::timeout(Duration::from_secs(60), both).await.expect("an end");
             done.unwrap();
             sending.join().unwrap();
         }

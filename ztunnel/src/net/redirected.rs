@@ -47,7 +47,7 @@ pub enum ClientAddress {
 /// What every socket in such a pod is given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// The mark by which the rules know the daemon's own packets.
+    /// The mark by which the rules know the daemon's own packets; 0 where there are none.
     pub mark: u32,
     /// Whether applications see their client.
     pub client_address: ClientAddress,
@@ -64,7 +64,10 @@ impl Default for Settings {
 impl Settings {
     /// Sets what dialled sockets need, and listeners hand down to what they accept.
     pub fn apply(&self, socket: &Socket) -> io::Result<()> {
-        socket.set_mark(self.mark)?;
+        // Without one nothing has to be permitted.
+        if self.mark != 0 {
+            socket.set_mark(self.mark)?;
+        }
         socket.set_tcp_nodelay(true)?;
         self.keepalive.apply(SockRef::from(socket))
     }

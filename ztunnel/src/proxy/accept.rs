@@ -14,6 +14,7 @@ use tokio::time::sleep;
 use crate::model::addr::ClientAddr;
 use crate::net::socket::Acceptor;
 use crate::net::socket::accept;
+use crate::net::socket::prefer_later;
 use crate::proxy::inbound;
 use crate::proxy::outbound;
 use crate::proxy::passthrough;
@@ -31,9 +32,9 @@ const BATCH: usize = 64;
 /// How long to wait when the process has no descriptors or memory for another connection. They stay queued.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long listeners of a removed pod go on accepting, unless the drain's linger is shorter. Nothing new arrives
-/// by then, but handshakes in progress end in a connection, which a closed listener would reset.
-const REMOVAL_LINGER: Duration = Duration::from_secs(1);
+/// How long listeners of a removed pod go on accepting, as a part of the drain's linger: a second, if that is three.
+/// Nothing new arrives by then, but handshakes in progress end in a connection, which a closed listener would reset.
+const REMOVAL_LINGER: u32 = 3;
 
 /// What a listener takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +110,7 @@ impl Listener {
     /// moment is still taken; then the socket closes.
     pub(super) async fn run(self, shard: Arc<Shard>, pod: Arc<Pod>, _counted: Entered) {
         let take = |listener: &TcpListener| self.take(listener, &shard, &pod);
-        let mut end = pin!(end(&shard, &pod));
+        let mut end = pin!(end(&shard, &pod, self.acceptor.listener()));
         loop {
             tokio::select! {
                 () = &mut end => break,
@@ -149,23 +150,28 @@ impl Listener {
     }
 }
 
-fn end<'a>(shard: &'a Shard, pod: &'a Pod) -> impl Future<Output = ()> + 'a {
+fn end<'a>(shard: &'a Shard, pod: &'a Pod, listener: &'a TcpListener) -> impl Future<Output = ()> + 'a {
     let mut signal = shard.signal.clone();
     async move {
         tokio::select! {
+            biased;
+            // Somebody else has the same sockets: what is queued on them is not lost.
+            () = pod.sockets_handed_over() => {}
             () = async {
                 pod.removed().await;
-                sleep(REMOVAL_LINGER.min(shard.config.linger)).await;
+                sleep(shard.config.linger / REMOVAL_LINGER).await;
             } => {}
             () = async {
                 tokio::select! {
                     () = signal.draining() => {}
                     () = pod.handed_over() => {}
                 }
+                // Whatever still came here when this socket closes would be reset.
+                if let Err(error) = prefer_later(listener) {
+                    tracing::debug!(pod = %pod.uid, %error, "connections go on coming to the end");
+                }
                 sleep(shard.config.linger).await;
             } => {}
-            // Somebody else has the same sockets: what is queued on them is not lost.
-            () = pod.sockets_handed_over() => {}
         }
     }
 }

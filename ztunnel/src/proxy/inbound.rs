@@ -4,6 +4,10 @@ use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::future::poll_fn;
+use std::io;
+use std::net::IpAddr;
+use std::net::Ipv4Addr;
+use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 use std::net::TcpStream;
 use std::pin::pin;
@@ -12,21 +16,26 @@ use std::task::Context;
 use std::task::Poll;
 
 use bytes::Bytes;
+use tokio::io::AsyncWriteExt;
 
-use crate::hbone::address::Authority;
+use crate::hbone::address::Baggage;
 use crate::hbone::server;
 use crate::hbone::server::Incoming;
 use crate::hbone::server::Refusal;
 use crate::hbone::server::ServeError;
 use crate::hbone::stream::StreamError;
 use crate::identity::worker::Unavailable;
+use crate::mesh::index::Mesh;
+use crate::model::addr::Authority;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy::ResetUnlessDone;
+use crate::net::proxy_header;
 use crate::policy::authorize::Permit;
+use crate::proxy::Config;
 use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
@@ -48,7 +57,10 @@ use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
-use crate::route::plan::RESERVED_PORTS;
+use crate::route::arrival::Arrival;
+use crate::route::arrival::Asked;
+use crate::route::arrival::NotHere;
+use crate::route::arrival::arrive;
 use crate::shutdown;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
@@ -166,12 +178,15 @@ async fn accept(
         return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
     let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
-    let mesh = shard.mesh.snapshot();
-    let workload = mesh
-        .workload(&uid)
-        .ok_or_else(|| NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid)))))?;
-    let identity = workload.identity.clone();
-    drop(mesh);
+    let identity = match pod.identity() {
+        Some(own) => own.clone(),
+        None => {
+            let mesh = shard.mesh.snapshot();
+            let workload = mesh.workload(&uid);
+            let unknown = || NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid))));
+            workload.ok_or_else(unknown)?.identity.clone()
+        }
+    };
     let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
     let accepted = server::accept(socket, credentials.server_config(), &shard.config.hbone)
         .await
@@ -208,12 +223,15 @@ async fn drain(shard: &Shard, pod: &Pod) {
 /// Why a stream was not delivered, or ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamFailure {
-    /// It asked for something else than one of the pod's addresses and a port.
-    #[error("not a CONNECT to an address of this pod")]
+    /// It asked for something else than an address or a name, and a port.
+    #[error("not a CONNECT to an address or a name with a port")]
     BadRequest,
-    /// It asked for a port of the proxy.
-    #[error("attempted recursive call to ourselves: {0} is a port of the proxy")]
-    SelfCall(SocketAddr),
+    /// What it asked for is not to be had in this pod.
+    #[error(transparent)]
+    NotHere(NotHere),
+    /// It asked for what this proxy's own pod does not offer.
+    #[error("{0} is not offered to peers")]
+    NotOffered(SocketAddr),
     /// The pod has too many connections.
     #[error(transparent)]
     TooMany(TooMany),
@@ -235,9 +253,18 @@ impl StreamFailure {
     /// What the client is told; nothing once it was connected, or is gone.
     fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::BadRequest => Some(Refusal::BadRequest),
+            Self::BadRequest | Self::NotHere(NotHere::OtherAddress(_)) => Some(Refusal::BadRequest),
             Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Cut(_)) => Some(Refusal::Denied),
-            Self::SelfCall(_)
+            Self::NotHere(
+                NotHere::SelfCall(_)
+                | NotHere::UnknownHost(_)
+                | NotHere::UnknownService(_)
+                | NotHere::NotAnEndpoint(_)
+                | NotHere::NoPort { .. }
+                | NotHere::NoAddress(_)
+                | NotHere::UnknownTunnel,
+            )
+            | Self::NotOffered(_)
             | Self::TooMany(_)
             | Self::UnknownWorkload(_)
             | Self::Delivery(DeliveryError::Connect { .. } | DeliveryError::Timeout { .. }) => {
@@ -252,7 +279,9 @@ impl Ending for StreamFailure {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::Delivery(error) => error.flag(),
-            Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => ResponseFlag::Connect,
+            Self::NotHere(_) | Self::NotOffered(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => {
+                ResponseFlag::Connect
+            }
             Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) => ResponseFlag::None,
         }
     }
@@ -262,7 +291,11 @@ impl Ending for StreamFailure {
             Self::Relay(error) => error.is_reset(),
             Self::Delivery(error) => error.is_reset(),
             Self::Abandoned(_) => true,
-            Self::BadRequest | Self::SelfCall(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => false,
+            Self::BadRequest
+            | Self::NotHere(_)
+            | Self::NotOffered(_)
+            | Self::TooMany(_)
+            | Self::UnknownWorkload(_) => false,
         }
     }
 }
@@ -300,11 +333,7 @@ async fn establish(
     tunnel: Arc<Tunnel>,
     mut incoming: Incoming,
 ) -> Option<Connected> {
-    let asked = match incoming.authority() {
-        Some(Authority::Address(asked)) => Some(asked),
-        // A name would have to be resolved to a service of which this pod is an endpoint.
-        Some(_) | None => None,
-    };
+    let asked = incoming.authority();
     let delivered = match admit(&shard, &pod, tunnel.caller(), asked, &mut incoming).await {
         Ok(delivered) => delivered,
         Err(refusal) => {
@@ -347,6 +376,12 @@ pub(super) struct Delivered {
 
 /// A caller, while the application is being dialled for it.
 pub(super) trait Asker {
+    /// Which workload it says it is, as text of the `baggage` header: for telemetry, as it can say what it likes.
+    fn baggage(&self) -> Option<&str>;
+
+    /// Which network it says it is in, which one does that came through a gateway.
+    fn network(&self) -> Option<&str>;
+
     /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
 
@@ -355,6 +390,14 @@ pub(super) trait Asker {
 }
 
 impl Asker for Incoming {
+    fn baggage(&self) -> Option<&str> {
+        Self::baggage(self)
+    }
+
+    fn network(&self) -> Option<&str> {
+        Self::network(self)
+    }
+
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         Self::first_words(self, cx)
     }
@@ -364,62 +407,98 @@ impl Asker for Incoming {
     }
 }
 
-/// Decides and dials. `asked` is the address asked for, if what was asked for is one. What it came to when it came to nothing has been told then, and the answer to the caller is the
-/// error: none to one that is gone.
+/// The client's workload. One that came through a gateway is not found by its address, which is the gateway's; of it
+/// there is only what it says, as there is of one that the mesh does not know.
+fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, asker: &impl Asker) -> Option<Arc<Workload>> {
+    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
+    let known = if elsewhere { None } else { mesh.workload_at(&workload.network, facts.source) };
+    known.cloned().or_else(|| {
+        let (baggage, identity) = asker.baggage().zip(facts.identity.as_ref())?;
+        Some(Arc::new(Baggage::parse(baggage).describe(identity)))
+    })
+}
+
+/// Decides where it goes. What the mesh does not have is asked for if it can be: a service that the pod is behind.
+async fn arrival(shard: &Shard, uid: &str, asked: &Asked<'_>) -> Result<Arrival, StreamFailure> {
+    let arrive = || {
+        let mesh = shard.mesh.snapshot();
+        let unknown = || StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::from(uid))));
+        let workload = mesh.workload(uid).ok_or_else(unknown)?;
+        arrive(&mesh, workload, asked).map_err(StreamFailure::NotHere)
+    };
+    let arrived = arrive();
+    if let (Err(StreamFailure::NotHere(NotHere::UnknownService(name))), Some(demand)) =
+        (&arrived, shard.mesh.demand())
+        && demand.look_up(name).await.is_ok()
+    {
+        return arrive();
+    }
+    arrived
+}
+
+/// Decides and dials. `asked` is what was asked for, if that makes sense. What it came to when it came to nothing has
+/// been told then, and the answer to the caller is the error: none to one that is gone.
 pub(super) async fn admit(
     shard: &Shard,
     pod: &Arc<Pod>,
     caller: Caller<'_>,
-    asked: Option<SocketAddr>,
+    asked: Option<Authority>,
     asker: &mut impl Asker,
 ) -> Result<Delivered, Option<Refusal>> {
-    let refuse = |asked: Option<SocketAddr>, failure: StreamFailure| {
+    let refuse = |asked: Option<Authority>, failure: StreamFailure| {
         let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: asked };
         shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
         Err(failure.refusal())
     };
-    let to = match destination(asked, pod, caller.local) {
-        Ok(to) => to,
-        Err(failure) => return refuse(None, failure),
-    };
+    let Some(authority) = asked else { return refuse(None, StreamFailure::BadRequest) };
     let limit = shard.config.pod_connections_max;
     let Some(admitted) = pod.admit(limit) else {
         shard.count.turn_away();
-        return refuse(Some(to), StreamFailure::TooMany(TooMany(limit)));
+        return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
     let uid = match pod.workload(&shard.mesh).await {
         Ok(uid) => uid,
-        Err(unknown) => return refuse(Some(to), StreamFailure::UnknownWorkload(unknown)),
+        Err(unknown) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
     };
+    let (client, local) = (caller.client.0.ip(), caller.local.ip());
+    let asked = Asked { client, local, addresses: pod.addresses(), authority: &authority };
+    let Arrival { to, service, announce } = match arrival(shard, &uid, &asked).await {
+        Ok(arrival) => arrival,
+        Err(failure) => return refuse(Some(authority), failure),
+    };
+    if !pod.offers(to.port()) {
+        return refuse(Some(authority), StreamFailure::NotOffered(to));
+    }
     let facts = Facts {
         workload: Arc::clone(&uid),
         identity: Some(caller.identity.clone()),
-        source: caller.client.0.ip(),
+        source: client,
         destination: to,
     };
     let mut registered = shard.live.register(facts.clone(), caller.tunnel);
     let mesh = shard.mesh.snapshot();
     let Some(workload) = mesh.workload(&uid).cloned() else {
         let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
-        return refuse(Some(to), unknown);
+        return refuse(Some(authority), unknown);
     };
     let permit = live::admit(&mesh, &workload, &facts);
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: mesh.workload_at(&workload.network, facts.source).cloned(),
+        source: source(&mesh, &workload, &facts, asker),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),
-        // Which one was meant is only the client's word.
-        service: None,
+        // Which one was meant by an address is only the client's word.
+        service,
     };
     drop(mesh);
-    let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(to) };
-    let tally = shard.tally(pod, parties, addresses, None);
+    let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(authority) };
+    let tally = shard.tally(pod, parties, addresses, None, to);
     let mut first = Received::default();
+    let door = Door::new(&shard.config, &caller, to, announce);
     let delivered = match permit {
         Ok(permit) => registered
-            .run(dial(permit, shard, pod, caller.client, to, (asker, &mut first)))
+            .run(dial(permit, shard, pod, door, (asker, &mut first)))
             .await
             .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
         Err(denial) => Err(DeliveryError::from(denial).into()),
@@ -437,22 +516,50 @@ pub(super) async fn admit(
     }
 }
 
-/// Dials the application, unless the caller gives up meanwhile. What the caller has said already goes with it.
+/// How the application is dialled.
+struct Door {
+    /// Whom it sees as its client.
+    client: SocketAddr,
+    to: SocketAddr,
+    /// What it is told before anything else.
+    header: Vec<u8>,
+}
+
+impl Door {
+    /// To the application at `to`, which is to be told that the caller meant to go to `announce`.
+    fn new(config: &Config, caller: &Caller<'_>, to: SocketAddr, announce: Option<SocketAddr>) -> Self {
+        let client = caller.client.0;
+        let Some(meant) = announce else { return Self { client, to, header: Vec::new() } };
+        let header = proxy_header::encode(client, meant, caller.identity.as_str());
+        if !config.localhost_app_tunnel {
+            return Self { client, to, header };
+        }
+        let loopback: IpAddr =
+            if to.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+        Self { client: SocketAddr::new(loopback, 0), to: SocketAddr::new(loopback, to.port()), header }
+    }
+}
+
+/// Dials the application, unless the caller gives up meanwhile. What the caller has said already goes with it, after
+/// what the application is to be told first.
 async fn dial(
     permit: Permit,
     shard: &Shard,
     pod: &Pod,
-    client: ClientAddr,
-    to: SocketAddr,
+    door: Door,
     (asker, first): (&mut impl Asker, &mut Received),
 ) -> Result<tokio::net::TcpStream, StreamFailure> {
     // Policy has spoken: from here on the caller's words may be looked at.
     if let Some(said) = poll_fn(|cx| Poll::Ready(asker.first_words(cx))).await {
         first.unsent = said.map_err(StreamFailure::Abandoned)?;
     }
-    let said = first.unsent.len();
-    let dialled = {
-        let mut dial = pin!(deliver(permit, shard, pod, client.0, to, &mut first.unsent));
+    let header = door.header.len();
+    if header > 0 {
+        first.unsent = Bytes::from([&door.header[..], &first.unsent].concat());
+    }
+    let all = first.unsent.len();
+    let mut dialled = {
+        let mut dial = pin!(deliver(permit, shard, pod, door.client, door.to, &mut first.unsent));
         poll_fn(|cx| {
             if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
                 return Poll::Ready(dialled.map_err(StreamFailure::from));
@@ -460,20 +567,43 @@ async fn dial(
             asker.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
         })
         .await
-    };
-    first.sent = said - first.unsent.len();
-    dialled
+    }?;
+    // What the caller has said is counted, and what was told of it is not: nothing of that may be left over.
+    while all - first.unsent.len() < header {
+        let failed = |source| DeliveryError::Connect { to: door.to, source };
+        if dialled.write_buf(&mut first.unsent).await.map_err(failed)? == 0 {
+            return Err(failed(io::ErrorKind::WriteZero.into()).into());
+        }
+    }
+    first.sent = all - first.unsent.len() - header;
+    Ok(dialled)
 }
 
-/// Where a connection goes: the address of the pod that was asked or another one of it, and a port that is the
-/// application's to have.
-fn destination(asked: Option<SocketAddr>, pod: &Pod, local: SocketAddr) -> Result<SocketAddr, StreamFailure> {
-    let asked = asked.map(canonical).ok_or(StreamFailure::BadRequest)?;
-    if asked.ip() != local.ip() && !pod.has(asked.ip()) {
-        return Err(StreamFailure::BadRequest);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waypoint_is_dialled_at_the_loopback_unless_that_is_switched_off() {
+        let identity = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        let check = |to: &str, announce: Option<&str>, localhost: bool, expect: [&str; 2]| {
+            let config = Config { localhost_app_tunnel: localhost, ..Config::default() };
+            let client = ClientAddr("10.0.0.1:4000".parse().unwrap());
+            let caller = Caller {
+                client,
+                local: "10.0.0.2:15008".parse().unwrap(),
+                identity: &identity,
+                tunnel: None,
+            };
+            let announce: Option<SocketAddr> = announce.map(|at| at.parse().unwrap());
+            let door = Door::new(&config, &caller, to.parse().unwrap(), announce);
+            assert_eq!([door.client, door.to].map(|at| at.to_string()), expect, "{to}");
+            let header = announce.map(|at| proxy_header::encode(client.0, at, identity.as_str()));
+            assert_eq!(door.header, header.unwrap_or_default(), "{to}");
+        };
+        check("10.0.0.2:80", None, true, ["10.0.0.1:4000", "10.0.0.2:80"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), true, ["127.0.0.1:0", "127.0.0.1:15088"]);
+        check("[fd00::2]:15088", Some("[fd09::1]:80"), true, ["[::1]:0", "[::1]:15088"]);
+        check("10.0.0.2:15088", Some("10.9.0.1:80"), false, ["10.0.0.1:4000", "10.0.0.2:15088"]);
     }
-    if RESERVED_PORTS.contains(&asked.port()) {
-        return Err(StreamFailure::SelfCall(asked));
-    }
-    Ok(asked)
 }

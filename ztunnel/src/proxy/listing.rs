@@ -28,8 +28,19 @@ pub struct Connection {
     pub original: Option<Original>,
     /// Where it goes: the peer for one that leaves the pod, the application for one that comes to it.
     pub actual: SocketAddr,
-    /// Whether a tunnel carries it.
-    pub tunnelled: bool,
+    /// What carries it outside of the pod.
+    pub carrier: Carrier,
+}
+
+/// What carries a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// Nothing but itself.
+    Tcp,
+    /// A tunnel.
+    Hbone,
+    /// A tunnel within a tunnel to the gateway of another network.
+    DoubleHbone,
 }
 
 /// What a client dialled.
@@ -102,7 +113,7 @@ mod tests {
             source: SocketAddr::from(([10, 0, 0, 1], port)),
             original: None,
             actual: SocketAddr::from(([10, 0, 0, 2], 80)),
-            tunnelled: false,
+            carrier: Carrier::Tcp,
         }
     }
 

@@ -302,7 +302,7 @@ pub(super) async fn open(
         Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
     let mut neighbour = Neighbour { application, look: pin!(sleep(LOOK_PERIOD)), error: None };
     let mut cut = to.cut();
-    let admitted = inbound::admit(shard, to, caller, Some(route.target), &mut neighbour);
+    let admitted = inbound::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
     match unless_cut(&mut cut, admitted).await {
         Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
         Some(Err(Some(refusal))) => {
@@ -324,6 +324,15 @@ struct Neighbour<'a> {
 impl Asker for Neighbour<'_> {
     /// It has not been read: its words go from socket to socket later.
     fn first_words(&mut self, _cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+        None
+    }
+
+    /// It is known by itself.
+    fn baggage(&self) -> Option<&str> {
+        None
+    }
+
+    fn network(&self) -> Option<&str> {
         None
     }
 

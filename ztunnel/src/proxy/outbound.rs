@@ -12,11 +12,13 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use http::HeaderValue;
 use http::StatusCode;
 use tokio::time::Instant;
 use tokio::time::sleep;
 use tokio::time::timeout;
 
+use crate::hbone::address::Baggage;
 use crate::hbone::address::Forwarded;
 use crate::hbone::address::TraceParent;
 use crate::hbone::client::Answered;
@@ -37,6 +39,7 @@ use crate::identity::worker::Unavailable;
 use crate::mesh::MeshReader;
 use crate::mesh::demand::Demand;
 use crate::mesh::demand::NoAnswer;
+use crate::model::addr::Authority;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::HbonePeer;
 use crate::model::addr::OriginalDst;
@@ -48,6 +51,7 @@ use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::ResetUnlessDone;
 use crate::proxy::accept::Counted;
+use crate::proxy::double;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
 use crate::proxy::near;
@@ -91,6 +95,23 @@ pub enum OutboundError {
     /// There is no tunnel to the peer.
     #[error(transparent)]
     Dial(Arc<DialError>),
+    /// There is a way to the gateway of another network, and beyond it none that is secure to whom it leads to.
+    #[error("no tunnel to {host} beyond its gateway")]
+    Beyond {
+        /// The service that was asked for.
+        host: Arc<str>,
+        /// What went wrong there.
+        #[source]
+        source: DialError,
+    },
+    /// Whoever serves the service in another network answered that it will not connect.
+    #[error("{host} beyond its gateway refused the connection: http status: {status}")]
+    BeyondRefused {
+        /// The service that was asked for.
+        host: Arc<str>,
+        /// What was said.
+        status: StatusCode,
+    },
     /// The tunnel broke before the peer had answered.
     #[error("HBONE peer {} did not answer", peer.0)]
     Unanswered {
@@ -154,18 +175,12 @@ impl Ending for OutboundError {
             | Self::Unresolved { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
+            | Self::BeyondRefused { .. }
             | Self::Connect { .. }
             | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Identity(_) => ResponseFlag::Identity,
-            Self::Dial(error) => match &**error {
-                DialError::Timeout { .. } => ResponseFlag::NetworkPolicy,
-                DialError::Connect { .. } | DialError::Busy { .. } | DialError::NoRoom { .. } => {
-                    ResponseFlag::Connect
-                }
-                DialError::Tls { source, .. } if is_revocation(source) => ResponseFlag::Revoked,
-                DialError::Tls { .. } | DialError::Stalled { .. } => ResponseFlag::TlsFailure,
-                DialError::NotHttp2 { .. } => ResponseFlag::H2Handshake,
-            },
+            Self::Dial(error) => dial_flag(error),
+            Self::Beyond { source, .. } => dial_flag(source),
             Self::Unanswered { source, .. } => match source {
                 // A peer that does not accept this side's certificate says so only after the handshake.
                 StreamError::Tunnel(TunnelError::Io(error)) if is_tls(error) => ResponseFlag::TlsFailure,
@@ -186,6 +201,8 @@ impl Ending for OutboundError {
             | Self::Unresolved { .. }
             | Self::Identity(_)
             | Self::Dial(_)
+            | Self::Beyond { .. }
+            | Self::BeyondRefused { .. }
             | Self::Revoked
             | Self::Unanswered { .. }
             | Self::Silent { .. }
@@ -193,6 +210,18 @@ impl Ending for OutboundError {
             | Self::Connect { .. }
             | Self::Timeout { .. } => false,
         }
+    }
+}
+
+fn dial_flag(error: &DialError) -> ResponseFlag {
+    match error {
+        DialError::Timeout { .. } => ResponseFlag::NetworkPolicy,
+        DialError::Connect { .. } | DialError::Busy { .. } | DialError::NoRoom { .. } => {
+            ResponseFlag::Connect
+        }
+        DialError::Tls { source, .. } if is_revocation(source) => ResponseFlag::Revoked,
+        DialError::Tls { .. } | DialError::Stalled { .. } => ResponseFlag::TlsFailure,
+        DialError::NotHttp2 { .. } => ResponseFlag::H2Handshake,
     }
 }
 
@@ -206,8 +235,8 @@ fn is_tls(error: &io::Error) -> bool {
 
 /// A connection in both directions: all there is of it.
 enum Connected {
-    /// Through a tunnel, whose room it holds.
-    Tunnelled { relay: Relay<Tally>, lease: Lease, admitted: Admitted },
+    /// Through a tunnel, whose room it holds; and that of the tunnel around it, where there is one.
+    Tunnelled { relay: Relay<Tally>, lease: Lease, around: Option<Box<Lease>>, admitted: Admitted },
     /// On as it is.
     Plain { relay: copy::Relay<Tally>, admitted: Admitted },
     /// To another pod of this daemon.
@@ -234,11 +263,11 @@ pub(super) async fn serve(
         }
     };
     match connected {
-        Connected::Tunnelled { relay, lease, admitted } => {
-            let ended =
-                ended.map_err(|error| if lease.is_revoked() { OutboundError::Revoked } else { error });
+        Connected::Tunnelled { relay, lease, around, admitted } => {
+            let is_revoked = || lease.is_revoked() || around.as_ref().is_some_and(|lease| lease.is_revoked());
+            let ended = ended.map_err(|error| if is_revoked() { OutboundError::Revoked } else { error });
             relay.into_meter().close(ended);
-            drop((lease, admitted));
+            drop((lease, around, admitted));
         }
         Connected::Plain { relay, admitted } => {
             relay.into_meter().close(ended);
@@ -292,9 +321,9 @@ async fn establish(
         (Some(demand), planned) => resolve(demand, &shard.mesh, &source, dst, planned).await,
         (None, planned) => planned,
     };
-    let told = |parties: Parties, destination, hbone| {
+    let told = |parties: Parties, destination, hbone: Option<Authority>| {
         let addresses = Addresses { source: client.0, destination, hbone };
-        shard.tally(&pod, parties, addresses, Some(dst))
+        shard.tally(&pod, parties, addresses, Some(dst), destination)
     };
     match planned {
         Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
@@ -306,7 +335,7 @@ async fn establish(
                 destination_identity: expect.first().cloned(),
                 service: service.clone(),
             };
-            let tally = told(parties, peer.0, Some(target));
+            let tally = told(parties, peer.0, Some(target.into()));
             let route = Route { pod, source, client, peer, expect, target, destination, service };
             if let Some(to) = near::neighbour(&shard, &route) {
                 match near::open(&shard, &to, &route, &mut application).await {
@@ -323,9 +352,46 @@ async fn establish(
                     tally.0.received(early.bytes() as u64);
                     let application = (application, Application::Client);
                     let relay = Relay::new(application, halves, early.into_read(), tally);
-                    return Some(Connected::Tunnelled { relay, lease, admitted });
+                    return Some(Connected::Tunnelled { relay, lease, around: None, admitted });
                 }
                 Err(error) => tally.close(Err(error)),
+            }
+        }
+        Ok(Plan::Beyond { gateway, expect, service, port, destination }) => {
+            let began = Instant::now();
+            let mut parties = Parties {
+                reporter: Reporter::Source,
+                source: Some(Arc::clone(&source)),
+                source_identity: Some(source.identity.clone()),
+                destination: Some(destination),
+                destination_identity: None,
+                service: Some(Arc::clone(&service)),
+            };
+            let asked = Authority::Hostname { host: Arc::clone(&service.hostname), port };
+            let pod = Arc::clone(&pod);
+            let route = double::Route { pod, source, client, gateway, expect, service, asked };
+            // In a box of its own: few connections go there.
+            match Box::pin(double::open(&shard, &route, &mut application)).await {
+                Ok(double::Opened { around, opened: Opened { lease, halves, early }, baggage }) => {
+                    // Who it is, only those know who are there.
+                    parties.destination_identity = lease.peer().cloned();
+                    if let (Some(text), Some(who)) = (&baggage, lease.peer()) {
+                        let said = Baggage::parse(text.to_str().unwrap_or_default());
+                        parties.destination = Some(Arc::new(said.describe(who)));
+                    }
+                    let mut tally = told(parties, gateway.0, Some(route.asked));
+                    tally.0.began(began);
+                    tally.0.received(early.bytes() as u64);
+                    let application = (application, Application::Client);
+                    let relay = Relay::new(application, halves, early.into_read(), tally);
+                    let around = Some(Box::new(around));
+                    return Some(Connected::Tunnelled { relay, lease, around, admitted });
+                }
+                Err(error) => {
+                    let mut tally = told(parties, gateway.0, Some(route.asked));
+                    tally.0.began(began);
+                    tally.close(Err(error));
+                }
             }
         }
         Ok(Plan::Plain { to, destination, service }) => {
@@ -363,7 +429,9 @@ async fn resolve(
     for _ in 0..LOOK_UPS_MAX {
         let name = match &planned {
             Ok(Plan::Plain { to, destination: None, .. }) => format!("{}/{}", source.network, to.ip()),
-            Err(OutboundError::NoRoute(NoRoute::UnknownWaypoint(gateway))) => gateway.destination.to_string(),
+            Err(OutboundError::NoRoute(
+                NoRoute::UnknownWaypoint(gateway) | NoRoute::UnknownGateway(gateway),
+            )) => gateway.destination.to_string(),
             _ => break,
         };
         if asked.as_ref() == Some(&name) {
@@ -374,6 +442,10 @@ async fn resolve(
         }
         planned = plan(&mesh.snapshot(), source, dst, rand::random()).map_err(OutboundError::NoRoute);
         asked = Some(name);
+    }
+    // The plan speaks of the waypoint in front of it, if it has one.
+    if let Some(dialled) = mesh.snapshot().workload_at(&source.network, dst.0.ip().to_canonical()) {
+        demand.used(&dialled.uid);
     }
     planned
 }
@@ -398,15 +470,17 @@ pub(super) struct Route {
     pub(super) service: Option<Arc<Service>>,
 }
 
-struct Opened {
-    lease: Lease,
-    halves: (SendHalf, RecvHalf),
-    early: Early,
+/// A stream that is connected.
+pub(super) struct Opened {
+    pub(super) lease: Lease,
+    pub(super) halves: (SendHalf, RecvHalf),
+    /// What was said on it already.
+    pub(super) early: Early,
 }
 
 /// How many tunnels a stream is tried on. A peer that drains or dies may leave several behind, and each may be
 /// met before the news of it.
-const TRIES_MAX: usize = 16;
+pub(super) const TRIES_MAX: usize = 16;
 
 /// Opens a stream. Again on another tunnel if one did not take it, or if one that was there before broke before
 /// anything of the application's was put on it: never if the peer may already have delivered some.
@@ -421,7 +495,8 @@ async fn open(
     let baggage = route.pod.baggage(&route.source);
     let host = route.service.as_ref().map(|service| &*service.hostname);
     let connect = Connect {
-        authority: route.target,
+        authority: route.target.into(),
+        network: None,
         baggage: &baggage,
         forwarded: Forwarded { client: route.client.0, host },
         trace: TraceParent::from_random(rand::random(), rand::random()),
@@ -439,8 +514,8 @@ async fn open(
         tries += 1;
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
         let after = shard.config.answer_timeout;
-        let source = match ask(&mut leased.lease, &connect, application, &mut early, after).await? {
-            Asked::Connected(send, recv) => {
+        let source = match ask(&mut leased.lease, &connect, application, Some(&mut early), after).await? {
+            Asked::Connected(send, recv, _) => {
                 return Ok(Opened { lease: leased.lease, halves: (send, recv), early });
             }
             Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
@@ -460,8 +535,10 @@ async fn open(
     }
 }
 
-enum Asked {
-    Connected(SendHalf, RecvHalf),
+/// What a request came to.
+pub(super) enum Asked {
+    /// A stream, to one that said this of itself.
+    Connected(SendHalf, RecvHalf, Option<HeaderValue>),
     Refused(StatusCode),
     Silent,
     Unanswered(StreamError),
@@ -471,12 +548,13 @@ enum Asked {
 pub(super) const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
 /// Asks for the stream and waits for the answer, `limit` at most. Meanwhile the application's first words are
-/// sent: a peer delivers nothing before it has decided, and the round trip is saved.
-async fn ask(
+/// sent, if there is an `early` to keep them: a peer delivers nothing before it has decided, and the round trip is
+/// saved.
+pub(super) async fn ask(
     lease: &mut Lease,
     connect: &Connect<'_>,
     application: &mut ResetUnlessDone,
-    early: &mut Early,
+    mut early: Option<&mut Early>,
     limit: Duration,
 ) -> Result<Asked, OutboundError> {
     let Opening { mut send, mut answer } = match lease.open(connect).await {
@@ -499,11 +577,14 @@ async fn ask(
             }
             look.as_mut().reset(deadline.min(Instant::now() + period));
         }
-        early.poll(&mut application.socket, &mut send, cx).map(Err)
+        match &mut early {
+            Some(early) => early.poll(&mut application.socket, &mut send, cx).map(Err),
+            None => Poll::Pending,
+        }
     })
     .await
     .map(|answered| match answered {
-        Some(Ok(Answered::Connected { recv, .. })) => Asked::Connected(send, recv),
+        Some(Ok(Answered::Connected { recv, baggage })) => Asked::Connected(send, recv, baggage),
         Some(Ok(Answered::Refused(status))) => Asked::Refused(status),
         Some(Err(error)) => Asked::Unanswered(error),
         None => Asked::Silent,
@@ -512,13 +593,13 @@ async fn ask(
 }
 
 /// Dials the peer from inside the pod.
-struct TunnelDialer<'a> {
-    shard: &'a Arc<Shard>,
-    pod: &'a Arc<Pod>,
-    peer: HbonePeer,
-    expect: &'a [SpiffeId],
+pub(super) struct TunnelDialer<'a> {
+    pub(super) shard: &'a Arc<Shard>,
+    pub(super) pod: &'a Arc<Pod>,
+    pub(super) peer: HbonePeer,
+    pub(super) expect: &'a [SpiffeId],
     /// Should the present ones have ended meanwhile.
-    first: Arc<Credentials>,
+    pub(super) first: Arc<Credentials>,
 }
 
 impl Dialer for TunnelDialer<'_> {

@@ -177,7 +177,7 @@ async fn establish(
     let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    let tally = shard.tally(&pod, parties, addresses, None);
+    let tally = shard.tally(&pod, parties, addresses, None, dst.0);
     let delivered = match permit {
         Ok(permit) => registered
             .run(deliver(permit, &shard, &pod, client.0, dst.0, &mut Bytes::new()))

@@ -17,6 +17,7 @@ use crate::hbone::address::Baggage;
 use crate::mesh::MeshReader;
 use crate::mesh::index::Mesh;
 use crate::model::addr::PodUid;
+use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::socket::PodNetwork;
@@ -28,6 +29,8 @@ pub struct Pod {
     /// This incarnation.
     pub uid: PodUid,
     workload: Lookup,
+    /// Set where it is this proxy's own pod.
+    own: Option<Own>,
     /// Its network namespace.
     pub netns: (u64, u64),
     /// How to dial for it.
@@ -58,6 +61,7 @@ impl Pod {
         Self {
             uid: spec.uid,
             workload: Lookup::new(spec.workload),
+            own: None,
             netns,
             network,
             addresses: spec.addresses,
@@ -69,6 +73,21 @@ impl Pod {
             handshakes: AtomicUsize::new(0),
             baggage: Mutex::new(None),
         }
+    }
+
+    /// The same pod, which is this proxy's own.
+    pub(super) fn owned(self, own: Own) -> Self {
+        Self { own: Some(own), ..self }
+    }
+
+    /// Who the pod is, where that is not for the mesh to say.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        self.own.as_ref().map(|own| &own.identity)
+    }
+
+    /// Whether peers may have `port`, as far as that does not depend on who asks.
+    pub fn offers(&self, port: u16) -> bool {
+        self.own.as_ref().is_none_or(|own| own.port == port)
     }
 
     /// The unique name of the pod's workload. Waits a little for a mesh that does not know it yet.
@@ -89,6 +108,11 @@ impl Pod {
     /// Whether `ip` is an address of the pod.
     pub fn has(&self, ip: IpAddr) -> bool {
         self.addresses.contains(&ip)
+    }
+
+    /// All of them.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
     }
 
     /// Waits for the pod's removal, without keeping the pod meanwhile.
@@ -141,6 +165,15 @@ impl Pod {
         *cached = Some((Arc::clone(workload), value.clone()));
         value
     }
+}
+
+/// What is different in this proxy's own pod, in which no application runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Own {
+    /// Who it is, whatever the mesh says.
+    pub identity: SpiffeId,
+    /// The one port that peers may have.
+    pub port: u16,
 }
 
 /// A pod has too many connections.
@@ -247,7 +280,6 @@ mod tests {
     use std::collections::HashSet;
 
     use crate::mesh::mesh;
-    use crate::model::identity::SpiffeId;
     use crate::model::identity::TrustDomain;
 
     use super::*;

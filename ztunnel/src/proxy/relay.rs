@@ -1,7 +1,8 @@
 //! Moving bytes between an application's socket and a stream.
 //!
 //! Each direction ends on its own. A reset at either end becomes a reset at the other, and so does the end of
-//! the tunnel: an application never takes a part for the whole.
+//! the tunnel: an application never takes a part for the whole. What had come before a reset is delivered first: Envoy
+//! resets a stream (CONNECT_ERROR) right behind the last data of a server that closes its connection.
 
 use std::future::Future;
 use std::io;
@@ -62,7 +63,7 @@ pub enum Application {
 /// breaks, or the future is dropped, both ends are reset.
 ///
 /// From the application: reading → ending (the rest and the end are being sent) → ended.
-/// To the application: the same, the other way.
+/// To the application: the same, the other way; or receiving → broken (what came before the reset is being written).
 pub struct Relay<M> {
     application: ResetUnlessDone,
     role: Application,
@@ -87,10 +88,12 @@ enum From {
     Ended,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum To {
     Receiving,
     Ending,
+    /// By this, of which the application is told once it has what came before.
+    Broken(StreamError),
     Ended,
 }
 
@@ -202,10 +205,10 @@ impl<M: Meter> Relay<M> {
         loop {
             // What nobody takes is received nevertheless: it counts against the stream's window as before, but
             // no longer against the number of frames a tunnel lets wait.
-            while self.to == To::Receiving && (stalled || !self.outflow.is_full()) {
+            while matches!(self.to, To::Receiving) && (stalled || !self.outflow.is_full()) {
                 match self.recv.poll_data(cx) {
                     Poll::Ready(Some(Ok(data))) => self.outflow.push(data),
-                    Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(RelayError::Stream(error))),
+                    Poll::Ready(Some(Err(error))) => self.to = To::Broken(error),
                     Poll::Ready(None) => self.to = To::Ending,
                     Poll::Pending => break,
                 }
@@ -216,7 +219,9 @@ impl<M: Meter> Relay<M> {
             if !self.outflow.is_empty() {
                 let written = match self.to {
                     To::Ending => self.outflow.poll_write_last(&self.application.socket, cx),
-                    To::Receiving | To::Ended => self.outflow.poll_write(&mut self.application.socket, cx),
+                    To::Receiving | To::Broken(_) | To::Ended => {
+                        self.outflow.poll_write(&mut self.application.socket, cx)
+                    }
                 };
                 match written {
                     Poll::Ready(written) => {
@@ -238,19 +243,54 @@ impl<M: Meter> Relay<M> {
                     }
                     self.to = To::Ended;
                 }
+                To::Broken(_) => return Poll::Ready(Err(self.broken())),
                 To::Ended => return Poll::Ready(Ok(())),
             }
         }
     }
 
+    /// What the stream was broken by.
+    fn broken(&mut self) -> RelayError {
+        match std::mem::replace(&mut self.to, To::Ended) {
+            To::Broken(error) => RelayError::Stream(error),
+            To::Receiving | To::Ending | To::Ended => RelayError::Stream(StreamError::Finished),
+        }
+    }
+
+    /// Nobody takes any more of what the application says. An error if there is nothing left to write to it.
+    fn no_more_from(&mut self, error: StreamError) -> Result<(), RelayError> {
+        match self.to {
+            // The other direction learns of it as well, behind what was received.
+            To::Receiving => {}
+            To::Ending if !self.outflow.is_empty() => match error {
+                StreamError::Finished => {}
+                error => self.to = To::Broken(error),
+            },
+            To::Ending | To::Broken(_) | To::Ended => return Err(RelayError::Stream(error)),
+        }
+        self.chunk = Bytes::new();
+        self.from = From::Ended;
+        Ok(())
+    }
+
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
         let to = self.poll_to(cx)?;
-        let from = self.poll_from(cx)?;
+        if matches!(self.to, To::Broken(_)) {
+            // Nobody waits for what the application says, and it may take its time, but not for ever.
+            if self.watch.is_due(true, cx) {
+                return Poll::Ready(Err(self.broken()));
+            }
+            return Poll::Pending;
+        }
+        let from = match self.poll_from(cx) {
+            Poll::Ready(Err(RelayError::Stream(error))) => Poll::Ready(self.no_more_from(error)?),
+            from => from?,
+        };
         if to.is_ready() && from.is_ready() {
             return Poll::Ready(Ok(()));
         }
         // With nothing left to receive, only this tells of a reset.
-        if self.to == To::Ended
+        if matches!(self.to, To::Ended)
             && let Poll::Ready(error) = self.send.poll_reset(cx)
         {
             return Poll::Ready(match error {

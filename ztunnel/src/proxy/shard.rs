@@ -1,5 +1,6 @@
 //! What the connections of one data-plane thread share.
 
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -12,10 +13,12 @@ use tokio::sync::mpsc;
 use crate::hbone::pool::Pool;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
+use crate::model::addr::Authority;
 use crate::model::addr::OriginalDst;
 use crate::proxy::Config;
 use crate::proxy::accept::Arrival;
 use crate::proxy::ending::Tally;
+use crate::proxy::listing::Carrier;
 use crate::proxy::listing::Connection;
 use crate::proxy::listing::Listing;
 use crate::proxy::listing::Original;
@@ -108,15 +111,21 @@ impl Shard {
         }
     }
 
-    /// Tells that a connection of `pod` is open from now on. `original` is where its application dialled, for one
-    /// that leaves the pod.
+    /// Tells that a connection of `pod` is open from now on, to `actual`. `original` is where its application dialled,
+    /// for one that leaves the pod.
     pub fn tally(
         &self,
         pod: &Pod,
         parties: Parties,
         addresses: Addresses,
         original: Option<OriginalDst>,
+        actual: SocketAddr,
     ) -> Tally {
+        if let Some(demand) = self.mesh.demand() {
+            let Parties { source, destination, service, .. } = &parties;
+            [source, destination].into_iter().flatten().for_each(|workload| demand.used(&workload.uid));
+            service.iter().for_each(|service| demand.used(service.key.as_str()));
+        }
         let listed = self.listing.enter(Connection {
             pod: pod.uid.clone(),
             reporter: parties.reporter,
@@ -125,11 +134,13 @@ impl Shard {
                 Some(dst) => Some(Original::Address(dst)),
                 None => parties.service.as_ref().map(|service| Original::Host(Arc::clone(&service.hostname))),
             },
-            actual: match parties.reporter {
-                Reporter::Source => addresses.destination,
-                Reporter::Destination => addresses.hbone.unwrap_or(addresses.destination),
+            actual,
+            carrier: match (&addresses.hbone, parties.reporter) {
+                (None, _) => Carrier::Tcp,
+                // A name is asked for only beyond a gateway.
+                (Some(Authority::Hostname { .. }), Reporter::Source) => Carrier::DoubleHbone,
+                (Some(_), _) => Carrier::Hbone,
             },
-            tunnelled: addresses.hbone.is_some(),
         });
         Tally(self.telemetry.open(parties, addresses), listed)
     }

@@ -26,6 +26,8 @@ pub enum Purpose {
     Service,
     /// To be the waypoint that the service is. Its HBONE port need not be a port of the service.
     Waypoint,
+    /// To be the gateway that the service is, which is dialled whatever network it is said to be in.
+    Gateway,
 }
 
 /// What an endpoint of a service is wanted for, by whom.
@@ -48,15 +50,15 @@ pub struct Request<'a> {
 pub struct Picked<'a> {
     /// The workload.
     pub workload: &'a Arc<Workload>,
-    /// Its address and port.
-    pub at: SocketAddr,
+    /// Its address and port; `None` in another network, where it is its gateway's to find them.
+    pub at: Option<SocketAddr>,
 }
 
 /// One endpoint that can take the connection. `roll` picks: with a uniformly random one the chances of the candidates
 /// are as their capacities. `None` when there is no candidate.
 ///
-/// A candidate is in the client's network, may be chosen in its state of health, serves the port and has an address of
-/// a family that the service uses. Where the service prefers endpoints near the client, it is one of the nearest.
+/// A candidate may be chosen in its state of health, serves the port and has an address of a family that the service
+/// uses, or is in another network that has a gateway. Where the service prefers endpoints near the client, it is one of the nearest.
 pub fn pick<'a>(endpoints: &'a Endpoints, request: &Request<'_>, roll: u64) -> Option<Picked<'a>> {
     let scoped = request.service.balancing.as_ref().filter(|balancing| is_scoped(balancing));
     let mut draw = roll;
@@ -121,19 +123,22 @@ fn candidate<'a>(endpoint: &'a Endpoint, request: &Request<'_>) -> Option<Picked
     let Request { source, service, port, wanted, purpose } = *request;
     let workload = endpoint.workload();
     let healthy = workload.healthy || service.health_policy() == HealthPolicy::AllowAll;
-    if !healthy || workload.network != source.network {
+    if !healthy {
         return None;
     }
     let target = target_port(endpoint, service, port, purpose)?;
+    if purpose != Purpose::Gateway && workload.network != source.network {
+        return workload.network_gateway.as_ref().map(|_| Picked { workload, at: None });
+    }
     let ip = address(workload, wanted, service.ip_families)?;
-    Some(Picked { workload, at: SocketAddr::new(ip, target) })
+    Some(Picked { workload, at: Some(SocketAddr::new(ip, target)) })
 }
 
 /// The port of `endpoint` that serves the service's `port`; `None` if nothing does. Its own, else the service's
 /// target, else, of a waypoint, the same one.
 fn target_port(endpoint: &Endpoint, service: &Service, port: u16, purpose: Purpose) -> Option<u16> {
     let known = service.port(port);
-    if known.is_none() && purpose == Purpose::Service {
+    if known.is_none() && purpose != Purpose::Waypoint {
         return None;
     }
     let target = known.map(|known| known.target).filter(|target| *target != 0);
@@ -147,7 +152,8 @@ fn is_scoped(balancing: &LoadBalancing) -> bool {
 }
 
 /// How near an endpoint is, the nearer the greater; `None` if it is not near enough. It is the number of scopes that
-/// both have in common, counted up to the first that they do not.
+/// both have in common, counted up to the first that they do not. Where the network is the first of them, everyone in
+/// the client's is nearer than anyone in another, and those elsewhere are told apart by the other scopes.
 fn rank(balancing: &LoadBalancing, source: &Workload, workload: &Workload) -> Option<usize> {
     let in_common = |scope: &BalanceScope| match scope {
         BalanceScope::Region => source.region == workload.region,
@@ -158,8 +164,18 @@ fn rank(balancing: &LoadBalancing, source: &Workload, workload: &Workload) -> Op
         BalanceScope::Network => source.network == workload.network,
         BalanceScope::Unknown => false,
     };
-    let rank = balancing.scopes.iter().take_while(|scope| in_common(scope)).count();
-    (balancing.mode != BalanceMode::Strict || rank == balancing.scopes.len()).then_some(rank)
+    let scopes = &balancing.scopes;
+    let rank = scopes.iter().take_while(|scope| in_common(scope)).count();
+    if balancing.mode == BalanceMode::Strict && rank < scopes.len() {
+        return None;
+    }
+    match scopes.split_first() {
+        Some((BalanceScope::Network, _)) if rank > 0 => Some(rank + scopes.len() - 1),
+        Some((BalanceScope::Network, others)) => {
+            Some(others.iter().take_while(|scope| in_common(scope)).count())
+        }
+        _ => Some(rank),
+    }
 }
 
 /// The waypoint in front of a service, if it has one. Of several, `roll` picks by their weights.

@@ -5,15 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::mesh::index::Mesh;
+use crate::model::addr::Authority;
 use crate::model::addr::HBONE_PORT;
 use crate::model::addr::HbonePeer;
-use crate::model::addr::NetworkAddress;
 use crate::model::addr::OriginalDst;
 use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
 use crate::model::service::BalanceMode;
 use crate::model::service::GatewayAddress;
-use crate::model::service::GatewayDestination;
 use crate::model::service::Service;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
@@ -21,6 +20,9 @@ use crate::route::balance;
 use crate::route::balance::Picked;
 use crate::route::balance::Purpose;
 use crate::route::balance::Request;
+use crate::route::gateway::Gateway;
+use crate::route::gateway::is_gateway;
+use crate::route::gateway::resolve;
 
 /// The ports of a captured pod on which the daemon itself listens: outbound, inbound, HBONE. Nothing may be
 /// delivered there, or a connection would come back to the daemon for ever.
@@ -41,6 +43,20 @@ pub enum Plan {
         destination: Arc<Workload>,
         /// The service the application dialled, if it dialled one.
         service: Option<Arc<Service>>,
+    },
+    /// Through a tunnel to the gateway of another network, and in that one to whoever serves the service there. That one
+    /// must prove to be one of the service's own identities ([`Service::identities`]: there is one).
+    Beyond {
+        /// Whom to dial: the gateway.
+        gateway: HbonePeer,
+        /// The identities acceptable of it.
+        expect: Vec<SpiffeId>,
+        /// The service the application dialled: it is asked for by its name.
+        service: Arc<Service>,
+        /// The service's port.
+        port: u16,
+        /// The destination, or the waypoint in front of it, as far as this network knows it.
+        destination: Arc<Workload>,
     },
     /// Over plain TCP: the destination is outside the mesh.
     Plain {
@@ -84,7 +100,22 @@ pub enum NoRoute {
     /// the connection goes nowhere.
     #[error("unknown waypoint {}", .0.destination)]
     UnknownWaypoint(Arc<GatewayAddress>),
-    /// It could be served in another network only, to which this proxy has no way.
+    /// It is served in another network that has a gateway the mesh does not know, or that nobody serves.
+    #[error("unknown network gateway {}", .0.destination)]
+    UnknownGateway(Arc<GatewayAddress>),
+    /// It is served in another network, and nothing says who may serve it there. Nobody is believed then.
+    #[error("no identity is known that {hostname} may have in another network")]
+    NobodyExpected {
+        /// The service's full name.
+        hostname: Arc<str>,
+    },
+    /// It is served in another network, where services are asked for by name, and it has none that can be asked for.
+    #[error("{hostname:?} is no name to ask another network for")]
+    NoName {
+        /// The service's full name.
+        hostname: Arc<str>,
+    },
+    /// It could be served in another network only, to which there is no way.
     #[error("{hostname} is in another network, which cannot be reached")]
     OtherNetwork {
         /// The service's full name, or the waypoint's.
@@ -155,8 +186,9 @@ fn to_service(
     let endpoints = mesh.endpoints(&service.key);
     let request = Request { source, service, port, wanted: wanted.ip(), purpose: Purpose::Service };
     match balance::pick(endpoints, &request, roll) {
-        Some(Picked { workload, at }) => to_workload(workload, at, Some(service)),
-        None if endpoints.iter().any(|endpoint| endpoint.workload().network != source.network) => {
+        Some(Picked { workload, at: Some(at) }) => to_workload(workload, at, Some(service)),
+        Some(Picked { workload, at: None }) => beyond(mesh, source, workload, service, wanted, roll),
+        None if endpoints.iter().any(|endpoint| is_out_of_reach(source, endpoint.workload())) => {
             Err(NoRoute::OtherNetwork { hostname: Arc::clone(&service.hostname) })
         }
         None => Err(NoRoute::NoHealthyUpstream {
@@ -198,23 +230,15 @@ fn to_waypoint(
     roll: u64,
 ) -> Result<Plan, NoRoute> {
     let unknown = || NoRoute::UnknownWaypoint(Arc::clone(gateway));
-    let (front, workload, at) = match resolve(mesh, gateway).ok_or_else(unknown)? {
-        Gateway::Service(front) => {
-            let port = gateway.hbone_port;
-            let purpose = Purpose::Waypoint;
-            let request = Request { source, service: front, port, wanted: wanted.ip(), purpose };
-            let picked = balance::pick(mesh.endpoints(&front.key), &request, roll).ok_or_else(unknown)?;
-            (Some(&**front), picked.workload, picked.at)
-        }
-        Gateway::Workload(workload) => {
-            let ip = balance::address(workload, wanted.ip(), None).ok_or_else(unknown)?;
-            (None, workload, SocketAddr::new(ip, gateway.hbone_port))
-        }
+    let found = locate(mesh, source, gateway, wanted, Purpose::Waypoint, roll).ok_or_else(unknown)?;
+    let Located { front, workload, at } = found;
+    let Some(at) = at else {
+        return match service {
+            Some(service) => beyond(mesh, source, workload, service, wanted, roll),
+            // There is no name to ask for.
+            None => Err(NoRoute::OtherNetwork { hostname: Arc::from(gateway.destination.to_string()) }),
+        };
     };
-    if workload.network != source.network {
-        let GatewayAddress { destination, .. } = &**gateway;
-        return Err(NoRoute::OtherNetwork { hostname: Arc::from(destination.to_string()) });
-    }
     Ok(Plan::Hbone {
         peer: HbonePeer(at),
         expect: acceptable(front, workload),
@@ -224,6 +248,76 @@ fn to_waypoint(
     })
 }
 
+/// The gateway of the network where `workload` is, which is asked for `service`.
+fn beyond(
+    mesh: &Mesh,
+    source: &Workload,
+    workload: &Arc<Workload>,
+    service: &Arc<Service>,
+    wanted: SocketAddr,
+    roll: u64,
+) -> Result<Plan, NoRoute> {
+    let hostname = || Arc::clone(&service.hostname);
+    let Some(gateway) = &workload.network_gateway else {
+        return Err(NoRoute::OtherNetwork { hostname: hostname() });
+    };
+    if service.identities.is_empty() {
+        return Err(NoRoute::NobodyExpected { hostname: hostname() });
+    }
+    if !Authority::is_host(&service.hostname) {
+        return Err(NoRoute::NoName { hostname: hostname() });
+    }
+    let found = locate(mesh, source, gateway, wanted, Purpose::Gateway, roll);
+    let Some(Located { front, workload: before, at: Some(at) }) = found else {
+        return Err(NoRoute::UnknownGateway(Arc::clone(gateway)));
+    };
+    Ok(Plan::Beyond {
+        gateway: HbonePeer(at),
+        expect: acceptable(front, before),
+        service: Arc::clone(service),
+        port: wanted.port(),
+        destination: Arc::clone(workload),
+    })
+}
+
+fn is_out_of_reach(source: &Workload, workload: &Workload) -> bool {
+    workload.network != source.network && workload.network_gateway.is_none()
+}
+
+/// One of the workloads that a gateway is.
+struct Located<'a> {
+    /// The service they are behind, if it is one.
+    front: Option<&'a Service>,
+    workload: &'a Arc<Workload>,
+    /// Its address; `None` if it is a waypoint in another network.
+    at: Option<SocketAddr>,
+}
+
+/// `None` if the mesh does not know it, or nobody serves it.
+fn locate<'a>(
+    mesh: &'a Mesh,
+    source: &Workload,
+    gateway: &GatewayAddress,
+    wanted: SocketAddr,
+    purpose: Purpose,
+    roll: u64,
+) -> Option<Located<'a>> {
+    let port = gateway.hbone_port;
+    match resolve(mesh, gateway)? {
+        Gateway::Service(front) => {
+            let request = Request { source, service: front, port, wanted: wanted.ip(), purpose };
+            let Picked { workload, at } = balance::pick(mesh.endpoints(&front.key), &request, roll)?;
+            Some(Located { front: Some(&**front), workload, at })
+        }
+        Gateway::Workload(workload) => {
+            let near = purpose == Purpose::Gateway || workload.network == source.network;
+            let at = || balance::address(workload, wanted.ip(), None).map(|ip| SocketAddr::new(ip, port));
+            let at = if near { Some(at()?) } else { None };
+            Some(Located { front: None, workload, at })
+        }
+    }
+}
+
 /// The identities acceptable of `workload`: its own first, and what its service may present.
 fn acceptable(service: Option<&Service>, workload: &Workload) -> Vec<SpiffeId> {
     let others = service.map(|service| &service.identities[..]).unwrap_or_default();
@@ -231,33 +325,4 @@ fn acceptable(service: Option<&Service>, workload: &Workload) -> Vec<SpiffeId> {
     all.push(workload.identity.clone());
     all.extend(others.iter().filter(|other| **other != workload.identity).cloned());
     all
-}
-
-/// What a gateway's address or name belongs to.
-enum Gateway<'a> {
-    Service(&'a Arc<Service>),
-    Workload(&'a Arc<Workload>),
-}
-
-fn resolve<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> Option<Gateway<'a>> {
-    let (service, workload) = match &gateway.destination {
-        GatewayDestination::Hostname(key) => {
-            let by_name = || mesh.workload_by_hostname(key.hostname(), key.namespace());
-            let service = mesh.service(key.as_str());
-            (service, if service.is_none() { by_name() } else { None })
-        }
-        GatewayDestination::Address(NetworkAddress { network, ip }) => {
-            (mesh.service_at(network, *ip, None), mesh.workload_at(network, *ip))
-        }
-    };
-    service.map(Gateway::Service).or_else(|| workload.map(Gateway::Workload))
-}
-
-/// Whether `source` is that gateway, or one of several that are.
-fn is_gateway(mesh: &Mesh, source: &Workload, gateway: &GatewayAddress) -> bool {
-    match resolve(mesh, gateway) {
-        Some(Gateway::Service(service)) => mesh.endpoints(&service.key).find(&source.uid).is_some(),
-        Some(Gateway::Workload(workload)) => workload.uid == source.uid,
-        None => false,
-    }
 }

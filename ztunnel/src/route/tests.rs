@@ -106,6 +106,15 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
             assert_eq!(expect, std::slice::from_ref(&destination.identity));
             format!("hbone {peer} {target}{}{}", name(destination), of(service))
         }
+        Ok(Plan::Beyond { gateway: HbonePeer(gateway), expect, service, port, destination }) => {
+            let expect: Vec<_> = expect.iter().map(|id| id.service_account()).collect();
+            format!(
+                "beyond {gateway} ({}) {}:{port}{}",
+                expect.join(" "),
+                service.hostname,
+                name(destination)
+            )
+        }
         Ok(Plan::Plain { to, destination, service }) => {
             format!("plain {to}{}{}", destination.map_or(String::new(), name), of(service))
         }
@@ -190,6 +199,94 @@ fn an_endpoint_in_its_nodes_network_is_reached_through_its_service_only() {
     let mesh = Mesh::new(TrustDomain::default(), [behind(node, &[("node", &[])])], [service], []);
     assert_eq!(outcome(&mesh, "10.9.0.7:80", LOW), "plain 10.0.0.7:8080 node of node");
     assert_eq!(outcome(&mesh, "10.0.0.7:80", LOW), "plain 10.0.0.7:80");
+}
+
+/// In the network `west`: the gateway `gate` (10.0.0.9), `far` without an address here, and the waypoint `way`.
+fn two_networks() -> Mesh {
+    let gateway = |ip: &str| {
+        let ip = ip.parse().unwrap();
+        let destination = GatewayDestination::Address(NetworkAddress { network: "west".into(), ip });
+        Arc::new(GatewayAddress { destination, hbone_port: 15443 })
+    };
+    let named = |name: &str| {
+        let destination = GatewayDestination::Hostname(Service::sample("shop", name).key);
+        Arc::new(GatewayAddress { destination, hbone_port: 80 })
+    };
+    let west = |name: &str, addresses: &[&str], through: Option<Arc<GatewayAddress>>| Workload {
+        network: "west".into(),
+        network_gateway: through,
+        ..workload(name, addresses, Reach::Hbone)
+    };
+    let through = |name: &str, through| west(name, &[], Some(through));
+    let workloads = [
+        behind(west("gate", &["10.0.0.9"], None), &[("gates", &[(80, 15008)])]),
+        behind(
+            through("far", gateway("10.0.0.9")),
+            &[("far", &[]), ("unsure", &[]), ("mixed", &[]), ("*", &[]), ("near_first", &[])],
+        ),
+        behind(workload("near", &["10.0.0.2"], Reach::Hbone), &[("mixed", &[]), ("near_first", &[])]),
+        behind(west("lost", &["10.0.0.3"], None), &[("lost", &[])]),
+        behind(through("misled", gateway("10.0.0.7")), &[("misled", &[])]),
+        behind(through("by_name", named("gates")), &[("by_name", &[])]),
+        behind(west("way", &["10.0.0.8"], Some(gateway("10.0.0.9"))), &[]),
+        Arc::new(Workload {
+            waypoint: Some(gateway("10.0.0.8")),
+            ..workload("direct", &["10.0.0.4"], Reach::Hbone)
+        }),
+    ];
+    let identities =
+        || vec![Workload::sample("shop", "far").identity, Workload::sample("shop", "far2").identity];
+    let known = |name: &str, vip: &str| Service { identities: identities(), ..service(name, &[vip]) };
+    let near_first = LoadBalancing {
+        mode: BalanceMode::Failover,
+        scopes: Box::new([BalanceScope::Network]),
+        health: HealthPolicy::OnlyHealthy,
+    };
+    let services = [
+        known("far", "10.9.1.1"),
+        service("unsure", &["10.9.1.2"]),
+        known("lost", "10.9.1.3"),
+        known("misled", "10.9.1.4"),
+        known("mixed", "10.9.1.5"),
+        known("by_name", "10.9.1.6"),
+        Service { waypoint: Some(gateway("10.0.0.8")), ..known("guarded", "10.9.1.7") },
+        Service { waypoint: Some(gateway("10.0.0.8")), ..service("unsure_guarded", &["10.9.1.8"]) },
+        known("*", "10.9.1.9"),
+        Service { balancing: Some(near_first), ..known("near_first", "10.9.1.10") },
+        known("gates", "10.9.1.11"),
+    ];
+    Mesh::new(TrustDomain::default(), workloads, services.map(Arc::new), [])
+}
+
+#[test]
+fn another_network_is_reached_through_its_gateway_by_name() {
+    let mesh = two_networks();
+    for (to, roll, expect) in [
+        ("10.9.1.1:80", LOW, "beyond 10.0.0.9:15443 (gate) far.shop:80 far"),
+        ("10.9.1.1:81", LOW, "service far.shop has no port 81"),
+        ("10.9.1.2:80", LOW, "no identity is known that unsure.shop may have in another network"),
+        ("10.9.1.3:80", LOW, "lost.shop is in another network, which cannot be reached"),
+        ("10.9.1.4:80", LOW, "unknown network gateway west/10.0.0.7"),
+        ("10.9.1.5:80", LOW, "beyond 10.0.0.9:15443 (gate) mixed.shop:80 far"),
+        // The gateway is a service: one of those behind it, at the port of its own, with what the service may present.
+        ("10.9.1.6:80", LOW, "beyond 10.0.0.9:15008 (gate far far2) by_name.shop:80 by_name"),
+        // A waypoint there.
+        ("10.9.1.7:80", LOW, "beyond 10.0.0.9:15443 (gate) guarded.shop:80 way"),
+        ("10.9.1.8:80", LOW, "no identity is known that unsure_guarded.shop may have in another network"),
+        ("10.0.0.4:80", LOW, "west/10.0.0.8 is in another network, which cannot be reached"),
+        ("10.9.1.9:80", LOW, "\"*.shop\" is no name to ask another network for"),
+    ] {
+        assert_eq!(outcome(&mesh, to, roll), expect, "{to} with roll {roll}");
+    }
+    // With a service in both networks either may be chosen, or the own comes first where that is wanted.
+    let service = mesh.service_at("", "10.9.1.5".parse().unwrap(), None).unwrap();
+    let chosen = |to: &str, roll| plan(&mesh, &client(), OriginalDst(to.parse().unwrap()), roll).unwrap();
+    assert!(matches!(chosen("10.9.1.5:80", LOW), Plan::Beyond { .. }));
+    let Plan::Hbone { expect, .. } = chosen("10.9.1.5:80", HIGH) else { panic!("it goes elsewhere") };
+    assert_eq!(expect.len(), 1 + service.identities.len());
+    for roll in [LOW, HIGH] {
+        assert!(matches!(chosen("10.9.1.10:80", roll), Plan::Hbone { .. }), "with roll {roll}");
+    }
 }
 
 /// How often each of `workloads` is picked for the port 80 of `service`, in 1,000 random picks.
@@ -421,7 +518,13 @@ proptest! {
                 prop_assert!(mesh.workloads().any(|it| it.uid == uid && it.reach == Reach::Unknown)
                     || workload_dialled.is_some_and(|it| it.reach == Reach::Unknown));
             }
-            Err(NoRoute::OtherNetwork { .. }) => prop_assert!(false, "there is one network only"),
+            Ok(Plan::Beyond { .. })
+            | Err(
+                NoRoute::OtherNetwork { .. }
+                | NoRoute::UnknownGateway(_)
+                | NoRoute::NobodyExpected { .. }
+                | NoRoute::NoName { .. },
+            ) => prop_assert!(false, "there is one network only"),
         }
     }
 }

@@ -30,7 +30,7 @@ pub struct Loaded {
 
 /// How much all files together may hold: some 6,000 pods as `kubectl` prints them, or ten times as many written
 /// by hand. Reading takes some 30 times as much memory for a moment.
-const BYTES_MAX: u64 = 32 << 20;
+pub(super) const BYTES_MAX: u64 = 32 << 20;
 
 /// How many remarks are made on one load. A mistake is often made in every object.
 const DIAGNOSTICS_MAX: usize = 1000;
@@ -133,7 +133,7 @@ fn is_hidden(name: &Path) -> bool {
     name.as_os_str().as_encoded_bytes().starts_with(b".")
 }
 
-fn read_text(file: &Path, bytes_max: u64) -> io::Result<String> {
+pub(super) fn read_text(file: &Path, bytes_max: u64) -> io::Result<String> {
     // Asked before it is opened: opening a pipe would wait for its writer.
     let metadata = fs::metadata(file)?;
     if !metadata.is_file() {
@@ -152,7 +152,7 @@ fn read_text(file: &Path, bytes_max: u64) -> io::Result<String> {
     })
 }
 
-fn display(path: &Path) -> Arc<str> {
+pub(super) fn display(path: &Path) -> Arc<str> {
     Arc::from(path.display().to_string())
 }
 

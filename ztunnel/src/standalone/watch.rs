@@ -249,11 +249,18 @@ mod tests {
 
     /// The next load's pods, or what was said. Waits longer than a busy machine takes.
     async fn next(updates: &mut Updates) -> Result<Vec<String>, Vec<String>> {
-        let update = timeout(Duration::from_secs(20), updates.next()).await.expect("an update");
+        let update = timeout(Duration::from_secs(60), updates.next()).await.expect("an update");
         match update.expect("the watch goes on") {
             Ok(loaded) => Ok(loaded.mesh.workloads().map(|workload| workload.name.to_string()).collect()),
             Err(said) => Err(said.iter().map(|diagnostic| diagnostic.message.clone()).collect()),
         }
+    }
+
+    /// Writes it in one step: a load may come in the middle of several.
+    fn put(path: &Path, text: &str) {
+        let whole = path.with_file_name(".whole");
+        fs::write(&whole, text).unwrap();
+        fs::rename(&whole, path).unwrap();
     }
 
     fn pods(names: &[&str]) -> Result<Vec<String>, Vec<String>> {
@@ -269,19 +276,18 @@ mod tests {
         let mut updates = watch(dir.path().to_owned(), "n1".to_owned(), signal);
         assert_eq!(next(&mut updates).await, pods(&["a"]));
 
-        fs::write(&file, pod("b")).unwrap();
+        let mut open = fs::OpenOptions::new().write(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut open, pod("b").as_bytes()).unwrap();
         assert_eq!(next(&mut updates).await, pods(&["b"]), "written in place");
 
-        let other = dir.path().join(".a.yaml.new");
-        fs::write(&other, pod("c")).unwrap();
-        fs::rename(&other, &file).unwrap();
+        put(&file, &pod("c"));
         assert_eq!(next(&mut updates).await, pods(&["c"]), "renamed over, as editors do");
 
-        fs::write(&file, "kind: [").unwrap();
+        put(&file, "kind: [");
         let said = next(&mut updates).await.unwrap_err();
         assert!(said[0].starts_with("not YAML"), "{said:?}");
 
-        fs::write(&file, pod("d")).unwrap();
+        put(&file, &pod("d"));
         assert_eq!(next(&mut updates).await, pods(&["d"]), "after a slip");
 
         fs::remove_dir_all(dir.path()).unwrap();
@@ -289,8 +295,9 @@ mod tests {
         assert!(said[0].starts_with("cannot be read"), "{said:?}");
 
         fs::create_dir(dir.path()).unwrap();
-        fs::write(&file, pod("e")).unwrap();
-        assert_eq!(next(&mut updates).await, pods(&["e"]), "made again");
+        put(&file, &pod("e"));
+        // It may have been seen while it was empty.
+        while next(&mut updates).await != pods(&["e"]) {}
 
         trigger.close();
         assert!(updates.next().await.is_none());

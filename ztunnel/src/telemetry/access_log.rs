@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 
 use tracing::Level;
 
+use crate::model::addr::Authority;
 use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Workload;
@@ -53,8 +54,10 @@ fn ends(line: &mut Line<'_>, parties: &Parties, addresses: &Addresses) {
     cluster(line, "src.cluster", parties.source.as_deref());
 
     address(line, "dst.addr", addresses.destination);
-    if let Some(target) = addresses.hbone {
-        address(line, "dst.hbone_addr", target);
+    match &addresses.hbone {
+        Some(Authority::Address(target)) => address(line, "dst.hbone_addr", *target),
+        Some(name @ Authority::Hostname { .. }) => line.shown("dst.hbone_addr", name),
+        None => {}
     }
     if let Some(service) = &parties.service {
         known(line, "dst.service", &service.hostname);

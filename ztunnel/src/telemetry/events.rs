@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use tracing::Level;
 
+use crate::model::addr::Authority;
 use crate::model::identity::SpiffeId;
 use crate::model::service::Service;
 use crate::model::workload::Workload;
@@ -132,14 +133,14 @@ impl Parties {
 }
 
 /// The addresses of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Addresses {
     /// Where it came from.
     pub source: SocketAddr,
     /// Whom the TCP connection goes to: port 15008 of the peer for a tunnelled one.
     pub destination: SocketAddr,
     /// What the tunnel was asked for (`:authority`), for a tunnelled one.
-    pub hbone: Option<SocketAddr>,
+    pub hbone: Option<Authority>,
 }
 
 /// A connection was opened: its parties are known and it is counted.

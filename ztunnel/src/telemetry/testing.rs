@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use crate::model::addr::Authority;
 use crate::model::service::Service;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
@@ -58,7 +59,7 @@ pub(crate) fn addresses() -> Addresses {
     Addresses {
         source: "[::ffff:10.0.0.1]:4242".parse().unwrap(),
         destination: "10.0.0.2:15008".parse().unwrap(),
-        hbone: Some("10.0.0.2:8080".parse().unwrap()),
+        hbone: Some(Authority::Address("10.0.0.2:8080".parse().unwrap())),
     }
 }
 

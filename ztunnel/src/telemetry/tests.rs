@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 
+use crate::model::addr::Authority;
 use crate::telemetry::Config;
 use crate::telemetry::LocalTelemetry;
 use crate::telemetry::Telemetry;
@@ -209,7 +210,8 @@ fn idle_series_that_were_scraped_give_way() {
 async fn a_closed_connection_is_one_line() {
     let (telemetry, written) = telemetry(Config::default());
     let mut connection = open(&telemetry.local(), Reporter::Destination);
-    connection.reaches("10.0.0.9:15008".parse().unwrap(), Some("10.0.0.9:80".parse().unwrap()));
+    connection
+        .reaches("10.0.0.9:15008".parse().unwrap(), Some(Authority::Address("10.0.0.9:80".parse().unwrap())));
     connection.received(1);
     tokio::time::advance(Duration::from_millis(7)).await;
     connection.close(ResponseFlag::Denied, Some("explicitly denied by: shop/no".to_owned()));
@@ -320,8 +322,13 @@ fn records() -> Vec<AccessRecord> {
     vec![
         closed(parties(Reporter::Source), addresses(), ResponseFlag::None, None),
         closed(parties(Reporter::Destination), addresses(), ResponseFlag::None, None),
-        closed(unencrypted, plain, ResponseFlag::Denied, Some("policy shop/x: no")),
-        closed(Parties::unknown(Reporter::Source), plain, ResponseFlag::Connect, Some("refused\n\"x\"")),
+        closed(unencrypted, plain.clone(), ResponseFlag::Denied, Some("policy shop/x: no")),
+        closed(
+            Parties::unknown(Reporter::Source),
+            plain.clone(),
+            ResponseFlag::Connect,
+            Some("refused\n\"x\""),
+        ),
         AccessRecord::Opened(Opened { at, parties: parties(Reporter::Source), addresses: addresses() }),
         AccessRecord::RefusedEarly(RefusedEarly {
             at,

@@ -56,6 +56,8 @@ const SLICE: usize = 512;
 const CACHE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests on their way: two at the start, then one for each response, which is answered before the next is read.
 const REQUESTS: usize = 4;
+/// Names in one request: a server may refuse one that is larger than 4 MiB.
+const NAMES: usize = 4096;
 
 /// Bytes on their way: a push of a whole mesh is large.
 const WINDOW: u32 = 4 * 1024 * 1024;
@@ -184,6 +186,9 @@ impl Source for Shown {
                 "Questions for what the mesh did not know.",
                 &samples,
             )?;
+            let sample = Sample { labels: &[], value: tally.let_go() };
+            let help = "Workloads and services that nobody used, and that are not subscribed to any more.";
+            families.counter("ztunnel_xds_let_go", help, &[sample])?;
         }
         let stale_since = self.status.borrow().stale_since;
         let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
@@ -360,7 +365,7 @@ impl Client {
     /// Takes all of this as if it had been received, or nothing: a mesh without one of its policies would allow what it
     /// does not.
     async fn replay(&mut self, resources: [Vec<Resource>; 2]) -> Result<(), (String, Rejected)> {
-        let mut changes = Vec::new();
+        let (mut changes, mut told) = (Vec::new(), Vec::new());
         for (kind, resources) in Kind::ALL.into_iter().zip(resources) {
             let type_url = kind.type_url().to_owned();
             let response = DeltaDiscoveryResponse { type_url, resources, ..Default::default() };
@@ -373,6 +378,7 @@ impl Client {
                 }
                 tokio::task::yield_now().await;
             }
+            told.extend(push.take_told());
             self.session.finish(push);
         }
         let mut changes = changes.into_iter();
@@ -381,7 +387,19 @@ impl Client {
             tokio::task::yield_now().await;
         }
         self.writer.release();
+        self.tell(told);
         Ok(())
+    }
+
+    /// Tells those who ask. The mesh is already as it says.
+    fn tell(&self, told: Vec<Told>) {
+        let Some(demands) = &self.demands else { return };
+        for told in told {
+            match told {
+                Told::There(name, aliases) => demands.is_there(&name, &aliases),
+                Told::Gone(name) => demands.is_gone(&name),
+            }
+        }
     }
 
     fn connected(&self, connected: bool) {
@@ -417,8 +435,14 @@ impl Client {
         tracing::info!(address = %self.plane.address(), "connected to the control plane");
         self.connected(true);
         loop {
+            let epoch_ends = self.demands.as_ref().map(Demands::epoch_ends);
             let message = tokio::select! {
                 message = stream.message() => message,
+                () = at(epoch_ends) => {
+                    self.demands.as_mut().into_iter().for_each(Demands::next_epoch);
+                    self.let_go().await;
+                    continue;
+                }
                 () = tokio::time::sleep_until(until), if *responses == 0 => {
                     return Err(Interrupted::Silent(silent));
                 }
@@ -438,16 +462,44 @@ impl Client {
             if requests.send(answer).await.is_err() {
                 return Err(Interrupted::Complete);
             }
+            if self.demands.as_ref().is_some_and(Demands::is_crowded) {
+                self.let_go().await;
+            }
         }
     }
 
     /// What is said for these wishes.
-    fn ask(&self, wanted: Requests) -> impl Iterator<Item = DeltaDiscoveryRequest> {
-        let names = |names: Vec<Arc<str>>| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
-        let (unsubscribe, subscribe) = (names(wanted.unsubscribe), names(wanted.subscribe));
-        let no_longer = (!unsubscribe.is_empty()).then(|| self.session.subscribe(Vec::new(), unsubscribe));
-        let newly = (!subscribe.is_empty()).then(|| self.session.subscribe(subscribe, Vec::new()));
-        no_longer.into_iter().chain(newly)
+    fn ask(&self, wanted: Requests) -> Vec<DeltaDiscoveryRequest> {
+        let names = |names: &[Arc<str>]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let Requests { unsubscribe, subscribe } = wanted;
+        let no_longer = unsubscribe.chunks(NAMES).map(|all| self.session.subscribe(Vec::new(), names(all)));
+        let newly = subscribe.chunks(NAMES).map(|all| self.session.subscribe(names(all), Vec::new()));
+        no_longer.chain(newly).collect()
+    }
+
+    /// Lets go of what nobody uses any more. Nothing if it is not known which node this is: what its pods are judged by
+    /// could not be told from the rest.
+    async fn let_go(&mut self) {
+        let node = &self.config.identity.node;
+        let Some(demands) = self.demands.as_mut().filter(|_| !node.is_empty()) else { return };
+        let unused = demands.unused(self.writer.mesh(), node);
+        if unused.is_empty() {
+            return;
+        }
+        demands.let_go(&unused);
+        for slice in unused.chunks(SLICE) {
+            let (changes, gone) = self.session.let_go(slice);
+            self.writer.draft(changes);
+            if let Some(cache) = &self.cache {
+                cache.note(Kind::Address, gone);
+            }
+            tokio::task::yield_now().await;
+        }
+        self.writer.release();
+        if let Some(cache) = self.cache.as_ref().filter(|_| self.session.is_synced()) {
+            cache.settle();
+        }
+        tracing::debug!(resources = unused.len(), "what nobody uses is not asked for any more");
     }
 
     /// Applies a response as a unit, and in slices: others on the thread are not held up.
@@ -472,14 +524,7 @@ impl Client {
             tokio::task::yield_now().await;
         }
         self.writer.release();
-        if let Some(demands) = &self.demands {
-            for told in push.take_told() {
-                match told {
-                    Told::There(name, aliases) => demands.is_there(&name, &aliases),
-                    Told::Gone(name) => demands.is_gone(&name),
-                }
-            }
-        }
+        self.tell(push.take_told());
         self.counts.unknown_values(self.session.unknown_values());
         let rejected = push.rejected().len();
         if rejected > 0 {
@@ -512,6 +557,14 @@ impl Client {
 async fn next(demands: &mut Option<Demands>) -> Requests {
     match demands {
         Some(demands) => demands.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until then; for ever if there is no such time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
     }
 }

@@ -154,6 +154,16 @@ impl Session {
         }
     }
 
+    /// Forgets these workloads and services, which are not wanted any more: the changes of the mesh, and what became of
+    /// them if that is kept.
+    pub fn let_go(&mut self, names: &[Box<str>]) -> (Vec<MeshChange>, Vec<Accepted>) {
+        let held = &mut self.held[Kind::Address as usize];
+        let gone = names.iter().filter(|name| held.remove(&***name).is_some());
+        let gone: Vec<_> = gone.map(|name| Accepted { name: name.clone(), resource: None }).collect();
+        let changes = names.iter().map(|name| self.converter.removed_address(name)).collect();
+        (changes, if self.keeping { gone } else { Vec::new() })
+    }
+
     /// From now on what is accepted can be had from a push as it was received.
     pub fn keep_accepted(&mut self) {
         self.keeping = true;

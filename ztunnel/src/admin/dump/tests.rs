@@ -160,14 +160,14 @@ pub(crate) fn sample_mesh() -> Mesh {
     Mesh::new(TrustDomain::default(), workloads(), services(), policies())
 }
 
-fn connection(original: Option<Original>, tunnelled: bool) -> api::Connection {
+fn connection(original: Option<Original>, carrier: Carrier) -> api::Connection {
     view(Connection {
         pod: "p".into(),
         reporter: Reporter::Source,
         source: "10.0.0.1:40000".parse().unwrap(),
         original,
         actual: "[2001:db8::2]:15008".parse().unwrap(),
-        tunnelled,
+        carrier,
     })
 }
 
@@ -179,8 +179,11 @@ fn pods() -> BTreeMap<String, api::WorkloadState> {
     };
     let dialled = Original::Address(crate::model::addr::OriginalDst("10.96.0.1:80".parse().unwrap()));
     let connections = api::Connections {
-        inbound: vec![connection(None, false), connection(Some(Original::Host("cart.shop".into())), true)],
-        outbound: vec![connection(Some(dialled), true)],
+        inbound: vec![
+            connection(None, Carrier::Tcp),
+            connection(Some(Original::Host("cart.shop".into())), Carrier::Hbone),
+        ],
+        outbound: vec![connection(Some(dialled), Carrier::DoubleHbone)],
     };
     BTreeMap::from([
         ("pod-1".to_owned(), api::WorkloadState { state: "Up", connections, info: Some(info("cart-1")) }),
@@ -219,8 +222,10 @@ fn written(mesh: &Mesh) -> String {
         value: value.to_owned(),
         origin: origin.to_owned(),
     };
+    let local = Mesh::new(TrustDomain::default(), workloads().pop(), services().pop(), policies().pop());
     let document = Document {
         mesh,
+        local: &local,
         pods: pods(),
         certificates: vec![api::Certificates {
             identity: "spiffe://cluster.local/ns/shop/sa/cart".to_owned(),

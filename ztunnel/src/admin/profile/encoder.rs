@@ -55,3 +55,37 @@ impl Message {
         self.0.push(value as u8);
     }
 }
+
+#[cfg(test)]
+pub(in crate::admin) mod tests {
+    /// The fields of a message: numbers, and bytes.
+    pub(in crate::admin) fn fields(mut bytes: &[u8]) -> Vec<(u64, u64, Vec<u8>)> {
+        fn varint(bytes: &mut &[u8]) -> u64 {
+            let mut value = 0;
+            for shift in (0..).step_by(7) {
+                let (first, rest) = bytes.split_first().unwrap();
+                *bytes = rest;
+                value |= u64::from(first & 0x7f) << shift;
+                if first & 0x80 == 0 {
+                    return value;
+                }
+            }
+            unreachable!("a varint ends")
+        }
+        let mut fields = Vec::new();
+        while !bytes.is_empty() {
+            let tag = varint(&mut bytes);
+            match tag & 7 {
+                0 => fields.push((tag >> 3, varint(&mut bytes), Vec::new())),
+                2 => {
+                    let length = varint(&mut bytes) as usize;
+                    let (text, rest) = bytes.split_at(length);
+                    bytes = rest;
+                    fields.push((tag >> 3, 0, text.to_vec()));
+                }
+                other => panic!("wire type {other}"),
+            }
+        }
+        fields
+    }
+}

@@ -4,37 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
 use super::*;
-
-/// The fields of a message: numbers, and bytes.
-fn fields(mut bytes: &[u8]) -> Vec<(u64, u64, Vec<u8>)> {
-    fn varint(bytes: &mut &[u8]) -> u64 {
-        let mut value = 0;
-        for shift in (0..).step_by(7) {
-            let (first, rest) = bytes.split_first().unwrap();
-            *bytes = rest;
-            value |= u64::from(first & 0x7f) << shift;
-            if first & 0x80 == 0 {
-                return value;
-            }
-        }
-        unreachable!("a varint ends")
-    }
-    let mut fields = Vec::new();
-    while !bytes.is_empty() {
-        let tag = varint(&mut bytes);
-        match tag & 7 {
-            0 => fields.push((tag >> 3, varint(&mut bytes), Vec::new())),
-            2 => {
-                let length = varint(&mut bytes) as usize;
-                let (text, rest) = bytes.split_at(length);
-                bytes = rest;
-                fields.push((tag >> 3, 0, text.to_vec()));
-            }
-            other => panic!("wire type {other}"),
-        }
-    }
-    fields
-}
+use crate::admin::profile::encoder::tests::fields;
 
 #[inline(never)]
 fn busy_for_the_profile(done: &AtomicBool) -> u64 {

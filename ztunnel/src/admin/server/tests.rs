@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::admin::dump;
 use crate::admin::dump::Sources;
+use crate::admin::profile::heap::tests::TURN;
 use crate::admin::quit;
 use crate::api;
 use crate::identity::ca::CertificateAuthority;
@@ -172,6 +173,7 @@ async fn admin() -> Admin {
         DataPlane::start(config, reader.clone(), identities.clone(), &telemetry, bypass, signal.clone());
     let sources = Sources {
         mesh: reader,
+        local: Arc::new(dump::tests::sample_mesh()),
         identities,
         data_plane: Arc::new(data_plane.unwrap()),
         waiting: watch::Sender::new(Arc::default()).subscribe(),
@@ -237,16 +239,40 @@ async fn other_paths_of_the_admin_port_are_not_found() {
     assert_eq!(status(&get(admin.address, "/nothing", "").await), "404");
     assert_eq!(status(&get(admin.address, "/quitquitquit", "").await), "405");
     assert_eq!(status(&get(admin.address, "/debug/pprof/profile?seconds=0", "").await), "400");
-    let heap = get(admin.address, "/debug/pprof/heap", "").await;
-    assert!(heap.starts_with("HTTP/1.1 500 ") && heap.contains("heap profiling is not active"), "{heap}");
-    for (query, wanted) in
-        [("", "200"), ("?activate=false", "200"), ("?activate=true", "500"), ("?a=%", "400")]
-    {
-        let answer = get(admin.address, &format!("/debug/pprof/heap/profiling{query}"), "").await;
-        assert_eq!(status(&answer), wanted, "{query}");
-    }
     let page = get(admin.address, "/", "").await;
     assert!(page.contains("content-type: text/html") && page.contains("config_dump"), "{page}");
+}
+
+#[tokio::test]
+async fn a_heap_profile_is_there_while_it_is_active() {
+    let _turn = TURN.lock().await;
+    let admin = admin().await;
+    let inactive = get(admin.address, "/debug/pprof/heap", "").await;
+    assert!(inactive.starts_with("HTTP/1.1 500 "), "{inactive}");
+    assert!(inactive.contains("heap profiling is not active"), "{inactive}");
+    let switched =
+        async |query: &str| get(admin.address, &format!("/debug/pprof/heap/profiling{query}"), "").await;
+    for (query, active) in [
+        ("", false),
+        ("?activate=false", false),
+        ("?activate=true", true),
+        ("?activate=true", true),
+        ("", true),
+    ] {
+        let answer = switched(query).await;
+        let wanted = format!("\r\n\r\nheap profiling active: {active}\n");
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(&wanted), "{query}: {answer}");
+    }
+    for query in ["?a=%", "?activate=yes", "?activate", "?active=false"] {
+        assert_eq!(status(&switched(query).await), "400", "{query}");
+    }
+    let asked = "GET /debug/pprof/heap HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let profile = exchange_bytes(admin.address, asked).await;
+    let body = profile.windows(4).position(|four| four == b"\r\n\r\n").expect("a body") + 4;
+    assert!(profile.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&profile[..body]));
+    assert!(profile[body..].starts_with(&[0x1f, 0x8b]), "not compressed by gzip");
+    assert!(switched("?activate=false").await.ends_with("heap profiling active: false\n"));
+    assert_eq!(status(&get(admin.address, "/debug/pprof/heap", "").await), "500");
 }
 
 #[tokio::test]

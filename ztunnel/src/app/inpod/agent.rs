@@ -317,7 +317,7 @@ fn serve(
 }
 
 /// The addresses in a network namespace, those of `lo` aside, in canonical form.
-fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
+pub(super) fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
     let found = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
     let mut addresses: Vec<IpAddr> = found
         .iter()

@@ -1,6 +1,7 @@
 //! The mesh, where it comes from, and what follows from it for this node.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::SystemTime;
 
@@ -13,6 +14,7 @@ use crate::admin::ready::Readiness;
 use crate::app::RunError;
 use crate::app::inpod::agent::Agent;
 use crate::app::report_rejected;
+use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::identity::worker::Identities;
@@ -21,10 +23,12 @@ use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
 use crate::mesh::demand;
 use crate::mesh::index::Mesh;
-use crate::model::identity::SpiffeId;
 use crate::model::identity::TrustDomain;
+use crate::model::workload::Reach;
+use crate::model::workload::Workload;
 use crate::shutdown;
 use crate::standalone::file::Loaded;
+use crate::standalone::local;
 use crate::standalone::watch as file;
 use crate::standalone::watch::Updates;
 use crate::telemetry::Telemetry;
@@ -42,7 +46,7 @@ enum Feed {
     File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
     Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
-    /// Nobody: it stays empty.
+    /// Nobody: it stays as it is.
     Nothing { _writer: Box<MeshWriter> },
 }
 
@@ -50,9 +54,13 @@ enum Feed {
 pub(super) struct World {
     feed: Feed,
     reader: MeshReader,
+    /// What is there besides, whatever that source says.
+    local: Arc<Mesh>,
     /// When the mesh that changed is to be looked at.
     due: Option<Instant>,
     looked: Instant,
+    /// This proxy's own identity is not as the mesh says, and that has been told.
+    doubted: bool,
 }
 
 impl World {
@@ -64,6 +72,15 @@ impl World {
         signal: &shutdown::Signal,
     ) -> Result<Option<Self>, RunError> {
         let (mut writer, mut reader) = mesh::mesh();
+        let local = Arc::new(match &config.local {
+            Some(place) => local::load(place).map_err(RunError::Mesh)?,
+            None => Mesh::default(),
+        });
+        if config.local.is_some() {
+            let (workloads, services) = (local.workloads().len(), local.services_len());
+            tracing::info!(workloads, services, policies = local.policies().len(), "local mesh applied");
+            writer.publish(Mesh::clone(&local));
+        }
         let feed = match &config.mesh {
             Source::File(path) => {
                 let node = config.places.node.to_string();
@@ -90,14 +107,16 @@ impl World {
                 Feed::Istiod { status, readiness: readiness.clone(), blocker }
             }
             Source::Nothing => {
-                tracing::warn!(
-                    "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
-                );
-                writer.publish(Mesh::default());
+                if config.local.is_none() {
+                    tracing::warn!(
+                        "there is no source of the mesh (XDS_ADDRESS is empty): all connections are refused"
+                    );
+                    writer.publish(Mesh::default());
+                }
                 Feed::Nothing { _writer: Box::new(writer) }
             }
         };
-        let mut world = Self { feed, reader, due: None, looked: Instant::now() };
+        let mut world = Self { feed, reader, local, due: None, looked: Instant::now(), doubted: false };
         world.tell();
         Ok(Some(world))
     }
@@ -105,6 +124,11 @@ impl World {
     /// For those who decide from the mesh.
     pub(super) fn reader(&self) -> MeshReader {
         self.reader.clone()
+    }
+
+    /// What was given besides, as it was given.
+    pub(super) fn local(&self) -> Arc<Mesh> {
+        Arc::clone(&self.local)
     }
 
     /// The trust domain of the mesh file.
@@ -185,15 +209,31 @@ impl World {
         readiness.stale(since);
     }
 
-    /// Asks for the certificates of the pods that are enrolled, and for no others.
-    pub(super) fn retain_identities(&self, identities: &Identities, agent: &Agent) {
+    /// Asks for the certificates of the pods that are enrolled, for that of this proxy's `own` pod if peers dial
+    /// tunnels to it, and for no others.
+    pub(super) fn retain_identities(&mut self, identities: &Identities, agent: &Agent, own: Option<&OwnPod>) {
         let mesh = self.reader.snapshot();
-        let ids: HashSet<SpiffeId> = mesh
-            .workloads()
-            .filter(|workload| agent.serves(workload))
-            .map(|workload| workload.identity.clone())
-            .collect();
+        let mut ids = HashSet::new();
+        for workload in mesh.workloads() {
+            if agent.serves(workload) {
+                ids.insert(workload.identity.clone());
+            }
+            if let Some(own) = own.filter(|own| own.workload.is(workload)) {
+                if workload.reach == Reach::Hbone {
+                    ids.insert(own.identity.clone());
+                }
+                self.compare(own, workload);
+            }
+        }
         identities.retain(ids);
+    }
+
+    /// Says so if peers expect another identity of this proxy than it has.
+    fn compare(&mut self, own: &OwnPod, workload: &Workload) {
+        if own.identity != workload.identity && !std::mem::replace(&mut self.doubted, true) {
+            let (here, mesh) = (&own.identity, &workload.identity);
+            tracing::warn!(%here, %mesh, "this proxy's identity is another one in the mesh, so peers will refuse it: see TRUST_DOMAIN");
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use http::Uri;
 
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Reader;
+use crate::standalone::local;
 
 /// Who vouches for a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,15 +54,6 @@ pub struct Server {
     pub headers: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// A mesh besides that of the control plane.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum LocalMesh {
-    /// In this file.
-    File(PathBuf),
-    /// This YAML.
-    Text(String),
-}
-
 /// The control plane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlPlane {
@@ -70,7 +62,7 @@ pub struct ControlPlane {
     /// Whether only what is needed is asked for.
     pub on_demand: bool,
     /// A mesh besides.
-    pub local: Option<LocalMesh>,
+    pub local: Option<local::Place>,
     /// Where certificates come from.
     pub authority: Server,
     /// What both are shown.
@@ -194,11 +186,14 @@ fn token(reader: &mut Reader<'_>) -> Token {
     }
 }
 
-fn local(reader: &mut Reader<'_>) -> Option<LocalMesh> {
+fn local(reader: &mut Reader<'_>) -> Option<local::Place> {
     let path = reader.optional("LOCAL_XDS_PATH");
-    let text = reader.set("LOCAL_XDS").map(str::to_owned);
-    if text.is_some() {
-        reader.show("LOCAL_XDS", NOT_SHOWN, Origin::Environment);
+    let name = "LOCAL_XDS";
+    let text = reader.set(name).map(str::to_owned);
+    match &text {
+        // It is as long as a mesh is, and shown as one.
+        Some(text) => reader.show(name, format_args!("({} bytes)", text.len()), Origin::Environment),
+        None => reader.show(name, "", Origin::Default),
     }
     match (path, text) {
         (Some(path), Some(_)) => {
@@ -209,8 +204,8 @@ fn local(reader: &mut Reader<'_>) -> Option<LocalMesh> {
             );
             None
         }
-        (Some(path), None) => Some(LocalMesh::File(path.into())),
-        (None, Some(text)) => Some(LocalMesh::Text(text)),
+        (Some(path), None) => Some(local::Place::File(path.into())),
+        (None, Some(text)) => Some(local::Place::Variable(name, text)),
         (None, None) => None,
     }
 }

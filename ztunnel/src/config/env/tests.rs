@@ -1,6 +1,7 @@
 use super::control_plane::RootCert;
 use super::control_plane::Token;
 use super::*;
+use crate::standalone::local;
 
 fn environment(variables: &[(&str, &str)]) -> BTreeMap<String, String> {
     variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -100,6 +101,7 @@ fn durations_and_numbers_have_their_effect() {
         ("ENABLE_ORIG_SRC", "true"),
         ("SECRET_TTL", "12h"),
         ("ENABLE_RESPONSE_BAGGAGE", "false"),
+        ("LOCALHOST_APP_TUNNEL", "false"),
         ("LOG_FORMAT", "json"),
         ("RUST_LOG", "info,access=off"),
         ("CONNECTION_TERMINATION_DEADLINE", ""),
@@ -119,7 +121,7 @@ fn durations_and_numbers_have_their_effect() {
     assert_eq!((config.hbone.client_streams_max, config.hbone.stream_window), (7, 4 << 20));
     assert_eq!(settings.in_pod.packet_mark, 1337);
     assert_eq!(settings.in_pod.original_source, Some(true));
-    assert!(!config.response_baggage);
+    assert!(!config.response_baggage && !config.localhost_app_tunnel);
     assert_eq!(
         (settings.log_format, settings.log_filter.to_string()),
         (Format::Json, "info,access=off".into())
@@ -279,11 +281,6 @@ fn what_cannot_be_used_is_named_with_what_can() {
             "ENABLE_PROXY=\"false\": there is nothing left to do: pods' DNS is not answered here",
         ),
         (
-            &[("LOCAL_XDS", "hush")],
-            "LOCAL_XDS=\"(not shown)\": a mesh in this format is not read: use XDS_ADDRESS, \
-             or `ztunnel run --mesh` with Kubernetes' objects",
-        ),
-        (
             &[("LOCAL_XDS", "x"), ("LOCAL_XDS_PATH", "y")],
             "LOCAL_XDS_PATH=\"y\": with LOCAL_XDS it is not known which counts: leave one out",
         ),
@@ -305,6 +302,18 @@ fn what_cannot_be_used_is_named_with_what_can() {
         let said = problem(&[variables]);
         assert!(said.starts_with(&format!("{name}=")), "{said}");
     }
+}
+
+#[test]
+fn a_mesh_may_be_given_besides() {
+    let given = |variables: &[_]| settings(variables).control_plane.local;
+    assert_eq!(given(&[]), None);
+    assert_eq!(given(&[("LOCAL_XDS_PATH", "/m.yaml")]), Some(local::Place::File("/m.yaml".into())));
+    let text = "workloads: []";
+    assert_eq!(given(&[("LOCAL_XDS", text)]), Some(local::Place::Variable("LOCAL_XDS", text.to_owned())));
+    let shown = settings(&[("LOCAL_XDS", text)]).shown;
+    let shown = shown.iter().find(|shown| shown.name == "LOCAL_XDS").unwrap();
+    assert_eq!((&*shown.value, shown.origin), ("(13 bytes)", Origin::Environment));
 }
 
 #[test]

@@ -11,9 +11,16 @@ use crate::tls::testing::Pki;
 
 /// Waits for the next lists that are in force; longer than a busy machine takes.
 async fn changed(changes: &mut tokio::sync::watch::Receiver<u64>, trust: &Trust) -> usize {
-    timeout(Duration::from_secs(20), changes.changed()).await.expect("new lists").unwrap();
+    timeout(Duration::from_secs(60), changes.changed()).await.expect("new lists").unwrap();
     let Revocation::Lists(lists) = trust.revocation() else { panic!("no lists") };
     lists.entries()
+}
+
+/// Writes it in one step: half a file would be a failure more.
+fn put(path: &Path, text: impl AsRef<[u8]>) {
+    let whole = path.with_extension("whole");
+    fs::write(&whole, text).unwrap();
+    fs::rename(&whole, path).unwrap();
 }
 
 async fn failed(status: &Status, times: u64) {
@@ -22,7 +29,7 @@ async fn failed(status: &Status, times: u64) {
             sleep(LOOK / 10).await;
         }
     };
-    timeout(Duration::from_secs(20), waiting).await.expect("a failure is counted");
+    timeout(Duration::from_secs(60), waiting).await.expect("a failure is counted");
 }
 
 #[tokio::test]
@@ -38,13 +45,13 @@ async fn changes_are_loaded_and_a_bad_file_leaves_the_last_good_lists_in_force()
     let status = watch(path.clone(), trust.clone(), signal);
     failed(&status, 1).await;
 
-    fs::write(&path, pki.revoking(&[])).unwrap();
+    put(&path, pki.revoking(&[]));
     assert_eq!(changed(&mut changes, &trust).await, 0);
-    fs::write(&path, pki.revoking(&[&chain[0]])).unwrap();
+    put(&path, pki.revoking(&[&chain[0]]));
     assert_eq!(changed(&mut changes, &trust).await, 1);
 
     for (times, bad) in [(2, "torn"), (3, "")] {
-        fs::write(&path, bad).unwrap();
+        put(&path, bad);
         failed(&status, times).await;
     }
     fs::remove_file(&path).unwrap();
@@ -52,7 +59,7 @@ async fn changes_are_loaded_and_a_bad_file_leaves_the_last_good_lists_in_force()
     assert!(matches!(trust.revocation(), Revocation::Lists(lists) if lists.entries() == 1));
     assert!(!changes.has_changed().unwrap());
 
-    fs::write(&path, [pki.revoking(&[&chain[0]]), pki.revoking_intermediate()].concat()).unwrap();
+    put(&path, [pki.revoking(&[&chain[0]]), pki.revoking_intermediate()].concat());
     assert_eq!(changed(&mut changes, &trust).await, 2);
     assert!(matches!(open(&path), Revocation::Lists(_)));
     trigger.close();

@@ -1,5 +1,7 @@
 //! What is said in answer to what, without a network.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use ztunnel_proto::Any;
 use ztunnel_proto::prost::Message;
@@ -194,6 +196,11 @@ fn on_demand_only_what_is_wanted_is_asked_for_and_what_is_said_of_it_is_told() {
     let [addresses, _] = session.open(["n/10.0.0.3"]);
     let held = [("a".to_owned(), "1".to_owned()), ("n/10.0.0.3".to_owned(), String::new())];
     assert_eq!(addresses.initial_resource_versions, held.into());
+    // What is let go is not told of to the next stream; of what was not there nothing is kept.
+    let (changes, kept) = session.let_go(&[Box::from("a"), Box::from("b")]);
+    assert_eq!(changes, ["a", "b"].map(|name| MeshChange::RemoveAddress(Arc::from(name))));
+    assert_eq!(kept, [Accepted { name: Box::from("a"), resource: None }]);
+    assert!(session.open([])[0].initial_resource_versions.is_empty());
 }
 
 #[test]

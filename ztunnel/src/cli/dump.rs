@@ -1,0 +1,197 @@
+//! The parts of a dump that are shown.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::What;
+
+/// Which entries are shown: those for which everything that is named holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Filter {
+    /// The name of a workload, service, policy or pod; of certificates a part of the identity.
+    pub name: Option<String>,
+    /// The namespace.
+    pub namespace: Option<String>,
+    /// The node, of workloads.
+    pub node: Option<String>,
+}
+
+/// What a daemon knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Dump {
+    /// The mesh.
+    pub workloads: Vec<Workload>,
+    /// Its services.
+    pub services: Vec<Service>,
+    /// Its policies.
+    pub policies: Vec<Policy>,
+    /// What this node shows to others.
+    pub certificates: Vec<Certificates>,
+    /// This node's pods by their uids.
+    pub workload_state: BTreeMap<String, State>,
+}
+
+/// A workload.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Workload {
+    pub(super) uid: String,
+    pub(super) name: String,
+    pub(super) namespace: String,
+    pub(super) workload_ips: Vec<String>,
+    pub(super) hostname: String,
+    pub(super) node: String,
+    pub(super) waypoint: Option<Waypoint>,
+    pub(super) protocol: String,
+    pub(super) status: String,
+}
+
+/// Where a waypoint is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Waypoint {
+    pub(super) destination: String,
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Service {
+    pub(super) name: String,
+    pub(super) namespace: String,
+    pub(super) hostname: String,
+    pub(super) vips: Vec<String>,
+    pub(super) waypoint: Option<Waypoint>,
+    pub(super) endpoints: BTreeMap<String, Endpoint>,
+}
+
+/// A workload behind a service.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Endpoint {
+    pub(super) workload_uid: String,
+}
+
+/// A policy.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Policy {
+    pub(super) name: String,
+    pub(super) namespace: String,
+    pub(super) scope: String,
+    pub(super) action: String,
+}
+
+/// The certificates of an identity.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Certificates {
+    pub(super) identity: String,
+    pub(super) state: String,
+    pub(super) cert_chain: Vec<Certificate>,
+    pub(super) root_certs: Vec<Certificate>,
+}
+
+/// One certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Certificate {
+    pub(super) serial_number: String,
+    pub(super) valid_from: String,
+    pub(super) expiration_time: String,
+}
+
+/// A pod of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct State {
+    pub(super) connections: Connections,
+    pub(super) info: Option<Info>,
+}
+
+/// Which workload a pod is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Info {
+    pub(super) name: String,
+    pub(super) namespace: String,
+}
+
+/// A pod's open connections.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Connections {
+    pub(super) inbound: Vec<Connection>,
+    pub(super) outbound: Vec<Connection>,
+}
+
+/// An open connection.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Connection {
+    pub(super) src: String,
+    pub(super) original_dst: Option<String>,
+    pub(super) actual_dst: String,
+    pub(super) protocol: String,
+}
+
+impl Filter {
+    /// Whether what has this name and namespace is shown.
+    pub(super) fn named(&self, name: &str, namespace: &str) -> bool {
+        let is = |wanted: &Option<String>, is: &str| wanted.as_deref().is_none_or(|wanted| wanted == is);
+        is(&self.name, name) && is(&self.namespace, namespace)
+    }
+
+    /// The same, for what may be on another node.
+    pub(super) fn placed(&self, name: &str, namespace: &str, node: &str) -> bool {
+        self.named(name, namespace) && self.node.as_deref().is_none_or(|wanted| wanted == node)
+    }
+
+    /// Whether the certificates of `identity` are shown.
+    pub(super) fn identity(&self, identity: &str) -> bool {
+        let namespace = self.namespace.as_deref();
+        self.name.as_deref().is_none_or(|part| identity.contains(part))
+            && namespace.is_none_or(|namespace| identity.contains(&format!("/ns/{namespace}/")))
+    }
+}
+
+/// What of a dump is asked for, with all its keys.
+pub fn part(dump: Value, what: What, filter: &Filter) -> Value {
+    let Value::Object(mut dump) = dump else { return Value::Null };
+    let mut kept = serde_json::Map::new();
+    for (key, wanted) in KEYS {
+        if what != What::All && what != wanted {
+            continue;
+        }
+        let mut list = dump.remove(key).unwrap_or_default();
+        let text = |entry: &Value, key: &str| entry[key].as_str().unwrap_or_default().to_owned();
+        let named = |entry: &Value| filter.named(&text(entry, "name"), &text(entry, "namespace"));
+        match &mut list {
+            Value::Array(entries) => entries.retain(|entry| match wanted {
+                What::Workload => {
+                    filter.placed(&text(entry, "name"), &text(entry, "namespace"), &text(entry, "node"))
+                }
+                What::Certificate => filter.identity(&text(entry, "identity")),
+                _ => named(entry),
+            }),
+            Value::Object(pods) => pods.retain(|_, pod| named(&pod["info"])),
+            _ => {}
+        }
+        if what != What::All {
+            return list;
+        }
+        kept.insert(key.to_owned(), list);
+    }
+    Value::Object(kept)
+}
+
+const KEYS: [(&str, What); 5] = [
+    ("workloads", What::Workload),
+    ("services", What::Service),
+    ("policies", What::Policy),
+    ("certificates", What::Certificate),
+    ("workloadState", What::Connections),
+];

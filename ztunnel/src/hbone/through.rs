@@ -1,0 +1,105 @@
+//! A stream as that through which another tunnel goes: to a peer beyond a gateway, which passes on what it cannot read.
+
+use std::io;
+use std::io::IoSlice;
+use std::pin::Pin;
+use std::task::Context;
+use std::task::Poll;
+use std::task::ready;
+
+use bytes::Buf;
+use bytes::Bytes;
+use bytes::BytesMut;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
+use tokio::io::ReadBuf;
+
+use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::SendHalf;
+use crate::hbone::stream::StreamError;
+
+/// What one write takes at most: as much as four records of TLS.
+const WRITE_MAX: usize = 64 * 1024;
+
+/// Both halves of a stream. Dropped before its end, it resets the stream.
+#[derive(Debug)]
+pub struct Through {
+    send: SendHalf,
+    recv: RecvHalf,
+    /// What was received and not yet read.
+    ahead: Bytes,
+    finished: bool,
+}
+
+impl Through {
+    /// Joins the halves of one stream.
+    pub fn new((send, recv): (SendHalf, RecvHalf)) -> Self {
+        Self { send, recv, ahead: Bytes::new(), finished: false }
+    }
+}
+
+fn broken(error: StreamError) -> io::Error {
+    match error {
+        StreamError::Reset(_) => io::Error::new(io::ErrorKind::ConnectionReset, error),
+        error => io::Error::other(error),
+    }
+}
+
+impl AsyncRead for Through {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.ahead.is_empty() {
+            match ready!(self.recv.poll_data(cx)) {
+                Some(Ok(data)) => self.ahead = data,
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let length = self.ahead.len().min(out.remaining());
+        out.put_slice(&self.ahead[..length]);
+        self.ahead.advance(length);
+        self.recv.release(length);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Through {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(data)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let all: usize = data.iter().map(|piece| piece.len()).sum();
+        let mut left = all.min(WRITE_MAX);
+        let mut gathered = BytesMut::with_capacity(left);
+        for piece in data {
+            let part = left.min(piece.len());
+            gathered.extend_from_slice(&piece[..part]);
+            left -= part;
+        }
+        self.send.poll_send(cx, &mut gathered.freeze()).map_err(broken)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Whoever drives the outer tunnel writes what it has.
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !std::mem::replace(&mut self.finished, true) {
+            self.send.finish().map_err(broken)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}

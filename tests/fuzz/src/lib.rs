@@ -7,13 +7,16 @@
 //! The seeds in `corpus/` are what runs have found, cut down to what adds coverage. `cargo xtask fuzz` starts from them
 //! and keeps what it finds under `target/`.
 
+pub mod arrival;
 pub mod connect;
 pub mod crl;
+pub mod local_mesh;
 pub mod memory;
 pub mod mesh_cache;
 pub mod mesh_file;
 pub mod policy;
 pub mod proxy_config;
+pub mod proxy_header;
 pub mod wire;
 pub mod xds_mesh;
 pub mod xds_response;

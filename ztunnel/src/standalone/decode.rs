@@ -51,7 +51,7 @@ enum Kind {
 }
 
 /// Remarks beyond so many come without a guess at what was meant.
-const HINTS_MAX: usize = 1000;
+pub(super) const HINTS_MAX: usize = 1000;
 
 const SECURITY: &str = "security.istio.io";
 const SECURITY_VERSIONS: [&str; 2] = ["security.istio.io/v1", "security.istio.io/v1beta1"];

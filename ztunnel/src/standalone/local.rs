@@ -71,6 +71,7 @@ use crate::model::workload::Membership;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
+use crate::standalone::decode::HINTS_MAX;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::diagnostic::nearest;
 use crate::standalone::file::BYTES_MAX;
@@ -119,8 +120,9 @@ fn read(name: &Arc<str>, text: &str) -> Result<Mesh, Vec<Diagnostic>> {
         .map_err(|error| vec![Diagnostic::error(name, error.line, error.to_string()).hint(error.hint)])?;
     let mut wrong = Vec::new();
     for field in unknown.into_inner() {
-        let hint = nearest(&field.field, field.known.iter().copied());
-        let hint = hint.map_or(String::new(), |known| format!("write {known} instead"));
+        let near =
+            (wrong.len() < HINTS_MAX).then(|| nearest(&field.field, field.known.iter().copied())).flatten();
+        let hint = near.map_or(String::new(), |known| format!("write {known} instead"));
         let message = format!("{} is not a field of {}", field.field, field.within);
         wrong.push(Diagnostic::error(name, field.line, message).hint(hint));
     }

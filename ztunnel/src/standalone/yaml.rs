@@ -336,7 +336,6 @@ mod tests {
     fn many_objects_may_share_their_parts() {
         let mut text = format!("- &spec [{}]\n", "x, ".repeat(300));
         text += &"- {name: cart, namespace: shop, spec: *spec}\n".repeat(1000);
-        const { assert!(300 * 1000 > EXPANSION_MIN) };
         assert!(documents(&text).is_ok());
     }
 

@@ -383,12 +383,12 @@ proptest! {
     }
 }
 
-/// With as many comparisons as there are pairs this would take hours.
+/// With as many comparisons as there are pairs this would take minutes.
 #[test]
 fn an_address_counts_once_however_many_there_are() {
     let number = |n: u32| Bytes::from(n.to_be_bytes().to_vec());
-    let numbers = || (0..500_000).chain(0..500_000);
-    let expected: Vec<IpAddr> = (0..500_000_u32).map(|n| IpAddr::from(n.to_be_bytes())).collect();
+    let numbers = || (0..100_000).chain(0..100_000);
+    let expected: Vec<IpAddr> = (0..100_000_u32).map(|n| IpAddr::from(n.to_be_bytes())).collect();
     let pod = workload(wire::Workload { addresses: numbers().map(number).collect(), ..pod() });
     assert!(pod.addresses == expected);
     let vip = |n| wire::NetworkAddress { address: number(n), ..net(&[], None) };

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::binaries;
 use crate::place::Place;
+use crate::poll::eventually;
 use crate::process::Process;
 
 /// What the program does: each line of standard input goes over the connection, each answer to standard output.
@@ -62,9 +63,16 @@ impl Held {
             bail!("the connection is gone: {error}; {:?}", ended(&mut self.process));
         }
         let log = self.process.log().clone();
-        let line = log
-            .wait_line(self.mark, Duration::from_secs(6), "an answer", |line| line.ends_with(&word))
-            .with_context(|| format!("the open connection broke: {:?}", ended(&mut self.process)))?;
+        let answered = eventually(Duration::from_secs(6), || {
+            // Asked first: what it has said before it ended counts.
+            let broken = ended(&mut self.process);
+            match (log.since(self.mark).lines().find(|line| line.ends_with(&word)), broken) {
+                (Some(line), _) => Ok(Ok(line.to_owned())),
+                (None, Some(broken)) => Ok(Err(broken.context("the open connection broke"))),
+                (None, None) => bail!("no answer; the last words: {}", log.tail(3)),
+            }
+        });
+        let line = answered??;
         let client = line.split(' ').next().unwrap_or_default();
         client.parse().with_context(|| line.clone())
     }

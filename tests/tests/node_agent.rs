@@ -14,7 +14,8 @@ use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::poll::{PATIENCE, eventually, throughout};
 use ztunnel_tests::redirect::{self, Backend, PROBES};
-use ztunnel_tests::stories::outage::nothing_in_clear;
+use ztunnel_tests::stories::outage::{self, nothing_in_clear};
+use ztunnel_tests::stories::{Story, near, policy, restart, tunnel};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
 
@@ -85,11 +86,44 @@ fn strict(world: &World) -> Result<()> {
     world.mesh.no_policies()
 }
 
+/// Stories of pods that the daemon captures itself, which must not depend on who captures. The others are about how it
+/// captures, or have a test of their own here.
+const STORIES: [Story; 8] = [
+    tunnel::ONLY_TLS,
+    tunnel::IDENTITIES,
+    near::SAME_NODE,
+    policy::DENIED,
+    policy::OPEN_CONNECTION_CUT,
+    policy::STRICT,
+    policy::OUTSIDE_UNTOUCHED,
+    restart::OPEN_CONNECTIONS_DRAIN,
+];
+
+/// Tells stories one after the other, each in a world in which nothing is forbidden and everybody can talk.
+fn tell(world: &mut World, stories: &[Story]) -> Result<String> {
+    let mut told = String::new();
+    for story in stories {
+        let begun = Instant::now();
+        let evidence = (story.tell)(world).with_context(|| story.name)?;
+        told += &format!("; {evidence} ({:.1} s)", begun.elapsed().as_secs_f32());
+        world.mesh.no_policies()?;
+        eventually(Duration::from_secs(15), || {
+            for from in [&world.client, &world.other, &world.outsider] {
+                for to in [&world.server, &world.near] {
+                    http(&from.place, to.v4.into(), "").with_context(|| format!("after {}", story.name))?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(told)
+}
+
 fn everything(world: &mut World) -> Result<String> {
     let said = talk(world)?;
     outside(world)?;
     strict(world)?;
-    Ok(said)
+    Ok(said + &tell(world, &STORIES)?)
 }
 
 #[test]
@@ -109,7 +143,19 @@ fn pods_of_two_nodes_talk_through_rules_of_nftables() {
 
 #[test]
 fn a_node_with_an_agent_works_with_one_without() {
-    in_redirected("agent on the server's node", &[On::B], Backend::IptablesNft, everything);
+    in_redirected("agent on the server's node", &[On::B], Backend::IptablesNft, |world| {
+        let said = talk(world)?;
+        outside(world)?;
+        strict(world)?;
+        Ok(said)
+    });
+}
+
+#[test]
+fn a_kill_under_strict_never_lets_plaintext_in() {
+    in_redirected("kills under STRICT", &BOTH, Backend::Nft, |world| {
+        (outage::KILLED_UNDER_POLICY.tell)(world)
+    });
 }
 
 #[test]

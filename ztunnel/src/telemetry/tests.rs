@@ -276,9 +276,15 @@ fn the_scrape_is_as_recorded() {
     local.open(Parties::unknown(Reporter::Source), addresses()).close(ResponseFlag::Revoked, None);
     let _socket = local.accepted(Reporter::Destination);
     local.refused_early(addresses(), Reporter::Source, &"no");
-    let seconds: [(f64, u64); 3] = [(0.0005, 1), (0.1, 2), (f64::INFINITY, 1)];
+    let seconds: [(f64, u64); 7] =
+        [(0.0005, 1), (0.001, 0), (0.01, 0), (0.1, 2), (1.0, 0), (5.0, 0), (f64::INFINITY, 1)];
     telemetry.register(move |families: &mut Families<'_>| {
-        let labels: &[(&str, &str)] = &[("request_query_type", "A")];
+        let labels: &[(&str, &str)] = &[
+            ("request_query_type", "A"),
+            ("request_protocol", "udp"),
+            ("source_canonical_service", "a-app"),
+            ("source_canonical_revision", "v1"),
+        ];
         let sample = Distribution { labels, sum: 0.25, buckets: &seconds };
         families.histogram("istio_dns_upstream_request_duration_seconds", "How long.", &[sample])
     });
@@ -316,13 +322,13 @@ fn records() -> Vec<AccessRecord> {
             error: error.map(str::to_owned),
         })
     };
-    let plain = Addresses { hbone: None, ..addresses() };
+    let plain = Addresses { destination: "10.0.0.2:8080".parse().unwrap(), hbone: None, ..addresses() };
     let unencrypted =
         Parties { source_identity: None, destination_identity: None, ..parties(Reporter::Destination) };
     vec![
         closed(parties(Reporter::Source), addresses(), ResponseFlag::None, None),
         closed(parties(Reporter::Destination), addresses(), ResponseFlag::None, None),
-        closed(unencrypted, plain.clone(), ResponseFlag::Denied, Some("policy shop/x: no")),
+        closed(unencrypted, plain.clone(), ResponseFlag::Denied, Some("explicitly denied by: shop/x")),
         closed(
             Parties::unknown(Reporter::Source),
             plain.clone(),

@@ -5,7 +5,7 @@ mod common;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ztunnel_tests::agent::{self, Listener, NodeAgent};
@@ -107,7 +107,7 @@ fn tell(world: &mut World, stories: &[Story]) -> Result<String> {
         let evidence = (story.tell)(world).with_context(|| story.name)?;
         told += &format!("; {evidence} ({:.1} s)", begun.elapsed().as_secs_f32());
         world.mesh.no_policies()?;
-        eventually(Duration::from_secs(15), || {
+        eventually(PATIENCE, || {
             for from in [&world.client, &world.other, &world.outsider] {
                 for to in [&world.server, &world.near] {
                     http(&from.place, to.v4.into(), "").with_context(|| format!("after {}", story.name))?;

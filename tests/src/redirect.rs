@@ -116,8 +116,9 @@ pub fn pod(pod: &Pod, backend: Backend) -> Result<()> {
         Backend::Nft => inside(netns, "nft", &["-f", "-"], &in_pod_nft()),
         Backend::IptablesNft | Backend::IptablesLegacy => {
             let kind = if backend == Backend::IptablesNft { "nft" } else { "legacy" };
+            // Legacy tables have one lock for all namespaces.
             let restore = |program: &str, rules: &str| {
-                inside(netns, &format!("{program}-{kind}-restore"), &["--noflush"], rules)
+                inside(netns, &format!("{program}-{kind}-restore"), &["--noflush", "--wait"], rules)
             };
             restore("iptables", &in_pod("127.0.0.1/32", v4))?;
             restore("ip6tables", &in_pod("::1/128", v6))
@@ -155,7 +156,7 @@ COMMIT
 ",
             PROBES[index]
         );
-        inside(netns, &format!("{program}-{kind}-restore"), &["--noflush"], &rules)?;
+        inside(netns, &format!("{program}-{kind}-restore"), &["--noflush", "--wait"], &rules)?;
     }
     Ok(())
 }

@@ -29,7 +29,7 @@ impl Counting {
         ensure!(!tids.is_empty(), "process {pid} has no thread {threads}*");
         let words = output.with_extension("log");
         let mut command = Command::new("strace");
-        command.args(["-c", "-U", "calls,name", "-o"]).arg(output);
+        command.args(["-c", "-U", "calls,errors,name", "-o"]).arg(output);
         command.args(tids.iter().flat_map(|tid| ["-p".to_owned(), tid.to_string()]));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&words)?);
         let child = process::spawn(command).context("cannot start strace: see `cargo xtask setup`")?;
@@ -71,34 +71,57 @@ fn threads_of(pid: u32) -> Result<Vec<(u32, String)>> {
     Ok(threads)
 }
 
-/// How often each system call was made.
+/// How often each system call was made, and how often of these in vain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Calls(BTreeMap<String, u64>);
+pub struct Calls(BTreeMap<String, (u64, u64)>);
+
+/// The call that waits for something to do.
+const WAIT: &str = "epoll_wait";
 
 impl Calls {
     fn parse(text: &str) -> Self {
         let line = |line: &str| {
-            let (calls, name) = line.trim().split_once(char::is_whitespace)?;
-            Some((name.trim().to_owned(), calls.parse().ok()?)).filter(|(name, _)| name != "total")
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // A column of nothing is left empty.
+            let (calls, errors, name) = match words[..] {
+                [calls, name] => (calls, "0", name),
+                [calls, errors, name] => (calls, errors, name),
+                _ => return None,
+            };
+            (name != "total").then_some(())?;
+            Some((name.to_owned(), (calls.parse().ok()?, errors.parse().ok()?)))
         };
         Self(text.lines().filter_map(line).collect())
     }
 
     /// All of them.
     pub fn total(&self) -> u64 {
-        self.0.values().sum()
+        self.0.values().map(|(calls, _)| calls).sum()
+    }
+
+    /// Those that did something. How often there is a wait, and a look that finds nothing, depends on how fast the
+    /// other side is: a slow machine makes two turns of one.
+    pub fn done(&self) -> u64 {
+        let useful = self.0.iter().filter(|(name, _)| *name != WAIT);
+        useful.map(|(_, (calls, errors))| calls - errors).sum()
+    }
+
+    /// How often there was a wait.
+    pub fn waits(&self) -> u64 {
+        self.of(WAIT)
     }
 
     /// How often this one was made.
     pub fn of(&self, name: &str) -> u64 {
-        self.0.get(name).copied().unwrap_or_default()
+        self.0.get(name).map_or(0, |(calls, _)| *calls)
     }
 
     /// What each was made per unit, the most frequent first, for a report.
     pub fn per(&self, units: f64) -> String {
         let mut calls: Vec<_> = self.0.iter().collect();
-        calls.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-        let each = |(name, count): &(&String, &u64)| format!("{name} {:.2}", **count as f64 / units);
+        calls.sort_by_key(|(_, (calls, _))| std::cmp::Reverse(*calls));
+        let each =
+            |(name, (calls, _)): &(&String, &(u64, u64))| format!("{name} {:.2}", *calls as f64 / units);
         calls.iter().take(5).map(each).collect::<Vec<_>>().join(", ")
     }
 }
@@ -109,10 +132,11 @@ mod tests {
 
     #[test]
     fn the_table_of_strace_is_read() {
-        let text = "    calls syscall\n--------- ----------------\n       12 epoll_wait\n        3 recvfrom\n--------- \
-                    ----------------\n       15 total\n";
+        let text = "    calls    errors syscall\n--------- --------- ----------------\n       12           epoll_wait\n        \
+                    3         1 recvfrom\n--------- --------- ----------------\n       15         1 total\n";
         let calls = Calls::parse(text);
         assert_eq!((calls.total(), calls.of("recvfrom"), calls.of("writev")), (15, 3, 0));
+        assert_eq!((calls.done(), calls.waits()), (2, 12));
         assert_eq!(calls.per(3.0), "epoll_wait 4.00, recvfrom 1.00");
         assert_eq!(Calls::parse("").total(), 0);
     }

@@ -247,9 +247,11 @@ mod tests {
 
     #[test]
     fn a_port_without_a_listener_is_counted_as_refused() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("it is bound");
-        drop(listener);
+        // Bound, so that nobody else gets it.
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a free port");
+        let address = socket.local_addr().expect("it is bound").as_socket().expect("of IPv4");
         assert_eq!(attempt(address), Err("refused".to_owned()));
     }
 }

@@ -16,10 +16,12 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::poll::PATIENCE;
+
 use super::http::{answer_length, exchange, request};
 
-/// How long after the end the last answers may come.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long after the end the last answers may come: a slow machine makes as many requests in more time.
+const GRACE: Duration = PATIENCE;
 
 /// What came of a load. Times are in microseconds.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]

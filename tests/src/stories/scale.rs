@@ -17,10 +17,11 @@ const MEMORY_PER_POD: u64 = 60_000;
 const DESCRIPTORS_PER_POD: usize = 8;
 /// Generous, to notice a quadratic step: how long it takes depends on what else the machine does.
 const ENROLLED_WITHIN: Duration = Duration::from_secs(300);
-/// For how long the daemon is watched while nothing happens, and the system calls it may make meanwhile: fewer than if
-/// it looked into every pod once. How much processor time they take depends on the machine.
+/// For how long the daemon is watched while nothing happens, and the system calls it may make meanwhile: at each of its
+/// passes, every other second, it makes seven for each pod, to see that its namespace and pins are there. Looking into
+/// every pod would be several times as many. How much processor time they take depends on the machine.
 const IDLE: Duration = Duration::from_secs(10);
-const IDLE_CALLS: u64 = 2 * PODS as u64;
+const IDLE_CALLS: u64 = 50 * PODS as u64;
 /// In the first of so many such times it may still be coming to rest.
 const IDLE_TIMES: usize = 6;
 

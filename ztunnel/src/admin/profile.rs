@@ -30,6 +30,9 @@ pub enum ProfileError {
     Panicked,
 }
 
+// The crate unwinds with framehop, which looks whether there is memory before it reads any. What libgcc's unwinder reads
+// it believes to be there, and assembly (of aws-lc's ML-KEM, that is: of each TLS handshake) describes its stack wrongly.
+
 /// Unwinding inside of these from a signal could wait for a lock that the interrupted code holds.
 const NOT_UNWOUND: [&str; 4] = ["libc", "libgcc", "pthread", "vdso"];
 

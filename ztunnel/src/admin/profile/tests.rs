@@ -17,6 +17,16 @@ fn busy_for_the_profile(done: &AtomicBool) -> u64 {
     sum
 }
 
+/// Cryptography in assembly moves the stack without telling how: a sample in the midst of it must do no harm.
+fn makes_keys(done: &AtomicBool) {
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    while !done.load(Ordering::Relaxed) {
+        for group in &provider.kx_groups {
+            black_box(group.start().unwrap());
+        }
+    }
+}
+
 #[test]
 fn numbers_are_written_as_the_format_says() {
     let mut message = Message::default().number(1, 150);
@@ -35,10 +45,13 @@ async fn a_busy_thread_is_seen_and_one_profile_is_taken_at_a_time() {
     let done = Arc::new(AtomicBool::new(false));
     let theirs = Arc::clone(&done);
     let busy = std::thread::Builder::new().name("busy".into()).spawn(move || busy_for_the_profile(&theirs));
+    let theirs = Arc::clone(&done);
+    let keys = std::thread::spawn(move || makes_keys(&theirs));
     let (profile, second) =
         tokio::join!(processor(Duration::from_secs(1), 500), processor(Duration::from_millis(1), 100));
     done.store(true, Ordering::Relaxed);
     busy.unwrap().join().unwrap();
+    keys.join().unwrap();
     assert!(matches!(second, Err(ProfileError::Start(_))), "two profiles at once");
 
     let profile = fields(&profile.unwrap());

@@ -36,23 +36,18 @@ pub(super) fn unused<'a>(
     bounds: Bounds,
 ) -> Vec<&'a str> {
     let mut used: HashMap<&str, Epoch> = names.collect();
-    let later = |used: &mut HashMap<&str, Epoch>, name: &str, at: Epoch| {
-        if let Some(known) = used.get_mut(name) {
-            *known = at.max(*known);
-        }
-    };
-    let gateways: Vec<(&str, Epoch)> =
-        used.iter().flat_map(|(name, at)| relied_on(mesh, name).map(|gateway| (gateway, *at))).collect();
-    gateways.into_iter().for_each(|(gateway, at)| later(&mut used, gateway, at));
-    let endpoints: Vec<(&str, Epoch)> = used
-        .keys()
-        .filter_map(|name| {
-            let services = mesh.workload(name)?.services.iter();
-            let last = services.filter_map(|member| used.get(member.service.as_str())).max()?;
-            Some((*name, *last))
-        })
-        .collect();
-    endpoints.into_iter().for_each(|(endpoint, at)| later(&mut used, endpoint, at));
+    let mut relied = Vec::new();
+    for (name, at) in &used {
+        relied.extend(relied_on(mesh, name).map(|gateway| (gateway, *at)));
+    }
+    later(&mut used, relied);
+    let mut endpoints = Vec::new();
+    for name in used.keys() {
+        let services = mesh.workload(name).into_iter().flat_map(|it| &it.services);
+        let last = services.filter_map(|member| used.get(member.service.as_str())).max();
+        endpoints.extend(last.map(|at| (*name, *at)));
+    }
+    later(&mut used, endpoints);
 
     let total = used.len();
     let is_own = |name: &str| mesh.workload(name).is_some_and(|workload| may_be_on(node, workload));
@@ -71,6 +66,15 @@ pub(super) fn unused<'a>(
     };
     idle.truncate(expired.max(crowded));
     idle.into_iter().map(|(.., name)| name).collect()
+}
+
+/// These were used as late as this, or later.
+fn later(used: &mut HashMap<&str, Epoch>, at_least: Vec<(&str, Epoch)>) {
+    for (name, at) in at_least {
+        if let Some(known) = used.get_mut(name) {
+            *known = at.max(*known);
+        }
+    }
 }
 
 /// A pod of which nobody says where it is may be one of this node's: see [`Named`](crate::model::workload::Named).

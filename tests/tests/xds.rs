@@ -104,8 +104,12 @@ fn config(plane: &ControlPlane) -> Config {
 }
 
 fn test(body: impl Future<Output = ()>) {
+    test_for(PATIENCE, body);
+}
+
+fn test_for(patience: Duration, body: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async { tokio::time::timeout(PATIENCE, body).await.expect("in time") });
+    runtime.block_on(async { tokio::time::timeout(patience, body).await.expect("in time") });
 }
 
 fn resource(type_url: &str, name: &str, version: &str, message: impl Message) -> Resource {
@@ -243,6 +247,36 @@ fn a_large_mesh_comes_in_one_message_and_breaks_in_the_middle_of_one() {
         assert_eq!(first[0].initial_resource_versions.len(), 20_000);
         assert!(is_accepted(&stream.push(response(ADDRESS, "n1", all(20_000))).await, "n1"));
         client.until_workloads(40_000).await;
+    });
+}
+
+#[test]
+fn a_hundred_megabytes_are_taken_at_once_and_more_than_twice_as_much_is_not() {
+    test_for(PATIENCE * 5, async {
+        const MIB: usize = 1 << 20;
+        let large = |number: usize| {
+            let Any { value, .. } = pod(number).resource.expect("a resource");
+            let mut it = workload::Address::decode(value).expect("an address");
+            if let Some(workload::address::Type::Workload(it)) = &mut it.r#type {
+                it.canonical_revision = "r".repeat(MIB);
+            }
+            resource(ADDRESS, &format!("c//Pod/shop/p{number}"), "v1", it)
+        };
+        let all = |count: usize| (0..count).map(large).collect();
+        let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
+        // Nobody is taken for silent while all that is made.
+        let config = Config { answer_timeout: PATIENCE * 5, ..config(&plane) };
+        let mut client = Client::start(config);
+        let (mut stream, _) = begin(&mut plane).await;
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", all(100))).await, "n1"));
+        assert_eq!(client.mesh.snapshot().workloads().len(), 100);
+        stream.send(response(ADDRESS, "n2", all(201))).await;
+        assert!(stream.request().await.is_none(), "the client hangs up");
+        let (mut stream, first) = begin(&mut plane).await;
+        assert_eq!(first[0].initial_resource_versions.len(), 100, "what is known stays");
+        assert_eq!(client.metric("istio_xds_connection_terminations_total{reason=\"Error\"}"), 1);
+        assert!(is_accepted(&stream.push(response(ADDRESS, "n1", vec![pod(200)])).await, "n1"));
+        client.until_workloads(101).await;
     });
 }
 

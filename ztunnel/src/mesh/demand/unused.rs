@@ -36,19 +36,18 @@ pub(super) fn unused<'a>(
     bounds: Bounds,
 ) -> Vec<&'a str> {
     let mut used: HashMap<&str, Epoch> = names.collect();
-    let later = |used: &mut HashMap<&str, Epoch>, name: &str, at: Epoch| {
-        if let Some(known) = used.get_mut(name) {
-            *known = at.max(*known);
-        }
-    };
-    for (name, at) in used.clone() {
-        relied_on(mesh, name).for_each(|gateway| later(&mut used, gateway, at));
+    let mut relied = Vec::new();
+    for (name, at) in &used {
+        relied.extend(relied_on(mesh, name).map(|gateway| (gateway, *at)));
     }
-    for (name, _) in used.clone() {
-        let services = mesh.workload(name).into_iter().flat_map(|workload| &workload.services);
-        let last = services.filter_map(|member| used.get(member.service.as_str())).max().copied();
-        last.into_iter().for_each(|at| later(&mut used, name, at));
+    later(&mut used, relied);
+    let mut endpoints = Vec::new();
+    for name in used.keys() {
+        let services = mesh.workload(name).into_iter().flat_map(|it| &it.services);
+        let last = services.filter_map(|member| used.get(member.service.as_str())).max();
+        endpoints.extend(last.map(|at| (*name, *at)));
     }
+    later(&mut used, endpoints);
 
     let total = used.len();
     let is_own = |name: &str| mesh.workload(name).is_some_and(|workload| may_be_on(node, workload));
@@ -67,6 +66,15 @@ pub(super) fn unused<'a>(
     };
     idle.truncate(expired.max(crowded));
     idle.into_iter().map(|(.., name)| name).collect()
+}
+
+/// These were used as late as this, or later.
+fn later(used: &mut HashMap<&str, Epoch>, at_least: Vec<(&str, Epoch)>) {
+    for (name, at) in at_least {
+        if let Some(known) = used.get_mut(name) {
+            *known = at.max(*known);
+        }
+    }
 }
 
 /// A pod of which nobody says where it is may be one of this node's: see [`Named`](crate::model::workload::Named).

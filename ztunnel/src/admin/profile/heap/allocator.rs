@@ -70,13 +70,14 @@ pub(super) fn stack(frames: &mut [usize]) -> usize {
     // SAFETY: there is nothing to be synchronized where the unwinder of the platform's own library walks the stack,
     // which is everywhere but on Windows.
     unsafe {
-        backtrace::trace_unsynchronized(|frame| match frames.get_mut(depth) {
-            Some(next) => {
-                *next = frame.ip().addr();
+        backtrace::trace_unsynchronized(|frame| match (frame.ip().addr(), frames.get_mut(depth)) {
+            // Where a thread began, and nobody returns to.
+            (0, _) | (_, None) => false,
+            (at, Some(next)) => {
+                *next = at;
                 depth += 1;
                 true
             }
-            None => false,
         });
     }
     depth

@@ -272,7 +272,7 @@ fn what_is_found_and_has_nothing_is_found() {
     let nothing = found(kubernetes("shop", "cart", &[]), Family::V4);
     assert!(nothing.addresses.is_empty() && !nothing.unsupported);
     let v4 = kubernetes("shop", "cart", &["10.96.0.1"]);
-    assert!(found(v4.clone(), Family::V6).addresses.is_empty());
+    assert!(found(v4, Family::V6).addresses.is_empty());
     let both = kubernetes("shop", "cart", &["10.96.0.1", "fd96::1"]);
     for (families, family, said) in [
         (IpFamilies::V4Only, Family::V4, Some("10.96.0.1")),

@@ -398,7 +398,7 @@ async fn a_refusal_is_its_status_and_data_sent_early_is_lost() {
 
 #[tokio::test]
 async fn a_reset_goes_across_either_way() {
-    let (seen, mut saw) = tokio::sync::mpsc::channel(1);
+    let (seen, mut saw) = mpsc::channel(1);
     let mesh = Mesh::start(
         Config::default(),
         handle(move |incoming: Incoming| {

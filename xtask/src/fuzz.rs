@@ -3,6 +3,7 @@
 //! The targets are a workspace of their own, `tests/fuzz`, as they need a nightly compiler. What is written while they
 //! run goes below `tests/fuzz/target`; the seeds in `tests/fuzz/corpus` are only read, unless `--distil` is given.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -21,7 +22,10 @@ const LIMITS: [&str; 5] =
 /// Address sanitizer keeps what was freed for a while, by default more than a target may take.
 const SANITIZER: &str = "quarantine_size_mb=16:detect_leaks=0";
 /// How large the seeds of one target may be: with those of all others they are read by everybody who clones this.
-const SEEDS_MAX: u64 = 20 * 1024;
+const SEEDS_MAX: u64 = 16 * 1024;
+/// How many of them may be what runs have found, and how large each of those.
+const SEEDS_FOUND_MAX: usize = 48;
+const SEED_MAX: u64 = 1024;
 
 const ABOUT: &str = "\
 Each target starts from its seeds in tests/fuzz/corpus and from what earlier runs have found (tests/fuzz/target/corpus),
@@ -206,7 +210,8 @@ impl Target {
         }
     }
 
-    /// Puts the smallest inputs that reach what all reach in the place of the seeds, as many as there is room for.
+    /// Puts some of the inputs that reach what all reach in the place of the seeds that were found: those that reach
+    /// most. Seeds with names stay.
     fn distil(&self) -> Result<()> {
         let least = self.found.with_extension("least");
         let _not_there = fs::remove_dir_all(&least);
@@ -214,25 +219,37 @@ impl Target {
         let mut command = self.command()?;
         let status = command.arg("-set_cover_merge=1").args([&least, &self.seeds, &self.found]).status()?;
         ensure!(status.success(), "{status}; its log is {}", self.log.display());
+        let (mut size, mut count) = (0, 0);
+        for seed in fs::read_dir(&self.seeds)? {
+            let seed = seed?;
+            if is_found(&seed.file_name()) {
+                fs::remove_file(seed.path())?;
+            } else {
+                size += seed.metadata()?.len();
+            }
+        }
         let mut inputs = Vec::new();
         for entry in fs::read_dir(&least)? {
             let entry = entry?;
-            inputs.push((entry.metadata()?.len(), entry.path()));
+            let about = entry.metadata()?;
+            // They are written in the order of what each adds.
+            inputs.push((about.modified()?, entry.file_name(), about.len()));
         }
         inputs.sort();
-        fs::remove_dir_all(&self.seeds)?;
-        fs::create_dir_all(&self.seeds)?;
-        let mut size = 0;
-        for (length, input) in inputs {
-            size += length;
-            if size > SEEDS_MAX {
-                break;
+        for (_, name, length) in inputs {
+            if is_found(&name) && count < SEEDS_FOUND_MAX && length <= SEED_MAX && size + length <= SEEDS_MAX
+            {
+                fs::copy(least.join(&name), self.seeds.join(&name))?;
+                (size, count) = (size + length, count + 1);
             }
-            fs::copy(&input, self.seeds.join(input.file_name().unwrap_or_default()))?;
         }
-        fs::remove_dir_all(&least)?;
-        Ok(())
+        Ok(fs::remove_dir_all(&least)?)
     }
+}
+
+/// Whether a run gave an input its name, which is a digest then.
+fn is_found(name: &OsStr) -> bool {
+    name.len() == 40 && name.as_encoded_bytes().iter().all(u8::is_ascii_hexdigit)
 }
 
 /// The input that a log says was kept.

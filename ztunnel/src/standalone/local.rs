@@ -115,9 +115,8 @@ fn read(name: &Arc<str>, text: &str) -> Result<Mesh, Vec<Diagnostic>> {
         [_, second, ..] => return Err(said(second.line, "a second document: write all in one".to_owned())),
     };
     let unknown = RefCell::default();
-    let written: Written = decode(root, &unknown).map_err(|error| {
-        vec![Diagnostic::error(name, error.line, error.to_string()).hint(error.hint.clone())]
-    })?;
+    let written: Written = decode(root, &unknown)
+        .map_err(|error| vec![Diagnostic::error(name, error.line, error.to_string()).hint(error.hint)])?;
     let mut wrong = Vec::new();
     for field in unknown.into_inner() {
         let hint = nearest(&field.field, field.known.iter().copied());

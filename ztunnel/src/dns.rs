@@ -11,4 +11,5 @@ pub mod answer;
 pub mod counts;
 pub mod forward;
 pub mod message;
+mod pod;
 pub mod server;

@@ -8,14 +8,19 @@ use hickory_proto::rr::Name;
 use hickory_proto::rr::RecordType;
 
 use super::*;
+use crate::dns::pod::PIPELINE_MAX;
 use crate::mesh::MeshWriter;
+use crate::mesh::index::Mesh;
 use crate::mesh::mesh;
 use crate::model::addr::NetworkAddress;
 use crate::model::identity::TrustDomain;
 use crate::model::service::Service;
+use crate::model::workload::Workload;
 use crate::telemetry;
 use crate::telemetry::line::Format;
 use crate::telemetry::writer;
+use hickory_proto::op::ResponseCode;
+use tokio::time::timeout;
 
 /// Longer than anything here takes.
 const SOON: Duration = Duration::from_secs(30);

@@ -46,6 +46,8 @@ pub struct ResetCode(pub u32);
 impl ResetCode {
     /// The stream is no longer needed, and not because it came to its end.
     pub const CANCEL: Self = Self(8);
+    /// The connection that the stream stands for is over (RFC 9113 §8.5). Envoy says so whether it was closed or broke.
+    pub const CONNECT_ERROR: Self = Self(10);
 }
 
 impl fmt::Display for ResetCode {

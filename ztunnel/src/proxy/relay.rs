@@ -1,8 +1,11 @@
 //! Moving bytes between an application's socket and a stream.
 //!
 //! Each direction ends on its own. A reset at either end becomes a reset at the other, and so does the end of
-//! the tunnel: an application never takes a part for the whole. What had come before a reset is delivered first: Envoy
-//! resets a stream (CONNECT_ERROR) right behind the last data of a server that closes its connection.
+//! the tunnel: an application never takes a part for the whole. What had come before a reset is delivered first.
+//!
+//! The exception is CONNECT_ERROR, with which Envoy ends a stream right behind the last data of a server that closes its
+//! connection, and of one that resets it: both are an end, as Istio's own proxy has it, since an answer that ends with
+//! its connection (HTTP/1.0, `Connection: close`) would otherwise never come through a waypoint without an error.
 
 use std::future::Future;
 use std::io;
@@ -17,6 +20,7 @@ use tokio::net::TcpStream;
 
 use crate::hbone::stream::BULK_SIZE;
 use crate::hbone::stream::RecvHalf;
+use crate::hbone::stream::ResetCode;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::net::buffer::READ_SIZE;
@@ -115,6 +119,11 @@ pub struct Received {
     pub unsent: Bytes,
 }
 
+/// Whether it is no more than the end of a connection.
+fn is_over(error: &StreamError) -> bool {
+    matches!(error, StreamError::Reset(ResetCode::CONNECT_ERROR))
+}
+
 impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
@@ -208,6 +217,12 @@ impl<M: Meter> Relay<M> {
             while matches!(self.to, To::Receiving) && (stalled || !self.outflow.is_full()) {
                 match self.recv.poll_data(cx) {
                     Poll::Ready(Some(Ok(data))) => self.outflow.push(data),
+                    Poll::Ready(Some(Err(error))) if is_over(&error) => {
+                        self.to = To::Ending;
+                        // Nor is anything taken any more.
+                        self.chunk = Bytes::new();
+                        self.from = From::Ended;
+                    }
                     Poll::Ready(Some(Err(error))) => self.to = To::Broken(error),
                     Poll::Ready(None) => self.to = To::Ending,
                     Poll::Pending => break,
@@ -264,6 +279,7 @@ impl<M: Meter> Relay<M> {
             To::Receiving => {}
             To::Ending if !self.outflow.is_empty() => match error {
                 StreamError::Finished => {}
+                error if is_over(&error) => {}
                 error => self.to = To::Broken(error),
             },
             To::Ending | To::Broken(_) | To::Ended => return Err(RelayError::Stream(error)),
@@ -295,6 +311,7 @@ impl<M: Meter> Relay<M> {
         {
             return Poll::Ready(match error {
                 StreamError::Finished => Ok(()),
+                error if is_over(&error) => Ok(()),
                 error => Err(RelayError::Stream(error)),
             });
         }

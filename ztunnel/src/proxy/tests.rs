@@ -31,6 +31,7 @@ use crate::hbone::client::Answered;
 use crate::hbone::client::Connect;
 use crate::hbone::client::handshake;
 use crate::hbone::server;
+use crate::hbone::stream::ResetCode;
 use crate::hbone::tests::TestCa;
 use crate::hbone::tests::id;
 use crate::identity::ca::CertificateAuthority;
@@ -801,7 +802,7 @@ async fn a_peer_that_dies_between_two_connections_is_dialled_again() {
 
 /// Answers one stream with this many bytes and a reset right behind them, in one piece: what no HTTP/2 implementation
 /// does where it can help it, and Envoy does when a server has closed its connection.
-async fn hasty_peer(node: &Node, bytes: usize) {
+async fn hasty_peer(node: &Node, bytes: usize, code: ResetCode) {
     const HEADERS: u8 = 1;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     node.place("10.0.0.2:15008", listener.local_addr().unwrap());
@@ -828,8 +829,7 @@ async fn hasty_peer(node: &Node, bytes: usize) {
         for piece in vec![b'x'; bytes].chunks(16_384) {
             all.extend(frame(0, 0, 1, piece));
         }
-        const CONNECT_ERROR: [u8; 4] = [0, 0, 0, 10];
-        all.extend(frame(3, 0, 1, &CONNECT_ERROR));
+        all.extend(frame(3, 0, 1, &code.0.to_be_bytes()));
         socket.write_all(&all).await.unwrap();
         socket.flush().await.unwrap();
         let _gone = socket.read_to_end(&mut Vec::new()).await;
@@ -840,12 +840,25 @@ async fn hasty_peer(node: &Node, bytes: usize) {
 async fn what_came_before_a_reset_is_delivered() {
     for bytes in [1, 212, 50_000] {
         let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
-        hasty_peer(&node, bytes).await;
+        hasty_peer(&node, bytes, ResetCode::CANCEL).await;
         let mut client = TcpStream::connect(node.outbound).await.unwrap();
         let mut answer = vec![0; bytes];
         timeout(PATIENCE, client.read_exact(&mut answer)).await.expect("an answer").unwrap();
         assert!(answer.iter().all(|byte| *byte == b'x'));
         assert_reset(&mut client).await;
+        node.logged(&["connection complete", &format!("bytes_recv={bytes} ")]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_is_over_beyond_envoy_is_over_here() {
+    for bytes in [0, 1, 50_000] {
+        let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+        hasty_peer(&node, bytes, ResetCode::CONNECT_ERROR).await;
+        let mut client = TcpStream::connect(node.outbound).await.unwrap();
+        let mut answer = Vec::new();
+        timeout(PATIENCE, client.read_to_end(&mut answer)).await.expect("an end").expect("no reset");
+        assert_eq!(answer.len(), bytes);
         node.logged(&["connection complete", &format!("bytes_recv={bytes} ")]).await;
     }
 }

@@ -287,14 +287,6 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Serves on this listener, with these keys and answers, as long as the future is polled: for a caller by whose clock
-/// it is to go.
-pub async fn answer_here(keys: Arc<Keys>, listener: tokio::net::TcpListener, answer: Answer) {
-    let tls = Arc::new(keys.serving());
-    let state = State { answer, callers: BTreeMap::new(), asked: Vec::new(), issued: Vec::new() };
-    serve(listener, tls, Service { keys, state: Arc::new(Mutex::new(state)) }).await;
-}
-
 async fn serve(listener: tokio::net::TcpListener, tls: Arc<ServerConfig>, service: Service) {
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
     // They end with it.

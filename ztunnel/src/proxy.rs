@@ -17,6 +17,7 @@
 //! * [`listing`]: which connections are open, for those who ask.
 //! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::DefaultHasher;
@@ -71,6 +72,7 @@ pub mod ending;
 pub mod inbound;
 pub mod listing;
 pub mod live;
+pub mod names;
 pub mod near;
 pub mod outbound;
 pub mod passthrough;
@@ -484,6 +486,15 @@ impl DataPlane {
             started,
             stopped: started.saturating_sub(pods),
         }
+    }
+
+    /// Who asked what names of endpoints stand for, and how often.
+    pub fn names_asked(&self) -> BTreeMap<names::Asker, u64> {
+        let mut all = BTreeMap::new();
+        for (asker, count) in self.shards.iter().flat_map(|shard| shard.names.counted()) {
+            *all.entry(asker).or_default() += count;
+        }
+        all
     }
 
     /// The pods whose connections are taken, in no order.

@@ -25,6 +25,7 @@ use crate::enrol::pod::Awaited;
 use crate::identity::worker::Identities;
 use crate::identity::worker::Standing;
 use crate::proxy::DataPlane;
+use crate::proxy::names::SOURCE_LABELS;
 use crate::shutdown;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
@@ -130,7 +131,20 @@ fn proxy_metrics(families: &mut Families<'_>, data_plane: &DataPlane, pending: u
     let help = "Pods whose connections were taken and no longer are.";
     families.counter("workload_manager_proxies_stopped", help, &alone(live.stopped))?;
     let help = "Connections and streams turned away because their pod had too many.";
-    families.counter("ztunnel_connections_turned_away", help, &alone(live.turned_away))
+    families.counter("ztunnel_connections_turned_away", help, &alone(live.turned_away))?;
+
+    let asked = data_plane.names_asked();
+    let or_unknown =
+        |text: &'_ Arc<str>| if text.is_empty() { Arc::from("unknown") } else { Arc::clone(text) };
+    let labels = asked.keys().map(|asker| asker.source.iter().chain([&asker.hostname]).map(or_unknown));
+    let labels: Vec<Vec<Arc<str>>> = labels.map(Iterator::collect).collect();
+    let names = || SOURCE_LABELS.into_iter().chain(["hostname"]);
+    let labels: Vec<Vec<(&str, &str)>> =
+        labels.iter().map(|values| names().zip(values.iter().map(|value| &**value)).collect()).collect();
+    let samples: Vec<_> =
+        labels.iter().zip(asked.values()).map(|(labels, value)| Sample { labels, value: *value }).collect();
+    let help = "Connections to endpoints that have no address, but a name that was resolved.";
+    families.counter("istio_on_demand_dns", help, &samples)
 }
 
 /// What the runtimes of the data plane tell of themselves: each thread has its own, so each is a worker.

@@ -55,6 +55,7 @@ use crate::proxy::accept::Counted;
 use crate::proxy::double;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
+use crate::proxy::names::NoAddress;
 use crate::proxy::near;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
@@ -66,6 +67,7 @@ use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Shard;
 use crate::route::plan::NoRoute;
 use crate::route::plan::Plan;
+use crate::route::plan::named;
 use crate::route::plan::plan;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
@@ -88,6 +90,15 @@ pub enum OutboundError {
         /// Why there was no answer.
         #[source]
         source: NoAnswer,
+    },
+    /// The destination has no address but a name, and that stands for none.
+    #[error("cannot resolve {host}")]
+    Name {
+        /// The name.
+        host: Arc<str>,
+        /// Why.
+        #[source]
+        source: NoAddress,
     },
     /// The pod has no certificate to dial with.
     #[error(transparent)]
@@ -173,6 +184,7 @@ impl Ending for OutboundError {
         match self {
             Self::NoRoute(_)
             | Self::Unresolved { .. }
+            | Self::Name { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
             | Self::BeyondRefused { .. }
@@ -199,6 +211,7 @@ impl Ending for OutboundError {
             Self::Copy(error) => error.is_reset(),
             Self::NoRoute(_)
             | Self::Unresolved { .. }
+            | Self::Name { .. }
             | Self::Identity(_)
             | Self::Dial(_)
             | Self::Beyond { .. }
@@ -315,11 +328,28 @@ async fn establish(
     let Some(source) = mesh.workload(&uid).cloned() else {
         return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
-    let planned = plan(&mesh, &source, dst, rand::random()).map_err(OutboundError::NoRoute);
+    let roll = rand::random();
+    let planned = plan(&mesh, &source, dst, roll).map_err(OutboundError::NoRoute);
     drop(mesh);
     let planned = match (shard.mesh.demand(), planned) {
         (Some(demand), planned) => resolve(demand, &shard.mesh, &source, dst, planned).await,
         (None, planned) => planned,
+    };
+    let planned = match planned {
+        Ok(Plan::Named { destination, port, service }) => {
+            let host = &destination.hostname;
+            let found = shard
+                .names
+                .look_up(host, &source)
+                .await
+                .map_err(|source| OutboundError::Name { host: Arc::clone(host), source });
+            found.and_then(|addresses| {
+                let plan = named(&destination, port, &service, &addresses, dst.0.ip().to_canonical(), roll);
+                let nowhere = || OutboundError::Name { host: Arc::clone(host), source: NoAddress::Nothing };
+                plan.ok_or_else(nowhere)?.map_err(OutboundError::NoRoute)
+            })
+        }
+        planned => planned,
     };
     let told = |parties: Parties, destination, hbone: Option<Authority>| {
         let addresses = Addresses { source: client.0, destination, hbone };
@@ -405,6 +435,8 @@ async fn establish(
                 Err(error) => tally.close(Err(error)),
             }
         }
+        // It was made another one.
+        Ok(Plan::Named { .. }) => return refuse(dst, &NoAddress::Nothing),
         Err(OutboundError::NoRoute(error @ NoRoute::SelfCall(_))) => return refuse(dst, &error),
         Err(error) => {
             let parties = Parties { source: Some(source), ..Parties::unknown(Reporter::Source) };

@@ -23,6 +23,7 @@ use crate::proxy::listing::Connection;
 use crate::proxy::listing::Listing;
 use crate::proxy::listing::Original;
 use crate::proxy::live::Live;
+use crate::proxy::names::Names;
 use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::shutdown;
@@ -48,6 +49,8 @@ pub struct Shard {
     pub live: Live,
     /// This thread's connections, in both directions.
     pub listing: Listing,
+    /// What names stand for, as far as this thread has asked.
+    pub names: Names,
     /// Pods to which connections can be handed over.
     pub neighbours: Arc<Neighbours>,
     /// What is open, on all threads together.
@@ -76,6 +79,7 @@ impl Shard {
             pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
             live: Live::default(),
             listing: Listing::default(),
+            names: Names::default(),
             turn: AtomicUsize::new(0),
             config,
             mesh,

@@ -44,6 +44,7 @@ use crate::mesh::demand;
 use crate::mesh::index::Mesh;
 use crate::mesh::mesh;
 use crate::model::addr::HbonePeer;
+use crate::model::addr::NetworkAddress;
 use crate::model::addr::OriginalDst;
 use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
@@ -56,7 +57,11 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
+use crate::model::service::Service;
+use crate::model::service::ServicePort;
+use crate::model::workload::Membership;
 use crate::model::workload::Named;
+use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
 use crate::net::bypass::Bypass;
@@ -848,6 +853,39 @@ async fn what_came_before_a_reset_is_delivered() {
         assert_reset(&mut client).await;
         node.logged(&["connection complete", &format!("bytes_recv={bytes} ")]).await;
     }
+}
+
+#[tokio::test]
+async fn an_endpoint_without_an_address_is_dialled_by_its_name() {
+    let mut node = Node::start().await;
+    let service = Service {
+        vips: vec![NetworkAddress { network: "".into(), ip: "10.9.0.1".parse().unwrap() }],
+        ports: vec![ServicePort { port: 80, target: 8080 }],
+        ..Service::sample("test", "db")
+    };
+    let endpoint = |host: &str| {
+        MeshChange::Workload(Arc::new(Workload {
+            addresses: Vec::new(),
+            hostname: host.into(),
+            reach: Reach::Plain,
+            services: [Membership { service: service.key.clone(), ports: Arc::default() }].into(),
+            ..Arc::unwrap_or_clone(workload("db", "10.0.0.9"))
+        }))
+    };
+    node.mesh.apply([MeshChange::Service(Arc::new(service.clone())), endpoint("localhost")]);
+    node.toward("10.9.0.1:80");
+    for address in ["127.0.0.1:8080", "[::1]:8080"] {
+        node.place(address, node.app.local_addr().unwrap());
+    }
+    drop(node.connect().await);
+    node.logged(&["connection complete", "dst.service=\"db.test\"", "dst.workload=\"db\""]).await;
+    let asked: Vec<_> = node.plane.names_asked().into_iter().collect();
+    let [(asker, 1)] = &asked[..] else { panic!("{asked:?}") };
+    assert_eq!((&*asker.hostname, &*asker.source[0]), ("localhost", "client"));
+    // A name that no resolver knows (RFC 6761): refused, and why is told.
+    node.mesh.apply([endpoint("nowhere.invalid")]);
+    node.refused(node.outbound).await;
+    node.logged(&["cannot resolve nowhere.invalid"]).await;
 }
 
 #[tokio::test]

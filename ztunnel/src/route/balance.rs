@@ -50,15 +50,26 @@ pub struct Request<'a> {
 pub struct Picked<'a> {
     /// The workload.
     pub workload: &'a Arc<Workload>,
-    /// Its address and port; `None` in another network, where it is its gateway's to find them.
-    pub at: Option<SocketAddr>,
+    /// Where it is.
+    pub at: At,
+}
+
+/// Where an endpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// At this address and port.
+    Address(SocketAddr),
+    /// At this port of an address that its name stands for: it has none of its own.
+    Name(u16),
+    /// In another network, where it is its gateway's to find it.
+    Beyond,
 }
 
 /// One endpoint that can take the connection. `roll` picks: with a uniformly random one the chances of the candidates
 /// are as their capacities. `None` when there is no candidate.
 ///
 /// A candidate may be chosen in its state of health, serves the port and has an address of a family that the service
-/// uses, or is in another network that has a gateway. Where the service prefers endpoints near the client, it is one of the nearest.
+/// uses, or none but a name, or is in another network that has a gateway. Where the service prefers endpoints near the client, it is one of the nearest.
 pub fn pick<'a>(endpoints: &'a Endpoints, request: &Request<'_>, roll: u64) -> Option<Picked<'a>> {
     let scoped = request.service.balancing.as_ref().filter(|balancing| is_scoped(balancing));
     let mut draw = roll;
@@ -107,7 +118,7 @@ pub fn pick<'a>(endpoints: &'a Endpoints, request: &Request<'_>, roll: u64) -> O
 }
 
 /// Spreads a random number over `0..end` (0 if that is empty) without a division and without bias worth naming.
-fn below(roll: u64, end: u64) -> u64 {
+pub(super) fn below(roll: u64, end: u64) -> u64 {
     ((u128::from(roll) * u128::from(end)) >> 64) as u64
 }
 
@@ -128,10 +139,14 @@ fn candidate<'a>(endpoint: &'a Endpoint, request: &Request<'_>) -> Option<Picked
     }
     let target = target_port(endpoint, service, port, purpose)?;
     if purpose != Purpose::Gateway && workload.network != source.network {
-        return workload.network_gateway.as_ref().map(|_| Picked { workload, at: None });
+        return workload.network_gateway.as_ref().map(|_| Picked { workload, at: At::Beyond });
+    }
+    // Who stands in for others is found by an address: names are for what is outside of the mesh.
+    if purpose == Purpose::Service && workload.addresses.is_empty() && !workload.hostname.is_empty() {
+        return Some(Picked { workload, at: At::Name(target) });
     }
     let ip = address(workload, wanted, service.ip_families)?;
-    Some(Picked { workload, at: Some(SocketAddr::new(ip, target)) })
+    Some(Picked { workload, at: At::Address(SocketAddr::new(ip, target)) })
 }
 
 /// The port of `endpoint` that serves the service's `port`; `None` if nothing does. Its own, else the service's

@@ -17,6 +17,7 @@ use crate::model::service::Service;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::route::balance;
+use crate::route::balance::At;
 use crate::route::balance::Picked;
 use crate::route::balance::Purpose;
 use crate::route::balance::Request;
@@ -57,6 +58,16 @@ pub enum Plan {
         port: u16,
         /// The destination, or the waypoint in front of it, as far as this network knows it.
         destination: Arc<Workload>,
+    },
+    /// To an endpoint that has no address, but a name ([`Workload::hostname`]): [`named`] makes the plan, once it is known
+    /// what that stands for.
+    Named {
+        /// The destination.
+        destination: Arc<Workload>,
+        /// Its port.
+        port: u16,
+        /// The service the application dialled.
+        service: Arc<Service>,
     },
     /// Over plain TCP: the destination is outside the mesh.
     Plain {
@@ -146,6 +157,22 @@ pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Resu
     to_address(mesh, source, wanted, None, roll)
 }
 
+/// The plan for an endpoint of `service` whose name stands for `addresses`: at any of the family that was dialled, else
+/// at any. `roll` picks. `None` if there is none.
+pub fn named(
+    destination: &Arc<Workload>,
+    port: u16,
+    service: &Arc<Service>,
+    addresses: &[IpAddr],
+    wanted: IpAddr,
+    roll: u64,
+) -> Option<Result<Plan, NoRoute>> {
+    let same = || addresses.iter().filter(|ip| ip.is_ipv4() == wanted.is_ipv4());
+    let nth = |count: usize| balance::below(roll, count as u64) as usize;
+    let ip = same().nth(nth(same().count())).or_else(|| addresses.get(nth(addresses.len())))?;
+    Some(to_workload(destination, SocketAddr::new(*ip, port), Some(service)))
+}
+
 fn is_own(source: &Workload, ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified() || source.addresses.contains(&ip)
 }
@@ -186,8 +213,11 @@ fn to_service(
     let endpoints = mesh.endpoints(&service.key);
     let request = Request { source, service, port, wanted: wanted.ip(), purpose: Purpose::Service };
     match balance::pick(endpoints, &request, roll) {
-        Some(Picked { workload, at: Some(at) }) => to_workload(workload, at, Some(service)),
-        Some(Picked { workload, at: None }) => beyond(mesh, source, workload, service, wanted, roll),
+        Some(Picked { workload, at: At::Address(at) }) => to_workload(workload, at, Some(service)),
+        Some(Picked { workload, at: At::Name(port) }) => {
+            Ok(Plan::Named { destination: Arc::clone(workload), port, service: Arc::clone(service) })
+        }
+        Some(Picked { workload, at: At::Beyond }) => beyond(mesh, source, workload, service, wanted, roll),
         None if endpoints.iter().any(|endpoint| is_out_of_reach(source, endpoint.workload())) => {
             Err(NoRoute::OtherNetwork { hostname: Arc::clone(&service.hostname) })
         }
@@ -307,6 +337,10 @@ fn locate<'a>(
         Gateway::Service(front) => {
             let request = Request { source, service: front, port, wanted: wanted.ip(), purpose };
             let Picked { workload, at } = balance::pick(mesh.endpoints(&front.key), &request, roll)?;
+            let at = match at {
+                At::Address(at) => Some(at),
+                At::Name(_) | At::Beyond => None,
+            };
             Some(Located { front: Some(&**front), workload, at })
         }
         Gateway::Workload(workload) => {

@@ -33,6 +33,7 @@ use crate::route::balance::Request;
 use crate::route::plan::NoRoute;
 use crate::route::plan::Plan;
 use crate::route::plan::RESERVED_PORTS;
+use crate::route::plan::named;
 use crate::route::plan::plan;
 
 fn workload(name: &str, addresses: &[&str], reach: Reach) -> Workload {
@@ -113,6 +114,14 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
                 expect.join(" "),
                 service.hostname,
                 name(destination)
+            )
+        }
+        Ok(Plan::Named { destination, port, service }) => {
+            format!(
+                "named {}:{port}{}{}",
+                destination.hostname,
+                name(Arc::clone(&destination)),
+                of(Some(service))
             )
         }
         Ok(Plan::Plain { to, destination, service }) => {
@@ -487,6 +496,7 @@ proptest! {
                     prop_assert_eq!(destination.reach, Reach::Hbone);
                 }
             }
+            Ok(Plan::Named { .. }) => prop_assert!(false, "none of them has a name"),
             Ok(Plan::Plain { to, destination, service }) => {
                 prop_assert!(waypoint.is_none(), "passed a waypoint by");
                 prop_assert!(destination.as_ref().is_none_or(|it| it.reach == Reach::Plain), "in the clear");
@@ -527,4 +537,39 @@ proptest! {
             ) => prop_assert!(false, "there is one network only"),
         }
     }
+}
+
+#[test]
+fn an_endpoint_without_an_address_is_found_by_its_name() {
+    let database = Workload { hostname: "db.example".into(), ..workload("db", &[], Reach::Plain) };
+    let database = behind(database, &[("db", &[])]);
+    let mesh = Mesh::new(
+        TrustDomain::default(),
+        [Arc::new(client()), Arc::clone(&database)],
+        [Arc::new(service("db", &["10.9.0.7"]))],
+        [],
+    );
+    assert_eq!(outcome(&mesh, "10.9.0.7:80", LOW), "named db.example:8080 db of db");
+    let Ok(Plan::Named { destination, port, service }) =
+        plan(&mesh, &client(), OriginalDst("10.9.0.7:80".parse().unwrap()), LOW)
+    else {
+        panic!("no name")
+    };
+    let addresses: Vec<IpAddr> =
+        ["192.0.2.1", "2001:db8::1", "192.0.2.2"].map(|ip| ip.parse().unwrap()).into();
+    for (wanted, roll, expected) in [
+        ("10.9.0.7", LOW, "192.0.2.1:8080"),
+        ("10.9.0.7", HIGH, "192.0.2.2:8080"),
+        ("fd09::7", HIGH, "[2001:db8::1]:8080"),
+    ] {
+        let plan = named(&destination, port, &service, &addresses, wanted.parse().unwrap(), roll);
+        let Some(Ok(Plan::Plain { to, destination: Some(to_whom), service: Some(_) })) = plan else {
+            panic!("{plan:?}")
+        };
+        assert_eq!((to.to_string(), &*to_whom.name), (expected.to_owned(), "db"));
+    }
+    // Of the other family, where there is none of that which was dialled.
+    let plan = named(&destination, port, &service, &addresses[1..2], "10.9.0.7".parse().unwrap(), LOW);
+    assert!(matches!(plan, Some(Ok(Plan::Plain { to, .. })) if to.is_ipv6()), "another family");
+    assert_eq!(named(&destination, port, &service, &[], "10.9.0.7".parse().unwrap(), LOW), None);
 }

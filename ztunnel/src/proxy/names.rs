@@ -1,0 +1,246 @@
+//! What the names of endpoints stand for that have no address: a `ServiceEntry` whose endpoints are resolved by DNS.
+//!
+//! The resolver is that of this process (`/etc/resolv.conf` and `/etc/hosts`, as the C library has it), not the pod's.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use tokio::net::lookup_host;
+use tokio::sync::OnceCell;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio::time::timeout;
+
+use crate::model::workload::Workload;
+
+/// How long an answer holds: what the C library says has no time to live.
+const HOLDS: Duration = Duration::from_secs(30);
+/// How long it holds that there is none.
+const FAILURE_HOLDS: Duration = Duration::from_secs(2);
+/// How long an answer may take.
+const WAIT: Duration = Duration::from_secs(5);
+/// Names that are remembered by a thread; with more, all that no longer hold are forgotten, or else all.
+const NAMES_MAX: usize = 4096;
+/// Questions under way on a thread; further ones wait for their turn, no longer than for an answer.
+const UNDER_WAY_MAX: usize = 32;
+/// Clients and names that are counted apart; further ones are counted together.
+const COUNTED_MAX: usize = 1000;
+
+/// Why a name stands for no address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoAddress {
+    /// The resolver said so, or was not to be asked.
+    #[error("{0}")]
+    Failed(String),
+    /// It did not answer in time.
+    #[error("no answer within {} s", WAIT.as_secs())]
+    Late,
+    /// There is nothing behind it.
+    #[error("the name has no address")]
+    Nothing,
+}
+
+type Answer = Result<Arc<[IpAddr]>, NoAddress>;
+
+/// Names, by what they stood for when they were asked about.
+#[derive(Debug)]
+pub struct Names {
+    known: Mutex<HashMap<Arc<str>, Known>>,
+    turns: Semaphore,
+    counted: Mutex<HashMap<Asker, u64>>,
+}
+
+#[derive(Debug, Clone)]
+struct Known {
+    answer: Arc<OnceCell<Answer>>,
+    asked: Instant,
+}
+
+/// Who asked about what: the labels of one series.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Asker {
+    /// Istio's labels of the source, in its order.
+    pub source: [Arc<str>; 8],
+    /// The name.
+    pub hostname: Arc<str>,
+}
+
+/// The names of the labels in [`Asker::source`].
+pub const SOURCE_LABELS: [&str; 8] = [
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+];
+
+impl Default for Names {
+    fn default() -> Self {
+        Self { known: Mutex::default(), turns: Semaphore::new(UNDER_WAY_MAX), counted: Mutex::default() }
+    }
+}
+
+impl Names {
+    /// What `host` stands for, asked on behalf of `source`. Waits for the resolver if that is not known, some seconds at
+    /// most.
+    pub async fn look_up(&self, host: &Arc<str>, source: &Workload) -> Answer {
+        self.count(host, source);
+        self.resolve(host, || ask(Arc::clone(host))).await
+    }
+
+    /// Every pair that asked so far, and how often it did.
+    pub fn counted(&self) -> Vec<(Asker, u64)> {
+        lock(&self.counted).iter().map(|(asker, count)| (asker.clone(), *count)).collect()
+    }
+
+    async fn resolve<F>(&self, host: &Arc<str>, ask: impl FnOnce() -> F) -> Answer
+    where
+        F: Future<Output = io::Result<Vec<IpAddr>>>,
+    {
+        let answer = self.entry(host);
+        let asked = async {
+            let _turn = self.turns.acquire().await;
+            match ask().await {
+                Ok(addresses) if addresses.is_empty() => Err(NoAddress::Nothing),
+                Ok(addresses) => Ok(Arc::from(addresses)),
+                Err(error) => Err(NoAddress::Failed(error.to_string())),
+            }
+        };
+        // All that ask meanwhile wait for the same answer.
+        let first = answer.get_or_init(async || timeout(WAIT, asked).await.unwrap_or(Err(NoAddress::Late)));
+        first.await.clone()
+    }
+
+    fn entry(&self, host: &Arc<str>) -> Arc<OnceCell<Answer>> {
+        let mut known = lock(&self.known);
+        if let Some(entry) = known.get(host).filter(|entry| entry.holds()) {
+            return Arc::clone(&entry.answer);
+        }
+        if known.len() >= NAMES_MAX {
+            known.retain(|_, entry| entry.holds());
+            if known.len() >= NAMES_MAX {
+                known.clear();
+            }
+        }
+        let entry = Known { answer: Arc::default(), asked: Instant::now() };
+        known.insert(Arc::clone(host), entry.clone());
+        entry.answer
+    }
+
+    fn count(&self, host: &Arc<str>, source: &Workload) {
+        let mut counted = lock(&self.counted);
+        let asker = Asker {
+            source: [
+                Arc::clone(&source.workload_name),
+                Arc::clone(&source.canonical_name),
+                Arc::clone(&source.canonical_revision),
+                Arc::clone(&source.namespace),
+                Arc::from(source.identity.as_str()),
+                Arc::clone(&source.canonical_name),
+                Arc::clone(&source.canonical_revision),
+                Arc::clone(&source.cluster),
+            ],
+            hostname: Arc::clone(host),
+        };
+        let room = counted.len() < COUNTED_MAX || counted.contains_key(&asker);
+        *counted.entry(if room { asker } else { Asker::default() }).or_default() += 1;
+    }
+}
+
+impl Known {
+    fn holds(&self) -> bool {
+        let limit = match self.answer.get() {
+            Some(Ok(_)) => HOLDS,
+            Some(Err(_)) => FAILURE_HOLDS + WAIT,
+            // Still being asked.
+            None => HOLDS,
+        };
+        self.asked.elapsed() < limit
+    }
+}
+
+async fn ask(host: Arc<str>) -> io::Result<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    for found in lookup_host((&*host, 0)).await? {
+        // One per protocol of the C library.
+        if !addresses.contains(&found.ip()) {
+            addresses.push(found.ip());
+        }
+    }
+    Ok(addresses)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn host(name: &str) -> Arc<str> {
+        Arc::from(name)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_is_asked_about_once_while_the_answer_holds() {
+        let names = Names::default();
+        let times = Cell::new(0);
+        let found = || async {
+            times.set(times.get() + 1);
+            Ok(vec![IpAddr::from([10, 0, 0, 1])])
+        };
+        let name = host("db.example");
+        let (first, second) = tokio::join!(names.resolve(&name, found), names.resolve(&name, found));
+        assert_eq!(first, second);
+        assert_eq!(*first.expect("an address"), [IpAddr::from([10, 0, 0, 1])]);
+        advance(HOLDS - Duration::from_secs(1)).await;
+        names.resolve(&name, found).await.expect("an address");
+        assert_eq!(times.get(), 1);
+        advance(Duration::from_secs(2)).await;
+        names.resolve(&name, found).await.expect("an address");
+        assert_eq!(times.get(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_told_and_soon_forgotten() {
+        let names = Names::default();
+        let late = names.resolve(&host("slow"), std::future::pending).await;
+        assert_eq!(late, Err(NoAddress::Late));
+        assert_eq!(names.resolve(&host("none"), || async { Ok(vec![]) }).await, Err(NoAddress::Nothing));
+        let failed = names.resolve(&host("bad"), || async { Err(io::Error::other("no such name")) }).await;
+        assert_eq!(failed, Err(NoAddress::Failed("no such name".to_owned())));
+        advance(FAILURE_HOLDS + WAIT).await;
+        let found = names.resolve(&host("bad"), || async { Ok(vec![IpAddr::from([10, 0, 0, 1])]) }).await;
+        assert!(found.is_ok(), "{found:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_remembered_and_counted_is_bounded() {
+        let names = Names::default();
+        for number in 0..NAMES_MAX + 10 {
+            let found = || async { Ok(vec![IpAddr::from([10, 0, 0, 1])]) };
+            names.resolve(&host(&number.to_string()), found).await.expect("an address");
+            names.count(&host(&number.to_string()), &Workload::sample("shop", "cart"));
+        }
+        assert!(lock(&names.known).len() <= NAMES_MAX);
+        let counted = names.counted();
+        assert_eq!(counted.len(), COUNTED_MAX + 1);
+        let others = counted.iter().find(|(asker, _)| asker.hostname.is_empty());
+        assert_eq!(others.map(|(_, count)| *count), Some((NAMES_MAX + 10 - COUNTED_MAX) as u64));
+    }
+}

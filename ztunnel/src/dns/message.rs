@@ -38,6 +38,8 @@ const TCP_MAX: u16 = u16::MAX;
 const HEADER: usize = 12;
 const RESPONSE: u8 = 0x80;
 const OP_CODE: u8 = 0x78;
+/// The response code, in the fourth byte.
+const RESPONSE_CODE: u8 = 0x0f;
 const TRUNCATED: u8 = 0x02;
 /// The lengths of a name that is said already, of what is between a record's name and its data, and of the record by
 /// which EDNS is spoken, without options.
@@ -97,8 +99,9 @@ pub struct Request {
 pub fn read(bytes: &[u8]) -> Received {
     let mut decoder = BinDecoder::new(bytes);
     let Ok(header) = Header::read(&mut decoder) else { return Received::Nothing };
+    // An answer to an answer would be answered: two servers, or one and itself, would go on for ever.
     if header.message_type == MessageType::Response {
-        return Received::Refused(bare(&header, ResponseCode::FormErr));
+        return Received::Nothing;
     }
     if header.op_code != OpCode::Query {
         return Received::Foreign(Foreign(header.metadata));
@@ -110,9 +113,13 @@ pub fn read(bytes: &[u8]) -> Received {
         return Received::Refused(bare(&header, ResponseCode::FormErr));
     };
     let question_end = decoder.index();
-    let (edns, whole) = match Message::from_vec(bytes) {
-        Ok(message) => (message.edns, true),
-        Err(_) => (None, false),
+    // Nothing but EDNS and perhaps a signature goes with a question for addresses. What else does is not read, as names that
+    // point from one to the next would take a time for it that grows with the square of the message's length.
+    let counts = &header.counts;
+    let plain = counts.answers == 0 && counts.authorities == 0 && counts.additionals <= 2;
+    let (edns, whole) = match plain.then(|| Message::from_vec(bytes)) {
+        Some(Ok(message)) => (message.edns, true),
+        Some(Err(_)) | None => (None, false),
     };
     Received::Query(Box::new(Request { metadata: header.metadata, question, question_end, edns, whole }))
 }
@@ -276,9 +283,12 @@ pub fn answers(request: &[u8], question_end: usize, answer: &[u8]) -> bool {
         return false;
     };
     let same = asked[..2] == said[..2] && (asked[2] ^ said[2]) & OP_CODE == 0 && said[2] & RESPONSE != 0;
-    // An error may be answered without the question.
-    if !same || question_end == 0 || said[4..6] == [0, 0] {
+    if !same || question_end == 0 {
         return same;
+    }
+    // An error may be answered without the question, and then has no answers either.
+    if said[4..6] == [0, 0] {
+        return said[3] & RESPONSE_CODE != 0 && said[6..8] == [0, 0];
     }
     match (request.get(HEADER..question_end), answer.get(HEADER..question_end)) {
         (Some(asked), Some(answered)) => asked.eq_ignore_ascii_case(answered),

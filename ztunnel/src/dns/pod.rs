@@ -58,6 +58,8 @@ use crate::shutdown::Signal;
 const TARGET: &str = "dns";
 /// Datagrams taken from one socket before others get a turn.
 const BATCH: usize = 64;
+/// A request that waits for others counts once more for every so many of its bytes.
+const REQUEST_WEIGHS: usize = 512;
 /// Requests of one connection that are under way at a time. Further ones wait on it.
 pub(super) const PIPELINE_MAX: usize = 32;
 /// A request waits no longer for its pod to become known to the mesh: resolvers ask again.
@@ -146,6 +148,11 @@ enum Outcome {
     Transfer(TcpStream),
 }
 
+/// Whether the kernel says that it will never tell.
+fn is_lasting(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM | libc::EOPNOTSUPP))
+}
+
 impl Pod {
     /// Spawns what ends with the pod, and counts as busy until then.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -219,6 +226,10 @@ impl Pod {
         client: SocketAddr,
         bytes: &[u8],
     ) {
+        // Somebody has put on this port's address as that of a client.
+        if self.own.contains(&client) {
+            return self.shared.counts.refuse();
+        }
         let waiting = match self.begin(bytes, Transport::Udp) {
             Step::Done(answer) => {
                 if let Some(answer) = answer {
@@ -242,9 +253,18 @@ impl Pod {
         let mut conntrack = self.conntrack.lock().unwrap_or_else(PoisonError::into_inner);
         match conntrack.as_mut()?.original_dst(client, local) {
             Ok(original) => Some(original),
+            // Not for this question alone.
+            Err(error) if is_lasting(&error) => {
+                tracing::warn!(
+                    %error,
+                    "it cannot be known which resolver a pod asks in datagrams: those of this proxy are asked"
+                );
+                *conntrack = None;
+                None
+            }
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
-                    tracing::warn!(%client, %error, "it is not known which resolver a pod has asked");
+                    tracing::debug!(%client, %error, "it is not known which resolver a pod has asked");
                 }
                 None
             }
@@ -323,7 +343,9 @@ impl Pod {
                 received = received, if more => {
                     request = None;
                     if let Some((reader, message)) = received {
-                        request = Some(next_request(reader, within));
+                        // What a client that never stops to ask has asked is answered; the drain does not wait for more.
+                        let ending = self.shared.signal.is_draining() || self.shared.handing_over.is_draining();
+                        request = (!ending).then(|| next_request(reader, within));
                         under_way.push(Arc::clone(&self).respond(message, original));
                     }
                 }
@@ -373,7 +395,9 @@ impl Pod {
                 Kind::Query(request, client)
             }
         };
-        match Arc::clone(&self.requests).try_acquire_owned() {
+        // Also for how much is kept of it.
+        let weight = 1 + (bytes.len() / REQUEST_WEIGHS) as u32;
+        match Arc::clone(&self.requests).try_acquire_many_owned(weight) {
             Ok(room) => Step::Wait(Waiting { message: bytes.to_vec(), transport, kind, began, _room: room }),
             Err(_full) => {
                 self.shared.counts.turn_away();

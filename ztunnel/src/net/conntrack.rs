@@ -55,7 +55,7 @@ impl fmt::Debug for Conntrack {
 }
 
 impl Conntrack {
-    /// That of `netns`. Fails where the kernel does not have `nf_conntrack_netlink`.
+    /// That of `netns`. Where the kernel does not have `nf_conntrack_netlink` this or the first question fails.
     pub fn open(netns: &Netns) -> io::Result<Self> {
         let mut socket = netns.run(|| Socket::new(NETLINK_NETFILTER))??;
         socket.bind_auto()?;

@@ -76,6 +76,7 @@ fn what_is_no_request_is_refused() {
     assert!(matches!(read(&[0; 11]), Received::Nothing));
     let mut response = query("a.", RecordType::A);
     response.metadata.message_type = MessageType::Response;
+    assert!(matches!(read(&response.to_vec().unwrap()), Received::Nothing), "it would be answered in turn");
     let mut twice = query("a.", RecordType::A);
     twice.add_query(twice.queries[0].clone());
     let mut none = query("a.", RecordType::A);
@@ -84,18 +85,36 @@ fn what_is_no_request_is_refused() {
     // A name that goes on in itself.
     let mut endless = query("a.", RecordType::A).to_vec().unwrap();
     endless.splice(12..15, [0xc0, 12]);
-    for bytes in [
-        response.to_vec().unwrap(),
-        twice.to_vec().unwrap(),
-        none.to_vec().unwrap(),
-        whole[..20].to_vec(),
-        endless,
-    ] {
+    for bytes in [twice.to_vec().unwrap(), none.to_vec().unwrap(), whole[..20].to_vec(), endless] {
         let answer = refused(&bytes);
         assert_eq!(answer.metadata.response_code, ResponseCode::FormErr, "{bytes:?}");
         assert_eq!(answer.metadata.message_type, MessageType::Response);
         assert_eq!(answer.metadata.id.to_be_bytes(), bytes[..2]);
     }
+}
+
+#[test]
+fn a_long_message_of_pointers_is_not_read() {
+    // A chain of pointers, and records whose names begin at its end.
+    let mut bytes = query("a.", RecordType::A).to_vec().unwrap();
+    let records = u16::try_from(3000).unwrap();
+    bytes[6..8].copy_from_slice(&records.to_be_bytes());
+    let first = bytes.len() + 11;
+    bytes.extend([0, 0, 16, 0, 1, 0, 0, 0, 0, 0x3f, 0xfe]);
+    bytes.push(0);
+    while bytes.len() < first + 16_300 {
+        let back = u16::try_from(bytes.len().saturating_sub(2).max(first)).unwrap();
+        bytes.extend((0xc000 | back).to_be_bytes());
+    }
+    let last = u16::try_from(bytes.len() - 2).unwrap();
+    while bytes.len() < 65_000 {
+        bytes.extend((0xc000 | last).to_be_bytes());
+        bytes.extend([0, 5, 0, 1, 0, 0, 0, 0, 0, 2]);
+        bytes.extend((0xc000 | last).to_be_bytes());
+    }
+    let Received::Query(request) = read(&bytes) else { panic!("no query") };
+    // It goes on to whoever was asked, and is no question for a name of the mesh that is answered.
+    assert_eq!(request.fault(), Some(ResponseCode::FormErr));
 }
 
 #[test]
@@ -225,7 +244,16 @@ fn an_answer_is_told_from_what_only_looks_like_one() {
     assert!(of(
         &|answer| answer.queries[0] = Query::query(Name::from_ascii("cart.shop.").unwrap(), RecordType::A)
     ));
-    assert!(of(&|answer| answer.queries.clear()), "an error without the question");
+    let failed = |answer: &mut Message| {
+        answer.queries.clear();
+        answer.metadata.response_code = ResponseCode::ServFail;
+    };
+    assert!(of(&failed), "an error without the question");
+    assert!(!of(&|answer| answer.queries.clear()), "no error");
+    assert!(!of(&|answer| {
+        failed(answer);
+        answer.add_answer(nothing(Name::from_ascii("cart.shop.").unwrap()));
+    }));
     assert!(!of(&|answer| answer.metadata.id = !asked.id));
     assert!(!of(&|answer| answer.metadata.message_type = MessageType::Query));
     assert!(!of(&|answer| answer.metadata.op_code = OpCode::Notify));

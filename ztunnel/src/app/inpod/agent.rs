@@ -339,14 +339,18 @@ fn serve(
         inbound: Arc::clone(&listeners.inbound),
         hbone: Arc::clone(&listeners.hbone),
     };
-    data_plane
-        .add_redirected_pod(spec, taken, Arc::clone(&pod.netns), settings)
-        .map_err(|error| format!("the data plane does not take the pod's listeners: {error}"))?;
-    data_plane.neighbour(&pod.uid);
+    // What fails leaves nothing served: the next attempt binds the same ports.
     if let (Some(dns), Some(names)) = (dns, &names) {
         dns.add_pod(asking, names, Arc::clone(&pod.netns))
             .map_err(|error| format!("the pod's DNS sockets are not taken: {error}"))?;
     }
+    if let Err(error) = data_plane.add_redirected_pod(spec, taken, Arc::clone(&pod.netns), settings) {
+        if let Some(dns) = dns {
+            dns.remove_pod(&pod.uid);
+        }
+        return Err(format!("the data plane does not take the pod's listeners: {error}"));
+    }
+    data_plane.neighbour(&pod.uid);
     Ok(Sockets { listeners, dns: names })
 }
 

@@ -491,8 +491,9 @@ fn combinations(settings: &Settings, reader: &mut Reader<'_>) {
     if !settings.proxy_enabled {
         reader.refuse("ENABLE_PROXY", "false", "pods' TCP is always proxied: leave it out");
     }
-    if settings.dns.enabled && settings.control_plane.on_demand {
-        let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well";
+    if settings.dns.enabled && settings.control_plane.on_demand && settings.dedicated.is_none() {
+        let why = "names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well, and \
+                   ambient.dnsCapture=false for istio-cni";
         reader.refuse("XDS_ON_DEMAND", "true", why);
     }
     if reader.flag("FAKE_CA", false) {

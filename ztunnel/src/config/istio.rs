@@ -77,6 +77,11 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
             "ISTIO_META_DNS_CAPTURE=true has no effect: a proxy of one workload does not answer its DNS";
         warnings.push(why.to_owned());
     }
+    if alone.is_none() && !dns.enabled {
+        let why = "pods' DNS is not answered (ISTIO_META_DNS_CAPTURE=false): istio-cni must not redirect it either \
+                   (ambient.dnsCapture=false, AMBIENT_DNS_CAPTURE), or names resolve in no enrolled pod";
+        warnings.push(why.to_owned());
+    }
     let kernel =
         resolved::unused_kernel(Some(own.node).filter(|node| !node.is_empty()), in_pod.run_dir.clone());
     Ok(Run {

@@ -397,7 +397,7 @@ fn what_cannot_be_used_is_named_with_what_can() {
         (&[("PROXY_CONFIG", "[1]")], "PROXY_CONFIG=\"\": use one YAML mapping"),
         (
             &[("XDS_ON_DEMAND", "true")],
-            "XDS_ON_DEMAND=\"true\": names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well",
+            "XDS_ON_DEMAND=\"true\": names are answered from the whole mesh: set ISTIO_META_DNS_CAPTURE=false as well, and ambient.dnsCapture=false for istio-cni",
         ),
         (
             &[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "false")],

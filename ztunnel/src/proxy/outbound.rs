@@ -389,6 +389,10 @@ async fn establish(
         }
         Ok(Plan::Beyond { gateway, expect, service, port, destination }) => {
             let began = Instant::now();
+            // What is told of it afterwards is what it says of itself.
+            if let Some(demand) = shard.mesh.demand() {
+                demand.used(&destination.uid);
+            }
             let mut parties = Parties {
                 reporter: Reporter::Source,
                 source: Some(Arc::clone(&source)),

@@ -119,11 +119,6 @@ pub struct Received {
     pub unsent: Bytes,
 }
 
-/// Whether it is no more than the end of a connection.
-fn is_over(error: &StreamError) -> bool {
-    matches!(error, StreamError::Reset(ResetCode::CONNECT_ERROR))
-}
-
 impl<M: Meter> Relay<M> {
     /// Joins an application and a stream. `read` was taken from the application before, and counted.
     pub fn new(
@@ -160,6 +155,11 @@ impl<M: Meter> Relay<M> {
     /// What counted; the rest is dropped.
     pub fn into_meter(self) -> M {
         self.meter
+    }
+
+    /// Whether it is no more than the end of the server's connection.
+    fn is_over(&self, error: &StreamError) -> bool {
+        self.role == Application::Client && matches!(error, StreamError::Reset(ResetCode::CONNECT_ERROR))
     }
 
     fn count_read(&self, bytes: usize) {
@@ -217,7 +217,7 @@ impl<M: Meter> Relay<M> {
             while matches!(self.to, To::Receiving) && (stalled || !self.outflow.is_full()) {
                 match self.recv.poll_data(cx) {
                     Poll::Ready(Some(Ok(data))) => self.outflow.push(data),
-                    Poll::Ready(Some(Err(error))) if is_over(&error) => {
+                    Poll::Ready(Some(Err(error))) if self.is_over(&error) => {
                         self.to = To::Ending;
                         // Nor is anything taken any more.
                         self.chunk = Bytes::new();
@@ -279,7 +279,7 @@ impl<M: Meter> Relay<M> {
             To::Receiving => {}
             To::Ending if !self.outflow.is_empty() => match error {
                 StreamError::Finished => {}
-                error if is_over(&error) => {}
+                error if self.is_over(&error) => {}
                 error => self.to = To::Broken(error),
             },
             To::Ending | To::Broken(_) | To::Ended => return Err(RelayError::Stream(error)),
@@ -311,7 +311,7 @@ impl<M: Meter> Relay<M> {
         {
             return Poll::Ready(match error {
                 StreamError::Finished => Ok(()),
-                error if is_over(&error) => Ok(()),
+                error if self.is_over(&error) => Ok(()),
                 error => Err(RelayError::Stream(error)),
             });
         }

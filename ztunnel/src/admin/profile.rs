@@ -39,6 +39,8 @@ const NOT_UNWOUND: [&str; 4] = ["libc", "libgcc", "pthread", "vdso"];
 /// Samples all threads for `duration`, `frequency` times per second of processor time. Ends early when the future is
 /// dropped.
 pub async fn processor(duration: Duration, frequency: u32) -> Result<Vec<u8>, ProfileError> {
+    // The handler's first sample allocates what it needs to unwind. Dropped after the guard.
+    let paused = heap::pause();
     let hertz = i32::try_from(frequency).unwrap_or(i32::MAX);
     let guard = ProfilerGuardBuilder::default()
         .frequency(hertz)
@@ -48,7 +50,12 @@ pub async fn processor(duration: Duration, frequency: u32) -> Result<Vec<u8>, Pr
     let started = SystemTime::now();
     sleep(duration).await;
     // Finding the names of all frames takes its time.
-    let encoding = tokio::task::spawn_blocking(move || encode(&guard, started, duration, frequency));
+    let encoding = tokio::task::spawn_blocking(move || {
+        let encoded = encode(&guard, started, duration, frequency);
+        drop(guard);
+        drop(paused);
+        encoded
+    });
     encoding.await.map_err(|_| ProfileError::Panicked)?
 }
 

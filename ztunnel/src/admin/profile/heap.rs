@@ -21,6 +21,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
@@ -73,6 +74,9 @@ static MARKED: [AtomicU8; MARKS] = [const { AtomicU8::new(0) }; MARKS];
 
 /// How many threads have begun to draw numbers.
 static THREADS: AtomicU64 = AtomicU64::new(0);
+
+/// How many want nothing to be looked at for now.
+static PAUSED: AtomicUsize = AtomicUsize::new(0);
 
 /// One profile is written at a time.
 static WRITING: Semaphore = Semaphore::const_new(1);
@@ -198,6 +202,22 @@ fn next_random(state: &Cell<u64>) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
+/// While there is one, no allocation is looked at: a signal's handler that allocates must not walk the stack it interrupted.
+#[derive(Debug)]
+pub struct Paused(());
+
+/// Looks at no allocations until what is returned is dropped.
+pub fn pause() -> Paused {
+    PAUSED.fetch_add(1, Ordering::Relaxed);
+    Paused(())
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        PAUSED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Whether allocations are looked at.
 #[inline]
 pub fn is_active() -> bool {
@@ -233,7 +253,7 @@ fn with_table<T>(act: impl FnOnce(&mut Option<Table>) -> T) -> T {
 /// To be called with what was just allocated (0: nothing was), before anybody has it.
 #[inline(never)]
 fn allocated(address: usize, size: usize) {
-    if address == 0 {
+    if address == 0 || PAUSED.load(Ordering::Relaxed) != 0 {
         return;
     }
     let Some(busy) = Busy::begin() else { return };

@@ -42,6 +42,8 @@ fn numbers_are_written_as_the_format_says() {
 
 #[tokio::test]
 async fn a_busy_thread_is_seen_and_one_profile_is_taken_at_a_time() {
+    // Meanwhile no allocation is looked at.
+    let _turn = heap::tests::TURN.lock().await;
     let done = Arc::new(AtomicBool::new(false));
     let theirs = Arc::clone(&done);
     let busy = std::thread::Builder::new().name("busy".into()).spawn(move || busy_for_the_profile(&theirs));

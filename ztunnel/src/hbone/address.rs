@@ -103,6 +103,8 @@ pub struct Baggage<'a> {
 
 /// No name or label value of Kubernetes is longer (RFC 1123 §2.1).
 const NAME_MAX: usize = 253;
+/// No namespace, and no label's value (RFC 1123 §2).
+const LABEL_MAX: usize = 63;
 
 const KINDS: [(WorkloadKind, &str); 4] = [
     (WorkloadKind::Deployment, "k8s.deployment.name"),
@@ -169,10 +171,13 @@ impl<'a> Baggage<'a> {
             let Some((key, value)) = member.split_once('=') else { continue };
             // Properties (W3C Baggage §3.2.1) are not for us.
             let Some(value) = present(value.split(';').next().unwrap_or_default().trim()) else { continue };
-            if value.len() > NAME_MAX {
+            let key = key.trim();
+            // Of these only names of clusters and workloads are longer than a label.
+            let is_label = key == "k8s.namespace.name" || !key.starts_with("k8s.");
+            if value.len() > if is_label { LABEL_MAX } else { NAME_MAX } {
                 continue;
             }
-            match key.trim() {
+            match key {
                 "k8s.cluster.name" => baggage.cluster = Some(value),
                 "k8s.namespace.name" => baggage.namespace = Some(value),
                 "service.name" => baggage.canonical_name = Some(value),
@@ -287,8 +292,11 @@ mod tests {
         assert_eq!((&*owned.name, &*owned.workload_name, &*owned.namespace), ("", "cart", "shop"));
         // What no name can be is none.
         let long = "x".repeat(NAME_MAX + 1);
-        assert_eq!(&*described(&format!("service.name={long}")).canonical_name, "");
-        assert_eq!(described(&format!("service.name={}", &long[1..])).canonical_name.len(), NAME_MAX);
+        assert_eq!(&*described(&format!("k8s.cluster.name={long}")).cluster, "");
+        assert_eq!(described(&format!("k8s.cluster.name={}", &long[1..])).cluster.len(), NAME_MAX);
+        let label = &long[..LABEL_MAX];
+        assert_eq!(&*described(&format!("service.name={label}")).canonical_name, label);
+        assert_eq!(&*described(&format!("service.name={label}x")).canonical_name, "");
         assert_eq!(described("nonsense;=,").reach, Reach::Unknown);
     }
 

@@ -325,10 +325,13 @@ impl SeriesTable {
         if let Some(series) = interned.by_labels.get(&labels) {
             return Place::Own(series.counts_of(thread));
         }
-        if interned.by_labels.len() >= self.series_max {
+        // What a peer says of itself must not take the room of what the mesh knows.
+        let said = [&parties.source, &parties.destination].into_iter().flatten().any(|it| it.uid.is_empty());
+        let series_max = if said { self.series_max / 2 } else { self.series_max };
+        if interned.by_labels.len() >= series_max {
             self.sweep(&mut interned);
         }
-        if interned.by_labels.len() >= self.series_max {
+        if interned.by_labels.len() >= series_max {
             self.overflowed.fetch_add(1, Ordering::Relaxed);
             return Place::Overflow(unknown.counts_of(thread));
         }

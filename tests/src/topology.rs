@@ -87,6 +87,7 @@ impl Node {
         netns.ip(&["link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0"])?;
         netns.ip(&["addr", "add", &format!("10.80.{number}.1/24"), "dev", "br0"])?;
         netns.ip(&["addr", "add", &format!("fd80:{number}::1/64"), "dev", "br0", "nodad"])?;
+        keep_neighbours(&netns, "br0")?;
         netns.ip(&["link", "set", "br0", "up"])?;
         let place =
             Place { netns, cgroup: group.child("system")?, logs: run.path("logs"), outlive: run.is_kept() };
@@ -104,6 +105,7 @@ impl Node {
             let netns = &here.place.netns;
             netns.ip(&["addr", "add", &format!("10.80.0.{own}/24"), "dev", LINK])?;
             netns.ip(&["addr", "add", &format!("fd80::{own}/64"), "dev", LINK, "nodad"])?;
+            keep_neighbours(netns, LINK)?;
             netns.ip(&["link", "set", LINK, "up"])?;
             netns.ip(&["route", "add", &format!("10.80.{far}.0/24"), "via", &format!("10.80.0.{far}")])?;
             netns.ip(&["route", "add", &format!("fd80:{far}::/64"), "via", &format!("fd80::{far}")])?;
@@ -145,6 +147,7 @@ impl Node {
         self.place.netns.ip(&["link", "set", &outer, "master", "br0", "up"])?;
         netns.ip(&["addr", "add", &format!("{v4}/24"), "dev", "eth0"])?;
         netns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
+        keep_neighbours(&netns, "eth0")?;
         netns.ip(&["link", "set", "eth0", "up"])?;
         netns.ip(&["route", "add", "default", "via", &format!("10.80.{number}.1")])?;
         netns.ip(&["-6", "route", "add", "default", "via", &format!("fd80:{number}::1")])?;
@@ -163,4 +166,12 @@ impl Node {
     pub fn host_network_pod(&self) -> Result<Place> {
         Ok(self.place.with_cgroup(self.kubepods.child("pod-hostnetwork")?))
     }
+}
+
+/// Whoever was found stays where it was for as long as a test takes: nothing moves here.
+fn keep_neighbours(netns: &Netns, device: &str) -> Result<()> {
+    for family in ["ipv4", "ipv6"] {
+        netns.set_sysctl(&format!("{family}/neigh/{device}/base_reachable_time_ms"), "3600000")?;
+    }
+    Ok(())
 }

@@ -16,7 +16,7 @@ use ztunnel_proto::workload;
 use ztunnel_tests::ca::Answer;
 use ztunnel_tests::istiod;
 use ztunnel_tests::mesh::{MESHED, ROOT};
-use ztunnel_tests::poll::eventually;
+use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::process::Log;
 use ztunnel_tests::stories::outage::nothing_in_clear;
 use ztunnel_tests::stories::tunnel::field;
@@ -230,13 +230,14 @@ fn a_waypoint_stands_between_client_and_server() {
         istio.discovery.workload(behind(restricted.clone(), "shop"));
         eventually(SETTLE, || http_refused(&client.place, server.v4.into()))?;
         for address in server.addresses() {
-            http_refused(&client.place, address)?;
+            eventually(PATIENCE, || http_refused(&client.place, address))?;
         }
         let refused = logs[1].wait_line(marks[1], SETTLE, "the refusal", |line| {
             field(line, "src.identity") == Some(&identity(MESHED, "client")) && line.contains("none allowed")
         })?;
         for vip in [v4, v6] {
-            through(&client, &way, vip).context("by the waypoint, with the policy")?;
+            eventually(PATIENCE, || through(&client, &way, vip))
+                .context("by the waypoint, with the policy")?;
         }
 
         // In front of the pod itself: then its own address is served, too.

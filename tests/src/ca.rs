@@ -59,6 +59,8 @@ pub enum Answer {
     TwoRoots(String),
     /// Nothing, for ever.
     Hang,
+    /// What was asked for, after so long.
+    After(Duration),
     /// This status.
     Refuse(Code, &'static str),
     /// A leaf, and nothing else.
@@ -336,6 +338,10 @@ impl IstioCertificateService for Service {
             Answer::Issue => vec![keys.certify(&csr, from, until, decided)?, below, root],
             Answer::TwoRoots(other) => vec![keys.certify(&csr, from, until, decided)?, below, root + &other],
             Answer::Hang => std::future::pending().await,
+            Answer::After(time) => {
+                tokio::time::sleep(time).await;
+                vec![keys.certify(&csr, from, until, decided)?, below, root]
+            }
             Answer::Refuse(code, message) => return Err(Status::new(code, message)),
             Answer::NoRoot => vec![keys.certify(&csr, from, until, decided)?],
             Answer::Nothing => vec![],

@@ -5,6 +5,7 @@
 //! daemon leaves to the next. Does not know how a certificate is made: that is a [`ca::CertificateAuthority`]'s.
 
 pub mod ca;
+mod clock;
 pub mod crl;
 pub mod inheritance;
 pub mod istiod;

@@ -8,6 +8,7 @@ pub mod configs;
 pub mod grpc;
 pub mod revocation;
 pub mod trust;
+pub mod validity;
 pub mod verify;
 
 #[cfg(test)]

@@ -15,6 +15,11 @@ pub trait CertificateAuthority: Send + Sync + 'static {
     /// May be called for several identities at once, never for one identity twice at once. Dropping the future
     /// gives the request up. It must not block its thread for long: other requests are polled by the same task.
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>>;
+
+    /// How long certificates are asked to be valid; `None` where that is not for this side to say.
+    fn life(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Why there is no certificate.
@@ -40,10 +45,34 @@ pub enum IssueError {
         "the certificate authority's certificate has already expired: compare its clock with this node's"
     )]
     Expired,
-    /// No answer in time.
+    /// What came back can be used later only.
+    #[error(
+        "the certificate authority's certificate is valid only in {}: compare its clock with this node's",
+        humantime::format_duration(*.0)
+    )]
+    NotYetValid(Duration),
+    /// No answer in time: the request was given up.
     #[error("the certificate authority did not answer within {0:?}")]
     Deadline(Duration),
+    /// No answer yet: the request goes on.
+    #[error("the certificate authority has not answered for {0:?}, and is waited for")]
+    Unanswered(Duration),
     /// The code that asks panicked; the panic's message has gone to standard error.
     #[error("asking the certificate authority failed by a defect of this program")]
     Panicked,
+}
+
+impl IssueError {
+    /// Whether the authority has said nothing at all: neither yes nor no, nor anything that cannot be used.
+    pub fn is_silence(&self) -> bool {
+        match self {
+            Self::Unreachable(_) | Self::Deadline(_) | Self::Unanswered(_) => true,
+            Self::Refused { .. }
+            | Self::Signing(_)
+            | Self::Invalid(_)
+            | Self::Expired
+            | Self::NotYetValid(_)
+            | Self::Panicked => false,
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! Every request makes a new key, which never leaves the process. The node asks in the name of its workloads
 //! (impersonation): the authority lets it if its token is of a trusted account and the workload is on its node.
 
+use std::pin::pin;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::future::FutureExt;
+use futures_util::stream::FuturesUnordered;
+use futures_util::stream::StreamExt;
 use rcgen::CertificateParams;
 use rcgen::DistinguishedName;
 use rcgen::KeyPair;
@@ -21,7 +24,8 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
-use tokio::time::timeout;
+use tokio::time::Instant;
+use tokio::time::sleep;
 use tonic::Code;
 use tonic::Extensions;
 use tonic::Request;
@@ -41,8 +45,9 @@ use crate::tls::grpc;
 use crate::tls::grpc::Connector;
 use crate::tls::grpc::ControlPlane;
 
-/// One call takes no longer, so that another address has its turn before those who ask give up.
-const CALL_WITHIN: Duration = Duration::from_secs(4);
+/// When the next address is asked as well, so that it has its turn before those who ask give up. The call before goes
+/// on beside it: an authority that is slow is asked once, however slow it is.
+const BESIDE_AFTER: Duration = Duration::from_secs(4);
 /// An answer is not larger: a chain and its roots are some kilobytes.
 const ANSWER_MAX: usize = 1 << 20;
 
@@ -110,36 +115,60 @@ impl Istiod {
         })
     }
 
-    /// Asks one address after the other until one answers, yes or no.
+    /// Asks one address, and the next when that one cannot be reached or takes its time, until one answers, yes or no.
+    /// Each is asked once. How long all that may take is for the caller to say.
     async fn ask(&self, request: IstioCertificateRequest) -> Result<Vec<String>, IssueError> {
-        let first = self.current.load(Ordering::Relaxed);
+        let (first, count) = (self.current.load(Ordering::Relaxed), self.planes.len());
         let mut last = IssueError::Refused { reason: "no address of an authority is configured".to_owned() };
-        for turn in 0..self.planes.len() {
-            let index = (first + turn) % self.planes.len();
-            let plane = &self.planes[index];
-            let answer = timeout(CALL_WITHIN, plane.call(request.clone())).await;
-            match answer.unwrap_or_else(|_elapsed| Err(IssueError::Deadline(CALL_WITHIN))) {
-                Err(error @ (IssueError::Unreachable(_) | IssueError::Deadline(_))) => {
-                    if self.planes.len() > 1 {
-                        tracing::debug!(address = %plane.control.address(), %error, "asking the next authority");
+        let mut left = (0..count).map(|turn| (first + turn) % count);
+        let call = |index: usize| {
+            let request = request.clone();
+            async move { (index, self.planes[index].call(request).await) }
+        };
+        let mut calls = FuturesUnordered::new();
+        let mut beside = pin!(sleep(BESIDE_AFTER));
+        loop {
+            if calls.is_empty() {
+                let Some(index) = left.next() else { return Err(last) };
+                calls.push(call(index));
+                beside.as_mut().reset(Instant::now() + BESIDE_AFTER);
+            }
+            let more = left.len() > 0;
+            tokio::select! {
+                Some((index, answer)) = calls.next() => match answer {
+                    Err(error @ IssueError::Unreachable(_)) => {
+                        if count > 1 {
+                            let address = self.planes[index].control.address();
+                            tracing::debug!(%address, %error, "asking the next authority");
+                        }
+                        self.current.store((index + 1) % count, Ordering::Relaxed);
+                        last = error;
                     }
-                    // Several that hang take more than the time of one request: the next begins behind this one.
-                    self.current.store((index + 1) % self.planes.len(), Ordering::Relaxed);
-                    last = error;
-                }
-                answered => {
-                    self.current.store(index, Ordering::Relaxed);
-                    return answered;
+                    answered => {
+                        self.current.store(index, Ordering::Relaxed);
+                        return answered;
+                    }
+                },
+                () = &mut beside, if more => {
+                    if let Some(index) = left.next() {
+                        let address = self.planes[index].control.address();
+                        tracing::debug!(%address, "the authority takes its time: asking the next one as well");
+                        calls.push(call(index));
+                    }
+                    beside.as_mut().reset(Instant::now() + BESIDE_AFTER);
                 }
             }
         }
-        Err(last)
     }
 }
 
 impl CertificateAuthority for Istiod {
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
         self.certify(identity).boxed()
+    }
+
+    fn life(&self) -> Option<Duration> {
+        Some(self.life)
     }
 }
 

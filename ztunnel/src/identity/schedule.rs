@@ -7,7 +7,8 @@
 //!                             ├──── the delay ── BackingOff                      │
 //!                             └──────────────────────────────────────────────────┘
 //! ```
-//! A certificate that is held stays usable in every one of these states, until it ends.
+//! A certificate that is held stays usable in every one of these states, from its first moment to its last. A clock
+//! that is set can take it beyond either: then it is asked for anew.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime};
@@ -15,6 +16,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use crate::model::identity::SpiffeId;
+use crate::tls::validity::Validity;
 
 /// So many requests are under way at once, as Istio's: an authority serves many nodes.
 pub(super) const CONCURRENT_MAX: usize = 8;
@@ -36,7 +38,7 @@ const SPREAD: Duration = Duration::from_secs(60);
 /// A connection waits for a retry that is no further away than this; otherwise it hears of the failure at once.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Wall-clock times are compared at least so often: the clock may be set, or the machine may have slept.
-const LOOK_MAX: Duration = Duration::from_secs(60);
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(60);
 
 /// Both clocks, read together.
 #[derive(Debug, Clone, Copy)]
@@ -66,11 +68,40 @@ enum Phase {
     Held,
 }
 
-/// The times of a certificate that is held.
+/// The times of a certificate that is held; of two, where one takes over from the other in time.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     renew_at: SystemTime,
-    not_after: SystemTime,
+    validity: Validity,
+    came: Instant,
+}
+
+impl Held {
+    /// `jitter` is between -1 and 1.
+    fn new(validity: Validity, now: Now, jitter: f64) -> Self {
+        let planned = validity.from + (validity.life() / 2).mul_f64(1.0 + RENEWAL_JITTER * jitter);
+        let renew_at = if planned > now.wall {
+            planned
+        } else {
+            // It came late in its life: make do with half of what is left.
+            now.wall + validity.left(now.wall) / 2
+        };
+        Self { renew_at: renew_at.max(now.wall + RENEWAL_MIN), validity, came: now.mono }
+    }
+
+    /// Whether another one is to be asked for.
+    fn is_due(&self, now: Now) -> bool {
+        self.renew_at <= now.wall
+            || (!self.validity.holds_at(now.wall) && self.came + RENEWAL_MIN <= now.mono)
+    }
+
+    /// When that will be so, if nobody sets the clock.
+    fn due_in(&self, now: Now) -> Duration {
+        let by_plan = self.renew_at.duration_since(now.wall).unwrap_or_default();
+        let ends =
+            if self.validity.is_ahead(now.wall) { Duration::ZERO } else { self.validity.left(now.wall) };
+        by_plan.min(ends.max((self.came + RENEWAL_MIN).saturating_duration_since(now.mono)))
+    }
 }
 
 #[derive(Debug)]
@@ -87,7 +118,7 @@ struct Entry {
 
 impl Entry {
     fn usable(&self, wall: SystemTime) -> bool {
-        self.held.is_some_and(|held| wall < held.not_after)
+        self.held.is_some_and(|held| held.validity.holds_at(wall))
     }
 
     fn priority(&self, wall: SystemTime) -> Priority {
@@ -122,6 +153,10 @@ pub(super) struct Failed {
 pub(super) enum Issued {
     /// It is to be published.
     Publish,
+    /// It is to be published when its time comes: the one that is held lasts until then.
+    Later,
+    /// Its time has not come, and until then there is none: count it as a failure, and see [`Schedule::in_force`].
+    TooEarly,
     /// The identity has left this node meanwhile.
     Unwanted,
 }
@@ -187,7 +222,7 @@ impl Schedule {
             let is_due = match entry.phase {
                 Phase::Queued { .. } | Phase::Issuing => return true,
                 Phase::BackingOff { until, .. } => until <= now.mono,
-                Phase::Held => entry.held.is_none_or(|held| held.renew_at <= now.wall),
+                Phase::Held => entry.held.is_none_or(|held| held.is_due(now)),
             };
             if entry.retained || entry.waiting {
                 if is_due {
@@ -229,14 +264,8 @@ impl Schedule {
         Some(id.clone())
     }
 
-    /// A certificate of this validity came. `jitter` is between -1 and 1.
-    pub(super) fn issued(
-        &mut self,
-        id: &SpiffeId,
-        (not_before, not_after): (SystemTime, SystemTime),
-        now: Now,
-        jitter: f64,
-    ) -> Issued {
+    /// A certificate of this validity, which is not over, came. `jitter` is between -1 and 1.
+    pub(super) fn issued(&mut self, id: &SpiffeId, validity: Validity, now: Now, jitter: f64) -> Issued {
         let Some(entry) = self.entries.get_mut(id) else {
             return Issued::Unwanted;
         };
@@ -244,29 +273,61 @@ impl Schedule {
             self.entries.remove(id);
             return Issued::Unwanted;
         }
-        let half = not_after.duration_since(not_before).unwrap_or_default() / 2;
-        let planned = not_before + half.mul_f64(1.0 + RENEWAL_JITTER * jitter);
-        let renew_at = if planned > now.wall {
-            planned
-        } else {
-            // It came late in its life: make do with half of what is left.
-            now.wall + not_after.duration_since(now.wall).unwrap_or_default() / 2
+        let mut held = Held::new(validity, now, jitter);
+        let issued = match entry.held.map(|before| before.validity) {
+            _ if !validity.is_ahead(now.wall) => Issued::Publish,
+            Some(before) if before.holds_at(now.wall) && validity.from <= before.until => {
+                held.validity.from = before.from;
+                Issued::Later
+            }
+            _ => return Issued::TooEarly,
         };
-        entry.held = Some(Held { renew_at: renew_at.max(now.wall + RENEWAL_MIN), not_after });
+        entry.held = Some(held);
         entry.phase = Phase::Held;
         entry.failures = 0;
         entry.waiting = false;
-        Issued::Publish
+        issued
     }
 
-    /// An earlier daemon has left a certificate of this validity: it is kept if a workload here has the identity.
-    pub(super) fn inherit(
-        &mut self,
-        id: &SpiffeId,
-        validity: (SystemTime, SystemTime),
-        now: Now,
-        jitter: f64,
-    ) {
+    /// The time has come of a certificate that was [`Issued::TooEarly`]. False if nobody wants it any more.
+    pub(super) fn in_force(&mut self, id: &SpiffeId, validity: Validity, now: Now, jitter: f64) -> bool {
+        let Some(entry) = self.entries.get_mut(id) else { return false };
+        if entry.usable(now.wall) {
+            return true;
+        }
+        entry.held = Some(Held::new(validity, now, jitter));
+        entry.waiting = false;
+        // A request that is under way ends first, lest there be a second one.
+        if entry.phase != Phase::Issuing {
+            entry.phase = Phase::Held;
+            entry.failures = 0;
+        }
+        true
+    }
+
+    /// Whether a request for `id` is under way, and nothing can be used until it ends.
+    pub(super) fn is_awaited(&self, id: &SpiffeId, now: Now) -> bool {
+        let awaited = |entry: &Entry| entry.phase == Phase::Issuing && !entry.usable(now.wall);
+        self.entries.get(id).is_some_and(awaited)
+    }
+
+    /// Whether anything is known of `id`.
+    pub(super) fn knows(&self, id: &SpiffeId) -> bool {
+        self.entries.contains_key(id)
+    }
+
+    /// Somebody has set the clock, which may have been why requests failed: none waits for its next turn.
+    pub(super) fn clock_was_set(&mut self, now: Now) {
+        for entry in self.entries.values_mut() {
+            if let Phase::BackingOff { until, .. } = &mut entry.phase {
+                *until = (*until).min(now.mono);
+            }
+        }
+    }
+
+    /// An earlier daemon has left a certificate of this validity, which holds now: it is kept if a workload here has the
+    /// identity.
+    pub(super) fn inherit(&mut self, id: &SpiffeId, validity: Validity, now: Now, jitter: f64) {
         let entry = Entry { phase: Phase::Issuing, held: None, failures: 0, retained: true, waiting: false };
         self.entries.insert(id.clone(), entry);
         self.issued(id, validity, now, jitter);
@@ -300,8 +361,14 @@ impl Schedule {
         // In order, so that the same chances always lead to the same requests.
         held.sort_by_key(|(id, _)| *id);
         for held in held.into_iter().filter_map(|(_, entry)| entry.held.as_mut()) {
-            let soon = now.wall + SPREAD.mul_f64(f64::midpoint(chance(), 1.0).clamp(0.0, 1.0));
-            held.renew_at = held.renew_at.min(soon);
+            held.renew_at = held.renew_at.min(soon(now, chance()));
+        }
+    }
+
+    /// Renews `id` soon, if it is held, and retained by then. `chance` is between -1 and 1.
+    pub(super) fn renew_soon(&mut self, id: &SpiffeId, now: Now, chance: f64) {
+        if let Some(held) = self.entries.get_mut(id).and_then(|entry| entry.held.as_mut()) {
+            held.renew_at = held.renew_at.min(soon(now, chance));
         }
     }
 
@@ -326,8 +393,8 @@ impl Schedule {
             Phase::Queued { .. } | Phase::Issuing => None,
             Phase::BackingOff { until, .. } => Some(until),
             Phase::Held => entry.held.map(|held| {
-                let at = if entry.retained { held.renew_at } else { held.not_after };
-                now.mono + at.duration_since(now.wall).unwrap_or_default().min(LOOK_MAX)
+                let due = if entry.retained { held.due_in(now) } else { held.validity.left(now.wall) };
+                now.mono + due.min(LOOK_MAX)
             }),
         });
         due.min().unwrap_or(now.mono + LOOK_MAX)
@@ -343,6 +410,11 @@ impl Schedule {
         self.sequence += 1;
         self.sequence
     }
+}
+
+/// Some time within [`SPREAD`]. `chance` is between -1 and 1.
+fn soon(now: Now, chance: f64) -> SystemTime {
+    now.wall + SPREAD.mul_f64(f64::midpoint(chance, 1.0).clamp(0.0, 1.0))
 }
 
 #[cfg(test)]

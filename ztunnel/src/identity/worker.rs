@@ -2,7 +2,7 @@
 //!
 //! What is asked for when is decided in `schedule`; here it is carried out.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,15 +15,18 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::identity::ca::{CertificateAuthority, IssueError};
-use crate::identity::schedule::{Issued, Now, Outlook, Schedule};
+use crate::identity::clock;
+use crate::identity::schedule::{Issued, LOOK_MAX, Now, Outlook, Schedule};
 use crate::model::identity::SpiffeId;
 use crate::shutdown;
 use crate::tls::configs::{Credentials, InvalidCredentials};
 use crate::tls::trust::{Learnt, Side, Trust};
 
-/// One request to the authority takes no longer.
-const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
-/// A connection waits no longer for its certificate.
+/// One request to the authority takes no longer. Far longer than anybody waits for its outcome: a request that is given
+/// up while the authority still works on it is work for nothing, and the next one comes on top, so that one that is
+/// slow would be asked the more often the slower it is, and never answer in time.
+const ISSUE_DEADLINE: Duration = Duration::from_secs(60);
+/// A connection waits no longer for its certificate. The request for it goes on.
 const WAIT_DEADLINE: Duration = Duration::from_secs(5);
 /// Questions on their way to the worker. When full, who asks waits for room, within its own deadline.
 const QUESTIONS_MAX: usize = 1024;
@@ -103,28 +106,30 @@ pub fn start_in(
 ) -> Identities {
     let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
     let (retained, retain) = watch::channel(Arc::default());
-    let board = Arc::new(ArcSwap::default());
+    let (board, posted) = (Arc::new(ArcSwap::default()), watch::Sender::new(()));
     let wall = Arc::clone(&environment.wall);
     let mut worker = Worker {
         ca,
         environment,
         board: Arc::clone(&board),
+        posted: posted.clone(),
         schedule: Schedule::default(),
         waiting: HashMap::new(),
         waiting_count: 0,
         trust: trust.clone(),
         held_back: HashMap::new(),
+        asked: VecDeque::new(),
         asked_for_roots: None,
     };
     inherited.into_iter().for_each(|credentials| worker.inherit(credentials));
     shutdown::spawn(worker.run(asked, retain, signal));
-    Identities { board, wall, questions, retained: Arc::new(retained), trust }
+    Identities { board, posted, wall, questions, retained: Arc::new(retained), trust }
 }
 
 /// What is known about one identity.
 #[derive(Debug, Clone, Default)]
 struct Notice {
-    /// The newest certificate, perhaps ended.
+    /// The newest certificate that could be used when it came, perhaps ended.
     credentials: Option<Arc<Credentials>>,
     /// What the last attempt ended with, if it failed.
     failure: Option<Arc<IssueError>>,
@@ -141,6 +146,31 @@ pub struct Standing {
     pub failure: Option<Arc<IssueError>>,
 }
 
+/// Workloads of this node that cannot prove who they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// How many identities have no certificate that is valid now, and not because they are new.
+    pub lacking: usize,
+    /// How many there are on the node.
+    pub of: usize,
+    /// One of them, and why.
+    pub reason: String,
+}
+
+impl Shortage {
+    /// Whether nobody on the node has one.
+    pub fn is_total(&self) -> bool {
+        self.lacking == self.of
+    }
+}
+
+/// A certificate that is not shown yet.
+struct HeldBack {
+    /// When it will be.
+    at: SystemTime,
+    credentials: Arc<Credentials>,
+}
+
 /// Written by the worker alone.
 type Board = ArcSwap<HashMap<SpiffeId, Notice>>;
 
@@ -155,6 +185,7 @@ struct Question {
 #[derive(Clone)]
 pub struct Identities {
     board: Arc<Board>,
+    posted: watch::Sender<()>,
     wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     questions: mpsc::Sender<Question>,
     retained: Arc<watch::Sender<Arc<HashSet<SpiffeId>>>>,
@@ -162,7 +193,7 @@ pub struct Identities {
 }
 
 impl Identities {
-    /// The certificate of `id`. At once and without a lock if one is held that has not ended; otherwise the
+    /// The certificate of `id`. At once and without a lock if one is held that is valid now; otherwise the
     /// authority is asked, and the caller waits for up to 5 s.
     pub async fn credentials(&self, id: &SpiffeId) -> Result<Arc<Credentials>, Unavailable> {
         match self.current(id) {
@@ -171,11 +202,11 @@ impl Identities {
         }
     }
 
-    /// The certificate of `id`, if one is held that has not ended.
+    /// The certificate of `id`, if one is held that is valid now.
     pub fn current(&self, id: &SpiffeId) -> Option<Arc<Credentials>> {
         let board = self.board.load();
         let credentials = board.get(id)?.credentials.as_ref()?;
-        ((self.wall)() < credentials.not_after()).then(|| Arc::clone(credentials))
+        credentials.validity().holds_at((self.wall)()).then(|| Arc::clone(credentials))
     }
 
     /// By what peers are judged.
@@ -192,6 +223,49 @@ impl Identities {
     /// now on, all others are forgotten. The newest call counts.
     pub fn retain(&self, ids: HashSet<SpiffeId>) {
         self.retained.send_replace(Arc::new(ids));
+    }
+
+    /// Learns of every change of what is known of an identity.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.posted.subscribe()
+    }
+
+    /// Whether `id` has no certificate because the authority says nothing, neither yes nor no.
+    pub fn is_authority_silent(&self, id: &SpiffeId) -> bool {
+        self.current(id).is_none() && self.failure(id).is_some_and(|failure| failure.is_silence())
+    }
+
+    /// Every certificate that can be used now, by identity: for the daemon after this one.
+    pub fn usable(&self) -> Vec<Arc<Credentials>> {
+        let now = (self.wall)();
+        self.list().into_iter().filter(|held| held.validity().holds_at(now)).collect()
+    }
+
+    /// Which workloads of this node cannot prove who they are; `None` where all can. An identity that is new, and whose
+    /// first certificate is asked for in these seconds, does not count.
+    pub fn shortage(&self) -> Option<Shortage> {
+        let (board, retained, now) = (self.board.load(), self.retained.borrow(), (self.wall)());
+        let lacks = |id: &SpiffeId| {
+            let notice = board.get(id)?;
+            let why = match &notice.credentials {
+                Some(held) if held.validity().holds_at(now) => return None,
+                Some(held) if held.validity().is_ahead(now) => {
+                    "its certificate is not valid yet: is the clock right?"
+                }
+                Some(_) => "its certificate has ended",
+                None => "it has no certificate",
+            };
+            Some(match &notice.failure {
+                Some(failure) => format!("{id}: {why}: {}", chain(failure)),
+                // Without a certificate and without a failure it is new.
+                None => notice.credentials.as_ref().map(|_| format!("{id}: {why}"))?,
+            })
+        };
+        let mut ids: Vec<_> = retained.iter().collect();
+        ids.sort_unstable();
+        let mut reasons = ids.into_iter().filter_map(lacks);
+        let reason = reasons.next()?;
+        Some(Shortage { lacking: 1 + reasons.count(), of: retained.len(), reason })
     }
 
     /// Every certificate that is held, ended ones too, by identity: for dumps.
@@ -235,13 +309,17 @@ struct Worker {
     ca: Arc<dyn CertificateAuthority>,
     environment: Environment,
     board: Arc<Board>,
+    /// Tells of each change of the board.
+    posted: watch::Sender<()>,
     schedule: Schedule,
     waiting: HashMap<SpiffeId, Vec<Answer>>,
     /// The answers in `waiting`, counted.
     waiting_count: usize,
     trust: Trust,
-    /// Certificates under a root that peers may not know yet, until they are shown.
-    held_back: HashMap<SpiffeId, (SystemTime, Arc<Credentials>)>,
+    /// Certificates that are not valid yet, or under a root that peers may not know yet, until they are shown.
+    held_back: HashMap<SpiffeId, HeldBack>,
+    /// Requests of the last [`WAIT_DEADLINE`], the oldest first.
+    asked: VecDeque<(Instant, SpiffeId)>,
     /// When a peer of an unknown root last had the authority asked.
     asked_for_roots: Option<Instant>,
 }
@@ -257,6 +335,7 @@ impl Worker {
         let closing = signal.closing();
         tokio::pin!(closing);
         let (mut strangers, mut revocations) = (self.trust.strangers(), self.trust.revocations());
+        let mut clock = clock::changes();
         loop {
             let now = self.now();
             self.show_what_was_held_back(now);
@@ -264,8 +343,10 @@ impl Worker {
                 self.post(&id, |_| None);
             }
             while let Some(id) = self.schedule.next() {
+                self.asked.push_back((now.mono, id.clone()));
                 under_way.push(issue(Arc::clone(&self.ca), id));
             }
+            self.note_unanswered(now);
             tokio::select! {
                 () = &mut closing => return,
                 question = asked.recv() => match question {
@@ -287,21 +368,35 @@ impl Worker {
                     Ok(credentials) => self.issued(&id, credentials),
                     Err(error) => self.failed(&id, error),
                 },
-                () = sleep_until(self.schedule.wake_at(now)) => {}
+                Ok(()) = clock.changed() => {
+                    let now = self.now();
+                    tracing::info!(now = %humantime::format_rfc3339_seconds(now.wall), "the clock was set");
+                    self.schedule.clock_was_set(now);
+                }
+                () = sleep_until(self.wake_at(now)) => {}
             }
         }
     }
 
+    fn wake_at(&self, now: Now) -> Instant {
+        let shown = self.held_back.values().map(|held_back| {
+            now.mono + held_back.at.duration_since(now.wall).unwrap_or_default().min(LOOK_MAX)
+        });
+        let unanswered = self.asked.front().map(|(asked, _)| *asked + WAIT_DEADLINE);
+        shown.chain(unanswered).fold(self.schedule.wake_at(now), Instant::min)
+    }
+
     fn inherit(&mut self, credentials: Credentials) {
-        let now = self.now();
-        let (from, until) = (credentials.not_before(), credentials.not_after());
-        if until <= now.wall {
+        let (now, validity, id) = (self.now(), credentials.validity(), credentials.identity().clone());
+        if !validity.holds_at(now.wall) {
+            tracing::info!(identity = %id, "an earlier daemon's certificate is not valid now, and is not taken over");
             return;
         }
-        let life = until.duration_since(from).unwrap_or_default();
-        self.trust.learn(credentials.roots(), now.wall, life);
-        let id = credentials.identity().clone();
-        self.schedule.inherit(&id, (from, until), now, (self.environment.jitter)());
+        self.trust.learn(credentials.roots(), now.wall, validity.life());
+        self.schedule.inherit(&id, validity, now, (self.environment.jitter)());
+        if self.ca.life().is_some_and(|asked| is_longer(validity.life(), asked)) {
+            self.schedule.renew_soon(&id, now, (self.environment.jitter)());
+        }
         let credentials = Some(Arc::new(credentials.judged_by(&self.trust)));
         self.post(&id, |_| Some(Notice { credentials, failure: None }));
     }
@@ -314,7 +409,7 @@ impl Worker {
         let now = self.now();
         let notice = self.board.load().get(&id).cloned().unwrap_or_default();
         if let Some(credentials) = notice.credentials
-            && now.wall < credentials.not_after()
+            && credentials.validity().holds_at(now.wall)
         {
             let _gone = answer.send(Ok(credentials));
             return;
@@ -349,23 +444,50 @@ impl Worker {
             let error = InvalidCredentials::OtherIdentity { wanted: id.clone(), issued };
             return self.failed(id, error.into());
         }
-        if credentials.not_after() <= now.wall {
+        let validity = credentials.validity();
+        if validity.is_over(now.wall) {
             return self.failed(id, IssueError::Expired);
         }
-        let validity = (credentials.not_before(), credentials.not_after());
         let jitter = (self.environment.jitter)();
-        if self.schedule.issued(id, validity, now, jitter) == Issued::Publish {
-            tracing::debug!(identity = %id, serial = credentials.serial(), "certificate issued");
-            self.learn(&credentials, now);
-            self.publish(id, &credentials, now);
+        match self.schedule.issued(id, validity, now, jitter) {
+            Issued::Unwanted => self.tell(id, &Ok(credentials)),
+            Issued::Publish => {
+                tracing::debug!(identity = %id, serial = credentials.serial(), "certificate issued");
+                self.learn(&credentials, now);
+                self.publish(id, &credentials, now);
+                self.tell(id, &Ok(credentials));
+            }
+            Issued::Later => {
+                self.learn(&credentials, now);
+                let from = humantime::format_rfc3339_seconds(validity.from);
+                tracing::warn!(
+                    identity = %id, %from,
+                    "the new certificate is not valid yet and held back; compare the authority's clock with this node's"
+                );
+                self.publish(id, &credentials, now);
+                let shown = self.board.load().get(id).and_then(|notice| notice.credentials.clone());
+                self.tell(id, &Ok(shown.unwrap_or(credentials)));
+            }
+            Issued::TooEarly => {
+                self.learn(&credentials, now);
+                let sooner = |held: &HeldBack| {
+                    held.at <= validity.from && !held.credentials.validity().is_over(now.wall)
+                };
+                if !self.held_back.get(id).is_some_and(sooner) {
+                    self.hold_back(id, validity.from, &credentials);
+                }
+                let ahead = validity.from.duration_since(now.wall).unwrap_or_default();
+                // Whole seconds are precise enough for people.
+                let ahead = Duration::from_secs(ahead.as_secs() + 1);
+                self.failed(id, IssueError::NotYetValid(ahead));
+            }
         }
-        self.tell(id, &Ok(credentials));
     }
 
     /// Trusts the roots that came with a certificate. A new one is a reason to renew all others: they are then
     /// certified under it well before anybody ceases to trust the old one.
     fn learn(&mut self, credentials: &Credentials, now: Now) {
-        let life = credentials.not_after().duration_since(credentials.not_before()).unwrap_or_default();
+        let life = credentials.validity().life();
         if self.trust.learn(credentials.roots(), now.wall, life) == Learnt::NewRoot {
             let roots = self.trust.roots().len();
             tracing::info!(roots, "the certificate authority has a new root; all certificates are renewed");
@@ -373,29 +495,75 @@ impl Worker {
         }
     }
 
-    /// Shows a new certificate to peers from now on, or, if it is under another root than the one that is shown now,
-    /// later: peers that have not been told of that root yet accept only the old one, and all of them renew within
-    /// the life of a certificate. Half of what is left of the old one is a balance between those that know only the
-    /// old root and, later, those that never knew it.
+    /// Shows a new certificate to peers from now on, or later: once it is valid, and, if it is under another root than
+    /// the one that is shown now, once peers have heard of that. Those that have not been told of that root yet accept
+    /// only the old one, and all of them renew within the life of a certificate. Half of what is left of the old one is a
+    /// balance between those that know only the old root and, later, those that never knew it.
     fn publish(&mut self, id: &SpiffeId, credentials: &Arc<Credentials>, now: Now) {
         self.held_back.remove(id);
+        let valid = credentials.validity();
         let shown = self.board.load().get(id).and_then(|notice| notice.credentials.clone());
-        if let Some(shown) = shown.filter(|shown| now.wall < shown.not_after() && !self.is_revoked(shown))
+        let mut at = valid.from;
+        if let Some(shown) =
+            shown.filter(|shown| shown.validity().holds_at(now.wall) && !self.is_revoked(shown))
             && !credentials.leads_to(shown.roots())
         {
-            let at = now.wall + shown.not_after().duration_since(now.wall).unwrap_or_default() / 2;
+            at = at.max(now.wall + shown.validity().left(now.wall) / 2);
             tracing::info!(identity = %id, ?at, "certificate under a new root: shown once peers know the root");
-            self.held_back.insert(id.clone(), (at, Arc::clone(credentials)));
+        }
+        if now.wall < at {
+            self.hold_back(id, at, credentials);
             return self.post(id, |notice| Some(Notice { failure: None, ..notice }));
         }
         let notice = Notice { credentials: Some(Arc::clone(credentials)), failure: None };
         self.post(id, |_| Some(notice));
     }
 
+    fn hold_back(&mut self, id: &SpiffeId, at: SystemTime, credentials: &Arc<Credentials>) {
+        self.held_back.insert(id.clone(), HeldBack { at, credentials: Arc::clone(credentials) });
+    }
+
+    /// Shows what is due, and what is better than a certificate that a clock that was set has made useless.
     fn show_what_was_held_back(&mut self, now: Now) {
-        let due: Vec<_> = self.held_back.extract_if(|_, (at, _)| *at <= now.wall).collect();
-        for (id, (_, credentials)) in due {
-            self.post(&id, |notice| Some(Notice { credentials: Some(credentials), ..notice }));
+        if self.held_back.is_empty() {
+            return;
+        }
+        let board = self.board.load_full();
+        let in_use = |id: &SpiffeId| {
+            let shown = board.get(id).and_then(|notice| notice.credentials.as_ref());
+            shown.is_some_and(|shown| shown.validity().holds_at(now.wall))
+        };
+        let due: Vec<_> = self
+            .held_back
+            .extract_if(|id, held| {
+                let valid = held.credentials.validity();
+                valid.is_over(now.wall) || (!valid.is_ahead(now.wall) && (held.at <= now.wall || !in_use(id)))
+            })
+            .collect();
+        for (id, HeldBack { credentials, .. }) in due {
+            let (valid, jitter) = (credentials.validity(), (self.environment.jitter)());
+            if valid.is_over(now.wall) || !self.schedule.in_force(&id, valid, now, jitter) {
+                continue;
+            }
+            tracing::info!(identity = %id, serial = credentials.serial(), "certificate that was held back is shown");
+            self.post(&id, |_| Some(Notice { credentials: Some(Arc::clone(&credentials)), failure: None }));
+            self.tell(&id, &Ok(credentials));
+        }
+        self.held_back.retain(|id, _| self.schedule.knows(id));
+    }
+
+    /// Says of requests that nobody answers that this is so, to those who ask what is wrong.
+    fn note_unanswered(&mut self, now: Now) {
+        while let Some((asked, _)) = self.asked.front()
+            && *asked + WAIT_DEADLINE <= now.mono
+            && let Some((_, id)) = self.asked.pop_front()
+        {
+            let known = self.board.load().get(&id).is_some_and(|notice| notice.failure.is_some());
+            if !known && self.schedule.is_awaited(&id, now) {
+                let failure = Some(Arc::new(IssueError::Unanswered(WAIT_DEADLINE)));
+                tracing::warn!(identity = %id, "the certificate authority has not answered yet; going on waiting for it");
+                self.post(&id, |notice| Some(Notice { failure, ..notice }));
+            }
         }
     }
 
@@ -473,7 +641,14 @@ impl Worker {
             board.insert(id.clone(), notice);
         }
         self.board.store(Arc::new(board));
+        self.posted.send_replace(());
     }
+}
+
+/// Whether certificates that live for `life` live longer than is asked for now, by more than authorities add (they
+/// backdate).
+fn is_longer(life: Duration, asked: Duration) -> bool {
+    life > asked + (asked / 10).max(Duration::from_secs(300))
 }
 
 /// One request, which ends in time and does not take the worker along when it panics.

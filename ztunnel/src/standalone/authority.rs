@@ -29,6 +29,7 @@ use crate::identity::ca::{CertificateAuthority, IssueError};
 use crate::model::identity::{SpiffeId, TrustDomain};
 use crate::standalone::authority::root::Root;
 use crate::tls::configs::Credentials;
+use crate::tls::validity::Validity;
 
 /// A workload's certificate is valid for so long, Istio's default.
 const LEAF_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -121,7 +122,7 @@ pub struct Authority {
 struct Intermediate {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
-    not_after: SystemTime,
+    validity: Validity,
 }
 
 impl Authority {
@@ -157,7 +158,7 @@ impl Authority {
 
     fn issue_at(&self, identity: &SpiffeId, now: SystemTime) -> Result<Credentials, IssueError> {
         let intermediate = self.intermediate(now).map_err(signing)?;
-        let (not_before, not_after) = (now - SKEW, (now + LEAF_LIFE).min(intermediate.not_after));
+        let (not_before, not_after) = (now - SKEW, (now + LEAF_LIFE).min(intermediate.validity.until));
         if not_after <= now {
             return Err(IssueError::Refused { reason: "the root certificate has expired".to_owned() });
         }
@@ -171,11 +172,14 @@ impl Authority {
         Ok(credentials.with_root_certificates(Arc::clone(&self.root_certificates)))
     }
 
-    /// The node's intermediate, replaced when it has not much longer to go and the root allows for more.
+    /// The node's intermediate, replaced when it has not much longer to go and the root allows for more, and when the
+    /// clock was set back to before it: nobody would accept what it signs.
     fn intermediate(&self, now: SystemTime) -> Result<Arc<Intermediate>, rcgen::Error> {
         // The value is replaced as a whole, so a panic elsewhere leaves it good.
         let mut held = self.intermediate.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.not_after < now + INTERMEDIATE_LEFT_MIN && held.not_after < self.root.not_after() {
+        let until = held.validity.until;
+        let ends = until < now + INTERMEDIATE_LEFT_MIN && until < self.root.not_after();
+        if ends || held.validity.is_ahead(now) {
             *held = Arc::new(Intermediate::new(&self.root, &self.node, now)?);
         }
         Ok(Arc::clone(&held))
@@ -197,10 +201,11 @@ impl Intermediate {
     fn new(root: &Root, node: &str, now: SystemTime) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let not_after = (now + INTERMEDIATE_LIFE).min(root.not_after());
-        let mut params = authority(node, 0, now - SKEW, not_after);
+        let validity = Validity { from: now - SKEW, until: not_after };
+        let mut params = authority(node, 0, validity.from, validity.until);
         params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&key, root.issuer())?.into();
-        Ok(Self { issuer: Issuer::new(params, key), certificate, not_after })
+        Ok(Self { issuer: Issuer::new(params, key), certificate, validity })
     }
 }
 

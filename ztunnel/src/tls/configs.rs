@@ -1,8 +1,8 @@
 //! What one workload needs for mutual TLS: its certificate, key and roots, and the rustls configurations made
 //! of them.
 //!
-//! Knows no clock: whether a certificate is still valid is the peer's to judge, and to renew in time that of
-//! [`crate::identity`].
+//! Knows no clock: whether a certificate is valid now ([`Credentials::validity`]) is the peer's to judge, and to renew
+//! in time and to show none that is not that of [`crate::identity`].
 
 use std::fmt;
 use std::sync::{Arc, LazyLock, OnceLock};
@@ -21,6 +21,7 @@ use zeroize::Zeroize;
 
 use crate::model::identity::SpiffeId;
 use crate::tls::trust::Trust;
+use crate::tls::validity::Validity;
 use crate::tls::verify::{self, ALPN, Expected, NotAccepted, SameTrustDomain};
 
 /// The cryptography of the mesh: TLS 1.3 with AES-GCM, key exchange hybrid with ML-KEM where the peer can.
@@ -243,6 +244,11 @@ impl Credentials {
     /// When the first certificate of the chain ends: from then on no peer accepts this chain.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
+    }
+
+    /// From when to when peers accept the chain: every certificate of it is valid then.
+    pub fn validity(&self) -> Validity {
+        Validity { from: SystemTime::UNIX_EPOCH + self.complete_from, until: self.not_after }
     }
 
     /// The serial number of the workload's certificate, as hexadecimal bytes joined by colons.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use tokio::time::timeout;
 use x509_parser::prelude::FromDer;
 use ztunnel_tests::ca::Answer;
 use ztunnel_tests::ca::Asked;
@@ -174,11 +175,35 @@ async fn the_next_address_is_asked_when_one_is_away_and_stayed_with() {
     second.answer(Answer::Refuse(Code::Unavailable, "draining"));
     ask(&istiod).await.unwrap();
     assert_eq!((asked(&first), asked(&second)), (1, 1));
-    // It hangs: there is time left for another.
+    // It hangs: another is asked beside it.
     first.answer(Answer::Hang);
     second.answer(Answer::Issue);
     ask(&istiod).await.unwrap();
     assert_eq!((asked(&first), asked(&second)), (1, 1));
+}
+
+#[tokio::test]
+async fn an_authority_that_is_slow_is_asked_once_and_its_answer_counts() {
+    let authority = authority("root");
+    authority.answer(Answer::After(Duration::from_secs(6)));
+    let istiod = client(vec![trusting(&authority)]);
+    ask(&istiod).await.unwrap();
+    assert_eq!(authority.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn of_two_authorities_that_are_slow_the_first_answer_counts() {
+    let (slow, slower) = (authority("slow"), authority("slower"));
+    slow.answer(Answer::After(Duration::from_secs(6)));
+    slower.answer(Answer::Hang);
+    let istiod = client(vec![trusting(&slow), trusting(&slower)]);
+    let credentials = ask(&istiod).await.unwrap();
+    assert_eq!(credentials.identity(), &id(WHO));
+    assert_eq!((slow.asked().len(), slower.asked().len()), (1, 1));
+    // It is stayed with.
+    slow.answer(Answer::Issue);
+    ask(&istiod).await.unwrap();
+    assert_eq!((slow.asked().len(), slower.asked().len()), (1, 0));
 }
 
 #[tokio::test]

@@ -39,7 +39,7 @@ struct Node {
     pki: Pki,
     wall: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     /// How far the wall clock was set forward, in seconds.
-    set_forward: Arc<std::sync::atomic::AtomicU64>,
+    set_forward: Arc<std::sync::atomic::AtomicI64>,
     began: Instant,
 }
 
@@ -58,12 +58,13 @@ impl Node {
     ) -> Self {
         let pki = Pki::new();
         let began = Instant::now();
-        let set_forward = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let set_forward = Arc::new(std::sync::atomic::AtomicI64::new(0));
         let wall: Arc<dyn Fn() -> SystemTime + Send + Sync> = {
             let set_forward = Arc::clone(&set_forward);
             Arc::new(move || {
                 let set = set_forward.load(std::sync::atomic::Ordering::Relaxed);
-                SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + set) + began.elapsed()
+                let seconds = 1_800_000_000_u64.saturating_add_signed(set);
+                SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + began.elapsed()
             })
         };
         let (sender, calls) = mpsc::unbounded_channel();
@@ -105,6 +106,20 @@ impl Node {
     fn ask(&self, who: &SpiffeId) -> tokio::task::JoinHandle<Result<Arc<Credentials>, Unavailable>> {
         let (identities, who) = (self.identities.clone(), who.clone());
         shutdown::spawn(async move { identities.credentials(&who).await })
+    }
+
+    /// Certifies for a day from so many seconds after now.
+    fn grant_ahead(&self, call: Call, ahead: u64) -> String {
+        let from = (self.wall)() + Duration::from_secs(ahead);
+        let credentials = self.pki.credentials(&call.id, from, from + DAY);
+        let serial = credentials.serial().to_owned();
+        assert!(call.answer.send(Ok(credentials)).is_ok(), "nobody waits for the answer");
+        serial
+    }
+
+    /// The clock is set forward by so many seconds, in all.
+    fn set_clock(&self, seconds: i64) {
+        self.set_forward.store(seconds, std::sync::atomic::Ordering::Relaxed);
     }
 
     fn retain(&self, ids: &[&SpiffeId]) {
@@ -257,7 +272,7 @@ async fn a_connection_outwaits_a_short_outage_and_hears_of_a_long_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_authority_that_does_not_answer_costs_5_s_and_is_given_up_after_10() {
+async fn an_authority_that_does_not_answer_costs_5_s_and_is_given_up_after_a_minute() {
     let mut node = Node::start();
     let who = account("a");
     node.retain(&[&who]);
@@ -265,15 +280,145 @@ async fn an_authority_that_does_not_answer_costs_5_s_and_is_given_up_after_10() 
     let _silent = node.call().await;
     let error = waiting.await.unwrap().unwrap_err();
     assert_eq!(asked.elapsed(), WAIT_DEADLINE);
-    assert!(matches!(error, Unavailable::Late { source: None, .. }), "{error:?}");
+    assert!(matches!(error, Unavailable::Late { .. }), "{error:?}");
     assert!(error.to_string().ends_with("within 5s"), "{error}");
+    settle().await;
+    let failure = node.identities.failure(&who).expect("those who ask are told");
+    assert!(matches!(*failure, IssueError::Unanswered(WAIT_DEADLINE)), "{failure:?}");
     let call = node.call().await;
-    assert_eq!(asked.elapsed().as_secs(), 11);
+    assert_eq!(asked.elapsed().as_secs(), 61);
     let failure = node.identities.failure(&who).expect("the request was given up");
     assert!(matches!(*failure, IssueError::Deadline(ISSUE_DEADLINE)), "{failure:?}");
     node.grant(call);
     settle().await;
     assert!(node.identities.current(&who).is_some());
+}
+
+/// The slower an authority is, the fewer requests it gets; and each of them counts.
+#[tokio::test(start_paused = true)]
+async fn a_slow_authority_is_waited_for_and_not_besieged() {
+    let (mut most, hour) = (usize::MAX, 3600);
+    for takes in [1, 6, 20, 50, 70] {
+        let mut node = Node::start();
+        let who = account("a");
+        node.retain(&[&who]);
+        let (mut asked, mut under_way, began) = (0, None, Instant::now());
+        // Connections come all the time.
+        while began.elapsed() < Duration::from_secs(hour) {
+            drop(node.ask(&who));
+            settle().await;
+            if let Ok(call) = node.calls.try_recv() {
+                asked += 1;
+                under_way = Some((call, Instant::now()));
+            }
+            if let Some((call, _)) = under_way.take_if(|(_, since)| since.elapsed().as_secs() >= takes) {
+                let now = (node.wall)();
+                let _given_up = call.answer.send(Ok(node.pki.credentials(&call.id, now, now + DAY)));
+            }
+            advance(Duration::from_secs(1)).await;
+        }
+        assert!(asked <= most, "at {takes} s it is asked {asked} times, when it was faster {most} times");
+        most = asked.max(60);
+        if takes < 60 {
+            assert_eq!(asked, 1, "at {takes} s");
+            assert!(node.identities.current(&who).is_some());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_not_valid_yet_is_held_back_while_the_old_one_is() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    let old = node.identities.current(&who).unwrap();
+    let call = node.call().await;
+    let (serial, began) = (node.grant_ahead(call, 3600), Instant::now());
+    settle().await;
+    while began.elapsed() < HOUR {
+        let current = node.identities.current(&who).expect("one of them is valid");
+        assert_eq!(current.serial(), old.serial(), "after {:?}", began.elapsed());
+        assert_eq!(node.identities.shortage(), None);
+        advance(Duration::from_secs(10)).await;
+    }
+    settle().await;
+    assert_eq!(node.identities.current(&who).unwrap().serial(), serial);
+    node.no_call().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_certificate_that_is_not_valid_yet_waits_for_its_time_and_the_reason_is_told() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.retain(&[&who]);
+    let waiting = node.ask(&who);
+    let mut serials = Vec::new();
+    let began = Instant::now();
+    // The authority's clock is 20 s ahead; it is asked again with growing delays, at 0, 1, 3, 7 and 15 s.
+    for _ in 0..5 {
+        let call = node.call().await;
+        serials.push(node.grant_ahead(call, 20));
+        settle().await;
+        assert!(node.identities.current(&who).is_none());
+        assert!(node.identities.usable().is_empty());
+    }
+    assert_eq!(began.elapsed().as_secs(), 15);
+    let error = waiting.await.unwrap().unwrap_err();
+    let source = std::error::Error::source(&error).expect("the reason is given").to_string();
+    assert!(source.contains("valid only in 2"), "{source}");
+    assert!(source.contains("compare its clock"), "{source}");
+    let shortage = node.identities.shortage().expect("nobody has one");
+    assert!(shortage.is_total() && shortage.reason.starts_with(who.as_str()), "{shortage:?}");
+    // The first one's time has come, whatever came after it.
+    advance(Duration::from_secs(21).saturating_sub(began.elapsed())).await;
+    settle().await;
+    assert_eq!(node.identities.current(&who).unwrap().serial(), serials[0]);
+    assert_eq!(node.identities.shortage(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn certificates_made_while_the_clock_was_ahead_are_replaced_as_soon_as_it_is_right() {
+    let mut node = Node::start();
+    let who = account("a");
+    node.hold(&who).await;
+    node.set_clock(2 * 86_400);
+    let ahead = node.identities.shortage().expect("the certificate has ended, for all this node knows");
+    assert!(ahead.reason.contains("has ended"), "{ahead:?}");
+    let waiting = node.ask(&who);
+    let call = node.call().await;
+    node.grant(call);
+    assert!(waiting.await.unwrap().is_ok());
+    assert_eq!(node.identities.shortage(), None);
+    node.set_clock(0);
+    assert!(node.identities.current(&who).is_none(), "peers would not accept it");
+    assert!(node.identities.usable().is_empty(), "nor does the next daemon get it");
+    let shortage = node.identities.shortage().expect("it is of no use");
+    assert!(shortage.reason.contains("not valid yet: is the clock right?"), "{shortage:?}");
+    // Also where no connection comes and the kernel does not tell that the clock was set.
+    let set = Instant::now();
+    let call = node.call().await;
+    assert!(set.elapsed() <= LOOK_MAX, "{:?}", set.elapsed());
+    node.grant(call);
+    settle().await;
+    assert!(node.identities.current(&who).is_some());
+    assert_eq!(node.identities.shortage(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_some_without_a_certificate_are_counted_and_new_ones_are_not() {
+    let mut node = Node::start();
+    let (good, bad) = (account("good"), account("bad"));
+    node.retain(&[&good, &bad]);
+    settle().await;
+    assert_eq!(node.identities.shortage(), None, "they are new");
+    for _ in 0..2 {
+        let call = node.call().await;
+        if call.id == good { node.grant(call) } else { call.refuse() }
+    }
+    settle().await;
+    let shortage = node.identities.shortage().unwrap();
+    assert_eq!((shortage.lacking, shortage.of, shortage.is_total()), (1, 2, false));
+    assert!(shortage.reason.contains("sa/bad") && shortage.reason.contains("not today"), "{shortage:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -416,13 +561,13 @@ async fn a_clock_that_is_set_forward_is_noticed() {
     let mut node = Node::start();
     let who = account("a");
     node.hold(&who).await;
-    node.set_forward.store(13 * 3600, std::sync::atomic::Ordering::Relaxed);
+    node.set_clock(13 * 3600);
     let set = Instant::now();
     let call = node.call().await;
     assert!(set.elapsed() <= Duration::from_secs(60));
     node.grant(call);
     settle().await;
-    node.set_forward.store(50 * 3600, std::sync::atomic::Ordering::Relaxed);
+    node.set_clock(50 * 3600);
     assert!(node.identities.current(&who).is_none(), "an ended certificate is not served for a moment");
     let waiting = node.ask(&who);
     let call = node.call().await;
@@ -695,18 +840,20 @@ async fn a_certificate_of_our_own_that_was_revoked_is_replaced() {
 
 #[tokio::test(start_paused = true)]
 async fn what_an_earlier_daemon_left_serves_until_it_is_due() {
-    let (who, gone, ended) = (account("a"), account("gone"), account("ended"));
+    let (who, gone, ended, early) = (account("a"), account("gone"), account("ended"), account("early"));
     let left = |pki: &Pki, wall: &Arc<dyn Fn() -> SystemTime + Send + Sync>| {
         let now = wall();
         vec![
             pki.credentials(&who, now - 2 * HOUR, now + 22 * HOUR),
             pki.credentials(&gone, now - 2 * HOUR, now + 22 * HOUR),
             pki.credentials(&ended, now - DAY, now),
+            pki.credentials(&early, now + HOUR, now + DAY),
         ]
     };
     let mut node = Node::inheriting(0.0, left);
     assert!(node.identities.credentials(&who).await.is_ok(), "at once");
     assert!(node.identities.current(&ended).is_none());
+    assert_eq!(node.identities.list().len(), 2, "what is not valid now is not taken over");
     node.retain(&[&who]);
     settle().await;
     assert!(node.identities.current(&gone).is_none(), "no workload has it any more");
@@ -717,4 +864,49 @@ async fn what_an_earlier_daemon_left_serves_until_it_is_due() {
     call.refuse();
     settle().await;
     assert!(node.identities.current(&who).is_some());
+}
+
+struct Brief(Scripted);
+
+impl CertificateAuthority for Brief {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Credentials, IssueError>> {
+        self.0.issue(identity)
+    }
+
+    fn life(&self) -> Option<Duration> {
+        Some(HOUR)
+    }
+}
+
+#[test]
+fn only_certificates_that_live_longer_than_is_asked_for_now_are_renewed_for_it() {
+    let minutes = |n: u64| Duration::from_secs(n * 60);
+    for (life, asked, longer) in [
+        (24 * HOUR, HOUR, true),
+        // What authorities add, or take away.
+        (24 * HOUR + minutes(2), 24 * HOUR, false),
+        (HOUR, 24 * HOUR, false),
+        (minutes(65), HOUR, false),
+        (minutes(70), HOUR, true),
+    ] {
+        assert_eq!(is_longer(life, asked), longer, "{life:?} {asked:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shorter_life_asked_for_holds_for_what_an_earlier_daemon_left_within_a_minute() {
+    let (pki, who, began) = (Pki::new(), account("a"), Instant::now());
+    let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+    let wall = Arc::new(move || start + began.elapsed());
+    let environment = Environment { wall, jitter: Box::new(|| 1.0) };
+    let (sender, mut calls) = mpsc::unbounded_channel();
+    let left = vec![pki.credentials(&who, start - HOUR, start + 23 * HOUR)];
+    let (_trigger, signal) = shutdown::channel();
+    let ca = Arc::new(Brief(Scripted(sender)));
+    let identities = start_in(environment, ca, Trust::default(), left, signal);
+    identities.retain([who.clone()].into());
+    let call = calls.recv().await.unwrap();
+    assert!(began.elapsed() <= Duration::from_secs(61), "{:?}", began.elapsed());
+    assert!(identities.current(&who).is_some(), "the old one serves until then");
+    assert_eq!(call.id, who);
 }

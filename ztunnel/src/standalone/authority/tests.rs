@@ -93,6 +93,19 @@ fn the_intermediate_is_replaced_before_it_would_cut_a_leaf_short() {
 }
 
 #[test]
+fn an_intermediate_of_a_clock_that_was_ahead_is_replaced_once_it_is_right() {
+    let dir = TempDir::new().unwrap();
+    let (now, day) = (SystemTime::now(), Duration::from_secs(24 * 60 * 60));
+    let authority = open(dir.path()).unwrap();
+    // So far ahead that the intermediate was made anew then.
+    let ahead = authority.issue_at(&id(), now + 29 * day).unwrap();
+    assert!(ahead.validity().is_ahead(now));
+    let right = authority.issue_at(&id(), now).unwrap();
+    assert!(right.validity().holds_at(now), "{:?}", right.validity());
+    assert_ne!(ahead.chain()[1], right.chain()[1]);
+}
+
+#[test]
 fn nothing_outlives_the_root() {
     let dir = TempDir::new().unwrap();
     let now = SystemTime::now();

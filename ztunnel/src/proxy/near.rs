@@ -175,7 +175,7 @@ fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), 
     if one.identity().trust_domain() != other.identity().trust_domain() {
         return Err(Far::OtherTrustDomain);
     }
-    if ![one, other].iter().all(|held| held.not_before() <= now && now < held.not_after()) {
+    if ![one, other].iter().all(|held| held.validity().holds_at(now)) {
         return Err(Far::NotValid);
     }
     if one.roots().roots != other.roots().roots {
@@ -189,8 +189,11 @@ fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), 
 ///
 /// The identity with which the connection is judged is the source workload's own. What proves it over the wire is the
 /// private key of its certificate; here the daemon itself accepted the connection from that pod, and holds that
-/// key. So neither end's connection gets further than its certificates reach: without a valid one for each there is no
-/// handing over.
+/// key. So neither end's connection gets further than its certificates reach: one that the authority refuses, or that
+/// has not been asked for yet, is waited for by way of the tunnel, and so are two that do not fit.
+///
+/// While the authority says nothing at all, neither yes nor no, the mesh alone says who the two pods are: it is the same
+/// that tells whose certificates are to be asked for, and nothing of the connection leaves this process.
 pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     if !shard.config.near || shard.signal.is_draining() {
         return None;
@@ -205,7 +208,18 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     let identity = destination.identity.clone();
     is_neighbour(&Asked { route, identity: &identity }, &to).ok()?;
     let held = |identity| shard.identities.current(identity);
-    agree(&*held(&route.source.identity)?, &*held(&identity)?, SystemTime::now()).ok()?;
+    match [&route.source.identity, &identity].map(held) {
+        [Some(one), Some(other)] => agree(&one, &other, SystemTime::now()).ok()?,
+        // Who has none may have it only because the authority is away.
+        ends => {
+            let known = [&route.source.identity, &identity].into_iter().zip(ends);
+            let vouched = |(id, held): (&SpiffeId, Option<_>)| {
+                held.is_some() || shard.identities.is_authority_silent(id)
+            };
+            let one_domain = route.source.identity.trust_domain() == identity.trust_domain();
+            (one_domain && known.into_iter().all(vouched)).then_some(())?;
+        }
+    }
     Some(to)
 }
 

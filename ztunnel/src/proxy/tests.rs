@@ -92,7 +92,8 @@ const CLIENT: &str = "10.0.0.1";
 const SERVER: &str = "10.0.0.2";
 const SERVICE: &str = "10.0.0.2:80";
 
-/// The authority and the roots it shares with tests that speak HBONE themselves. It has nothing for `stranger`.
+/// The authority and the roots it shares with tests that speak HBONE themselves. It has nothing for `stranger`, and says
+/// nothing of `orphan`.
 struct Ca(Arc<TestCa>);
 
 impl CertificateAuthority for Ca {
@@ -100,6 +101,9 @@ impl CertificateAuthority for Ca {
         Box::pin(async move {
             if *identity == id("stranger") {
                 return Err(IssueError::Refused { reason: "unknown".to_owned() });
+            }
+            if *identity == id("orphan") {
+                return Err(IssueError::Unreachable("away".into()));
             }
             Ok(self.0.certify(identity))
         })
@@ -1294,5 +1298,35 @@ async fn without_a_certificate_there_is_no_neighbour() {
         node.mesh.publish(Mesh::new(TrustDomain::default(), workloads, [], []));
         node.refused(node.outbound).await;
         node.logged(&["direction=\"outbound\"", why]).await;
+    }
+}
+
+#[tokio::test]
+async fn while_the_authority_says_nothing_neighbours_are_who_the_mesh_says() {
+    for (client, server) in [("orphan", "server"), ("client", "orphan"), ("orphan", "orphan")] {
+        let mut node = Node::start_near(Config::default()).await;
+        let identities = node.plane.shards[0].identities.clone();
+        let asked = identities.clone();
+        shutdown::spawn(async move { asked.credentials(&id("orphan")).await });
+        let silent = async {
+            while !identities.is_authority_silent(&id("orphan")) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, silent).await.expect("the failure is noted");
+        let as_whom = |name, who, address| {
+            Arc::new(Workload { identity: id(who), ..Workload::clone(&workload(name, address)) })
+        };
+        let workloads = [as_whom("client", client, CLIENT), as_whom("server", server, SERVER)];
+        let only = allow_only(&format!("cluster.local/ns/test/sa/{client}"));
+        node.mesh.publish(Mesh::new(TrustDomain::default(), workloads.clone(), [], [Arc::new(only)]));
+        let (mut one, mut other) = node.connect().await;
+        say(&mut one, &mut other, b"question").await;
+        drop((one, other));
+        node.logged(&["direction=\"inbound\"", &format!("/sa/{client}\"")]).await;
+        // Policies hold for that identity as for any other.
+        let only = allow_only("cluster.local/ns/test/sa/somebody");
+        node.mesh.publish(Mesh::new(TrustDomain::default(), workloads, [], [Arc::new(only)]));
+        node.refused(node.outbound).await;
     }
 }

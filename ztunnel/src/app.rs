@@ -190,8 +190,9 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     let authority = certificates::authority(&config, &trust_domain)?;
     let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
     let socket = run_dir.join(CONTROL_SOCKET);
-    let inherited = certificates::inherited(&socket).await;
+    let inherited = certificates::inherited(&socket, config.cert_cache.as_deref()).await;
     let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
+    certificates::look_after(&config, &identities, &ready, &signal);
     let left = identities.clone();
     let (writer, reader) = mesh::mesh();
     let pods_pending = ready.block("workload proxy manager");
@@ -260,7 +261,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let legacy = Box::new(move || inheritance::encode(&left.list()));
+    let legacy = Box::new(move || inheritance::encode(&left.usable()));
     let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),

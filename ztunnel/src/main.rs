@@ -56,7 +56,7 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
             Ok(ExitCode::from(commands::selftest(&places.capture)?))
         }
         Command::Uninstall(typed) => {
-            commands::uninstall(&resolved::places(&typed.kernel)?)?;
+            commands::uninstall(&resolved::places(&typed.kernel)?, typed.cert_cache.as_deref())?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Config(typed) => {

@@ -1,21 +1,33 @@
 //! Whether the daemon is ready, and if not, for whom it waits.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::SystemTime;
 
+use crate::identity::worker::Identities;
+use crate::identity::worker::Shortage;
+
 /// Ready once nobody blocks it. Cheap to clone. A new one is ready: whoever must come first blocks it before the
 /// server starts.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<Mutex<State>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     blockers: BTreeMap<&'static str, usize>,
     stale: Option<SystemTime>,
+    identities: Option<Identities>,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { blockers, stale, .. } = self;
+        f.debug_struct("State").field("blockers", blockers).field("stale", stale).finish_non_exhaustive()
+    }
 }
 
 /// Keeps the daemon from being ready until [`Blocker::lift`] is called. Dropping it does not lift it: a task that
@@ -53,6 +65,16 @@ impl Readiness {
     /// What [`Self::stale`] was last told.
     pub fn stale_since(&self) -> Option<SystemTime> {
         self.state().stale
+    }
+
+    /// From now on it counts whether the workloads of this node can prove who they are.
+    pub fn certificates(&self, identities: Identities) {
+        self.state().identities = Some(identities);
+    }
+
+    /// Which of them cannot.
+    pub fn shortage(&self) -> Option<Shortage> {
+        self.state().identities.as_ref().and_then(Identities::shortage)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -33,6 +33,7 @@ use crate::admin::console;
 use crate::admin::console::Console;
 use crate::admin::quit::Unanswered;
 use crate::admin::ready::Readiness;
+use crate::identity::worker::Shortage;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::telemetry::Telemetry;
@@ -236,18 +237,27 @@ fn wants_openmetrics(asked: &HeaderMap) -> bool {
 }
 
 fn ready(readiness: &Readiness) -> Response<Body> {
-    let pending = readiness.pending();
-    if pending.is_empty() {
-        match readiness.stale_since() {
-            None => text(StatusCode::OK, "ready\n"),
-            Some(since) => {
-                let age = since.elapsed().unwrap_or_default().as_secs();
-                text(StatusCode::OK, format!("ready, with the mesh of {age} seconds ago: no control plane\n"))
-            }
-        }
-    } else {
+    let age = readiness.stale_since().map(|since| since.elapsed().unwrap_or_default().as_secs());
+    match state(&readiness.pending(), age, readiness.shortage().as_ref()) {
+        Ok(ready) => text(StatusCode::OK, ready),
         // Istio's status for it.
-        text(StatusCode::INTERNAL_SERVER_ERROR, format!("not ready, pending: {}\n", pending.join(", ")))
+        Err(not_ready) => text(StatusCode::INTERNAL_SERVER_ERROR, not_ready),
+    }
+}
+
+/// What who asks is told: whether the daemon is ready, and what to know of it in either case. `age`: of the mesh in
+/// seconds, where it may be old.
+fn state(pending: &[&str], age: Option<u64>, shortage: Option<&Shortage>) -> Result<String, String> {
+    if !pending.is_empty() {
+        return Err(format!("not ready, pending: {}\n", pending.join(", ")));
+    }
+    let age = age.map_or_else(String::new, |age| format!(", with the mesh of {age} seconds ago: no control plane"));
+    let Some(short) = shortage else { return Ok(format!("ready{age}\n")) };
+    let Shortage { lacking, of, reason } = short;
+    match short.is_total() {
+        // Whatever its pods send to other nodes fails, and what those send to them.
+        true => Err(format!("not ready, none of {of} identities of this node has a valid certificate: {reason}\n")),
+        false => Ok(format!("ready{age}; {lacking} of {of} identities have no valid certificate: {reason}\n")),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is demanded of peers' certificates, as configured, and what is told about it.
 
+use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +12,8 @@ use crate::identity::ca::CertificateAuthority;
 use crate::identity::crl;
 use crate::identity::inheritance;
 use crate::identity::istiod::Istiod;
+use crate::identity::kept;
+use crate::identity::worker::Identities;
 use crate::model::identity::TrustDomain;
 use crate::shutdown;
 use crate::shutdown::Signal;
@@ -67,9 +70,11 @@ pub fn authority(
     })
 }
 
-/// What the daemon that serves the node now leaves to this one, if there is one.
-pub async fn inherited(socket: &Path) -> Vec<Credentials> {
-    let Some(bytes) = handover::credentials(socket).await else { return Vec::new() };
+/// What the daemon that serves the node now leaves to this one, if there is one; else what the last one kept.
+pub async fn inherited(socket: &Path, cache: Option<&Path>) -> Vec<Credentials> {
+    let Some(bytes) = handover::credentials(socket).await else {
+        return cache.map(kept_at).unwrap_or_default();
+    };
     match inheritance::decode(&bytes) {
         Ok(inherited) => {
             tracing::info!(certificates = inherited.len(), "taken over from the running daemon");
@@ -79,6 +84,29 @@ pub async fn inherited(socket: &Path) -> Vec<Credentials> {
             tracing::warn!(%error, "the authority is asked for all certificates");
             Vec::new()
         }
+    }
+}
+
+/// What an earlier daemon has kept in the file at `path`.
+pub fn kept_at(path: &Path) -> Vec<Credentials> {
+    match kept::load(path) {
+        Ok(kept) => {
+            tracing::info!(certificates = kept.len(), path = %path.display(), "kept certificates read");
+            kept
+        }
+        Err(error) => {
+            let path = path.display();
+            tracing::warn!(%path, error = &error as &dyn Error, "the kept certificates are not used");
+            Vec::new()
+        }
+    }
+}
+
+/// From now on certificates are kept where they are to be, and readiness tells if they are missing.
+pub fn look_after(config: &Run, identities: &Identities, ready: &Readiness, signal: &Signal) {
+    ready.certificates(identities.clone());
+    if let Some(path) = &config.cert_cache {
+        kept::keep(path.clone(), identities.clone(), signal.clone());
     }
 }
 

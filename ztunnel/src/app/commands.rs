@@ -11,6 +11,7 @@ use crate::capture;
 use crate::config::env::Settings;
 use crate::config::raw::Output;
 use crate::config::resolved::Places;
+use crate::identity::kept;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file;
 
@@ -23,6 +24,9 @@ pub enum UninstallError {
     /// Something could not be removed.
     #[error("not everything is removed")]
     Capture(#[from] capture::uninstall::UninstallError),
+    /// The keys are still there.
+    #[error("the kept certificates at {0} are not removed")]
+    Certificates(String, #[source] std::io::Error),
     /// Standard output is closed.
     #[error("cannot print")]
     Print(#[from] std::io::Error),
@@ -105,11 +109,15 @@ pub fn selftest(config: &capture::Config) -> std::io::Result<u8> {
     Ok(u8::from(!verdict.works))
 }
 
-/// Removes everything from the kernel and says what that was.
-pub fn uninstall(places: &Places) -> Result<(), UninstallError> {
+/// Removes everything from the kernel, and the kept certificates, and says what that was.
+pub fn uninstall(places: &Places, cert_cache: Option<&Path>) -> Result<(), UninstallError> {
     let socket = places.run_dir.join(CONTROL_SOCKET);
     if UnixStream::connect(&socket).is_ok() {
         return Err(UninstallError::Running(socket.display().to_string()));
+    }
+    if let Some(path) = cert_cache {
+        kept::remove(path)
+            .map_err(|error| UninstallError::Certificates(path.display().to_string(), error))?;
     }
     let removed = capture::uninstall::uninstall(&places.capture)?;
     writeln!(std::io::stdout(), "{removed}")?;

@@ -150,8 +150,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     let Some(world) = World::open(&config, &telemetry, &readiness, &signal).await? else { return Ok(()) };
     let authority = certificates::authority(&config, &world.trust_domain())?;
     let socket = run_dir.join(CONTROL_SOCKET);
-    let inherited = certificates::inherited(&socket).await;
+    let inherited = certificates::inherited(&socket, config.cert_cache.as_deref()).await;
     let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
+    certificates::look_after(&config, &identities, &readiness, &signal);
     let pins = &config.places.capture.pin_dir;
     if pins.exists() {
         let path = pins.display();
@@ -251,7 +252,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let legacy = Box::new(move || inheritance::encode(&identities.list()));
+    let legacy = Box::new(move || inheritance::encode(&identities.usable()));
     let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
         what: "the control socket",
         path: socket.clone(),

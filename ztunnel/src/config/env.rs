@@ -134,6 +134,8 @@ pub struct Settings {
     pub demands: Demands,
     /// Where the mesh is kept for a start without a control plane; `None` keeps it nowhere.
     pub mesh_cache: Option<PathBuf>,
+    /// Where keys and certificates are kept for a start without an authority; `None` keeps them nowhere.
+    pub cert_cache: Option<PathBuf>,
     /// The data plane.
     pub data_plane: proxy::Config,
     /// How long open connections may go on once the proxy is told to end.
@@ -191,6 +193,7 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
             compliance: compliance(&mut reader),
         },
         mesh_cache: mesh_cache(&mut reader, &in_pod.run_dir, dedicated.is_some()),
+        cert_cache: reader.optional("ZTUNNEL_CERT_CACHE").map(PathBuf::from),
         in_pod,
         dedicated,
         drain_deadline: drain_deadline(&mut reader),

@@ -97,6 +97,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
             impersonate,
         }),
         crl: settings.demands.crl,
+        cert_cache: settings.cert_cache,
         compliance: settings.demands.compliance,
         drain_deadline: settings.drain_deadline,
         metrics_addr: any(settings.stats_port),

@@ -307,6 +307,9 @@ pub struct Certificates {
     /// Certificate revocation lists, PEM or DER. Watched. Without a good one no peer is accepted
     #[arg(long, env = "CRL_PATH", value_name = "FILE")]
     pub crl: Option<PathBuf>,
+    /// Keep keys and certificates in this file, so that a daemon that starts after a crash while the authority is away has them: they are on a disk then, for the owner alone [default: they are in memory only]
+    #[arg(long, env = "ZTUNNEL_CERT_CACHE", value_name = "FILE")]
+    pub cert_cache: Option<PathBuf>,
     /// What cryptography has to comply with: pqc leaves X25519MLKEM768 as the only key exchange
     #[arg(long, env = "COMPLIANCE_POLICY", value_name = "POLICY")]
     pub compliance_policy: Option<String>,
@@ -338,6 +341,9 @@ pub struct Uninstall {
     /// Kernel and file system.
     #[command(flatten)]
     pub kernel: Kernel,
+    /// The file of kept keys and certificates, which is removed
+    #[arg(long, env = "ZTUNNEL_CERT_CACHE", value_name = "FILE")]
+    pub cert_cache: Option<PathBuf>,
 }
 
 /// The command line, and each flag that is in force with its value and where that came from.

@@ -280,6 +280,8 @@ pub struct Run {
     pub authority: Option<istiod::Config>,
     /// The file of revocation lists, where they are to be looked in.
     pub crl: Option<PathBuf>,
+    /// The file in which keys and certificates are kept, if they are.
+    pub cert_cache: Option<PathBuf>,
     /// What cryptography has to comply with.
     pub compliance: Compliance,
     /// How long open connections may go on once the daemon is to end.
@@ -345,6 +347,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         state_dir: typed.state_dir.clone(),
         authority: authority(&typed.certificates, std::env::vars())?,
         crl: typed.certificates.crl.clone(),
+        cert_cache: typed.certificates.cert_cache.clone().filter(|path| !path.as_os_str().is_empty()),
         compliance: match typed.certificates.compliance_policy.as_deref() {
             None | Some("") => Compliance::None,
             Some("pqc") => Compliance::Pqc,

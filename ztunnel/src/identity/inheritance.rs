@@ -1,8 +1,8 @@
 //! The certificates a daemon leaves to the one after it, as bytes: without them a restart while the authority is away
 //! would leave every workload of the node without one.
 //!
-//! They hold private keys. They go from process to process (see `app::handover`), never to a disk, and what is
-//! received is checked as if the authority had sent it.
+//! They hold private keys. They go from process to process (see `app::handover`), to a disk only if an operator wants
+//! that ([`crate::identity::kept`]), and what is received is checked as if the authority had sent it.
 
 use std::sync::Arc;
 

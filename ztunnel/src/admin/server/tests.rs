@@ -88,6 +88,32 @@ async fn readiness_names_who_is_waited_for() {
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nready\n"), "{answer}");
 }
 
+#[test]
+fn readiness_tells_of_certificates_that_are_missing() {
+    let short = |lacking, of| Shortage { lacking, of, reason: "spiffe://a: it has no certificate: why".to_owned() };
+    for (pending, age, shortage, expected) in [
+        (&[][..], None, None, Ok("ready\n")),
+        (&[], Some(20), None, Ok("ready, with the mesh of 20 seconds ago: no control plane\n")),
+        (&["proxy"], Some(20), Some(short(2, 2)), Err("not ready, pending: proxy\n")),
+        (
+            &[],
+            Some(20),
+            Some(short(2, 2)),
+            Err("not ready, none of 2 identities of this node has a valid certificate: \
+                 spiffe://a: it has no certificate: why\n"),
+        ),
+        (
+            &[],
+            None,
+            Some(short(1, 2)),
+            Ok("ready; 1 of 2 identities have no valid certificate: spiffe://a: it has no certificate: why\n"),
+        ),
+    ] {
+        let state = state(pending, age, shortage.as_ref());
+        assert_eq!(state.as_deref().map_err(|text| text.as_str()), expected);
+    }
+}
+
 #[tokio::test]
 async fn metrics_come_in_the_type_asked_for() {
     let (address, _running) = start(metrics_site(), SCRAPES_MAX).await;

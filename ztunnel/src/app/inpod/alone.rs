@@ -63,7 +63,9 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
     let trust = certificates::trust(&config, &telemetry, &readiness, &signal)?;
     let Some(mut world) = World::open(&config, &telemetry, &readiness, &signal).await? else { return Ok(()) };
     let authority = certificates::authority(&config, &world.trust_domain())?;
-    let identities = identity::worker::start_with(authority, trust, Vec::new(), signal.clone());
+    let kept = config.cert_cache.as_deref().map(certificates::kept_at).unwrap_or_default();
+    let identities = identity::worker::start_with(authority, trust, kept, signal.clone());
+    certificates::look_after(&config, &identities, &readiness, &signal);
     let data_plane = DataPlane::start(
         config.proxy.clone(),
         world.reader(),

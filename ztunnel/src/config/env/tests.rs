@@ -48,6 +48,7 @@ fn without_a_word_the_defaults_hold() {
     assert_eq!((keepalive.time, keepalive.retries), (Duration::from_secs(180), 9));
     assert_eq!(settings.data_plane.hbone.client_streams_max, 100);
     assert_eq!(settings.mesh_cache, Some("/var/run/ztunnel/mesh.cache".into()));
+    assert_eq!(settings.cert_cache, None, "no key on a disk unless somebody asks for it");
     assert!(settings.warnings.is_empty(), "{:?}", settings.warnings);
     assert_eq!(shown(&settings, "DNS_PROXY_ADDR"), ("127.0.0.1:15053 [::1]:15053", Origin::Default));
     assert_eq!(shown(&settings, "ISTIO_META_DNS_CAPTURE"), ("true", Origin::Default));
@@ -443,6 +444,7 @@ fn one_workload_may_be_proxied_alone() {
     let marked = with(&[("PACKET_MARK", "0x539"), ("ZTUNNEL_MESH_CACHE", "/m")]);
     assert_eq!((marked.in_pod.packet_mark, marked.in_pod.original_source), (0x539, None));
     assert_eq!(marked.mesh_cache, Some("/m".into()));
+    assert_eq!(with(&[("ZTUNNEL_CERT_CACHE", "/c")]).cert_cache, Some("/c".into()));
     assert_eq!(with(&[("ENABLE_ORIG_SRC", "true")]).in_pod.original_source, Some(true));
     let said = |settings: Settings| settings.warnings.last().map(ToString::to_string).unwrap_or_default();
     assert!(said(with(&[("INPOD_UDS", "/x")])).starts_with("INPOD_UDS=/x has no effect: "));

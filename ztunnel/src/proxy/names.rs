@@ -13,22 +13,26 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::net::lookup_host;
-use tokio::sync::OnceCell;
 use tokio::sync::Semaphore;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::timeout;
 
 use crate::model::workload::Workload;
+use crate::shutdown;
 
 /// How long an answer holds: what the C library says has no time to live.
 const HOLDS: Duration = Duration::from_secs(30);
 /// How long it holds that there is none.
 const FAILURE_HOLDS: Duration = Duration::from_secs(2);
-/// How long an answer may take.
+/// A connection waits no longer for an answer.
 const WAIT: Duration = Duration::from_secs(5);
+/// The question itself goes on for so long: a resolver that is slow is asked once, and its answer is there for the next
+/// connection. Asked anew each time, it would be the busier the slower it is, and never be heard.
+const ASKS_FOR: Duration = Duration::from_secs(30);
 /// Names that are remembered by a thread; with more, all that no longer hold are forgotten, or else all.
 const NAMES_MAX: usize = 4096;
-/// Questions under way on a thread; further ones wait for their turn, no longer than for an answer.
+/// Questions under way on a thread; further ones wait for their turn, no longer than one goes on.
 const UNDER_WAY_MAX: usize = 32;
 /// Clients and names that are counted apart; further ones are counted together.
 const COUNTED_MAX: usize = 1000;
@@ -53,15 +57,12 @@ type Answer = Result<Arc<[IpAddr]>, NoAddress>;
 #[derive(Debug)]
 pub struct Names {
     known: Mutex<HashMap<Arc<str>, Known>>,
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     counted: Mutex<HashMap<Asker, u64>>,
 }
 
-#[derive(Debug, Clone)]
-struct Known {
-    answer: Arc<OnceCell<Answer>>,
-    asked: Instant,
-}
+/// What a name stands for, and since when that is known; nothing while it is being asked.
+type Known = watch::Receiver<Option<(Answer, Instant)>>;
 
 /// Who asked about what: the labels of one series.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -86,7 +87,11 @@ pub const SOURCE_LABELS: [&str; 8] = [
 
 impl Default for Names {
     fn default() -> Self {
-        Self { known: Mutex::default(), turns: Semaphore::new(UNDER_WAY_MAX), counted: Mutex::default() }
+        Self {
+            known: Mutex::default(),
+            turns: Arc::new(Semaphore::new(UNDER_WAY_MAX)),
+            counted: Mutex::default(),
+        }
     }
 }
 
@@ -105,36 +110,50 @@ impl Names {
 
     async fn resolve<F>(&self, host: &Arc<str>, ask: impl FnOnce() -> F) -> Answer
     where
-        F: Future<Output = io::Result<Vec<IpAddr>>>,
+        F: Future<Output = io::Result<Vec<IpAddr>>> + Send + 'static,
     {
-        let answer = self.entry(host);
-        let asked = async {
-            let _turn = self.turns.acquire().await;
-            match ask().await {
-                Ok(addresses) if addresses.is_empty() => Err(NoAddress::Nothing),
-                Ok(addresses) => Ok(Arc::from(addresses)),
-                Err(error) => Err(NoAddress::Failed(error.to_string())),
-            }
-        };
         // All that ask meanwhile wait for the same answer.
-        let first = answer.get_or_init(async || timeout(WAIT, asked).await.unwrap_or(Err(NoAddress::Late)));
-        first.await.clone()
+        let mut known = self.entry(host, ask);
+        match timeout(WAIT, known.wait_for(Option::is_some)).await {
+            Ok(Ok(known)) => known.as_ref().map_or(Err(NoAddress::Late), |(answer, _)| answer.clone()),
+            // The thread ends, or it takes its time.
+            Ok(Err(_)) | Err(_) => Err(NoAddress::Late),
+        }
     }
 
-    fn entry(&self, host: &Arc<str>) -> Arc<OnceCell<Answer>> {
+    /// What is known of `host`; it is asked about if that is nothing that still holds.
+    fn entry<F>(&self, host: &Arc<str>, ask: impl FnOnce() -> F) -> Known
+    where
+        F: Future<Output = io::Result<Vec<IpAddr>>> + Send + 'static,
+    {
         let mut known = lock(&self.known);
-        if let Some(entry) = known.get(host).filter(|entry| entry.holds()) {
-            return Arc::clone(&entry.answer);
+        if let Some(entry) = known.get(host).filter(|entry| holds(entry)) {
+            return entry.clone();
         }
         if known.len() >= NAMES_MAX {
-            known.retain(|_, entry| entry.holds());
+            known.retain(|_, entry| holds(entry));
             if known.len() >= NAMES_MAX {
                 known.clear();
             }
         }
-        let entry = Known { answer: Arc::default(), asked: Instant::now() };
-        known.insert(Arc::clone(host), entry.clone());
-        entry.answer
+        let (answer, answered) = watch::channel(None);
+        known.insert(Arc::clone(host), answered.clone());
+        let (asking, turns) = (ask(), Arc::clone(&self.turns));
+        shutdown::spawn(async move {
+            let asked = timeout(ASKS_FOR, async {
+                let _turn = turns.acquire().await;
+                asking.await
+            });
+            let found = match asked.await {
+                Ok(Ok(addresses)) if addresses.is_empty() => Err(NoAddress::Nothing),
+                Ok(Ok(addresses)) => Ok(Arc::from(addresses)),
+                Ok(Err(error)) => Err(NoAddress::Failed(error.to_string())),
+                Err(_elapsed) => Err(NoAddress::Late),
+            };
+            // Perhaps it was forgotten meanwhile.
+            let _forgotten = answer.send(Some((found, Instant::now())));
+        });
+        answered
     }
 
     fn count(&self, host: &Arc<str>, source: &Workload) {
@@ -157,15 +176,12 @@ impl Names {
     }
 }
 
-impl Known {
-    fn holds(&self) -> bool {
-        let limit = match self.answer.get() {
-            Some(Ok(_)) => HOLDS,
-            Some(Err(_)) => FAILURE_HOLDS + WAIT,
-            // Still being asked.
-            None => HOLDS,
-        };
-        self.asked.elapsed() < limit
+fn holds(known: &Known) -> bool {
+    match &*known.borrow() {
+        Some((Ok(_), since)) => since.elapsed() < HOLDS,
+        Some((Err(_), since)) => since.elapsed() < FAILURE_HOLDS,
+        // Still being asked.
+        None => known.has_changed().is_ok(),
     }
 }
 
@@ -186,7 +202,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering;
 
     use tokio::time::advance;
 
@@ -199,21 +216,22 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_name_is_asked_about_once_while_the_answer_holds() {
         let names = Names::default();
-        let times = Cell::new(0);
-        let found = || async {
-            times.set(times.get() + 1);
-            Ok(vec![IpAddr::from([10, 0, 0, 1])])
+        let times = Arc::new(AtomicUsize::new(0));
+        let found = || {
+            times.fetch_add(1, Ordering::Relaxed);
+            async { Ok(vec![IpAddr::from([10, 0, 0, 1])]) }
         };
+        let asked = || times.load(Ordering::Relaxed);
         let name = host("db.example");
         let (first, second) = tokio::join!(names.resolve(&name, found), names.resolve(&name, found));
         assert_eq!(first, second);
         assert_eq!(*first.expect("an address"), [IpAddr::from([10, 0, 0, 1])]);
         advance(HOLDS - Duration::from_secs(1)).await;
         names.resolve(&name, found).await.expect("an address");
-        assert_eq!(times.get(), 1);
+        assert_eq!(asked(), 1);
         advance(Duration::from_secs(2)).await;
         names.resolve(&name, found).await.expect("an address");
-        assert_eq!(times.get(), 2);
+        assert_eq!(asked(), 2);
     }
 
     #[tokio::test(start_paused = true)]
@@ -224,9 +242,28 @@ mod tests {
         assert_eq!(names.resolve(&host("none"), || async { Ok(vec![]) }).await, Err(NoAddress::Nothing));
         let failed = names.resolve(&host("bad"), || async { Err(io::Error::other("no such name")) }).await;
         assert_eq!(failed, Err(NoAddress::Failed("no such name".to_owned())));
-        advance(FAILURE_HOLDS + WAIT).await;
+        advance(FAILURE_HOLDS).await;
         let found = names.resolve(&host("bad"), || async { Ok(vec![IpAddr::from([10, 0, 0, 1])]) }).await;
         assert!(found.is_ok(), "{found:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_resolver_that_is_slow_is_asked_once_and_its_answer_counts() {
+        let (names, name) = (Names::default(), host("slow"));
+        let times = Arc::new(AtomicUsize::new(0));
+        let slow = || {
+            times.fetch_add(1, Ordering::Relaxed);
+            async {
+                tokio::time::sleep(Duration::from_secs(8)).await;
+                Ok(vec![IpAddr::from([10, 0, 0, 1])])
+            }
+        };
+        let began = Instant::now();
+        assert_eq!(names.resolve(&name, slow).await, Err(NoAddress::Late));
+        assert_eq!(began.elapsed(), WAIT);
+        names.resolve(&name, slow).await.expect("the answer to the first question");
+        assert_eq!(began.elapsed().as_secs(), 8);
+        assert_eq!(times.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]

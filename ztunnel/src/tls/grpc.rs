@@ -50,8 +50,11 @@ use tonic::transport::Endpoint;
 use crate::tls::configs;
 use crate::tls::verify::ALPN;
 
-/// TCP and TLS to the control plane take no longer.
+/// TCP to the control plane takes no longer: it is its kernel that answers, however busy it is itself.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// Nor does TLS. Far longer, as handshakes wait for their turn where thousands connect at once: one that is given up
+/// costs the control plane as much as one that ends, and is followed by another.
+const SHAKE_WITHIN: Duration = Duration::from_secs(30);
 /// Silence on a connection before TCP asks whether the other end is there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
 /// Between two such questions.
@@ -477,26 +480,24 @@ impl Connector {
         let host = uri.host().ok_or_else(invalid)?;
         let name = server_name(host).ok_or_else(invalid)?;
         let port = uri.port_u16().unwrap_or(443);
-        let connecting = async {
-            let bare = host.trim_start_matches('[').trim_end_matches(']');
-            let socket = TcpStream::connect((bare, port)).await?;
-            socket.set_nodelay(true)?;
-            let keepalive = TcpKeepalive::new()
-                .with_time(KEEPALIVE_IDLE)
-                .with_interval(KEEPALIVE_INTERVAL)
-                .with_retries(KEEPALIVE_PROBES);
-            SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
-            let tls = TlsConnector::from(self.tls).connect(name, socket).await?;
-            if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
-                return Err(io::Error::other("the control plane does not speak HTTP/2"));
-            }
-            Ok(tls)
+        let late = |what: &str, within| {
+            io::Error::new(io::ErrorKind::TimedOut, format!("{host}:{port} {what} in {within:?}"))
         };
-        let late = |_elapsed| {
-            let text = format!("{host}:{port} did not answer in {CONNECT_WITHIN:?}");
-            io::Error::new(io::ErrorKind::TimedOut, text)
-        };
-        timeout(CONNECT_WITHIN, connecting).await.map_err(late)?
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let socket = timeout(CONNECT_WITHIN, TcpStream::connect((bare, port))).await;
+        let socket = socket.map_err(|_elapsed| late("did not answer", CONNECT_WITHIN))??;
+        socket.set_nodelay(true)?;
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_PROBES);
+        SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
+        let tls = timeout(SHAKE_WITHIN, TlsConnector::from(self.tls).connect(name, socket)).await;
+        let tls = tls.map_err(|_elapsed| late("accepts, and did not end its handshake", SHAKE_WITHIN))??;
+        if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
+            return Err(io::Error::other("the control plane does not speak HTTP/2"));
+        }
+        Ok(tls)
     }
 }
 

@@ -62,8 +62,12 @@ const NAMES: usize = 4096;
 /// Bytes on their way: a push of a whole mesh is large.
 const WINDOW: u32 = 4 * 1024 * 1024;
 /// How long a new stream may stay without any response, unless said otherwise: a control plane that has just started
-/// has much to do.
+/// has much to do. Each stream that was given up for it has the next one waited for twice as long, up to
+/// [`PATIENCE_MAX`] times: whoever always leaves the queue before its turn is never served, and the more are queued
+/// the more begin again.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How many times as long at most.
+const PATIENCE_MAX: u32 = 16;
 
 /// Who this proxy is to the control plane.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -291,10 +295,16 @@ impl Client {
         if let Some(path) = self.config.cache.clone() {
             self.restore(path).await;
         }
-        let mut backoff = Backoff::default();
+        let (mut backoff, mut patience) = (Backoff::default(), 1);
         loop {
             let mut responses = 0_u64;
-            let Err(interrupted) = self.connection(&mut responses).await;
+            let silent = self.config.answer_timeout * patience;
+            let Err(interrupted) = self.connection(silent, &mut responses).await;
+            patience = match interrupted {
+                Interrupted::Silent(_) => (patience * 2).min(PATIENCE_MAX),
+                _ if responses > 0 => 1,
+                _ => patience,
+            };
             if let Some(demands) = &mut self.demands {
                 demands.disconnected();
             }
@@ -409,8 +419,12 @@ impl Client {
         }
     }
 
-    /// One connection, from its first to its last moment.
-    async fn connection(&mut self, responses: &mut u64) -> Result<std::convert::Infallible, Interrupted> {
+    /// One connection, from its first to its last moment; without a response it is given up after `silent`.
+    async fn connection(
+        &mut self,
+        silent: Duration,
+        responses: &mut u64,
+    ) -> Result<std::convert::Infallible, Interrupted> {
         let connector = self.plane.connector()?;
         let headers = self.plane.headers()?;
         let (requests, mut queue) = mpsc::channel(REQUESTS);
@@ -425,7 +439,6 @@ impl Client {
         let channel = connect(&self.plane, connector).await.map_err(Interrupted::Connect)?;
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
-        let silent = self.config.answer_timeout;
         let until = Instant::now() + silent;
         let stream = tokio::time::timeout_at(until, client.delta_aggregated_resources(request))
             .await

@@ -251,13 +251,18 @@ fn state(pending: &[&str], age: Option<u64>, shortage: Option<&Shortage>) -> Res
     if !pending.is_empty() {
         return Err(format!("not ready, pending: {}\n", pending.join(", ")));
     }
-    let age = age.map_or_else(String::new, |age| format!(", with the mesh of {age} seconds ago: no control plane"));
+    let age =
+        age.map_or_else(String::new, |age| format!(", with the mesh of {age} seconds ago: no control plane"));
     let Some(short) = shortage else { return Ok(format!("ready{age}\n")) };
     let Shortage { lacking, of, reason } = short;
     match short.is_total() {
         // Whatever its pods send to other nodes fails, and what those send to them.
-        true => Err(format!("not ready, none of {of} identities of this node has a valid certificate: {reason}\n")),
-        false => Ok(format!("ready{age}; {lacking} of {of} identities have no valid certificate: {reason}\n")),
+        true => Err(format!(
+            "not ready, none of {of} identities of this node has a valid certificate: {reason}\n"
+        )),
+        false => {
+            Ok(format!("ready{age}; {lacking} of {of} identities have no valid certificate: {reason}\n"))
+        }
     }
 }
 

@@ -90,7 +90,8 @@ async fn readiness_names_who_is_waited_for() {
 
 #[test]
 fn readiness_tells_of_certificates_that_are_missing() {
-    let short = |lacking, of| Shortage { lacking, of, reason: "spiffe://a: it has no certificate: why".to_owned() };
+    let short =
+        |lacking, of| Shortage { lacking, of, reason: "spiffe://a: it has no certificate: why".to_owned() };
     for (pending, age, shortage, expected) in [
         (&[][..], None, None, Ok("ready\n")),
         (&[], Some(20), None, Ok("ready, with the mesh of 20 seconds ago: no control plane\n")),
@@ -106,7 +107,9 @@ fn readiness_tells_of_certificates_that_are_missing() {
             &[],
             None,
             Some(short(1, 2)),
-            Ok("ready; 1 of 2 identities have no valid certificate: spiffe://a: it has no certificate: why\n"),
+            Ok(
+                "ready; 1 of 2 identities have no valid certificate: spiffe://a: it has no certificate: why\n",
+            ),
         ),
     ] {
         let state = state(pending, age, shortage.as_ref());

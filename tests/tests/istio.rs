@@ -119,6 +119,8 @@ fn pods_talk_with_the_mesh_and_the_certificates_of_istiod() {
         ensure!(names(&shown, "workloads", "name").len() == 6, "{}", shown["workloads"]);
         ensure!(names(&shown, "certificates", "identity") == [SERVER], "{}", shown["certificates"]);
         ensure!(shown["certificates"][0]["state"] == "Available", "{}", shown["certificates"]);
+        let roots = |shown: &Value| shown["certificates"][0]["rootCerts"].as_array().map(Vec::len);
+        ensure!(roots(&shown) == Some(1), "{}", shown["certificates"]);
         let state = &shown["workloadState"][istiod::uid(&world.server)];
         ensure!(state["state"] == "Up" && state["info"]["serviceAccount"] == "server", "{state}");
         ensure!(shown["config"].as_object().is_some_and(|config| !config.is_empty()), "no configuration");

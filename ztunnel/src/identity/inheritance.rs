@@ -16,7 +16,9 @@ use crate::model::identity::SpiffeId;
 use crate::tls::configs::Credentials;
 
 /// What the bytes begin with: another version is not understood.
-const MAGIC: &[u8] = b"ztunnel credentials 1\n";
+const MAGIC: &[u8] = b"ztunnel credentials 2\n";
+/// The version before, in which there were no certificates of roots.
+const WITHOUT_ROOT_CERTIFICATES: &[u8] = b"ztunnel credentials 1\n";
 
 /// Not what an earlier daemon of this version would leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -42,13 +44,21 @@ pub fn encode(all: &[Arc<Credentials>]) -> Zeroizing<Vec<u8>> {
             count(&mut out, constraints.iter().len());
             constraints.iter().for_each(|constraints| piece(&mut out, constraints));
         }
+        count(&mut out, credentials.root_certificates().len());
+        for certificate in credentials.root_certificates() {
+            piece(&mut out, certificate);
+        }
     }
     out
 }
 
 /// Reads what [`encode`] wrote. Single certificates that are no good are passed over, and said.
 pub fn decode(bytes: &[u8]) -> Result<Vec<Credentials>, Unreadable> {
-    let mut rest = Reader(bytes.strip_prefix(MAGIC).ok_or(Unreadable)?);
+    let (bytes, with_root_certificates) = match bytes.strip_prefix(MAGIC) {
+        Some(bytes) => (bytes, true),
+        None => (bytes.strip_prefix(WITHOUT_ROOT_CERTIFICATES).ok_or(Unreadable)?, false),
+    };
+    let mut rest = Reader(bytes);
     let mut all = Vec::new();
     for _ in 0..rest.count()? {
         let identity = std::str::from_utf8(rest.piece()?).map_err(|_| Unreadable)?;
@@ -70,8 +80,13 @@ pub fn decode(bytes: &[u8]) -> Result<Vec<Credentials>, Unreadable> {
                 },
             });
         }
+        let mut root_certificates = Vec::new();
+        let shown = if with_root_certificates { rest.count()? } else { 0 };
+        for _ in 0..shown {
+            root_certificates.push(CertificateDer::from(rest.piece()?.to_vec()));
+        }
         match Credentials::new(identity.clone(), chain, key, Arc::new(roots)) {
-            Ok(credentials) => all.push(credentials),
+            Ok(credentials) => all.push(credentials.with_root_certificates(root_certificates.into())),
             Err(error) => {
                 tracing::warn!(%identity, %error, "an earlier daemon's certificate is not taken over")
             }
@@ -120,7 +135,11 @@ mod tests {
         let now = SystemTime::now();
         let hour = Duration::from_secs(3600);
         let credentials = |name: &str| {
-            pki.credentials(&id(&format!("spiffe://td.example/ns/shop/sa/{name}")), now - hour, now + hour)
+            let id = id(&format!("spiffe://td.example/ns/shop/sa/{name}"));
+            let credentials = pki.credentials(&id, now - hour, now + hour);
+            // Any certificates do, as they are only shown.
+            let shown = credentials.chain().to_vec();
+            credentials.with_root_certificates(shown.into())
         };
         vec![Arc::new(credentials("a")), Arc::new(credentials("b"))]
     }
@@ -135,12 +154,28 @@ mod tests {
             assert_eq!(taken.serial(), left.serial());
             assert_eq!(taken.not_after(), left.not_after());
             assert_eq!(taken.chain(), left.chain());
+            assert_eq!(taken.root_certificates(), left.root_certificates());
         }
         let outcome =
             handshake(taken[0].client_config(&[taken[1].identity().clone()]), left[1].server_config());
         outcome.client.unwrap();
         outcome.server.unwrap();
         assert!(decode(&encode(&[])).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_the_version_before_has_left_is_read() {
+        let (pki, now, hour) = (Pki::new(), SystemTime::now(), Duration::from_secs(3600));
+        let left = pki.credentials(&id("spiffe://td.example/ns/shop/sa/a"), now - hour, now + hour);
+        let left = Arc::new(left);
+        let bare = encode(&[Arc::clone(&left)]);
+        // Without the number of certificates that are shown.
+        let end = bare.len() - 4;
+        let old = [WITHOUT_ROOT_CERTIFICATES, &bare[MAGIC.len()..end]].concat();
+        let taken = decode(&old).unwrap();
+        let [taken] = &taken[..] else { panic!("{} certificates", taken.len()) };
+        assert_eq!(taken.chain(), left.chain());
+        assert!(taken.root_certificates().is_empty());
     }
 
     #[test]

@@ -255,13 +255,16 @@ fn credentials(
         certificates.extend(found);
     }
     let mut roots = RootCertStore::empty();
+    let bundle = read(bundle).map_err(|_| InvalidCredentials::NoRoots)?;
+    let all = bundle.len();
     // One that cannot be used is no reason to do without the others; that none is, is found out next.
-    let (_used, unused) =
-        roots.add_parsable_certificates(read(bundle).map_err(|_| InvalidCredentials::NoRoots)?);
-    if unused > 0 {
+    let used: Vec<_> = bundle.into_iter().filter(|root| roots.add(root.clone()).is_ok()).collect();
+    if used.len() < all {
+        let unused = all - used.len();
         tracing::warn!(unused, "some roots of the certificate authority cannot be used");
     }
-    Ok(Credentials::new(identity.clone(), certificates, key, roots.into())?)
+    let credentials = Credentials::new(identity.clone(), certificates, key, roots.into())?;
+    Ok(credentials.with_root_certificates(used.into()))
 }
 
 fn read(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {

@@ -149,7 +149,13 @@ async fn all_roots_of_the_last_element_are_taken_and_clocks_are_the_worker_s_to_
     let (authority, other) = (authority("root"), Keys::new("other"));
     let istiod = client(vec![trusting(&authority)]);
     authority.answer(Answer::TwoRoots(other.root_pem()));
-    assert_eq!(ask(&istiod).await.unwrap().roots().len(), 2);
+    let credentials = ask(&istiod).await.unwrap();
+    assert_eq!(credentials.roots().len(), 2);
+    // Whoever looks at the certificates sees both.
+    let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+    let shown = credentials.root_certificates();
+    let both = [authority.keys().root_pem(), other.root_pem()].map(|pem| der(&pem));
+    assert!(shown.len() == 2 && both.iter().all(|root| shown.contains(root)), "{shown:?}");
     authority.answer(Answer::Between(-7200, -3600));
     assert!(ask(&istiod).await.unwrap().not_after() < SystemTime::now());
     authority.answer(Answer::Between(3600, 7200));

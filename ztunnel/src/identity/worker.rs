@@ -509,7 +509,8 @@ impl Worker {
             && !credentials.leads_to(shown.roots())
         {
             at = at.max(now.wall + shown.validity().left(now.wall) / 2);
-            tracing::info!(identity = %id, ?at, "certificate under a new root: shown once peers know the root");
+            let from = humantime::format_rfc3339_seconds(at);
+            tracing::info!(identity = %id, at = %from, "certificate under a new root: shown once peers know the root");
         }
         if now.wall < at {
             self.hold_back(id, at, credentials);

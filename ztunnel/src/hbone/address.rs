@@ -12,6 +12,7 @@ use http::HeaderName;
 
 pub use crate::model::addr::Authority;
 use crate::model::identity::SpiffeId;
+use crate::model::service::lower;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
@@ -25,7 +26,7 @@ pub const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 pub struct InvalidAuthority(pub String);
 
 impl Authority {
-    /// Reads an authority. The port must be there and not 0.
+    /// Reads an authority. The port must be there and not 0. A name is in lower case then, as the mesh has it.
     pub fn parse(text: &str) -> Result<Self, InvalidAuthority> {
         let invalid = || InvalidAuthority(text.chars().take(256).collect());
         if let Ok(address) = text.parse::<SocketAddr>() {
@@ -38,7 +39,7 @@ impl Authority {
         if !Self::is_host(host) {
             return Err(invalid());
         }
-        Ok(Self::Hostname { host: Arc::from(host), port })
+        Ok(Self::Hostname { host: Arc::from(lower(host)), port })
     }
 }
 

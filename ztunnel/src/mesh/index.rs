@@ -203,8 +203,10 @@ impl Mesh {
             }
             MeshChange::RemoveService(key) => self.remove_service(key.as_str()),
             MeshChange::RemoveAddress(name) => {
-                if !self.remove_workload(&name) {
-                    self.remove_service(&name);
+                if !self.remove_workload(&name)
+                    && let Some(key) = ServiceKey::parse(name)
+                {
+                    self.remove_service(key.as_str());
                 }
             }
             MeshChange::RemovePolicy(key) => self.remove_policy(&key),

@@ -1,6 +1,7 @@
 //! Services: virtual addresses, and how the workloads behind them are chosen.
 
 use std::borrow::Borrow;
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,21 +10,25 @@ use crate::model::addr::NetworkAddress;
 use crate::model::addr::NetworkCidr;
 use crate::model::identity::SpiffeId;
 
-/// The unique name of a service, as `namespace/hostname`.
+/// The unique name of a service, as `namespace/hostname`. The hostname is in lower case, however it was written: names
+/// of hosts are compared without case (RFC 4343).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey(Arc<str>);
 
 impl ServiceKey {
     /// Composes a name.
     pub fn new(namespace: &str, hostname: &str) -> Self {
-        Self(Arc::from(format!("{namespace}/{hostname}")))
+        Self(Arc::from(format!("{namespace}/{}", lower(hostname))))
     }
 
     /// Reads `namespace/hostname`; `None` if it is not of that form.
     pub fn parse(text: Arc<str>) -> Option<Self> {
         let (namespace, hostname) = text.split_once('/')?;
         let valid = !namespace.is_empty() && !hostname.is_empty() && !hostname.contains('/');
-        valid.then_some(Self(text))
+        valid.then(|| match lower(hostname) {
+            Cow::Borrowed(_) => Self(Arc::clone(&text)),
+            Cow::Owned(hostname) => Self(Arc::from(format!("{namespace}/{hostname}"))),
+        })
     }
 
     /// The whole name.
@@ -51,6 +56,14 @@ impl Borrow<str> for ServiceKey {
 impl fmt::Display for ServiceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+/// The name of a host in the one spelling in which it is kept.
+pub fn lower(host: &str) -> Cow<'_, str> {
+    match host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        true => Cow::Owned(host.to_ascii_lowercase()),
+        false => Cow::Borrowed(host),
     }
 }
 
@@ -192,7 +205,7 @@ pub struct Service {
     pub name: Arc<str>,
     /// Its namespace.
     pub namespace: Arc<str>,
-    /// Its full DNS name, `<name>.<namespace>.svc.<cluster domain>` for one of Kubernetes.
+    /// Its full DNS name, in lower case: `<name>.<namespace>.svc.<cluster domain>` for one of Kubernetes.
     pub hostname: Arc<str>,
     /// Its virtual addresses. Empty for a headless service.
     pub vips: Vec<NetworkAddress>,
@@ -278,6 +291,9 @@ mod tests {
         let key = parse("shop/cart.shop.svc.cluster.local").unwrap();
         assert_eq!((key.namespace(), key.hostname()), ("shop", "cart.shop.svc.cluster.local"));
         assert_eq!(key, ServiceKey::new("shop", "cart.shop.svc.cluster.local"));
+        for key in [parse("shop/API.Example.com").unwrap(), ServiceKey::new("shop", "api.EXAMPLE.com")] {
+            assert_eq!(key.as_str(), "shop/api.example.com");
+        }
         for text in ["", "/", "shop", "shop/", "/cart", "shop/a/b"] {
             assert_eq!(parse(text), None, "{text:?}");
         }

@@ -94,7 +94,7 @@ pub struct Workload {
     pub network: Arc<str>,
     /// Its addresses, the primary one first, in canonical form.
     pub addresses: Vec<IpAddr>,
-    /// A DNS name to find it at, where it has no address; empty if none.
+    /// A DNS name to find it at, in lower case, where it has no address; empty if none.
     pub hostname: Arc<str>,
     /// The name of the object that owns it (a Deployment's name, say).
     pub workload_name: Arc<str>,
@@ -152,6 +152,16 @@ pub enum Named {
 }
 
 impl Named {
+    /// What a node agent would know `workload` by.
+    pub fn of(workload: &Workload) -> Self {
+        Self::Pod {
+            name: Arc::clone(&workload.name),
+            namespace: Arc::clone(&workload.namespace),
+            service_account: Arc::from(workload.service_account()),
+            node: Arc::clone(&workload.node),
+        }
+    }
+
     /// Whether `workload` is meant.
     pub fn is(&self, workload: &Workload) -> bool {
         match self {

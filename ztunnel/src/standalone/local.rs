@@ -65,6 +65,7 @@ use crate::model::service::Service;
 use crate::model::service::ServiceKey;
 use crate::model::service::ServicePort;
 use crate::model::service::WeightedWaypoint;
+use crate::model::service::lower;
 use crate::model::workload::ApplicationProtocol;
 use crate::model::workload::ApplicationTunnel;
 use crate::model::workload::Membership;
@@ -597,7 +598,7 @@ fn workload(from: WorkloadEntry) -> Result<Workload, String> {
         cluster: shared(cluster),
         network: shared(from.network),
         addresses: parsed(from.workload_ips),
-        hostname: shared(from.hostname),
+        hostname: Arc::from(lower(&from.hostname)),
         workload_name: shared(from.workload_name),
         kind: match from.workload_type {
             WorkloadType::Deployment => WorkloadKind::Deployment,
@@ -647,11 +648,12 @@ fn service(from: ServiceEntry) -> Result<Service, String> {
     let weighted =
         |known: WeightedEntry| WeightedWaypoint { gateway: gateway(known.destination), weight: known.weight };
     let port = |(Parsed(port), target): (Parsed<NonZero<u16>>, u16)| ServicePort { port: port.get(), target };
+    let key = key.ok_or_else(|| format!("{name:?} is not {}", ServiceKey::KIND))?;
     Ok(Service {
-        key: key.ok_or_else(|| format!("{name:?} is not {}", ServiceKey::KIND))?,
+        hostname: Arc::from(key.hostname()),
+        key,
         name: shared(from.name),
         namespace: shared(from.namespace),
-        hostname: shared(from.hostname),
         vips: parsed(from.vips),
         cidr_vips: from
             .cidr_vips

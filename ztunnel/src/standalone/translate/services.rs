@@ -124,10 +124,10 @@ pub(super) fn services(
             health: HealthPolicy::AllowAll,
         });
         services.push(Arc::new(Service {
+            hostname: Arc::from(key.hostname()),
             key,
             name: Arc::clone(&object.name),
             namespace: Arc::clone(&object.namespace),
-            hostname: Arc::from(hostname),
             vips: vips.into_iter().map(|ip| NetworkAddress { network: Arc::default(), ip }).collect(),
             cidr_vips: Vec::new(),
             ports: ports.into_iter().map(|port| port.port).collect(),

@@ -29,6 +29,7 @@ impl Converter {
     pub(super) fn service(&mut self, from: &wire::Service) -> Result<Service, Rejected> {
         let name = format!("{}/{}", from.namespace, from.hostname);
         let key = ServiceKey::parse(self.interner.text(&name)).ok_or(Rejected::Name(name))?;
+        let hostname = self.interner.text(key.hostname());
         let (mut vips, mut cidr_vips) = (Distinct::with_capacity(0), Distinct::with_capacity(0));
         for address in &from.addresses {
             let network = self.interner.text(&address.network);
@@ -80,7 +81,7 @@ impl Converter {
             key,
             name: self.interner.text(&from.name),
             namespace: self.interner.text(&from.namespace),
-            hostname: self.interner.text(&from.hostname),
+            hostname,
             vips: vips.list,
             cidr_vips: cidr_vips.list,
             ports,

@@ -395,3 +395,25 @@ fn an_address_counts_once_however_many_there_are() {
     let svc = service(wire::Service { addresses: numbers().map(vip).collect(), ..svc() });
     assert!(svc.vips.iter().map(|vip| vip.ip).eq(expected));
 }
+
+#[test]
+fn hosts_are_the_same_however_they_are_spelled() {
+    let api = service(wire::Service { hostname: "API.Shop".into(), ..svc() });
+    assert_eq!((api.key.as_str(), &*api.hostname), ("shop/api.shop", "api.shop"));
+    let of = |hostname: &str| (hostname.to_owned(), ports(&[(80, 8080)]));
+    let pod = workload(wire::Workload {
+        hostname: "DB.example".into(),
+        services: [of("shop/Api.shop"), of("shop/api.SHOP")].into(),
+        waypoint: gateway(by_name("shop", "Way.Shop"), 0),
+        ..pod()
+    });
+    let behind: Vec<_> = pod.services.iter().map(|it| it.service.as_str()).collect();
+    assert_eq!((&*pod.hostname, &behind[..]), ("db.example", &["shop/api.shop"][..]));
+    let waypoint = pod.waypoint.as_ref().map(|waypoint| waypoint.destination.to_string());
+    assert_eq!(waypoint.as_deref(), Some("shop/way.shop"));
+    // And so it goes, by the name that it came with.
+    let mut mesh = crate::mesh::index::Mesh::default();
+    mesh.apply(MeshChange::Service(api));
+    mesh.apply(Converter::default().removed_address("shop/API.Shop"));
+    assert_eq!(mesh.services_len(), 0);
+}

@@ -11,6 +11,7 @@ use crate::model::addr::canonical_ip;
 use crate::model::service::GatewayAddress;
 use crate::model::service::GatewayDestination;
 use crate::model::service::ServiceKey;
+use crate::model::service::lower;
 use crate::model::workload::ApplicationProtocol;
 use crate::model::workload::ApplicationTunnel;
 use crate::model::workload::Membership;
@@ -82,7 +83,7 @@ impl Converter {
             cluster: text(if from.cluster_id.is_empty() { "Kubernetes" } else { &from.cluster_id }),
             network: text(&from.network),
             addresses: addresses.list,
-            hostname: text(&from.hostname),
+            hostname: text(&lower(&from.hostname)),
             workload_name: text(&from.workload_name),
             kind,
             canonical_name: text(&from.canonical_name),
@@ -117,6 +118,8 @@ impl Converter {
         }
         // The wire has no order, and equal resources should be equal.
         services.sort_unstable_by(|a, b| a.service.cmp(&b.service));
+        // Two that are spelled differently are one.
+        services.dedup_by(|a, b| a.service == b.service);
         Ok(services.into_boxed_slice())
     }
 

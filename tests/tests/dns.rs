@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use common::in_world_that;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::{RData, RecordType};
+use ztunnel_proto::workload;
 use ztunnel_tests::istiod;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::redirect::Backend;
@@ -182,8 +183,8 @@ fn everything(world: &mut World, resolvers: &mut Resolvers) -> Result<String> {
     ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
     let metrics = world.setting(On::A).metrics()?;
     for name in [
-        "istio_dns_requests_total{request_query_type=\"AAAA\",request_protocol=\"tcp\",source_canonical_service=\"client\"",
-        "istio_dns_upstream_requests_total{request_query_type=\"A\",request_protocol=\"udp\",source_canonical_service=\"client\"",
+        "istio_dns_requests_total{request_query_type=\"aaaa\",request_protocol=\"tcp\",source_canonical_service=\"client\"",
+        "istio_dns_upstream_requests_total{request_query_type=\"a\",request_protocol=\"udp\",source_canonical_service=\"client\"",
         "istio_dns_upstream_request_duration_seconds_count",
     ] {
         ensure!(metrics.contains(name), "no {name} in {metrics}");
@@ -324,5 +325,103 @@ fn under_istios_defaults_names_are_resolved() {
         log.wait_line(mark, SETTLE, "the other", |line| line.contains("result=\"forwarded\""))?;
         drop(resolver);
         Ok(line.trim().to_owned())
+    });
+}
+
+/// The code of a negative answer, and of which zone it is.
+fn negative(answer: &Message) -> Result<(ResponseCode, String)> {
+    ensure!(answer.answers.is_empty(), "{answer}");
+    let [authority] = &answer.authorities[..] else { anyhow::bail!("no authority: {answer}") };
+    ensure!(matches!(authority.data, RData::SOA(_)), "{authority}");
+    Ok((answer.metadata.response_code, authority.name.to_string()))
+}
+
+#[test]
+fn a_name_that_only_the_mesh_has_is_not_denied() {
+    in_world_that("names of the mesh alone", World::under_istio, |world, istio| {
+        // Which knows nothing below `missing.`.
+        let resolver = Resolver::start(&world.outside.place, &world.outside.addresses(), FIRST)?;
+        let external = |hostname: &str| workload::Service {
+            hostname: hostname.to_owned(),
+            canonical: false,
+            ..service("api")
+        };
+        istio.discovery.service(external("API.Only.Missing"));
+        istio.discovery.service(external("*.wild.missing"));
+        istio.discovery.service(workload::Service { addresses: Vec::new(), ..service("db") });
+        let endpoint = |status: workload::WorkloadStatus| {
+            istio.discovery.workload(workload::Workload {
+                status: status.into(),
+                ..behind(istiod::workload(&world.server), "db")
+            });
+        };
+        endpoint(workload::WorkloadStatus::Unhealthy);
+        let ask = |name: &str, kind, transport| resolve(world, name, kind, transport);
+        eventually(SETTLE, || {
+            let answer = ask("x.wild.missing.", RecordType::A, Transport::Udp)?;
+            ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
+            Ok(())
+        })?;
+        for transport in TRANSPORTS {
+            for name in ["api.only.missing.", "API.ONLY.missing.", "a.b.wild.missing."] {
+                let answer = ask(name, RecordType::AAAA, transport)?;
+                ensure!(addresses(&answer) == [SERVICE_IPS[1]], "{name}: {answer}");
+                for kind in [RecordType::TXT, RecordType::MX, RecordType::HTTPS, RecordType::SRV] {
+                    let answer = ask(name, kind, transport)?;
+                    let (code, zone) = negative(&answer).with_context(|| format!("{name} {kind}"))?;
+                    ensure!(code == ResponseCode::NoError && answer.authoritative, "{name} {kind}: {answer}");
+                    ensure!(zone.eq_ignore_ascii_case(name), "{name} {kind}: {answer}");
+                }
+                let answer = ask(name, RecordType::ANY, transport)?;
+                ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{name}: {answer}");
+            }
+            // What nobody has is denied as before, and nothing is invented for what others have.
+            let answer = ask("wild.missing.", RecordType::TXT, transport)?;
+            ensure!(negative(&answer)?.0 == ResponseCode::NXDomain && !answer.authoritative, "{answer}");
+            // Nobody is ready: there is no such name, whatever is asked for.
+            for kind in [RecordType::A, RecordType::AAAA] {
+                let answer = ask("db.demo.svc.cluster.local.", kind, transport)?;
+                let (code, zone) = negative(&answer)?;
+                ensure!((code, &*zone) == (ResponseCode::NXDomain, "cluster.local."), "{answer}");
+            }
+        }
+        endpoint(workload::WorkloadStatus::Healthy);
+        eventually(SETTLE, || {
+            let answer = ask("db.demo.svc.cluster.local.", RecordType::A, Transport::Udp)?;
+            ensure!(addresses(&answer) == [world.server.v4.to_string()], "{answer}");
+            Ok(())
+        })?;
+        drop(resolver);
+        Ok("every kind of question for what only the mesh has".to_owned())
+    });
+}
+
+#[test]
+fn a_pod_costs_a_few_descriptors() {
+    /// Its network namespace, three listeners, two sockets for names in each family, and one for connection tracking.
+    const EACH: usize = 9;
+    const PODS: usize = 10;
+    in_redirected("descriptors", Backend::IptablesNft, |world, _resolvers| {
+        let name = |number| format!("more-{number}");
+        let pods = (0..PODS).map(|number| world.a.add_pod(&world.run, &name(number)));
+        let pods = pods.collect::<Result<Vec<_>>>()?;
+        let before = world.daemon(On::A)?.descriptors()?;
+        for pod in &pods {
+            world.agent(On::A)?.add(pod)?;
+        }
+        // What others have open meanwhile comes and goes.
+        let settled = |world: &mut World, count: usize| {
+            eventually(SETTLE, || {
+                let open = world.daemon(On::A)?.descriptors()?;
+                ensure!(open == count, "{open} descriptors, {before} without the pods");
+                Ok(())
+            })
+        };
+        settled(world, before + PODS * EACH)?;
+        for pod in &pods {
+            world.agent(On::A)?.del(pod)?;
+        }
+        settled(world, before)?;
+        Ok(format!("{EACH} descriptors a pod"))
     });
 }

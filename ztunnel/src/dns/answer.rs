@@ -2,7 +2,15 @@
 //!
 //! A name is looked for as it stands, then as the short forms that Kubernetes' resolvers complete, then without the
 //! search domain that the pod's resolver has appended to it. What is found is answered with authority, also where
-//! there is no address of the family asked for; what is not found is for another resolver to answer.
+//! there is no address of the family asked for; what is not found is for another resolver to answer. So are questions
+//! for anything but addresses: of a name that only the mesh has it then says that there is nothing of that kind
+//! ([`has`]), instead of passing on that there is no such name, which resolvers remember for the addresses, too
+//! (RFC 2308 §5).
+//!
+//! Istio's proxy differs in three ways. It passes that on. It answers for a headless service without ready endpoints
+//! that there are no addresses, where Kubernetes' DNS says that there is no such name. And to it a wildcard covers
+//! everything below it, also what is below a name that the mesh has as such, which is closer (RFC 4592 §3.3.1).
+//! As in Istio's, a name is not there only because others are below it.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -65,6 +73,11 @@ pub struct Found {
     pub addresses: Vec<IpAddr>,
     /// Whether it can have none of that family.
     pub unsupported: bool,
+    /// Whether there is such a name. There is none of a headless service nobody of which is ready (Kubernetes' DNS
+    /// specification §2.4.1).
+    pub exists: bool,
+    /// The zone that is answered for: the cluster's, where the name is in it.
+    pub zone: Option<Arc<str>>,
 }
 
 /// What a client means by `name`, which is in lower case and without the dot at its end; `None` where it is no name of
@@ -90,7 +103,25 @@ pub fn find(
         );
     let addresses = if unsupported { Vec::new() } else { addresses(mesh, client, service, family) };
     let addresses = some_of(addresses, roll);
-    Some(Found { service: Arc::clone(service), alias_of, addresses, unsupported })
+    let exists = !service.vips.is_empty() || endpoints(mesh, service).next().is_some();
+    let alias_of = alias_of.filter(|_| exists);
+    let zone = zone(config, alias_of.as_deref().unwrap_or(name));
+    Some(Found { service: Arc::clone(service), alias_of, addresses, unsupported, exists, zone })
+}
+
+/// Whether the mesh has `name` for the client, if perhaps nothing but addresses of it; then it is also told of which
+/// zone, if that is not the name itself.
+pub fn has(mesh: &Mesh, config: &Config, client: &Workload, name: &str) -> Option<Option<Arc<str>>> {
+    let mut candidates = candidates(name, &client.namespace, &config.domain).into_iter();
+    let (service, _) = candidates.find_map(|candidate| service(mesh, config, client, &candidate.name))?;
+    let exists = !service.vips.is_empty() || endpoints(mesh, service).next().is_some();
+    exists.then(|| zone(config, name))
+}
+
+/// The cluster's domain, if `name` is below it.
+fn zone(config: &Config, name: &str) -> Option<Arc<str>> {
+    let below = name.strip_suffix(&*config.domain).is_some_and(|rest| rest.ends_with('.'));
+    below.then(|| Arc::clone(&config.domain))
 }
 
 /// A name to look for.
@@ -132,7 +163,8 @@ fn completions(name: &str, namespace: &str, domain: &str) -> Vec<String> {
     }
 }
 
-/// The service of this hostname, or of a wildcard that covers it, and whether it was a wildcard.
+/// The service of this hostname, or of a wildcard that covers it, and whether it was a wildcard: that of the closest name
+/// above it that is there (RFC 4592 §3.3.1). What is there as such is not covered, also where it has no addresses.
 fn service<'a>(
     mesh: &'a Mesh,
     config: &Config,
@@ -143,13 +175,22 @@ fn service<'a>(
         return Some((exact, false));
     }
     let mut rest = hostname;
-    while let Some((_, parent)) = rest.split_once('.') {
-        if let Some(covering) = best(mesh, config, client, &format!("*.{parent}")) {
-            return Some((covering, true));
+    while !is_there(mesh, client, rest)
+        && let Some((_, parent)) = rest.split_once('.')
+    {
+        let wildcard = format!("*.{parent}");
+        if is_there(mesh, client, &wildcard) {
+            return Some((best(mesh, config, client, &wildcard)?, true));
         }
         rest = parent;
     }
     None
+}
+
+/// Whether there is a service of this hostname that the client may see.
+fn is_there(mesh: &Mesh, client: &Workload, hostname: &str) -> bool {
+    let all = mesh.services_by_hostname(hostname);
+    all.iter().any(|service| service.is_visible_to(Some(&client.namespace)))
 }
 
 /// Of the services with this hostname that can be answered for and that the client may see: that of its own namespace,
@@ -178,13 +219,17 @@ fn addresses(mesh: &Mesh, client: &Workload, service: &Service, family: Family) 
         let own = service.vips.iter().filter(|vip| vip.network == client.network);
         return own.map(|vip| vip.ip).filter(|ip| family.is(*ip)).collect();
     }
-    let all = service.health_policy() == HealthPolicy::AllowAll;
-    mesh.endpoints(&service.key)
-        .iter()
-        .map(|endpoint| endpoint.workload())
-        .filter(|workload| (all || workload.healthy) && workload.network == client.network)
+    endpoints(mesh, service)
+        .filter(|workload| workload.network == client.network)
         .filter_map(|workload| workload.addresses.iter().copied().find(|ip| family.is(*ip)))
         .collect()
+}
+
+/// The endpoints of a service that are ready, or need not be.
+fn endpoints<'a>(mesh: &'a Mesh, service: &Service) -> impl Iterator<Item = &'a Workload> {
+    let all = service.health_policy() == HealthPolicy::AllowAll;
+    let workloads = mesh.endpoints(&service.key).iter().map(|endpoint| &**endpoint.workload());
+    workloads.filter(move |workload| all || workload.healthy)
 }
 
 /// As many as fit into an answer, in random order.

@@ -159,27 +159,27 @@ fn shown(labels: &Labels) -> [(&'static str, &str); 4] {
     ]
 }
 
-/// The type of a question as a label: of those that are asked for, by name; of others there may be thousands.
+/// The type of a question as a label, in lower case as Istio has it: of those that are asked for, by name; of others there may be thousands.
 pub fn query_type(kind: RecordType) -> &'static str {
     match kind {
-        RecordType::A => "A",
-        RecordType::AAAA => "AAAA",
-        RecordType::ANY => "ANY",
-        RecordType::AXFR => "AXFR",
-        RecordType::CAA => "CAA",
-        RecordType::CNAME => "CNAME",
-        RecordType::DNSKEY => "DNSKEY",
-        RecordType::DS => "DS",
-        RecordType::HTTPS => "HTTPS",
-        RecordType::IXFR => "IXFR",
-        RecordType::MX => "MX",
-        RecordType::NAPTR => "NAPTR",
-        RecordType::NS => "NS",
-        RecordType::PTR => "PTR",
-        RecordType::SOA => "SOA",
-        RecordType::SRV => "SRV",
-        RecordType::SVCB => "SVCB",
-        RecordType::TXT => "TXT",
+        RecordType::A => "a",
+        RecordType::AAAA => "aaaa",
+        RecordType::ANY => "any",
+        RecordType::AXFR => "axfr",
+        RecordType::CAA => "caa",
+        RecordType::CNAME => "cname",
+        RecordType::DNSKEY => "dnskey",
+        RecordType::DS => "ds",
+        RecordType::HTTPS => "https",
+        RecordType::IXFR => "ixfr",
+        RecordType::MX => "mx",
+        RecordType::NAPTR => "naptr",
+        RecordType::NS => "ns",
+        RecordType::PTR => "ptr",
+        RecordType::SOA => "soa",
+        RecordType::SRV => "srv",
+        RecordType::SVCB => "svcb",
+        RecordType::TXT => "txt",
         _ => "other",
     }
 }
@@ -194,7 +194,7 @@ mod tests {
     fn requests_are_told_by_what_is_asked_how_and_who_asks() {
         let counts = Arc::new(Counts::default());
         let client = Workload { canonical_revision: "v1".into(), ..Workload::sample("shop", "cart") };
-        let asked = counts.series("A", Transport::Udp, Some(&client));
+        let asked = counts.series("a", Transport::Udp, Some(&client));
         asked.requested();
         asked.requested();
         asked.forwarded(Duration::from_millis(2), false);
@@ -204,7 +204,7 @@ mod tests {
         let metrics = Metrics::new(Arc::new(SeriesTable::new(1)));
         metrics.register(Arc::clone(&counts));
         let text = metrics.encode().unwrap();
-        let cart = "request_query_type=\"A\",request_protocol=\"udp\",source_canonical_service=\"cart\",\
+        let cart = "request_query_type=\"a\",request_protocol=\"udp\",source_canonical_service=\"cart\",\
                     source_canonical_revision=\"v1\"";
         let unknown = "request_query_type=\"other\",request_protocol=\"tcp\",source_canonical_service=\"unknown\",\
                        source_canonical_revision=\"unknown\"";
@@ -228,9 +228,9 @@ mod tests {
         let counts = Counts::default();
         for number in 0..SERIES_MAX + 10 {
             let client = Workload { canonical_name: number.to_string().into(), ..Workload::sample("a", "b") };
-            counts.series("A", Transport::Udp, Some(&client)).requested();
+            counts.series("a", Transport::Udp, Some(&client)).requested();
         }
         assert_eq!(counts.lock().len(), SERIES_MAX + 1);
-        assert_eq!(counts.series("A", Transport::Udp, None).requests.load(Ordering::Relaxed), 10);
+        assert_eq!(counts.series("a", Transport::Udp, None).requests.load(Ordering::Relaxed), 10);
     }
 }

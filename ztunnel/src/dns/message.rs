@@ -157,6 +157,11 @@ impl Request {
         self.question.query_type()
     }
 
+    /// The class of what is asked for.
+    pub fn class(&self) -> DNSClass {
+        self.question.query_class()
+    }
+
     /// The addresses asked for, if it is addresses.
     pub fn family(&self) -> Option<Family> {
         match (self.question.query_class(), self.question.query_type()) {
@@ -190,8 +195,24 @@ impl Request {
         }
     }
 
+    /// The answer for a name that is there, and has nothing of what is asked for. `zone` is what is answered for, if not
+    /// the name alone.
+    pub fn nothing(&self, zone: Option<&str>) -> Vec<u8> {
+        self.without_records(ResponseCode::NoError, zone)
+    }
+
+    fn without_records(&self, code: ResponseCode, zone: Option<&str>) -> Vec<u8> {
+        let mut message = self.response(code);
+        message.metadata.authoritative = true;
+        message.add_authority(start_of(zone, self.question.name()));
+        encode(&message)
+    }
+
     /// The answer for a name of the mesh. Of addresses that do not fit some are left out, and that is said.
     pub fn answer(&self, found: &Found, transport: Transport) -> Vec<u8> {
+        if !found.exists {
+            return self.without_records(ResponseCode::NXDomain, found.zone.as_deref());
+        }
         let mut message = self.response(ResponseCode::NoError);
         message.metadata.authoritative = true;
         let asked = self.question.name();
@@ -208,7 +229,7 @@ impl Request {
             Some(Err(_)) | None => (asked.clone(), HEADER),
         };
         if found.addresses.is_empty() {
-            message.add_authority(nothing(owner));
+            message.add_authority(start_of(found.zone.as_deref(), &owner));
         }
         let (mut bytes, limit) = (encode(&message), usize::from(self.limit(transport)));
         if bytes.len() > limit {
@@ -266,14 +287,22 @@ impl Request {
     }
 }
 
-/// Lets resolvers remember for a moment that a name has no addresses of a family (RFC 2308 §3).
-fn nothing(owner: Name) -> Record {
+/// Lets resolvers remember for a moment that `name` is not there, or what it has not (RFC 2308 §3): the start of its
+/// `zone`. Where that is not known the name is one of its own.
+fn start_of(zone: Option<&str>, name: &Name) -> Record {
+    let mut owner = zone.and_then(|zone| Name::from_ascii(zone).ok()).unwrap_or_else(|| name.clone());
+    owner.set_fqdn(true);
     let server =
         Name::from_ascii("ns").and_then(|ns| ns.append_name(&owner)).unwrap_or_else(|_| owner.clone());
     let contact =
         Name::from_ascii("nobody").and_then(|who| who.append_name(&owner)).unwrap_or_else(|_| owner.clone());
     let soa = SOA::new(server, contact, 1, 3600, 600, 86_400, NEGATIVE_TTL);
     Record::from_rdata(owner, NEGATIVE_TTL, RData::SOA(soa))
+}
+
+/// Whether an answer says that there is no such name.
+pub fn is_no_such_name(answer: &[u8]) -> bool {
+    answer.get(3).is_some_and(|byte| byte & RESPONSE_CODE == ResponseCode::NXDomain.low())
 }
 
 /// Whether `answer` may be one to `request`, of which `question_end` bytes are the header and the question; 0 for one

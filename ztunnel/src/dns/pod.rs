@@ -19,6 +19,8 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use hickory_proto::op::ResponseCode;
+use hickory_proto::rr::DNSClass;
+use hickory_proto::rr::RecordType;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::tcp::OwnedWriteHalf;
@@ -30,6 +32,7 @@ use tokio::time::sleep;
 use tokio::time::timeout;
 
 use crate::dns::answer;
+use crate::dns::answer::Family;
 use crate::dns::counts::Counts;
 use crate::dns::counts::query_type;
 use crate::dns::forward;
@@ -51,6 +54,7 @@ use crate::net::conntrack::Conntrack;
 use crate::net::netns::Netns;
 use crate::net::origdst::redirected_dst;
 use crate::net::socket::Acceptor;
+use crate::net::socket::Datagrams;
 use crate::shutdown;
 use crate::shutdown::Signal;
 
@@ -179,7 +183,7 @@ impl Pod {
     }
 
     /// Answers what comes in datagrams.
-    pub(super) async fn datagrams(self: Arc<Self>, socket: Arc<tokio::net::UdpSocket>) {
+    pub(super) async fn datagrams(self: Arc<Self>, socket: Arc<Datagrams>) {
         let local = socket.local_addr().ok();
         let mut buffer = vec![0; usize::from(u16::MAX)];
         let mut end = pin!(self.end());
@@ -202,12 +206,7 @@ impl Pod {
     }
 
     /// Reads up to a batch. False when nothing is left.
-    fn read(
-        self: &Arc<Self>,
-        socket: &Arc<tokio::net::UdpSocket>,
-        local: Option<SocketAddr>,
-        buffer: &mut [u8],
-    ) -> bool {
+    fn read(self: &Arc<Self>, socket: &Arc<Datagrams>, local: Option<SocketAddr>, buffer: &mut [u8]) -> bool {
         for _ in 0..BATCH {
             match socket.try_recv_from(buffer) {
                 Ok((length, client)) => self.datagram(socket, local, client, &buffer[..length]),
@@ -221,7 +220,7 @@ impl Pod {
 
     fn datagram(
         self: &Arc<Self>,
-        socket: &Arc<tokio::net::UdpSocket>,
+        socket: &Arc<Datagrams>,
         local: Option<SocketAddr>,
         client: SocketAddr,
         bytes: &[u8],
@@ -430,6 +429,7 @@ impl Pod {
         }
         let result = match (found.addresses.is_empty(), found.unsupported) {
             (false, _) => "success",
+            (true, _) if !found.exists => "no ready endpoints",
             (true, true) => "service does not support this record type",
             (true, false) => "no records",
         };
@@ -487,11 +487,36 @@ impl Pod {
                 }
                 let answer = self.forward(&resolvers, &message, request.question_end(), transport).await;
                 series.forwarded(began.elapsed(), answer.is_err());
+                if let Ok(answer) = &answer
+                    && message::is_no_such_name(answer)
+                    && let Some(answer) = self.instead(client, &request, transport)
+                {
+                    tell(Some(client), &request, "no records", 0);
+                    return Outcome::Answer(Some(answer));
+                }
                 tell_forwarded(client, &request, answer.as_ref().err());
                 answer.unwrap_or_else(|_| request.refuse(ResponseCode::ServFail))
             }
         };
         Outcome::Answer(Some(answer))
+    }
+
+    /// The answer for a name that no other resolver has, if the mesh has it: not of what is asked for, or it had been
+    /// answered at once. All that is known of a name, which is asked for by `ANY`, is its addresses, of one family
+    /// (RFC 8482 §4.1).
+    fn instead(&self, client: &Workload, request: &Request, transport: Transport) -> Option<Vec<u8>> {
+        if request.class() != DNSClass::IN || request.fault().is_some() {
+            return None;
+        }
+        let (mesh, names, name) = (self.shared.mesh.snapshot(), &self.shared.config.names, request.name());
+        let zone = answer::has(&mesh, names, client, &name)?;
+        if request.record_type() == RecordType::ANY {
+            let find = |family| answer::find(&mesh, names, client, &name, family, rand::random());
+            let mut found = [Family::V4, Family::V6].into_iter().filter_map(find);
+            let found = found.find(|found| !found.addresses.is_empty())?;
+            return Some(request.answer(&found, transport));
+        }
+        Some(request.nothing(zone.as_deref()))
     }
 
     /// The pod's workload, as soon as the mesh knows it.
@@ -538,7 +563,7 @@ impl Pod {
 }
 
 /// Sends an answer. If there is no room for it it is lost, as it may be anywhere on its way.
-fn send(socket: &tokio::net::UdpSocket, client: SocketAddr, answer: &[u8]) {
+fn send(socket: &Datagrams, client: SocketAddr, answer: &[u8]) {
     if let Err(error) = socket.try_send_to(answer, client) {
         tracing::debug!(%client, %error, "an answer is lost");
     }
@@ -571,7 +596,7 @@ fn tell(client: Option<&Workload>, request: &Request, result: &str, endpoints: u
         {
         src.workload = client.map(|client| &*client.name),
         src.namespace = client.map(|client| &*client.namespace),
-        query = query_type(request.record_type()),
+        query = &*request.record_type().to_string(),
         domain = request.name(),
         result,
         endpoints

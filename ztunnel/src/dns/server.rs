@@ -39,6 +39,7 @@ use crate::model::workload::Named;
 use crate::net::conntrack::Conntrack;
 use crate::net::netns::Netns;
 use crate::net::socket::Acceptor;
+use crate::net::socket::Datagrams;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::shutdown::Trigger;
@@ -236,9 +237,11 @@ impl Dns {
         let _context = self.runtime.enter();
         let mut tasks = Vec::new();
         for bound in &sockets.0 {
-            // The runtime has the descriptors for itself; they are the same sockets.
-            let udp = tokio::net::UdpSocket::from_std(bound.udp.try_clone()?)?;
-            let tcp = Acceptor::new(Arc::new(bound.tcp.try_clone()?))?;
+            // Where the sockets are still read for the pod before, a runtime takes them by another descriptor only.
+            let again = |_taken| Datagrams::new(Arc::new(bound.udp.try_clone()?));
+            let udp = Datagrams::new(Arc::clone(&bound.udp)).or_else(again)?;
+            let again = |_taken| Acceptor::new(Arc::new(bound.tcp.try_clone()?));
+            let tcp = Acceptor::new(Arc::clone(&bound.tcp)).or_else(again)?;
             tasks.push((Arc::new(udp), tcp));
         }
         for (udp, tcp) in tasks {

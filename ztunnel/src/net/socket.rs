@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::net::TcpListener;
 use std::net::TcpStream;
+use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
@@ -159,6 +160,41 @@ impl Acceptor {
     /// The listener.
     pub fn listener(&self) -> &TcpListener {
         self.0.get_ref()
+    }
+}
+
+/// A socket for datagrams, in the context of a runtime. As of a listener, there is one descriptor of it, also where it
+/// is kept for another process.
+pub struct Datagrams(AsyncFd<Arc<UdpSocket>>);
+
+impl Datagrams {
+    /// A socket that does not block, in the context of the runtime.
+    pub fn new(socket: Arc<UdpSocket>) -> io::Result<Self> {
+        // SAFETY: as in [`Acceptor::new`]: the same open descriptor for as long as it lives, which sharing does not
+        // change.
+        unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+            .map(Self)
+            .map_err(io::Error::from)
+    }
+
+    /// Its own address.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.get_ref().local_addr()
+    }
+
+    /// Waits until there may be a datagram. Fails only when the runtime ends.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await.map(drop)
+    }
+
+    /// The next datagram; `WouldBlock` if there is none.
+    pub fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+        self.0.try_io(Interest::READABLE, |socket| socket.recv_from(buffer))
+    }
+
+    /// Sends a datagram; `WouldBlock` if there is no room for it.
+    pub fn try_send_to(&self, datagram: &[u8], to: SocketAddr) -> io::Result<usize> {
+        self.0.get_ref().send_to(datagram, to)
     }
 }
 

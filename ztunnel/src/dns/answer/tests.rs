@@ -166,6 +166,14 @@ fn wildcards_cover_what_is_below_them() {
             service("shop", "*.b.example.com", &["240.0.0.2"]),
             service("shop", "www.example.com", &["240.0.0.3"]),
             service("shop", "*", &["240.0.0.4"]),
+            // They have no addresses to answer with.
+            service("shop", "bare.example.com", &[]),
+            service("shop", "*.c.example.com", &[]),
+            Service {
+                visibility: Visibility::Namespace,
+                ..service("other", "hidden.example.com", &["240.0.0.5"])
+            },
+            service("shop", "www.d.example.com", &["240.0.0.6"]),
         ],
         [],
     );
@@ -177,6 +185,17 @@ fn wildcards_cover_what_is_below_them() {
         ("*.example.com", "shop/*.example.com 240.0.0.1"),
         // The name itself is not below the wildcard, and a bare one covers nothing.
         ("example.com", "another resolver"),
+        // Closer than the wildcard is what is there as such, also for what is below it.
+        ("x.www.example.com", "another resolver"),
+        ("x.www.example.com.shop.svc.cluster.local", "another resolver"),
+        ("bare.example.com", "another resolver"),
+        ("x.bare.example.com", "another resolver"),
+        ("a.c.example.com", "another resolver"),
+        // What others hide covers nothing.
+        ("hidden.example.com", "shop/*.example.com 240.0.0.1"),
+        ("x.hidden.example.com", "shop/*.example.com 240.0.0.1"),
+        // A name that is there only because others are below it hides nothing either.
+        ("x.d.example.com", "shop/*.example.com 240.0.0.1"),
         ("elsewhere.org", "another resolver"),
         // With a search domain behind it, an exact name is an alias; one under a wildcard is not.
         ("www.example.com.shop.svc.cluster.local", "shop/www.example.com (www.example.com) 240.0.0.3"),
@@ -269,8 +288,6 @@ fn a_headless_service_is_answered_for_by_its_endpoints() {
 #[test]
 fn what_is_found_and_has_nothing_is_found() {
     let found = |service: Service, family| ask(&mesh([service], []), "cart", family).expect("found");
-    let nothing = found(kubernetes("shop", "cart", &[]), Family::V4);
-    assert!(nothing.addresses.is_empty() && !nothing.unsupported);
     let v4 = kubernetes("shop", "cart", &["10.96.0.1"]);
     assert!(found(v4, Family::V6).addresses.is_empty());
     let both = kubernetes("shop", "cart", &["10.96.0.1", "fd96::1"]);
@@ -307,4 +324,63 @@ fn each_address_comes_first_at_times_and_there_are_not_too_many() {
     };
     assert_eq!(answer(1).len(), ADDRESSES_MAX, "each once");
     assert_ne!(answer(1), answer(2), "others the next time");
+}
+
+#[test]
+fn a_headless_service_is_there_as_long_as_somebody_is_ready() {
+    let host = "db.shop.svc.cluster.local";
+    let at = |addresses: &[&str]| endpoint("db-0", "shop", host, addresses);
+    let any =
+        LoadBalancing { mode: BalanceMode::Any, scopes: Box::default(), health: HealthPolicy::AllowAll };
+    let headless = kubernetes("shop", "db", &[]);
+    let tolerant = Service { balancing: Some(any), ..headless.clone() };
+    let sick = |addresses: &[&str]| Workload { healthy: false, ..at(addresses) };
+    let far = Workload { network: "far".into(), ..at(&["10.0.0.1"]) };
+    for (case, service, endpoints, exists) in [
+        ("nobody", &headless, vec![], false),
+        ("not ready", &headless, vec![sick(&["10.0.0.1"])], false),
+        ("not ready, which does not matter", &tolerant, vec![sick(&["10.0.0.1"])], true),
+        ("of the other family", &headless, vec![at(&["fd00::1"])], true),
+        ("in another network", &headless, vec![far], true),
+        ("ready", &headless, vec![at(&["10.0.0.1"])], true),
+        ("a virtual address needs nobody", &kubernetes("shop", "db", &["10.96.0.1"]), vec![], true),
+    ] {
+        let mesh = mesh([service.clone()], endpoints);
+        for (name, alias) in [(host, None), ("db", None), ("db.shop.shop.svc.cluster.local", Some("db.shop"))]
+        {
+            let found = ask(&mesh, name, Family::V4).expect("found");
+            assert_eq!(found.exists, exists, "{case}: {name}");
+            // The name that was asked for is what is not there.
+            assert_eq!(found.alias_of.as_deref(), alias.filter(|_| exists), "{case}: {name}");
+            let zone = (name != "db" && found.alias_of.is_none()).then_some(DOMAIN);
+            assert_eq!(found.zone.as_deref(), zone, "{case}: {name}");
+            let has = has(&mesh, &config(), &client(), name);
+            assert_eq!(has, exists.then(|| (name != "db").then(|| DOMAIN.into())), "{case}: {name}");
+        }
+    }
+}
+
+#[test]
+fn what_a_service_is_called_is_compared_without_case() {
+    let mesh = mesh(
+        [
+            Service {
+                hostname: "api.example.com".into(),
+                ..service("shop", "API.Example.COM", &["240.0.0.1"])
+            },
+            kubernetes("shop", "cart", &["10.96.0.1"]),
+        ],
+        [],
+    );
+    assert_eq!(told(ask(&mesh, "api.example.com", Family::V4)), "shop/api.example.com 240.0.0.1");
+    for (name, has_it) in [
+        ("api.example.com", true),
+        ("cart", true),
+        ("cart.shop.svc.cluster.local", true),
+        ("www.example.com", false),
+        ("_http._tcp.cart.shop.svc.cluster.local", false),
+        ("1.0.96.10.in-addr.arpa", false),
+    ] {
+        assert_eq!(has(&mesh, &config(), &client(), name).is_some(), has_it, "{name}");
+    }
 }

@@ -42,6 +42,8 @@ fn found(addresses: Vec<IpAddr>, alias_of: Option<&str>) -> Found {
         alias_of: alias_of.map(str::to_owned),
         addresses,
         unsupported: false,
+        exists: true,
+        zone: None,
     }
 }
 
@@ -252,7 +254,7 @@ fn an_answer_is_told_from_what_only_looks_like_one() {
     assert!(!of(&|answer| answer.queries.clear()), "no error");
     assert!(!of(&|answer| {
         failed(answer);
-        answer.add_answer(nothing(Name::from_ascii("cart.shop.").unwrap()));
+        answer.add_answer(start_of(None, &Name::from_ascii("cart.shop.").unwrap()));
     }));
     assert!(!of(&|answer| answer.metadata.id = !asked.id));
     assert!(!of(&|answer| answer.metadata.message_type = MessageType::Query));
@@ -297,4 +299,38 @@ proptest! {
         prop_assert_eq!(request.name() + ".", name);
         Message::from_vec(&request.answer(&found(v4(100), Some("a.b")), Transport::Udp)).unwrap();
     }
+}
+
+/// What an answer says besides addresses: its code, and the authority of a negative answer.
+fn negative(bytes: &[u8]) -> (ResponseCode, Vec<String>) {
+    let answer = Message::from_vec(bytes).unwrap();
+    assert!(answer.answers.is_empty() && answer.metadata.authoritative, "{answer}");
+    let told = |record: &Record| match &record.data {
+        // Kept no longer than both say (RFC 2308 §5).
+        RData::SOA(soa) => format!("{} {} {} {}", record.name, record.ttl, soa.minimum, soa.mname),
+        other => panic!("{other:?}"),
+    };
+    (answer.metadata.response_code, answer.authorities.iter().map(told).collect())
+}
+
+#[test]
+fn what_is_not_there_is_told_with_the_zone_that_says_so() {
+    let asked = read_query(&with_edns(query("DB.shop.svc.cluster.local.", RecordType::A), 1232));
+    let in_cluster = vec!["cluster.local. 5 5 ns.cluster.local.".to_owned()];
+    let nobody = Found { exists: false, zone: Some("cluster.local".into()), ..found(vec![], None) };
+    for transport in [Transport::Udp, Transport::Tcp] {
+        let answer = asked.answer(&nobody, transport);
+        assert_eq!(negative(&answer), (ResponseCode::NXDomain, in_cluster.clone()));
+        assert!(is_no_such_name(&answer));
+    }
+    let nothing = Found { exists: true, ..nobody };
+    let answer = asked.answer(&nothing, Transport::Udp);
+    assert_eq!(negative(&answer), (ResponseCode::NoError, in_cluster.clone()));
+    assert!(!is_no_such_name(&answer));
+    assert_eq!(negative(&asked.nothing(Some("cluster.local"))), (ResponseCode::NoError, in_cluster));
+    // Outside of the cluster's domain nobody knows where a zone begins.
+    let own = vec!["api.example.com. 5 5 ns.api.example.com.".to_owned()];
+    let asked = read_query(&query("api.example.com.", RecordType::TXT));
+    assert_eq!(negative(&asked.nothing(None)), (ResponseCode::NoError, own));
+    assert!(!is_no_such_name(&[]));
 }

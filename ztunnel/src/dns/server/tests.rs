@@ -164,7 +164,7 @@ fn names_of_the_mesh_are_answered_and_nothing_stops_that() {
     assert_eq!(answer.answers[0].to_string(), "cart.shop. 30 IN A 10.96.0.1");
     let labels = |transport: &str| {
         format!(
-            "istio_dns_requests_total{{request_query_type=\"A\",request_protocol=\"{transport}\",\
+            "istio_dns_requests_total{{request_query_type=\"a\",request_protocol=\"{transport}\",\
              source_canonical_service=\"client\",source_canonical_revision=\"unknown\"}}"
         )
     };

@@ -228,6 +228,20 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
             ensure!(left == 0, "{left} connections are still listed");
             Ok(())
         })?;
+        // A pod that is in the mesh no more keeps what is open, and it is said whose that is.
+        let mut kept = Held::open(&world.client.place, lines)?;
+        world.mesh.remove("pod-server")?;
+        world.wait_carried_out()?;
+        kept.say()?;
+        let left = dump(world, On::B)?;
+        ensure!(left.workloads.iter().all(|workload| workload.name != "server"), "it is still in the mesh");
+        let server = left.pod("server")?;
+        // The one in clear, too.
+        ensure!(
+            server.connections.inbound.len() == 2 && server.info.service_account == "server",
+            "{server:?}"
+        );
+        world.write_pods()?;
         Ok(format!(
             "{} workloads, {} services, {} certificates, {} policies; {outbound:?}",
             a.workloads.len(),

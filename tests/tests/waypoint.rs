@@ -213,7 +213,8 @@ fn a_waypoint_stands_between_client_and_server() {
                 && field(line, "src.identity") == Some(&identity(MESHED, "client"))
                 && line.contains("connection complete")
         })?;
-        taken_from(world, "waypoint")?;
+        let taken = taken_from(world, "waypoint")?;
+        ensure!(taken.contains("destination_service_name=\"shop\""), "the service is not told: {taken}");
 
         // Only the waypoint may.
         let only = security::Match {

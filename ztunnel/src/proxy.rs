@@ -44,6 +44,7 @@ use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
 use crate::model::addr::PodUid;
 use crate::model::workload::Named;
+use crate::model::workload::Workload;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::redirected::RedirectedPod;
@@ -110,6 +111,9 @@ pub struct Config {
     pub near: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
+    /// The network this proxy is in, where it was told (`NETWORK`): a client that says it is in another one came through
+    /// a gateway. Otherwise that of the pod counts.
+    pub network: Option<Arc<str>>,
     /// Whether clients are told in the answer who serves them, and what they are told so is believed.
     pub response_baggage: bool,
     /// Whether a waypoint that is told of connections by the PROXY protocol is dialled at the loopback address, from
@@ -117,6 +121,13 @@ pub struct Config {
     pub localhost_app_tunnel: bool,
     /// Tunnels.
     pub hbone: hbone::Config,
+}
+
+impl Config {
+    /// The network that the pod of `workload` is in, to peers of other ones.
+    pub(crate) fn network_of<'a>(&'a self, workload: &'a Workload) -> &'a str {
+        self.network.as_deref().unwrap_or(&workload.network)
+    }
 }
 
 impl Default for Config {
@@ -133,6 +144,7 @@ impl Default for Config {
             handover_max: 1024,
             near: true,
             keepalive: Keepalive::default(),
+            network: None,
             response_baggage: true,
             localhost_app_tunnel: true,
             hbone: hbone::Config::default(),
@@ -184,9 +196,15 @@ struct Served {
     stop: Trigger,
     /// Where what is open ends soon after the pod's removal.
     cut: Option<Trigger>,
+    /// What its workload was known by when it came: the mesh may forget it before its last connection has ended.
+    workload: Named,
 }
 
 impl Served {
+    fn told(&self) -> ServedPod {
+        ServedPod { uid: self.pod.uid.clone(), workload: self.workload.clone() }
+    }
+
     /// Takes no new connections. Peers are told to open no new streams.
     fn leave(self) -> Leaving {
         self.stop.drain();
@@ -200,6 +218,22 @@ impl Served {
             });
         }
         leaving
+    }
+}
+
+/// Pods that are not served any more, or are none of the node's, and may have open connections. Looked through, and
+/// those without any forgotten, whenever there is one more.
+#[derive(Debug, Default)]
+struct Apart(Vec<(ServedPod, Weak<Pod>)>);
+
+impl Apart {
+    fn add(&mut self, served: &Served) {
+        self.0.retain(|(_, pod)| pod.strong_count() > 0);
+        self.0.push((served.told(), Arc::downgrade(&served.pod)));
+    }
+
+    fn all(&self) -> impl Iterator<Item = &ServedPod> {
+        self.0.iter().filter(|(_, pod)| pod.strong_count() > 0).map(|(told, _)| told)
     }
 }
 
@@ -236,6 +270,7 @@ pub struct DataPlane {
     pods: Mutex<HashMap<PodUid, Served>>,
     /// This proxy's own pod, which is none of those.
     own: Mutex<Option<Served>>,
+    apart: Mutex<Apart>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
     started: AtomicUsize,
@@ -290,6 +325,7 @@ impl DataPlane {
             threads: Mutex::new(threads),
             pods: Mutex::default(),
             own: Mutex::default(),
+            apart: Mutex::default(),
             neighbours,
             count,
             started: AtomicUsize::new(0),
@@ -345,6 +381,7 @@ impl DataPlane {
         let (stop, stopped) = shutdown::channel();
         let pod = Pod::new(spec, id, network, stopped, None, self.handing_over.clone()).owned(own);
         let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
+        self.apart_locked().add(&served);
         *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
         Ok(())
     }
@@ -377,6 +414,7 @@ impl DataPlane {
         let served = self.take(pod, listeners, stop, cut)?;
         match self.pods().insert(uid, served) {
             Some(replaced) => {
+                self.apart_locked().add(&replaced);
                 replaced.leave();
             }
             None => {
@@ -403,7 +441,12 @@ impl DataPlane {
             let listener = Listener::new(kind, listener)?;
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
-        Ok(Served { home: home.runtime.clone(), pod, stop, cut })
+        let known = match pod.named() {
+            Named::Uid(uid) => home.mesh.snapshot().workload(uid).map(|workload| Named::of(workload)),
+            Named::Pod { .. } => None,
+        };
+        let workload = known.unwrap_or_else(|| pod.named().clone());
+        Ok(Served { home: home.runtime.clone(), pod, stop, cut, workload })
     }
 
     /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
@@ -432,7 +475,11 @@ impl DataPlane {
     /// close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         self.neighbours.remove(uid);
-        let served = self.pods().remove(uid)?;
+        let mut pods = self.pods();
+        let served = pods.remove(uid)?;
+        // Before it can be missed among the others.
+        self.apart_locked().add(&served);
+        drop(pods);
         Some(served.leave())
     }
 
@@ -504,6 +551,12 @@ impl DataPlane {
         pods.map(|pod| ServedPod { uid: pod.uid.clone(), workload: pod.named().clone() }).collect()
     }
 
+    /// The pods that are not served and may have open connections: those that were, until these have ended, and this
+    /// proxy's own.
+    pub fn apart(&self) -> Vec<ServedPod> {
+        self.apart_locked().all().cloned().collect()
+    }
+
     /// The connections and streams that are open, in no order. Not for a data-plane thread; those wait for it no
     /// longer than it takes to copy a few hundred entries.
     pub fn connections(&self) -> Vec<Connection> {
@@ -513,6 +566,10 @@ impl DataPlane {
     /// What the runtimes of the threads tell of themselves, in the order of the threads.
     pub fn runtimes(&self) -> impl Iterator<Item = runtime::RuntimeMetrics> {
         self.shards.iter().map(|shard| shard.runtime.metrics())
+    }
+
+    fn apart_locked(&self) -> MutexGuard<'_, Apart> {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {

@@ -6,6 +6,7 @@
 pub mod arrival;
 pub mod balance;
 pub mod gateway;
+pub mod meant;
 pub mod plan;
 
 #[cfg(test)]

@@ -66,7 +66,9 @@ fn asked(u: &mut Unstructured<'_>) -> Result<()> {
         };
         let client = *u.choose(&["10.0.0.1", "fd00::1"])?;
         let client: IpAddr = client.parse().expect("an address");
-        let asked = Asked { client, local, addresses: &workload.addresses, authority: &authority };
+        let addresses = &workload.addresses;
+        let (host, namespace) = (Some(*u.choose(&wire::HOSTS)?), &*workload.namespace);
+        let asked = Asked { client, local, addresses, authority: &authority, host, namespace };
         let tunnel = workload.application_tunnel;
         let Ok(arrival) = arrive(&mesh, workload, &asked) else { continue };
         let what = || format!("{authority:?} of {workload:?} became {arrival:?}");
@@ -78,7 +80,9 @@ fn asked(u: &mut Unstructured<'_>) -> Result<()> {
         let port = tunnel.and_then(|tunnel| tunnel.port);
         assert!(port.is_none_or(|port| port == arrival.to.port()), "{}", what());
         match (&authority, &arrival.service) {
-            (Authority::Address(address), None) => {
+            (Authority::Address(address), service) => {
+                let known = |service: &Arc<_>| mesh.service(service.key.as_str()) == Some(service);
+                assert!(service.as_ref().is_none_or(known), "{}", what());
                 assert!(port.is_some() || arrival.to.port() == address.port(), "{}", what());
                 let meant = SocketAddr::new(address.ip().to_canonical(), address.port());
                 assert!(arrival.announce.is_none_or(|told| told == meant), "{}", what());

@@ -81,9 +81,14 @@ impl Sources {
             // One that is captured again serves meanwhile.
             pods.entry(waiting.uid.to_string()).or_insert_with(|| state("Pending", Some(info)));
         }
-        for connection in self.data_plane.connections() {
+        let connections = self.data_plane.connections();
+        let apart = self.data_plane.apart();
+        for connection in connections {
             // A pod that was withdrawn keeps its connections to their end.
-            let pod = pods.entry(connection.pod.to_string()).or_insert_with(|| state("Up", None));
+            let pod = pods.entry(connection.pod.to_string()).or_insert_with(|| {
+                let known = apart.iter().rev().find(|pod| pod.uid == connection.pod);
+                state("Up", known.and_then(|pod| info(mesh, &pod.workload)))
+            });
             match connection.reporter {
                 Reporter::Source => pod.connections.outbound.push(view(connection)),
                 Reporter::Destination => pod.connections.inbound.push(view(connection)),

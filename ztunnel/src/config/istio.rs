@@ -41,7 +41,9 @@ const READINESS_PORT: u16 = 15021;
 
 /// Completes `settings` by what this machine has.
 pub fn run(settings: Settings) -> Result<Run, Invalid> {
-    let Settings { own, control_plane, in_pod, data_plane, dns, .. } = settings;
+    let Settings { own, control_plane, in_pod, mut data_plane, dns, .. } = settings;
+    data_plane.network =
+        Some(Arc::from(own.network.as_str())).filter(|network: &Arc<str>| !network.is_empty());
     let plane = |server: &Server| plane(server, &control_plane.token, &own.cluster);
     let authority = plane(&control_plane.authority).map_err(Invalid::Authority)?;
     let mesh = match &control_plane.discovery {

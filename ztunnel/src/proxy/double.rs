@@ -113,7 +113,7 @@ pub(super) async fn open(
     let mut lease = tunnel.lease().ok_or_else(|| beyond(DialError::NoRoom { peer: route.gateway }))?;
     // It is the connection's own, and ends with it.
     tunnel.retire();
-    let connect = Connect { network: Some(&route.source.network), ..connect };
+    let connect = Connect { network: Some(config.network_of(&route.source)), ..connect };
     let mut early = Early::default();
     let (peer, after) = (route.gateway, config.answer_timeout);
     match ask(&mut lease, &connect, application, Some(&mut early), after).await? {

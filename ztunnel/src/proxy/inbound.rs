@@ -66,6 +66,7 @@ use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
+use crate::telemetry::events::Security;
 use crate::tls::trust::Side;
 use crate::tls::verify;
 use crate::tls::verify::NoIdentity;
@@ -253,7 +254,9 @@ impl StreamFailure {
     /// What the client is told; nothing once it was connected, or is gone.
     fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::BadRequest | Self::NotHere(NotHere::OtherAddress(_)) => Some(Refusal::BadRequest),
+            Self::BadRequest | Self::NotHere(NotHere::OtherAddress(_) | NotHere::OtherFamily(..)) => {
+                Some(Refusal::BadRequest)
+            }
             Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Cut(_)) => Some(Refusal::Denied),
             Self::NotHere(
                 NotHere::SelfCall(_)
@@ -382,6 +385,14 @@ pub(super) trait Asker {
     /// Which network it says it is in, which one does that came through a gateway.
     fn network(&self) -> Option<&str>;
 
+    /// Which service it says it meant, by its hostname.
+    fn host(&self) -> Option<&str>;
+
+    /// Its workload, where that is known for sure.
+    fn workload(&self) -> Option<&Arc<Workload>> {
+        None
+    }
+
     /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
 
@@ -398,6 +409,10 @@ impl Asker for Incoming {
         Self::network(self)
     }
 
+    fn host(&self) -> Option<&str> {
+        self.forwarded().and_then(|forwarded| forwarded.host)
+    }
+
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         Self::first_words(self, cx)
     }
@@ -409,8 +424,17 @@ impl Asker for Incoming {
 
 /// The client's workload. One that came through a gateway is not found by its address, which is the gateway's; of it
 /// there is only what it says, as there is of one that the mesh does not know.
-fn source(mesh: &Mesh, workload: &Workload, facts: &Facts, asker: &impl Asker) -> Option<Arc<Workload>> {
-    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(&workload.network));
+fn source(
+    mesh: &Mesh,
+    own_network: &str,
+    workload: &Workload,
+    facts: &Facts,
+    asker: &impl Asker,
+) -> Option<Arc<Workload>> {
+    if let Some(known) = asker.workload() {
+        return Some(Arc::clone(known));
+    }
+    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(own_network));
     let known = if elsewhere { None } else { mesh.workload_at(&workload.network, facts.source) };
     known.cloned().or_else(|| {
         let (baggage, identity) = asker.baggage().zip(facts.identity.as_ref())?;
@@ -461,7 +485,14 @@ pub(super) async fn admit(
         Err(unknown) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
     };
     let (client, local) = (caller.client.0.ip(), caller.local.ip());
-    let asked = Asked { client, local, addresses: pod.addresses(), authority: &authority };
+    let asked = Asked {
+        client,
+        local,
+        addresses: pod.addresses(),
+        authority: &authority,
+        host: asker.host(),
+        namespace: caller.identity.namespace(),
+    };
     let Arrival { to, service, announce } = match arrival(shard, &uid, &asked).await {
         Ok(arrival) => arrival,
         Err(failure) => return refuse(Some(authority), failure),
@@ -484,12 +515,12 @@ pub(super) async fn admit(
     let permit = live::admit(&mesh, &workload, &facts);
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: source(&mesh, &workload, &facts, asker),
+        source: source(&mesh, shard.config.network_of(&workload), &workload, &facts, asker),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),
-        // Which one was meant by an address is only the client's word.
         service,
+        security: if caller.tunnel.is_some() { Security::MutualTls } else { Security::WithinNode },
     };
     drop(mesh);
     let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(authority) };
@@ -582,6 +613,66 @@ async fn dial(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::identity::TrustDomain;
+
+    /// A caller that says this of itself.
+    struct Says(Option<&'static str>);
+
+    impl Asker for Says {
+        fn baggage(&self) -> Option<&str> {
+            Some("k8s.pod.name=elsewhere")
+        }
+
+        fn network(&self) -> Option<&str> {
+            self.0
+        }
+
+        fn host(&self) -> Option<&str> {
+            None
+        }
+
+        fn first_words(&mut self, _cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+            None
+        }
+
+        fn poll_gone(&mut self, _cx: &mut Context<'_>) -> Poll<StreamError> {
+            Poll::Pending
+        }
+    }
+
+    #[test]
+    fn a_client_that_came_through_a_gateway_is_not_known_by_its_address() {
+        let network = |name: &str| Some(Arc::from(name));
+        let told = |own: Option<Arc<str>>, says| {
+            let config = Config { network: own, ..Config::default() };
+            let at = |name: &str, ip: &str| Workload {
+                network: "mesh".into(),
+                addresses: vec![ip.parse().unwrap()],
+                ..Workload::sample("shop", name)
+            };
+            let [here, pod] = [at("here", "10.0.0.1"), at("pod", "10.0.0.2")].map(Arc::new);
+            let mesh = Mesh::new(TrustDomain::default(), [here, Arc::clone(&pod)], [], []);
+            let facts = Facts {
+                workload: Arc::clone(&pod.uid),
+                identity: Some("spiffe://cluster.local/ns/shop/sa/elsewhere".parse().unwrap()),
+                source: "10.0.0.1".parse().unwrap(),
+                destination: "10.0.0.2:80".parse().unwrap(),
+            };
+            let source = source(&mesh, config.network_of(&pod), &pod, &facts, &Says(says)).unwrap();
+            source.workload_name.to_string()
+        };
+        for (own, says, expect) in [
+            (None, None, "here"),
+            (None, Some("MESH"), "here"),
+            (None, Some("far"), "elsewhere"),
+            // Where this proxy is told its network, that is what it compares with, whatever the mesh says of the pod.
+            (network("told"), None, "here"),
+            (network("told"), Some("Told"), "here"),
+            (network("told"), Some("mesh"), "elsewhere"),
+        ] {
+            assert_eq!(told(own.clone(), says), expect, "{own:?} {says:?}");
+        }
+    }
 
     #[test]
     fn a_waypoint_is_dialled_at_the_loopback_unless_that_is_switched_off() {

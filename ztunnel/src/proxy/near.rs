@@ -314,7 +314,9 @@ pub(super) async fn open(
     let counted = shard.count.connection();
     let caller =
         Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
-    let mut neighbour = Neighbour { application, look: pin!(sleep(LOOK_PERIOD)), error: None };
+    let host = route.service.as_ref().map(|service| &*service.hostname);
+    let look = pin!(sleep(LOOK_PERIOD));
+    let mut neighbour = Neighbour { application, source: &route.source, host, look, error: None };
     let mut cut = to.cut();
     let admitted = inbound::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
     match unless_cut(&mut cut, admitted).await {
@@ -331,6 +333,9 @@ pub(super) async fn open(
 /// The application that dialled, while the other one is being dialled for it.
 struct Neighbour<'a> {
     application: &'a ResetUnlessDone,
+    /// Whose it is, and the service it dialled.
+    source: &'a Arc<Workload>,
+    host: Option<&'a str>,
     look: Pin<&'a mut Sleep>,
     error: Option<io::Error>,
 }
@@ -348,6 +353,14 @@ impl Asker for Neighbour<'_> {
 
     fn network(&self) -> Option<&str> {
         None
+    }
+
+    fn host(&self) -> Option<&str> {
+        self.host
+    }
+
+    fn workload(&self) -> Option<&Arc<Workload>> {
+        Some(self.source)
     }
 
     /// Waits for it to reset its connection. It is not read, so it has to be asked now and then.

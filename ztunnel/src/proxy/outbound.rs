@@ -73,6 +73,7 @@ use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
+use crate::telemetry::events::Security;
 use crate::tls::configs::Credentials;
 use crate::tls::verify;
 
@@ -357,17 +358,23 @@ async fn establish(
     };
     match planned {
         Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
-            let parties = Parties {
+            let mut parties = Parties {
                 reporter: Reporter::Source,
                 source: Some(Arc::clone(&source)),
                 source_identity: Some(source.identity.clone()),
                 destination: Some(Arc::clone(&destination)),
                 destination_identity: expect.first().cloned(),
                 service: service.clone(),
+                security: Security::MutualTls,
             };
-            let tally = told(parties, peer.0, Some(target.into()));
+            let pod = Arc::clone(&pod);
             let route = Route { pod, source, client, peer, expect, target, destination, service };
-            if let Some(to) = near::neighbour(&shard, &route) {
+            let neighbour = near::neighbour(&shard, &route);
+            if neighbour.is_some() {
+                parties.security = Security::WithinNode;
+            }
+            let tally = told(parties, peer.0, Some(target.into()));
+            if let Some(to) = neighbour {
                 match near::open(&shard, &to, &route, &mut application).await {
                     Ok(opened) => {
                         let connection = Box::new(near::Connection::new(application, tally, opened));
@@ -400,6 +407,7 @@ async fn establish(
                 destination: Some(destination),
                 destination_identity: None,
                 service: Some(Arc::clone(&service)),
+                security: Security::MutualTls,
             };
             let asked = Authority::Hostname { host: Arc::clone(&service.hostname), port };
             let pod = Arc::clone(&pod);
@@ -430,7 +438,9 @@ async fn establish(
         }
         Ok(Plan::Plain { to, destination, service }) => {
             let (source, unknown) = (Some(source), Parties::unknown(Reporter::Source));
-            let tally = told(Parties { source, destination, service, ..unknown }, to, None);
+            let destination_identity = destination.as_ref().map(|destination| destination.identity.clone());
+            let tally =
+                told(Parties { source, destination, destination_identity, service, ..unknown }, to, None);
             match dial(&shard, &pod, to).await {
                 Ok(server) => {
                     let relay = copy::Relay::new(application, ResetUnlessDone::new(server), tally);
@@ -443,7 +453,9 @@ async fn establish(
         Ok(Plan::Named { .. }) => return refuse(dst, &NoAddress::Nothing),
         Err(OutboundError::NoRoute(error @ NoRoute::SelfCall(_))) => return refuse(dst, &error),
         Err(error) => {
-            let parties = Parties { source: Some(source), ..Parties::unknown(Reporter::Source) };
+            let (mesh, ip) = (shard.mesh.snapshot(), dst.0.ip().to_canonical());
+            let service = mesh.service_at(&source.network, ip, Some(&source.namespace)).cloned();
+            let parties = Parties { source: Some(source), service, ..Parties::unknown(Reporter::Source) };
             told(parties, dst.0, None).close(Err(error));
         }
     }

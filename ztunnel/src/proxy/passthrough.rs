@@ -31,6 +31,7 @@ use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
 use crate::proxy::shard::Shard;
+use crate::route::meant::service_behind;
 use crate::route::plan::NoRoute;
 use crate::route::plan::RESERVED_PORTS;
 use crate::telemetry::events::Addresses;
@@ -41,8 +42,8 @@ use crate::telemetry::events::ResponseFlag;
 /// Why a connection to a pod was not delivered, or ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum DeliveryError {
-    /// Policy refused it.
-    #[error(transparent)]
+    /// Policy refused it. In Istio's words, by which people and tools look for it.
+    #[error("connection closed due to policy rejection: {0}")]
     Denied(#[from] Denial),
     /// Policy refused it later, or the peer's certificate was revoked.
     #[error(transparent)]
@@ -174,7 +175,14 @@ async fn establish(
     };
     let permit = live::admit(&mesh, &workload, &facts);
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
-    let parties = Parties { source, destination: Some(workload), ..Parties::unknown(Reporter::Destination) };
+    let parties = Parties {
+        source,
+        // Who came is not known, and who was reached is.
+        destination_identity: Some(workload.identity.clone()),
+        service: service_behind(&mesh, &workload, dst.0.port(), None).cloned(),
+        destination: Some(workload),
+        ..Parties::unknown(Reporter::Destination)
+    };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
     let tally = shard.tally(&pod, parties, addresses, None, dst.0);

@@ -23,6 +23,7 @@ use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::ResetCode;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::hbone::stream::TunnelError;
 use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_chunk;
 use crate::net::buffer::poll_read_up_to;
@@ -45,13 +46,21 @@ pub enum RelayError {
 
 impl RelayError {
     /// Whether one of the two applications reset the connection, as applications do: nothing went wrong with
-    /// what carried it.
+    /// what carried it. Nor did it, as Istio's proxy has it, if the peer closed the whole tunnel instead of the stream:
+    /// some do so when they end, and the application is reset all the same.
     pub fn is_reset(&self) -> bool {
         match self {
             Self::Application(error) => is_reset(error),
-            Self::Stream(error) => matches!(error, StreamError::Reset(_) | StreamError::Finished),
+            Self::Stream(StreamError::Reset(_) | StreamError::Finished) => true,
+            Self::Stream(StreamError::Tunnel(TunnelError::Io(error))) => is_closed(error),
+            Self::Stream(StreamError::Tunnel(TunnelError::Protocol(_)) | StreamError::NotTaken) => false,
         }
     }
+}
+
+/// Whether a tunnel's connection was closed by its peer, with or without a word before.
+fn is_closed(error: &io::Error) -> bool {
+    is_reset(error) || error.kind() == io::ErrorKind::UnexpectedEof
 }
 
 /// Which end of the connection the application is.

@@ -75,6 +75,7 @@ use crate::proxy::Config;
 use crate::proxy::DataPlane;
 use crate::proxy::Listeners;
 use crate::proxy::PodSpec;
+use crate::proxy::ServedPod;
 use crate::proxy::pod::Pod;
 use crate::shutdown;
 use crate::telemetry;
@@ -85,6 +86,7 @@ use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 
 mod beyond;
+mod labels;
 
 /// Longer than anything takes, on whatever machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -171,6 +173,7 @@ struct Node {
     net: Arc<Net>,
     ca: Arc<TestCa>,
     log: Log,
+    telemetry: Telemetry,
     stop: shutdown::Trigger,
     /// The application of the server pod.
     app: TcpListener,
@@ -269,6 +272,7 @@ impl Node {
             net,
             ca,
             log,
+            telemetry,
             stop,
             app,
             outbound: nowhere,
@@ -492,7 +496,8 @@ async fn who_is_denied_is_reset_and_nothing_is_delivered() {
     let mut client = TcpStream::connect(node.outbound).await.unwrap();
     said_and_reset(&mut client, b"early data").await;
     node.refused(node.outbound).await;
-    node.logged(&["direction=\"inbound\"", "error", "allow policies exist, but none allowed"]).await;
+    let why = "error=\"connection closed due to policy rejection: allow policies exist, but none allowed\"";
+    node.logged(&["direction=\"inbound\"", why]).await;
     node.logged(&["direction=\"outbound\"", "error", "http status: 401"]).await;
 }
 
@@ -709,6 +714,14 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     say(&mut client, &mut server, b"still here").await;
+    // Who looks at what is open finds out whose it was, also once the mesh has forgotten the pod.
+    node.mesh.publish(Mesh::default());
+    let apart = node.plane.apart();
+    assert_eq!(
+        apart,
+        [ServedPod { uid: PodUid::from("server"), workload: Named::of(&workload("server", SERVER)) }]
+    );
+    node.mesh.publish(two_pods(vec![]));
 
     // Another proxy took the pod over: streams go to it without a failure, whatever the old tunnel says.
     node.add_server();
@@ -717,6 +730,13 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
         say(&mut client, &mut server, b"and here").await;
     }
     say(&mut client, &mut server, b"and still here").await;
+    drop((client, server));
+    let over = async {
+        while !node.plane.apart().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, over).await.expect("nothing is told of a pod without connections");
 }
 
 #[tokio::test]
@@ -1026,6 +1046,13 @@ async fn a_stream_on_a_tunnel_that_broke_is_opened_again_if_nothing_was_said_on_
     // Its tunnel breaks, and the first connection with it.
     assert_reset(&mut first).await;
     echoed(&mut second).await;
+    // A peer that closes its tunnel is no failure of this side's.
+    node.logged(&[
+        "\tinfo\taccess\tconnection complete",
+        "direction=\"outbound\"",
+        "bytes_sent=4 bytes_recv=4",
+    ])
+    .await;
 }
 
 #[tokio::test]
@@ -1068,9 +1095,11 @@ async fn a_pod_has_only_so_many_tunnels() {
 #[tokio::test]
 async fn a_peer_can_ask_only_for_what_is_the_pods() {
     let node = Node::start().await;
-    let socket = TcpStream::connect(node.hbone).await.unwrap();
+    let [.., hbone] = node.add("server", &[SERVER, "fd00::2"], 2);
+    node.place("[fd00::2]:80", node.app.local_addr().unwrap());
+    let socket = TcpStream::connect(hbone).await.unwrap();
     let credentials = node.ca.certify(&id("client"));
-    let (peer, tls) = (HbonePeer(node.hbone), credentials.client_config(&[id("server")]));
+    let (peer, tls) = (HbonePeer(hbone), credentials.client_config(&[id("server")]));
     let (tunnel, driver) =
         handshake(socket, peer, tls, &hbone::Config::default(), &Trust::default()).await.unwrap();
     shutdown::spawn(driver);
@@ -1079,6 +1108,8 @@ async fn a_peer_can_ask_only_for_what_is_the_pods() {
         ("10.0.0.3:80", 400),
         ("127.0.0.2:80", 400),
         ("[::1]:80", 400),
+        // The pod's, but the application would not see the client there.
+        ("[fd00::2]:80", 400),
         ("10.0.0.2:15001", 503),
         ("10.0.0.2:15006", 503),
         ("10.0.0.2:15008", 503),
@@ -1183,7 +1214,8 @@ async fn policies_hold_between_neighbours() {
     node.logged(&["connection complete", "direction=\"outbound\"", "bytes_sent=10"]).await;
 
     node.refused(node.outbound).await;
-    node.logged(&["direction=\"inbound\"", "error", "allow policies exist, but none allowed"]).await;
+    let why = "error=\"connection closed due to policy rejection: allow policies exist, but none allowed\"";
+    node.logged(&["direction=\"inbound\"", why]).await;
     node.logged(&["direction=\"outbound\"", "error", "http status: 401"]).await;
 }
 

@@ -13,6 +13,7 @@ use crate::model::workload::ApplicationProtocol;
 use crate::model::workload::Workload;
 use crate::route::gateway::is_before;
 use crate::route::gateway::is_gateway;
+use crate::route::meant::service_behind;
 use crate::route::plan::RESERVED_PORTS;
 
 /// What was asked for, where, by whom.
@@ -26,6 +27,10 @@ pub struct Asked<'a> {
     pub addresses: &'a [IpAddr],
     /// What the tunnel was asked for.
     pub authority: &'a Authority,
+    /// The hostname of the service that the client says it meant.
+    pub host: Option<&'a str>,
+    /// The client's namespace.
+    pub namespace: &'a str,
 }
 
 /// Where one inbound connection goes.
@@ -33,7 +38,8 @@ pub struct Asked<'a> {
 pub struct Arrival {
     /// The application, as policies judge it.
     pub to: SocketAddr,
-    /// The service that was asked for by its name.
+    /// The service that was asked for by its name or its address, or that the pod's port is a target of
+    /// ([`service_behind`]).
     pub service: Option<Arc<Service>>,
     /// Where the client meant to go, for an application that is to be told so first (the PROXY protocol): a waypoint
     /// behind this proxy.
@@ -46,6 +52,10 @@ pub enum NotHere {
     /// The address is somebody else's.
     #[error("{0} is neither an address of this pod nor of what it is a waypoint for")]
     OtherAddress(SocketAddr),
+    /// The address is the pod's, and not of the family in which the client came: the application could not see the
+    /// client's own.
+    #[error("{0} cannot be reached through the pod's address {1}, which is of another family")]
+    OtherFamily(SocketAddr, IpAddr),
     /// It asked for a port of the proxy.
     #[error("attempted recursive call to ourselves: {0} is a port of the proxy")]
     SelfCall(SocketAddr),
@@ -94,8 +104,18 @@ pub fn arrive(mesh: &Mesh, workload: &Workload, asked: &Asked<'_>) -> Result<Arr
             if !own && tunnel.is_none() && !is_waypoint_for(mesh, workload, meant.ip()) {
                 return Err(NotHere::OtherAddress(meant));
             }
-            let ip = if own { meant.ip() } else { asked.local };
-            (SocketAddr::new(ip, tunnel_port.unwrap_or_else(|| meant.port())), None, Some(meant))
+            let same_family = meant.is_ipv4() == asked.local.is_ipv4();
+            if own && !same_family && tunnel.is_none() {
+                return Err(NotHere::OtherFamily(meant, asked.local));
+            }
+            let service = if own {
+                service_behind(mesh, workload, meant.port(), asked.host)
+            } else {
+                mesh.service_at(&workload.network, meant.ip(), Some(asked.namespace))
+            };
+            let ip = if own && same_family { meant.ip() } else { asked.local };
+            let to = SocketAddr::new(ip, tunnel_port.unwrap_or_else(|| meant.port()));
+            (to, service.map(Arc::clone), Some(meant))
         }
         Authority::Hostname { host, port } => {
             let (service, target) = named(mesh, workload, host, *port, tunnel_port)?;
@@ -232,7 +252,14 @@ mod tests {
         let authority = Authority::parse(asked).unwrap();
         let addresses = [POD, "fd00::2"].map(|ip| ip.parse().unwrap());
         let (client, local) = ("10.0.0.1".parse().unwrap(), POD.parse().unwrap());
-        let asked = Asked { client, local, addresses: &addresses, authority: &authority };
+        let asked = Asked {
+            client,
+            local,
+            addresses: &addresses,
+            authority: &authority,
+            host: None,
+            namespace: "shop",
+        };
         match arrive(&mesh, &pod, &asked) {
             Ok(Arrival { to, service, announce }) => {
                 let service = service.map_or(String::new(), |service| format!(" of {}", service.name));
@@ -246,13 +273,21 @@ mod tests {
     fn an_ordinary_pod_takes_what_is_for_itself() {
         for (asked, expect) in [
             ("10.0.0.2:81", "10.0.0.2:81"),
-            ("[fd00::2]:81", "[fd00::2]:81"),
+            // The client's family is that of the address it has dialled.
+            (
+                "[fd00::2]:81",
+                "[fd00::2]:81 cannot be reached through the pod's address 10.0.0.2, which is of another family",
+            ),
+            // By an address it is known by the port.
+            ("10.0.0.2:8080", "10.0.0.2:8080 of own"),
+            ("10.0.0.2:9090", "10.0.0.2:9090 of own"),
             ("[::ffff:10.0.0.2]:81", "10.0.0.2:81"),
             ("own.shop:80", "10.0.0.2:8080 of own"),
+            ("Own.SHOP:80", "10.0.0.2:8080 of own"),
             ("own.shop:90", "10.0.0.2:9090 of own"),
             // As a waypoint without a tunnel of its own: its application takes the port that was meant.
-            ("10.9.0.3:80", "10.0.0.2:80"),
-            ("10.9.0.4:80", "10.0.0.2:80"),
+            ("10.9.0.3:80", "10.0.0.2:80 of guarded"),
+            ("10.9.0.4:80", "10.0.0.2:80 of weighted"),
             ("10.0.0.5:80", "10.0.0.2:80"),
             // Somebody else's.
             ("10.9.0.1:80", "10.9.0.1:80 is neither an address of this pod nor of what it is a waypoint for"),
@@ -291,6 +326,7 @@ mod tests {
         let none = (ApplicationProtocol::None, Some(15088));
         for (asked, expect) in [
             ("10.0.0.2:81", "10.0.0.2:15088"),
+            ("[fd00::2]:81", "10.0.0.2:15088"),
             ("192.0.2.1:80", "10.0.0.2:15088"),
             ("own.shop:80", "10.0.0.2:15088 of own"),
             ("own.shop:81", "10.0.0.2:15088 of own"),
@@ -312,7 +348,7 @@ mod tests {
         let proxy = (ApplicationProtocol::Proxy, Some(15088));
         for (asked, expect) in [
             ("10.0.0.2:81", "10.0.0.2:15088 for 10.0.0.2:81"),
-            ("10.9.0.3:80", "10.0.0.2:15088 for 10.9.0.3:80"),
+            ("10.9.0.3:80", "10.0.0.2:15088 of guarded for 10.9.0.3:80"),
             ("guarded.shop:80", "10.0.0.2:15088 of guarded for 10.9.0.3:80"),
             // Of the client's family.
             ("v6.shop:80", "10.0.0.2:15088 of v6 for 10.9.0.7:80"),

@@ -15,6 +15,7 @@ use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Closed;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
+use crate::telemetry::events::Security;
 use crate::telemetry::line::Format;
 use crate::telemetry::line::Head;
 use crate::telemetry::line::Line;
@@ -63,7 +64,9 @@ fn ends(line: &mut Line<'_>, parties: &Parties, addresses: &Addresses) {
         known(line, "dst.service", &service.hostname);
     }
     workload(line, ["dst.workload", "dst.namespace"], parties.destination.as_deref());
-    identity(line, "dst.identity", parties.destination_identity.as_ref());
+    // Nobody proved it of a connection in clear.
+    let proved = parties.destination_identity.as_ref().filter(|_| parties.security != Security::Plain);
+    identity(line, "dst.identity", proved);
     cluster(line, "dst.cluster", parties.destination.as_deref());
 
     line.text("direction", parties.reporter.direction());

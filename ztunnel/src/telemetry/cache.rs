@@ -14,6 +14,7 @@ use crate::model::service::Service;
 use crate::model::workload::Workload;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
+use crate::telemetry::events::Security;
 use crate::telemetry::series::Counts;
 
 /// How many entries are kept. When that many are in use, all are forgotten; the series they name stay.
@@ -37,6 +38,7 @@ struct Key {
     destination: Option<usize>,
     destination_identity: Identity,
     service: Option<usize>,
+    security: Security,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -102,6 +104,7 @@ impl Key {
                 parties.destination.as_deref(),
             ),
             service: parties.service.as_ref().map(|service| Arc::as_ptr(service).addr()),
+            security: parties.security,
         }
     }
 }
@@ -142,6 +145,7 @@ mod tests {
         assert!(cache.find(&Parties { reporter: Reporter::Destination, ..known.clone() }).is_none());
         assert!(cache.find(&Parties { service: None, ..known.clone() }).is_none());
         assert!(cache.find(&Parties { source_identity: None, ..known.clone() }).is_none());
+        assert!(cache.find(&Parties { security: Security::Plain, ..known.clone() }).is_none());
         let other = "spiffe://cluster.local/ns/other/sa/other".parse().unwrap();
         assert!(cache.find(&Parties { source_identity: Some(other), ..known.clone() }).is_none());
         assert!(cache.find(&Parties { source: Some(workload("a", "shop")), ..known }).is_none());

@@ -95,6 +95,29 @@ impl ResponseFlag {
     }
 }
 
+/// What vouches for the client of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Security {
+    /// Nothing: it came, or goes, in clear.
+    Plain,
+    /// Mutual TLS.
+    MutualTls,
+    /// This daemon, which took the connection from one of its pods and gave it to another: it holds the keys of both,
+    /// and there was no wire on which anybody could have used them.
+    WithinNode,
+}
+
+impl Security {
+    /// The value of the `connection_security_policy` label. Istio has two; what is not encrypted is not
+    /// `mutual_tls`.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::MutualTls => "mutual_tls",
+            Self::Plain | Self::WithinNode => "unknown",
+        }
+    }
+}
+
 /// Who is at the ends of a connection. What is not known is `None`: it is left out of the log, and `unknown` in
 /// the metrics.
 #[derive(Debug, Clone)]
@@ -103,14 +126,17 @@ pub struct Parties {
     pub reporter: Reporter,
     /// The client.
     pub source: Option<Arc<Workload>>,
-    /// The client's identity, where mutual TLS proved it (or, in its own proxy, was used with it).
+    /// The client's identity, where it was proved (or, in its own proxy, used).
     pub source_identity: Option<SpiffeId>,
     /// The server.
     pub destination: Option<Arc<Workload>>,
-    /// The server's identity, where mutual TLS proved it (or, in its own proxy, was used with it).
+    /// The server's identity: the one it proved or was expected to prove, or, of a connection in clear, the one that
+    /// the mesh knows it by. Of that the log says nothing.
     pub destination_identity: Option<SpiffeId>,
-    /// The service the client dialled.
+    /// The service the client dialled, or, where only the server's end is known, the one that it must have.
     pub service: Option<Arc<Service>>,
+    /// What vouches for the client.
+    pub security: Security,
 }
 
 impl Parties {
@@ -123,12 +149,8 @@ impl Parties {
             destination: None,
             destination_identity: None,
             service: None,
+            security: Security::Plain,
         }
-    }
-
-    /// Whether the connection is secured by mutual TLS: exactly then an identity is known.
-    pub fn mutual_tls(&self) -> bool {
-        self.source_identity.is_some() || self.destination_identity.is_some()
     }
 }
 

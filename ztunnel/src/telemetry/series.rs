@@ -66,7 +66,7 @@ pub struct Labels {
     destination: Option<PartyLabels>,
     destination_principal: Option<SpiffeId>,
     service: Option<ServiceLabels>,
-    mutual_tls: bool,
+    security: &'static str,
 }
 
 impl Labels {
@@ -82,7 +82,7 @@ impl Labels {
                 namespace: Arc::clone(&service.namespace),
                 name: Arc::clone(&service.name),
             }),
-            mutual_tls: parties.mutual_tls(),
+            security: parties.security.label(),
         }
     }
 
@@ -124,7 +124,7 @@ impl Labels {
 
         label("request_protocol", "tcp")?;
         label("response_flags", flag.label())?;
-        label("connection_security_policy", if self.mutual_tls { "mutual_tls" } else { UNKNOWN })?;
+        label("connection_security_policy", self.security)?;
 
         if source.is_some() || destination.is_some() {
             label("source_region", known(source.map(|s| &s.region)))?;

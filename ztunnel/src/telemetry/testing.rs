@@ -15,6 +15,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
+use crate::telemetry::events::Security;
 use crate::telemetry::line::Format;
 use crate::telemetry::writer;
 
@@ -52,6 +53,7 @@ pub(crate) fn parties(reporter: Reporter) -> Parties {
             hostname: "b.shop.svc.cluster.local".into(),
             ..Service::sample("shop", "b")
         })),
+        security: Security::MutualTls,
     }
 }
 

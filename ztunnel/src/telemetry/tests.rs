@@ -20,6 +20,7 @@ use crate::telemetry::events::Parties;
 use crate::telemetry::events::RefusedEarly;
 use crate::telemetry::events::Reporter;
 use crate::telemetry::events::ResponseFlag;
+use crate::telemetry::events::Security;
 use crate::telemetry::line::Format;
 use crate::telemetry::metrics::Distribution;
 use crate::telemetry::metrics::Families;
@@ -324,7 +325,7 @@ fn records() -> Vec<AccessRecord> {
     };
     let plain = Addresses { destination: "10.0.0.2:8080".parse().unwrap(), hbone: None, ..addresses() };
     let unencrypted =
-        Parties { source_identity: None, destination_identity: None, ..parties(Reporter::Destination) };
+        Parties { source_identity: None, security: Security::Plain, ..parties(Reporter::Destination) };
     vec![
         closed(parties(Reporter::Source), addresses(), ResponseFlag::None, None),
         closed(parties(Reporter::Destination), addresses(), ResponseFlag::None, None),

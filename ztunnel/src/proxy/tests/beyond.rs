@@ -98,6 +98,8 @@ async fn a_connection_goes_through_a_tunnel_within_a_tunnel() {
         assert_eq!(ended(&mut client).await, b"");
     }
     assert_eq!(node.plane.shards[0].pool.tunnels(), 1, "that to the gateway");
+    let same = "client as client to server as server by web.test web test: mutual_tls".to_owned();
+    assert_eq!(node.told(), [Some(same.clone()), Some(same)]);
     let told = [
         "connection complete",
         "dst.hbone_addr=web.test:80",

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use ztunnel::capture::host::cgroup_root;
 use ztunnel::capture::selftest::self_test;
 use ztunnel::capture::uninstall::uninstall;
@@ -23,7 +23,12 @@ use ztunnel::capture::{Captured, Config, Listeners, Node, PodSpec};
 use ztunnel::model::addr::{PodUid, canonical};
 use ztunnel_ebpf_abi::{BYPASS, Counter, REPLY};
 use ztunnel_tests::poll::{PATIENCE, eventually};
-use ztunnel_tests::raw_netns::{Net, Pod, run};
+use ztunnel_tests::raw_netns::{Net, Ns, Pod, run};
+
+#[path = "capture/ownership.rs"]
+mod ownership;
+#[path = "capture/probes.rs"]
+mod probes;
 
 /// What somebody does to a pod.
 type Attack = Box<dyn Fn(&World)>;
@@ -722,7 +727,7 @@ fn a_connection_that_changes_its_mark_is_stopped() {
     let sniffer = Sniffer::start(&world.net, &world.enrolled);
     let stream = connect(&world.enrolled, at(world.plain.v4, 7777)).expect("captured");
     assert_eq!(greeting(&stream), "outbound");
-    socket2::SockRef::from(&stream).set_mark(BYPASS).expect("mark");
+    SockRef::from(&stream).set_mark(BYPASS).expect("mark");
     let mut writer = &stream;
     writer.write_all(SECRET).expect("is queued");
     counted(&world, Counter::GuardLostMark);

@@ -46,6 +46,12 @@ pub const PROBE_V6: Address = [
 
 /// Most pods a node can capture.
 pub const SLOTS: u32 = 1024;
+/// The slot of pods for which there is none. It has no listeners and no addresses: they are closed.
+pub const NO_SLOT: u32 = SLOTS;
+/// Most addresses of one pod that the programs are told of: those the mesh knows first. Every pod has room for as many.
+pub const ADDRESSES_PER_SLOT: u32 = 32;
+/// Most addresses of one pod at which the node can reach it past the mesh.
+pub const PROBED_PER_SLOT: u32 = 8;
 /// Entries of `LISTENERS` that belong to one slot (the fourth is kept for DNS).
 pub const LISTENERS_PER_SLOT: u32 = 4;
 /// Offset in a slot: connections of the application.
@@ -57,8 +63,11 @@ pub const HBONE: u32 = 2;
 
 /// Value in `SOCKETS`: the daemon made this socket, it may leave the pod.
 pub const VOUCHED: u32 = 1;
-/// Value in `SOCKETS`: a captured connection, it must not leave the pod.
+/// Value in `SOCKETS`: one end of a connection that stays in the pod: what an application dialled, what the daemon
+/// delivers, or what an application took of that. None of its packets may leave the pod.
 pub const CAPTURED: u32 = 2;
+/// Value in `SOCKETS`: the node's own connection to a pod.
+pub const PROBE: u32 = 3;
 
 /// Value of `PODS`, keyed by netns cookie.
 #[repr(C)]
@@ -81,6 +90,41 @@ pub struct SlotAddress {
     pub address: Address,
 }
 const _: () = assert!(size_of::<SlotAddress>() == 20);
+
+/// Key of `PROBES`: a connection as its packets show it on their way from who dialled.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// Who dialled.
+    pub from: Address,
+    /// Who was dialled.
+    pub to: Address,
+    /// The port of `from`, in host byte order.
+    pub from_port: u16,
+    /// The port of `to`, in host byte order.
+    pub to_port: u16,
+}
+const _: () = assert!(size_of::<Flow>() == 36);
+
+/// Key of `DELIVERIES`: a connection both ends of which are in one network namespace.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LocalFlow {
+    /// Cookie of the namespace.
+    pub netns: u64,
+    /// The connection.
+    pub flow: Flow,
+    /// Zero.
+    pub padding: u32,
+}
+const _: () = assert!(size_of::<LocalFlow>() == 48);
+
+/// Most connections of the node's own to pods that are remembered: whoever has shaken hands no longer needs it, so
+/// these are as many as can be about to. When more are, the oldest are forgotten and come in like anybody else.
+pub const PROBES: u32 = 8192;
+/// Most deliveries that are remembered until the application has taken them. When there are more, the oldest are
+/// forgotten and known by their mark alone.
+pub const DELIVERIES: u32 = 8192;
 
 /// The only value of `NODE`.
 #[repr(C)]
@@ -196,6 +240,12 @@ counters! {
     GuardVlan = "guard_vlan",
     /// Guard: headers too short or too many.
     GuardMalformed = "guard_malformed",
+    /// A packet of a captured connection was about to leave the pod, and was stopped before it came to a device.
+    LeaveCaptured = "leave_captured",
+    /// No memory to write down whose a connection is: it is known by its mark alone.
+    Unrecorded = "unrecorded",
+    /// Refused: a connection inside of a pod of which neither end is an address the pod is known to have.
+    DroppedUnknownAddress = "dropped_unknown_address",
 }
 
 /// Entries of `COUNTERS`.

@@ -10,7 +10,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use ztunnel_ebpf_abi::{
-    Address, CAPTURE, CAPTURED, Counter, MAPPED, MARK_MASK, PROBE_V4, PROBE_V6, REPLY, SlotAddress, VOUCHED,
+    Address, CAPTURE, CAPTURED, Counter, MAPPED, MARK_MASK, PROBE, PROBE_V4, PROBE_V6, SlotAddress, VOUCHED,
     mapped,
 };
 
@@ -28,6 +28,8 @@ const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
 const SO_MARK: i32 = 36;
 const ECONNREFUSED: i32 = 111;
+/// How deep in the kernel's cgroups a node's own root may be.
+const NODE_DEPTH_MAX: u32 = 8;
 
 #[repr(C)]
 struct SockaddrIn {
@@ -101,10 +103,6 @@ fn from_pod(ctx: *mut bpf_sock_addr, slot: u32, to: &Address) -> i32 {
     if !get_mark(ctx, &mut mark) {
         return refuse(Counter::RefusedMark);
     }
-    // A reply stays in the pod by itself: the mark routes it to loopback.
-    if mark & MARK_MASK == REPLY {
-        return ALLOW;
-    }
     if is_link_local(to) {
         return refuse(Counter::RefusedLinkLocal);
     }
@@ -141,9 +139,14 @@ fn from_elsewhere(ctx: *mut bpf_sock_addr, cookie: u64, to: &Address, family: u1
         let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
         return if is_probe(&source(sk)) { refuse(Counter::RefusedProbeAddress) } else { ALLOW };
     }
-    // A socket that is bound already keeps its address and gets no exemption.
+    // A socket that is bound already keeps its address and gets no exemption, nor does one that cannot be
+    // remembered.
     if bind_probe(ctx, to[2] == MAPPED && to[0] == 0 && to[1] == 0, family) {
-        count(Counter::ConnectProbe);
+        // SAFETY: connect hooks have a full socket.
+        let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
+        if set_ownership(sk, PROBE) {
+            count(Counter::ConnectProbe);
+        }
     }
     ALLOW
 }
@@ -229,10 +232,19 @@ fn equal(a: &Address, b: &Address) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
+/// Whether the process is below the cgroup of pods. How deep that is, is known from the root that the daemon sees, which
+/// is not the kernel's when the whole node is in a container.
 #[inline(always)]
 fn in_pod_cgroup(kubepods: u64, level: u32) -> bool {
-    // SAFETY: the helper only reads the current task.
-    kubepods != 0 && unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) } == kubepods
+    let mut more = 0;
+    while kubepods != 0 && more < NODE_DEPTH_MAX {
+        // SAFETY: the helper only reads the current task.
+        if unsafe { bpf_get_current_ancestor_cgroup_id((level + more) as i32) } == kubepods {
+            return true;
+        }
+        more += 1;
+    }
+    false
 }
 
 #[inline(always)]

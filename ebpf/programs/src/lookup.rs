@@ -9,11 +9,10 @@ use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use ztunnel_ebpf_abi::{
-    Address, Counter, HBONE, HBONE_PORT, INBOUND, LISTENERS_PER_SLOT, OUTBOUND, PROBE_V4, PROBE_V6,
-    SlotAddress, mapped,
+    Address, Counter, Flow, HBONE, HBONE_PORT, INBOUND, LISTENERS_PER_SLOT, OUTBOUND, SlotAddress, mapped,
 };
 
-use crate::maps::{ADDRESSES, LISTENERS, count, is_link_local, is_loopback, keep};
+use crate::maps::{ADDRESSES, LISTENERS, PROBES, count, is_link_local, is_loopback, keep};
 
 /// The pod this instance is attached to; written at load time.
 #[unsafe(no_mangle)]
@@ -42,6 +41,12 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         if own_local || is_loopback(&local) {
             return SK_PASS;
         }
+        // The pod may have addresses that are not known, more than there is room for. What is delivered to one of
+        // them must not be taken for what the pod dials, and delivered again.
+        if ADDRESSES.get_ptr(&SlotAddress { slot, address: remote }).is_none() {
+            count(Counter::DroppedUnknownAddress);
+            return SK_DROP;
+        }
         return assign(&ctx, slot, OUTBOUND, Counter::AcceptedOutbound);
     }
     // To one of its own addresses the kernel names the device that has it, not loopback.
@@ -59,7 +64,11 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
     if port == u32::from(HBONE_PORT) {
         return assign(&ctx, slot, HBONE, Counter::AcceptedHbone);
     }
-    if equal(&remote, &PROBE_V4) || equal(&remote, &PROBE_V6) {
+    // The node has written down what it dials: no address, which anybody may send, is enough.
+    // SAFETY: as above.
+    let remote_port = u16::from_be(unsafe { (&raw const (*lookup).remote_port).read_volatile() });
+    let flow = Flow { from: remote, to: local, from_port: remote_port, to_port: port as u16 };
+    if PROBES.get_ptr(&flow).is_some() {
         count(Counter::AcceptedProbe);
         return SK_PASS;
     }

@@ -1,7 +1,7 @@
 //! The eBPF programs. Each is short and total: when something is missing or fails, the connection is refused.
 //!
-//! `connect` and `create` run once per node (cgroup root), `lookup` in each enrolled pod's namespace, `guard`
-//! on each of its devices. They share the maps of `maps`, which the daemon pins.
+//! `connect`, `create`, `record` and `leave` run once per node (cgroup root), `lookup` in each enrolled pod's
+//! namespace, `guard` on each of its devices. They share the maps of `maps`, which the daemon pins.
 
 #![no_std]
 #![no_main]
@@ -9,8 +9,10 @@
 mod connect;
 mod create;
 mod guard;
+mod leave;
 mod lookup;
 mod maps;
+mod record;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -5,21 +5,23 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::bpf_sk_release;
 use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, SockMap};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, SockMap};
 use ztunnel_ebpf_abi::{
-    Address, COUNTERS as COUNTER_ENTRIES, Counter, LISTENERS_PER_SLOT, MAPPED, NodeConfig, OUTBOUND,
+    ADDRESSES_PER_SLOT, Address, COUNTERS as COUNTER_ENTRIES, Counter, DELIVERIES as DELIVERY_ENTRIES, Flow,
+    LISTENERS_PER_SLOT, LocalFlow, MAPPED, NodeConfig, OUTBOUND, PROBED_PER_SLOT, PROBES as PROBE_ENTRIES,
     PodEntry, Record, SLOTS, STATE_ENTRIES, SlotAddress,
 };
 
-/// Enrolled pods by netns cookie.
+/// Enrolled pods by netns cookie, and as many for which there is no slot.
 #[map]
-pub static PODS: HashMap<u64, PodEntry> = HashMap::pinned(SLOTS, BPF_F_NO_PREALLOC);
+pub static PODS: HashMap<u64, PodEntry> = HashMap::pinned(2 * SLOTS, BPF_F_NO_PREALLOC);
 /// Each pod's own addresses.
 #[map]
-pub static ADDRESSES: HashMap<SlotAddress, u32> = HashMap::pinned(SLOTS * 16, BPF_F_NO_PREALLOC);
+pub static ADDRESSES: HashMap<SlotAddress, u32> =
+    HashMap::pinned(SLOTS * ADDRESSES_PER_SLOT, BPF_F_NO_PREALLOC);
 /// Addresses of all enrolled pods, as the node dials them; the value is the slot.
 #[map]
-pub static POD_IPS: HashMap<Address, u32> = HashMap::pinned(SLOTS * 4, BPF_F_NO_PREALLOC);
+pub static POD_IPS: HashMap<Address, u32> = HashMap::pinned(SLOTS * PROBED_PER_SLOT, BPF_F_NO_PREALLOC);
 /// The daemon's listeners: slot * 4 + kind.
 #[map]
 pub static LISTENERS: SockMap = SockMap::pinned(SLOTS * LISTENERS_PER_SLOT, 0);
@@ -29,13 +31,19 @@ pub static NODE: Array<NodeConfig> = Array::pinned(1, 0);
 /// By reason.
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(COUNTER_ENTRIES, 0);
+/// Connections of the node's own to pods, from their first packet to their end.
+#[map]
+pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::pinned(PROBE_ENTRIES, 0);
+/// Connections that begin and end in one pod with the address of somebody else, until they are taken.
+#[map]
+pub static DELIVERIES: LruHashMap<LocalFlow, u32> = LruHashMap::pinned(DELIVERY_ENTRIES, 0);
 /// For the daemon alone: generation and such.
 #[map]
 static STATE: Array<u64> = Array::pinned(STATE_ENTRIES, 0);
 /// For the daemon alone: which pods there are.
 #[map]
 static RECORDS: HashMap<u32, Record> = HashMap::pinned(SLOTS, BPF_F_NO_PREALLOC);
-/// Whose socket it is: VOUCHED or CAPTURED. A pod cannot write it.
+/// Whose socket it is: VOUCHED, CAPTURED or PROBE. A pod cannot write it.
 #[btf_map]
 static SOCKETS: SkStorage<u32> = SkStorage::new();
 
@@ -70,7 +78,7 @@ pub fn count(counter: Counter) {
     }
 }
 
-/// What is known of a socket: VOUCHED, CAPTURED or nothing. `sk` is a full socket.
+/// What is known of a socket: VOUCHED, CAPTURED, PROBE or nothing. `sk` is a full socket.
 #[inline(always)]
 pub fn ownership(sk: *mut bpf_sock) -> u32 {
     let storage = core::ptr::from_ref(&SOCKETS).cast_mut().cast();

@@ -15,6 +15,9 @@ use super::error::OpenError;
 use super::pins::Pins;
 use super::sys;
 
+/// Maps that the daemon only keeps pinned.
+const PROGRAMS_OWN: [&str; 2] = ["PROBES", "DELIVERIES"];
+
 /// See the module; names as in `ebpf/programs/src/maps.rs`.
 pub(super) struct Maps {
     pub pods: HashMap<MapData, u64, PodEntry>,
@@ -53,7 +56,14 @@ impl Maps {
                 fds.push(("SOCKETS", again));
                 sockets
             },
-            fds,
+            fds: {
+                // Those of the programs alone. Who only removes what an earlier build left finds none.
+                let own = PROGRAMS_OWN.into_iter().filter(|name| pins.map(name).exists());
+                for name in own {
+                    fds.push((name, duplicate(name, &data(pins, name)?)?));
+                }
+                fds
+            },
             written_addresses: Default::default(),
             written_pod_ips: Default::default(),
         };

@@ -5,9 +5,9 @@
 use std::error::Error;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use aya::programs::{CgroupSock, CgroupSockAddr, Program, SchedClassifier, SkLookup};
+use aya::programs::{CgroupSkb, CgroupSock, CgroupSockAddr, Program, SchedClassifier, SkLookup, SockOps};
 use aya::{Ebpf, EbpfLoader};
-use ztunnel_ebpf_abi::SLOTS;
+use ztunnel_ebpf_abi::NO_SLOT;
 
 use super::pins::Pins;
 use super::sys::Attach;
@@ -17,12 +17,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("ZTUNNEL_EBPF_OBJECT"));
 type Failure = Box<dyn Error + Send + Sync>;
 
 /// The programs at the cgroup root: name and hook.
-pub(super) const CGROUP: [(&str, Attach); 5] = [
+pub(super) const CGROUP: [(&str, Attach); 7] = [
     ("connect4", Attach::Connect4),
     ("connect6", Attach::Connect6),
     ("bind4", Attach::Bind4),
     ("bind6", Attach::Bind6),
     ("create", Attach::SockCreate),
+    ("record", Attach::SockOps),
+    ("leave", Attach::Egress),
 ];
 
 /// The guards: for Ethernet devices and for those without a link-layer header.
@@ -48,10 +50,10 @@ pub(super) struct Loader {
 }
 
 /// Every value the lookup program's `SLOT` can have: the loader keeps a reference.
-static SLOT_VALUES: [u32; SLOTS as usize] = {
-    let mut values = [0; SLOTS as usize];
+static SLOT_VALUES: [u32; NO_SLOT as usize + 1] = {
+    let mut values = [0; NO_SLOT as usize + 1];
     let mut slot = 0;
-    while slot < SLOTS {
+    while slot <= NO_SLOT {
         values[slot as usize] = slot;
         slot += 1;
     }
@@ -101,6 +103,16 @@ pub(super) fn load(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd, Fai
         }
         Program::CgroupSock(_) => {
             let program: &mut CgroupSock = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        Program::SockOps(_) => {
+            let program: &mut SockOps = program.try_into()?;
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()?
+        }
+        Program::CgroupSkb(_) => {
+            let program: &mut CgroupSkb = program.try_into()?;
             program.load()?;
             program.fd()?.as_fd().try_clone_to_owned()?
         }

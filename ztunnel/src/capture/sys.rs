@@ -1,5 +1,5 @@
-//! The few `bpf(2)` commands aya does not offer in the form needed here: links by descriptor, and one map
-//! update without allocation.
+//! The few `bpf(2)` commands aya does not offer in the form needed here: links by descriptor, one map update without
+//! allocation, and a file system for pins that nobody else sees.
 
 #![expect(unsafe_code, reason = "the bpf system call")]
 
@@ -7,12 +7,13 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const PROG_QUERY: libc::c_long = 16;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
@@ -21,7 +22,9 @@ const LINK_DETACH: libc::c_long = 34;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Attach {
+    Egress = 1,
     SockCreate = 2,
+    SockOps = 3,
     Bind4 = 8,
     Bind6 = 9,
     Connect4 = 10,
@@ -33,6 +36,8 @@ pub(super) enum Attach {
 /// What the kernel says of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LinkState {
+    /// The number of the link.
+    pub id: u32,
     /// The attached program.
     pub program: u32,
     /// Cgroup id, namespace inode or device index; zero when what it was attached to is gone.
@@ -97,6 +102,31 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = text(path)?;
     let mut attributes = Object { path: path.as_ptr() as u64, ..Object::default() };
     bpf(OBJ_GET, &mut attributes).map(descriptor)
+}
+
+/// Makes a bpf file system that is mounted nowhere. What is pinned below [`inside`] of it lives as long as the
+/// descriptor, so no longer than this process, whatever becomes of that.
+pub(super) fn private_bpffs() -> io::Result<OwnedFd> {
+    const CREATE: libc::c_long = 6;
+    const CLOSE_ON_EXEC: libc::c_long = 1;
+    let nothing = std::ptr::null::<libc::c_char>();
+    // SAFETY: plain system calls; the name is a C string, and the rest are numbers and null pointers. Descriptors
+    // they return are new and nobody else's.
+    unsafe {
+        let made = |result: libc::c_long| {
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(descriptor(result)) }
+        };
+        let context = made(libc::syscall(libc::SYS_fsopen, c"bpf".as_ptr(), CLOSE_ON_EXEC))?;
+        if libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), CREATE, nothing, nothing, 0) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        made(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOSE_ON_EXEC, 0))
+    }
+}
+
+/// The path by which this process comes into a file system that is mounted nowhere.
+pub(super) fn inside(file_system: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file_system.as_raw_fd()))
 }
 
 #[repr(C)]
@@ -199,7 +229,44 @@ pub(super) fn link_state(link: BorrowedFd<'_>, attach: Attach) -> io::Result<Lin
         _ if cfg!(target_endian = "big") => u64::from(info.target[0]) << 32 | u64::from(info.target[1]),
         _ => u64::from(info.target[1]) << 32 | u64::from(info.target[0]),
     };
-    Ok(LinkState { program: info.program, target })
+    Ok(LinkState { id: info.id, program: info.program, target })
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ProgramsQuery {
+    device: u32,
+    attach: u32,
+    flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+    program_flags: u64,
+    links: u64,
+    link_flags: u64,
+    revision: u64,
+}
+
+/// The numbers of the links on the way out of a device of this thread's namespace.
+pub(super) fn links_of_device(device: u32) -> io::Result<Vec<u32>> {
+    /// As many as the kernel allows on one device.
+    const MOST: usize = 64;
+    let (mut programs, mut links) = ([0u32; MOST], [0u32; MOST]);
+    let mut attributes = ProgramsQuery {
+        device,
+        attach: Attach::TcxEgress as u32,
+        programs: programs.as_mut_ptr() as u64,
+        count: MOST as u32,
+        links: links.as_mut_ptr() as u64,
+        ..ProgramsQuery::default()
+    };
+    match bpf(PROG_QUERY, &mut attributes) {
+        Ok(_) => Ok(links.into_iter().take(attributes.count as usize).filter(|id| *id != 0).collect()),
+        // Nothing was ever attached there.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
 /// A link that is to be attached, pinned and held.

@@ -1,0 +1,212 @@
+//! Whose a connection is, is settled when it begins: what a pod does to its sockets, rules and devices afterwards
+//! must not send a byte of it out in clear.
+
+use super::*;
+
+const MPTCP: i32 = 262;
+
+/// A sniffer at every port of the node's bridge that leads to the pod.
+fn watch(world: &World) -> Sniffer {
+    Sniffer::start(&world.net, &world.enrolled)
+}
+
+fn both(world: &World) -> [(IpAddr, IpAddr); 2] {
+    [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)]
+}
+
+/// A listener of the application.
+fn listening(world: &World, own: IpAddr, prepare: impl FnOnce(&Socket) + Send) -> TcpListener {
+    world.enrolled.ns.enter(|| {
+        let socket = Socket::new(Domain::for_address(at(own, 0)), Type::STREAM, None).expect("socket");
+        socket.set_reuse_address(true).expect("option");
+        prepare(&socket);
+        socket.bind(&at(own, 0).into()).expect("binds");
+        socket.listen(8).expect("listens");
+        socket.into()
+    })
+}
+
+/// The daemon dials the application for `client`; both ends of that.
+fn delivered(world: &World, client: IpAddr, listener: &TcpListener) -> (TcpStream, TcpStream) {
+    let to = listener.local_addr().expect("bound");
+    let ours = world.enrolled.ns.enter(|| transparent_dial(client, to));
+    let (taken, from) = listener.accept().expect("takes it");
+    assert_eq!(canonical(from).ip(), client);
+    (ours, taken)
+}
+
+/// Says the secret on a connection that must not get out with it.
+fn says_secret(stream: &TcpStream) {
+    let mut writer = stream;
+    // It may be refused at once.
+    let _queued = writer.write_all(SECRET);
+}
+
+/// Waits until packets of captured connections were stopped since `before`.
+fn stopped(world: &World, before: u64) {
+    let stopped = eventually(PATIENCE, || {
+        let now = world.count(Counter::LeaveCaptured);
+        anyhow::ensure!(now > before, "no packet of a captured connection was stopped");
+        Ok(())
+    });
+    stopped.unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
+fn an_accepted_connection_that_changes_its_mark_is_stopped() {
+    let world = World::new();
+    for (client, own) in both(&world) {
+        for mark in [0, BYPASS, 0x1234] {
+            let sniffer = watch(&world);
+            let before = world.count(Counter::LeaveCaptured);
+            let listener = listening(&world, own, |_| {});
+            let (_ours, taken) = delivered(&world, client, &listener);
+            SockRef::from(&taken).set_mark(mark).expect("mark");
+            says_secret(&taken);
+            stopped(&world, before);
+            sniffer.nothing_seen();
+        }
+    }
+}
+
+#[test]
+fn a_listener_with_a_mark_of_the_mesh_gains_nothing() {
+    let world = World::new();
+    for (client, own) in both(&world) {
+        // What has its answers stay in the pod until the connection is there.
+        for mark in [REPLY, ztunnel_ebpf_abi::CAPTURE, 0x1_0000 | REPLY] {
+            let sniffer = watch(&world);
+            let before = world.count(Counter::LeaveCaptured);
+            let listener = listening(&world, own, |socket| socket.set_mark(mark).expect("mark"));
+            let (_ours, taken) = delivered(&world, client, &listener);
+            SockRef::from(&taken).set_mark(0).expect("mark");
+            says_secret(&taken);
+            stopped(&world, before);
+            sniffer.nothing_seen();
+        }
+    }
+}
+
+#[test]
+fn a_delivery_is_known_without_its_mark() {
+    let world = World::new();
+    let pod = &world.enrolled.ns;
+    pod.sh("sysctl -qw net.ipv4.tcp_fwmark_accept=0");
+    for (client, own) in both(&world) {
+        let family = if client.is_ipv4() { "" } else { "-6 " };
+        let rule = format!("from {own} to {client} priority 5 table 100");
+        pod.ip(&format!("{family}rule add {rule}"));
+        let sniffer = watch(&world);
+        let before = world.count(Counter::LeaveCaptured);
+        let listener = listening(&world, own, |_| {});
+        let (_ours, taken) = delivered(&world, client, &listener);
+        pod.ip(&format!("{family}rule del {rule}"));
+        says_secret(&taken);
+        stopped(&world, before);
+        sniffer.nothing_seen();
+    }
+}
+
+#[test]
+fn a_connection_that_had_a_mark_of_the_mesh_when_it_was_dialled_is_stopped() {
+    let world = World::new();
+    for (remote, own) in both(&world) {
+        for mark in [REPLY, ztunnel_ebpf_abi::CAPTURE, BYPASS] {
+            let sniffer = watch(&world);
+            let before = world.count(Counter::LeaveCaptured);
+            let stream = world.enrolled.ns.enter(|| {
+                let socket =
+                    Socket::new(Domain::for_address(at(remote, 0)), Type::STREAM, None).expect("socket");
+                socket.set_mark(mark).expect("mark");
+                socket.connect_timeout(&at(remote, 7777).into(), CONNECTED_WITHIN).expect("is captured");
+                TcpStream::from(socket)
+            });
+            assert_eq!(greeting(&stream), "outbound");
+            assert_eq!(world.daemon.next().from.ip(), own);
+            SockRef::from(&stream).set_mark(0).expect("mark");
+            says_secret(&stream);
+            stopped(&world, before);
+            sniffer.nothing_seen();
+        }
+    }
+}
+
+#[test]
+fn a_multipath_connection_that_changes_its_mark_is_stopped() {
+    let world = World::new();
+    for (remote, _) in both(&world) {
+        let sniffer = watch(&world);
+        let before = world.count(Counter::LeaveCaptured);
+        let stream = world.enrolled.ns.enter(|| {
+            let domain = Domain::for_address(at(remote, 0));
+            let socket = Socket::new(domain, Type::STREAM, Some(Protocol::from(MPTCP))).expect("socket");
+            socket.connect(&at(remote, 7777).into()).expect("is captured");
+            TcpStream::from(socket)
+        });
+        assert_eq!(greeting(&stream), "outbound");
+        SockRef::from(&stream).set_mark(0).expect("mark");
+        says_secret(&stream);
+        stopped(&world, before);
+        sniffer.nothing_seen();
+    }
+}
+
+/// A device that nobody guards yet, and no rule that keeps anything in the pod.
+#[test]
+fn without_rules_and_by_an_unguarded_device_nothing_captured_leaves() {
+    let world = World::new();
+    let pod = &world.enrolled.ns;
+    let open: Vec<_> = both(&world)
+        .into_iter()
+        .map(|(remote, own)| {
+            let dialled = connect(&world.enrolled, at(remote, 7777)).expect("captured");
+            assert_eq!(greeting(&dialled), "outbound");
+            let listener = listening(&world, own, |_| {});
+            (dialled, delivered(&world, remote, &listener))
+        })
+        .collect();
+    world.net.node.ip(&format!("link add late type veth peer name eth1 netns {}", pod.0));
+    world.net.node.ip("link set late master br0 up");
+    let sniffer = Sniffer::start(&world.net, &Pod { veth: "late".to_owned(), ..world.enrolled.clone() });
+    pod.sh(
+        "ip rule flush; ip rule add pref 32766 lookup main; ip -6 rule flush; ip -6 rule add pref 32766 lookup main; \
+         ip link set eth1 up; ip route add 10.99.0.3/32 dev eth1 src 10.99.0.2; ip -6 route add fd99::3/128 dev eth1 src \
+         fd99::2",
+    );
+    for (dialled, (_ours, taken)) in &open {
+        for stream in [dialled, taken] {
+            let before = world.count(Counter::LeaveCaptured);
+            says_secret(stream);
+            stopped(&world, before);
+        }
+    }
+    let before = world.count(Counter::LeaveCaptured);
+    world
+        .enrolled
+        .ns
+        .enter(|| TcpStream::connect_timeout(&at(world.plain.v4, 7778), Duration::from_millis(300)))
+        .expect_err("nothing brings it to the daemon");
+    stopped(&world, before);
+    sniffer.nothing_seen();
+}
+
+#[test]
+fn connections_from_before_the_enrolment_go_on_both_ways() {
+    let mut net = Net::new();
+    let (enrolled, plain) = (net.pod(2), net.pod(3));
+    let (_inside, _outside) = (application(&enrolled, 8080), application(&plain, 9090));
+    let ips = [(enrolled.v4, plain.v4), (enrolled.v6, plain.v6)];
+    let early: Vec<TcpStream> = ips
+        .into_iter()
+        .flat_map(|(own, other)| {
+            [connect(&enrolled, at(other, 9090)), connect(&plain, at(own, 8080))].map(|it| it.expect("plain"))
+        })
+        .collect();
+    early.iter().for_each(|stream| assert_eq!(greeting(stream), "app"));
+    let world = World::of(net, enrolled, plain);
+    for stream in &early {
+        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        echo(stream, SECRET).expect("goes on");
+    }
+    assert_eq!(world.count(Counter::LeaveCaptured) + world.count(Counter::GuardLostMark), 0);
+}

@@ -29,6 +29,8 @@ use ztunnel_tests::raw_netns::{Net, Ns, Pod, run};
 mod ownership;
 #[path = "capture/probes.rs"]
 mod probes;
+#[path = "capture/selftest.rs"]
+mod selftest;
 
 /// What somebody does to a pod.
 type Attack = Box<dyn Fn(&World)>;

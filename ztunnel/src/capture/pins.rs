@@ -4,8 +4,8 @@
 //! <pin_dir>/v1/<MAP>                  maps
 //! <pin_dir>/v1/links/<program>        node-wide links
 //! <pin_dir>/v1/programs/<program>     the guards, loaded once
-//! <pin_dir>/v1/pods/<slot>/{lookup,guard-<device>}
-//! <pin_dir>/self-test-<pid>/v1/...    the same for the self-test of a process, while that lasts
+//! <pin_dir>/v1/pods/<slot>/{lookup,guard-<device>,elsewhere-<link>}
+//! <pin_dir>/self-test-<pid>/v1/...    what the self-test of an earlier build may have left
 //! ```
 
 use std::io;
@@ -80,12 +80,26 @@ impl Pins {
         self.pod(slot).join(format!("guard-{device}"))
     }
 
+    /// Where a guard is pinned whose device is in another namespace.
+    pub(super) fn guard_elsewhere(&self, slot: u32, link: u32) -> PathBuf {
+        self.pod(slot).join(format!("elsewhere-{link}"))
+    }
+
     /// The devices a pod's guards are pinned for.
     pub(super) fn guarded(&self, slot: u32) -> Vec<u32> {
+        self.numbered(slot, "guard-")
+    }
+
+    /// The links of a pod's guards that are pinned and elsewhere.
+    pub(super) fn guarded_elsewhere(&self, slot: u32) -> Vec<u32> {
+        self.numbered(slot, "elsewhere-")
+    }
+
+    fn numbered(&self, slot: u32, prefix: &str) -> Vec<u32> {
         let Ok(entries) = std::fs::read_dir(self.pod(slot)) else { return Vec::new() };
         entries
             .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("guard-")?.parse().ok())
+            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok())
             .collect()
     }
 
@@ -112,13 +126,8 @@ impl Pins {
         gone(std::fs::remove_dir_all(&self.versioned))
     }
 
-    /// Where this process' self-test keeps its pins.
-    pub(super) fn self_test(&self) -> PathBuf {
-        self.root.join(format!("{SELF_TEST}{}", std::process::id()))
-    }
-
-    /// Detaches and removes what self-tests left whose process was killed; names it. A process id that is our own
-    /// is another's, from another namespace of ids or from before: not to be called during the own self-test.
+    /// Detaches and removes what self-tests of earlier builds left whose process was killed; names it. Today's pin
+    /// nothing here. A process id that is our own is another's, from another namespace of ids or from before.
     pub(super) fn remove_dead_self_tests(&self) -> io::Result<Vec<String>> {
         let mut removed = Vec::new();
         for entry in std::fs::read_dir(&self.root).into_iter().flatten().flatten() {

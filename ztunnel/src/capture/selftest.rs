@@ -1,8 +1,8 @@
 //! Does capture work on this kernel? Tried for real, in a namespace that is thrown away.
 //!
-//! A namespace without a name gets a pair of devices and is enrolled with pins of its own; one connection must
-//! arrive at the daemon's listener with its original destination, and one SYN from a packet socket must be
-//! stopped by the guard.
+//! A namespace without a name gets a pair of devices and is enrolled with pins in a file system that is mounted nowhere;
+//! one connection must arrive at the daemon's listener with its original destination, and one SYN from a packet socket
+//! must be stopped by the guard.
 
 #![expect(unsafe_code, reason = "a packet socket")]
 
@@ -27,8 +27,7 @@ use ztunnel_ebpf_abi::Counter;
 use super::netlink::Netlink;
 use super::pins::Pins;
 use super::reconcile::chain;
-use super::uninstall::uninstall;
-use super::{Config, Node, PodSpec};
+use super::{Config, Node, PodSpec, sys};
 use crate::model::addr::PodUid;
 
 /// What the self-test found.
@@ -53,21 +52,14 @@ const ELSEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 
 /// For a connection within one namespace. A machine that is busy may still take its time.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Captures a connection and refuses a packet in a throw-away namespace, and leaves nothing behind. Independent
-/// of a daemon that may be running on the node.
+/// Captures a connection and refuses a packet in a throw-away namespace, and leaves nothing behind, not even when it is
+/// killed. Independent of a daemon that may be running on the node.
 pub fn self_test(config: &Config) -> Verdict {
-    let (parent, had_parent) = (config.pin_dir.clone(), config.pin_dir.exists());
-    let pins = Pins::new(&config.pin_dir);
-    if let Err(error) = pins.remove_dead_self_tests() {
+    if let Err(error) = Pins::new(&config.pin_dir).remove_dead_self_tests() {
         tracing::warn!(%error, "something is left of a self-test that was killed");
     }
-    let config = Config { pin_dir: pins.self_test(), ..config.clone() };
     // On a thread of its own, whose namespace ends with it.
-    let outcome = std::thread::scope(|scope| scope.spawn(|| in_new_netns(&config)).join());
-    if !had_parent {
-        // Only if nobody else has begun to use it.
-        let _in_use = std::fs::remove_dir(parent);
-    }
+    let outcome = std::thread::scope(|scope| scope.spawn(|| in_new_netns(config)).join());
     match outcome {
         Ok(Ok(())) => {
             let reason =
@@ -83,18 +75,29 @@ pub fn self_test(config: &Config) -> Verdict {
     }
 }
 
+/// Pins that end with this. Closing the file system that holds them would do, but in its own time.
+struct Pinned(Pins, #[expect(dead_code, reason = "holds the file system")] OwnedFd);
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.remove_all() {
+            tracing::debug!(%error, "the programs of the self-test end with its file system");
+        }
+    }
+}
+
 fn in_new_netns(config: &Config) -> Result<(), Failure> {
     unshare(CloneFlags::CLONE_NEWNET)
         .map_err(|error| format!("cannot make a network namespace (CAP_SYS_ADMIN?): {error}"))?;
     let device = devices().map_err(|error| format!("cannot make a veth pair (CONFIG_VETH?): {error}"))?;
+    let file_system = sys::private_bpffs()
+        .map_err(|error| format!("cannot make a bpf file system (CAP_SYS_ADMIN?): {error}"))?;
+    let pin_dir = sys::inside(file_system.as_fd());
+    let _pinned = Pinned(Pins::new(&pin_dir), file_system);
     // Its own namespace is the host as well, so that the real one is left alone.
     let netns = PathBuf::from(format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid()));
-    let config = Config { host_netns: netns.clone(), ..config.clone() };
-    let outcome = try_capture(&config, netns, device);
-    let removed = uninstall(&config);
-    outcome?;
-    removed?;
-    Ok(())
+    let config = Config { pin_dir, host_netns: netns.clone(), ..config.clone() };
+    try_capture(&config, netns, device)
 }
 
 fn try_capture(config: &Config, netns: PathBuf, device: u32) -> Result<(), Failure> {

@@ -4,6 +4,7 @@
 //! should see. It may leave policies, pods and daemons as it likes: [`World::reset`] follows.
 
 pub mod basics;
+pub mod closed;
 pub mod cost;
 pub mod enrolment;
 pub mod near;

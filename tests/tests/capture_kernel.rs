@@ -25,12 +25,16 @@ use ztunnel_ebpf_abi::{BYPASS, Counter, REPLY};
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::raw_netns::{Net, Ns, Pod, run};
 
+#[path = "capture/limits.rs"]
+mod limits;
 #[path = "capture/ownership.rs"]
 mod ownership;
 #[path = "capture/probes.rs"]
 mod probes;
 #[path = "capture/selftest.rs"]
 mod selftest;
+#[path = "capture/watched.rs"]
+mod watched;
 
 /// What somebody does to a pod.
 type Attack = Box<dyn Fn(&World)>;

@@ -4,7 +4,7 @@ mod common;
 
 use common::tell;
 use ztunnel_tests::stories::{
-    basics, cost, enrolment, near, outage, policy, probes, repair, restart, scale, tunnel,
+    basics, closed, cost, enrolment, near, outage, policy, probes, repair, restart, scale, tunnel,
 };
 
 macro_rules! stories {
@@ -37,6 +37,7 @@ stories! {
     a_withdrawn_pod_keeps_its_tunnel_over_a_restart => restart::WITHDRAWN_THEN_RESTARTED;
     a_namespace_made_again_is_captured_again => enrolment::NAMESPACE_REMADE;
     a_deleted_pod_does_no_harm => enrolment::POD_DELETED;
+    a_pod_that_cannot_be_captured_is_closed => closed::TOO_MANY_DEVICES;
     a_damaged_pod_is_repaired => repair::DAMAGED_POD;
     deleted_pins_are_restored => repair::PINS_DELETED;
     a_new_connection_costs_a_bounded_number_of_system_calls => cost::NEW_CONNECTIONS;

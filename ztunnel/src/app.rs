@@ -22,6 +22,7 @@ use crate::admin::console::Console;
 use crate::admin::dump::Sources;
 use crate::admin::quit;
 use crate::admin::ready::Readiness;
+use crate::app::announcements::Announcements;
 use crate::app::control::Control;
 use crate::app::handover::Claim;
 use crate::app::handover::Departing;
@@ -35,7 +36,6 @@ use crate::app::ports::Admin;
 use crate::capture;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
-use crate::enrol::pods::Event;
 use crate::identity;
 use crate::identity::inheritance;
 use crate::mesh;
@@ -52,7 +52,9 @@ use crate::telemetry::logging::Levels;
 use crate::telemetry::writer;
 use crate::tls::configs::TooLate;
 
+mod announcements;
 pub mod certificates;
+mod closed;
 pub mod commands;
 pub mod control;
 pub mod handover;
@@ -220,7 +222,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         }
     };
 
-    let node = capture::Node::open(config.places.capture.clone())?;
+    let mut node = capture::Node::open(config.places.capture.clone())?;
     if !node.knows_pods() {
         tracing::warn!(
             "no cgroup of pods was found: every process in the node's network namespace counts as the node's own, \
@@ -239,10 +241,13 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
     );
     let counters = node.counter_reader()?;
+    let devices_left = node.devices_left();
+    let mut announcements = Announcements::new(node.announcements());
     let kernel = Kernel::start(node, Arc::clone(&data_plane))
         .map_err(|source| RunError::System("cannot start the capture thread", source))?;
     let mut control = Control::new(writer, trust_domain, identities.clone(), kernel.clone(), pods_pending);
-    ports::register_capture(&telemetry, counters);
+    ports::register_capture(&telemetry, counters, devices_left, kernel.closed());
+    shutdown::spawn(closed::blocks(kernel.closed(), ready.clone()));
     ports::register_components(&telemetry, &data_plane, control.waiting(), identities.clone());
     control.start(loaded).await;
 
@@ -284,14 +289,16 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
             _ = reconcile.tick() => match kernel.reconcile().await {
                 Reconciled::Repaired { repairs, lost } => {
                     housekeeping.look(RECONCILE_EVERY);
-                    for repair in repairs {
-                        tracing::warn!(%repair, "the kernel was not as it should be");
-                    }
-                    for uid in lost {
-                        control.step(Event::Lost(uid)).await;
-                    }
+                    control.reconciled(repairs, lost).await;
                 }
                 Reconciled::Superseded => break End::Superseded,
+            },
+            () = announcements.next() => match kernel.reconcile_announced().await {
+                (Reconciled::Repaired { repairs, lost }, again) => {
+                    announcements.answered(again);
+                    control.reconciled(repairs, lost).await;
+                }
+                (Reconciled::Superseded, _) => break End::Superseded,
             },
             () = gone(&mut departing) => {
                 departing = None;

@@ -18,6 +18,7 @@
 
 mod changes;
 pub mod error;
+mod guards;
 pub mod host;
 mod listeners;
 mod maps;
@@ -40,6 +41,7 @@ use std::net::{IpAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use crate::model::addr::PodUid;
 use crate::net::netns::Netns;
@@ -105,6 +107,10 @@ pub struct Node {
     /// Our own hold on the node-wide programs, by name.
     links: HashMap<&'static str, OwnedFd>,
     watch: reconcile::Watch,
+    /// Pods for which there is no slot.
+    unslotted: HashMap<PodUid, pod::Unslotted>,
+    /// Devices that were taken out of pods' namespaces into others.
+    devices_left: Arc<AtomicU64>,
     /// What we have enrolled, written by `bind`, `capture`, `withdraw`, `close` and `forget`.
     pods: HashMap<PodUid, Enrolled>,
 }
@@ -120,6 +126,10 @@ struct Enrolled {
     renew: bool,
     /// What `capture` was given; `None` before it and after `withdraw` or `close`. The reconciler keeps it so.
     listeners: Option<Arc<Listeners>>,
+    /// It could not be captured, or no longer: new connections are refused until it can.
+    closed: bool,
+    /// It has more addresses than the programs are told of, and that was said.
+    crowded: bool,
     /// What the reconciler found.
     watched: reconcile::Watched,
     /// Our own hold on the programs, so that they stay attached when their pins are deleted.
@@ -130,5 +140,5 @@ struct Enrolled {
 #[derive(Debug, Default)]
 struct Links {
     lookup: Option<OwnedFd>,
-    guards: HashMap<u32, OwnedFd>,
+    guards: guards::Guards,
 }

@@ -10,12 +10,14 @@ use tokio::time::Instant;
 
 use crate::admin::ready::Blocker;
 use crate::app::kernel::Kernel;
+use crate::capture::reconcile::Repair;
 use crate::enrol::pod::Awaited;
 use crate::enrol::pods::Action;
 use crate::enrol::pods::Event;
 use crate::enrol::pods::Pods;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshWriter;
+use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
 use crate::model::identity::TrustDomain;
 use crate::standalone::diagnostic::Diagnostic;
@@ -199,6 +201,16 @@ impl Control {
             tracing::info!(captured = self.pods.captured(), "every pod is as the mesh says");
         }
         self.lift_when_settled();
+    }
+
+    /// Says what was found in the kernel, and captures pods again that are not what they were.
+    pub async fn reconciled(&mut self, repairs: Vec<Repair>, lost: Vec<PodUid>) {
+        for repair in repairs {
+            tracing::warn!(%repair, "the kernel was not as it should be");
+        }
+        for uid in lost {
+            self.step(Event::Lost(uid)).await;
+        }
     }
 
     fn lift_when_settled(&mut self) {

@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::capture::Captured;
 use crate::capture::Node;
@@ -35,6 +37,7 @@ enum Command {
     Capture(LocalPod, mpsc::Sender<Event>),
     Release(PodUid, mpsc::Sender<Event>),
     Reconcile(oneshot::Sender<Reconciled>),
+    Announced(oneshot::Sender<(Reconciled, Option<Instant>)>),
     WithdrawOthers(HashSet<PodUid>),
     Hold(bool),
     Sweep(HashSet<PodUid>),
@@ -60,23 +63,34 @@ pub enum Reconciled {
 
 /// The handle of that thread. When it is dropped, the thread ends and leaves the kernel as it is.
 #[derive(Debug, Clone)]
-pub struct Kernel(mpsc::Sender<Command>);
+pub struct Kernel {
+    commands: mpsc::Sender<Command>,
+    closed: watch::Receiver<usize>,
+}
 
 impl Kernel {
     /// Starts the thread with a node that this daemon owns.
     pub fn start(node: Node, data_plane: Arc<DataPlane>) -> io::Result<Self> {
-        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (commands, receiver) = mpsc::channel(QUEUE);
+        let (published, closed) = watch::channel(0);
         let worker = Worker {
             node,
             data_plane,
             pods: HashMap::new(),
             leaving: HashMap::new(),
             failed: HashMap::new(),
+            unbound: HashSet::new(),
+            closed: published,
             yielded: false,
             hold: false,
         };
         std::thread::Builder::new().name("capture".to_owned()).spawn(move || worker.run(receiver))?;
-        Ok(Self(sender))
+        Ok(Self { commands, closed })
+    }
+
+    /// How many pods cannot be captured, and are closed.
+    pub fn closed(&self) -> watch::Receiver<usize> {
+        self.closed.clone()
     }
 
     /// Captures `pod`; the answer comes as an event.
@@ -92,6 +106,11 @@ impl Kernel {
     /// Compares the kernel with what it should hold, and repairs it.
     pub async fn reconcile(&self) -> Reconciled {
         self.ask(Command::Reconcile).await.unwrap_or(Reconciled::Superseded)
+    }
+
+    /// The same for the pods of which the kernel has announced something; and when to ask again for the others of them.
+    pub async fn reconcile_announced(&self) -> (Reconciled, Option<Instant>) {
+        self.ask(Command::Announced).await.unwrap_or((Reconciled::Superseded, None))
     }
 
     /// Makes new connections plain of pods that an earlier daemon captured and that are not among `keep`.
@@ -132,7 +151,7 @@ impl Kernel {
 
     async fn send(&self, command: Command) {
         // The thread is gone after `end`, when nothing is to be changed any more.
-        let _ended = self.0.send(command).await;
+        let _ended = self.commands.send(command).await;
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
@@ -165,6 +184,10 @@ struct Worker {
     leaving: HashMap<PodUid, Leaving>,
     /// Pods whose last capture failed, and how: the same failure is not logged at every try.
     failed: HashMap<PodUid, String>,
+    /// Those of them that are there and for which nothing is prepared.
+    unbound: HashSet<PodUid>,
+    /// For whoever asks how many pods are closed.
+    closed: watch::Sender<usize>,
     /// Another daemon changes the kernel now.
     yielded: bool,
     /// Another daemon may still have connections of withdrawn pods.
@@ -180,10 +203,14 @@ impl Worker {
                     let event = match self.capture(&pod) {
                         Ok(()) => {
                             self.failed.remove(&uid);
+                            self.unbound.remove(&uid);
                             tracing::info!(pod = %uid, namespace = %pod.namespace, name = %pod.name, "pod captured");
                             Event::Captured(uid)
                         }
                         Err(error) => {
+                            if matches!(&error, CaptureError::Enrol(error) if !is_absent(error)) {
+                                self.unbound.insert(uid.clone());
+                            }
                             let error = chain(&error);
                             if self.failed.get(&uid) != Some(&error) {
                                 tracing::error!(pod = %uid, error, "pod not captured, trying again every second");
@@ -211,6 +238,9 @@ impl Worker {
                 Command::Reconcile(answer) => {
                     let _gone = answer.send(self.reconcile());
                 }
+                Command::Announced(answer) => {
+                    let _gone = answer.send(self.reconcile_announced());
+                }
                 Command::WithdrawOthers(keep) => self.withdraw_others(&keep),
                 Command::Hold(hold) => self.hold = hold,
                 Command::Sweep(keep) => {
@@ -234,7 +264,14 @@ impl Worker {
                     let _gone = answer.send(());
                 }
             }
+            self.publish_closed();
         }
+    }
+
+    fn publish_closed(&self) {
+        let unbound = self.unbound.iter().filter(|uid| !self.node.is_closed(uid)).count();
+        let closed = self.node.closed() + unbound;
+        self.closed.send_if_modified(|published| std::mem::replace(published, closed) != closed);
     }
 
     fn capture(&mut self, pod: &LocalPod) -> Result<(), CaptureError> {
@@ -288,6 +325,7 @@ impl Worker {
         }
         self.pods.remove(uid);
         self.failed.remove(uid);
+        self.unbound.remove(uid);
         if let Some(leaving) = self.data_plane.remove_pod(uid) {
             self.leaving.insert(uid.clone(), leaving);
         }
@@ -326,10 +364,18 @@ impl Worker {
             return Reconciled::Superseded;
         }
         self.release_ended();
-        let repairs = self.node.reconcile_changed();
-        let lost =
-            repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
-        Reconciled::Repaired { repairs, lost }
+        repaired(self.node.reconcile_changed())
+    }
+
+    fn reconcile_announced(&mut self) -> (Reconciled, Option<Instant>) {
+        if self.yielded {
+            return (repaired(Vec::new()), None);
+        }
+        if !self.node.is_owner() {
+            return (Reconciled::Superseded, None);
+        }
+        let (repairs, again) = self.node.reconcile_announced();
+        (repaired(repairs), again.map(Instant::from_std))
     }
 
     fn reclaim(&mut self) -> Result<(), EnrolError> {
@@ -345,6 +391,16 @@ impl Worker {
         }
         result
     }
+}
+
+fn repaired(repairs: Vec<Repair>) -> Reconciled {
+    let lost = repairs.iter().filter(|repair| repair.lost).filter_map(|repair| repair.pod.clone()).collect();
+    Reconciled::Repaired { repairs, lost }
+}
+
+/// Whether it is about a pod that is not there, or not yet: nothing of it is open.
+fn is_absent(error: &EnrolError) -> bool {
+    matches!(error, EnrolError::Netns { .. } | EnrolError::Superseded)
 }
 
 /// An error with its causes, for a log line.

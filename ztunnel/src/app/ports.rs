@@ -4,6 +4,8 @@ use std::net::Ipv4Addr;
 use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use socket2::Domain;
@@ -85,8 +87,21 @@ fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
 }
 
 /// Has the scrape show what the programs in the kernel counted.
-pub fn register_capture(telemetry: &Telemetry, counters: CounterReader) {
-    telemetry.register(move |families: &mut Families<'_>| capture_metrics(families, &counters));
+pub fn register_capture(
+    telemetry: &Telemetry,
+    counters: CounterReader,
+    devices_left: Arc<AtomicU64>,
+    closed: watch::Receiver<usize>,
+) {
+    telemetry.register(move |families: &mut Families<'_>| {
+        capture_metrics(families, &counters)?;
+        let help = "Devices that were taken out of captured pods into other network namespaces.";
+        let left = [Sample { labels: &[], value: devices_left.load(Ordering::Relaxed) }];
+        families.counter("ztunnel_capture_devices_left", help, &left)?;
+        let help = "Pods that cannot be captured and are closed: their new connections are refused.";
+        let closed = [Sample { labels: &[], value: *closed.borrow() as f64 }];
+        families.gauge("ztunnel_capture_pods_closed", help, &closed)
+    });
 }
 
 /// Has the scrape show what the components know of themselves.

@@ -12,6 +12,7 @@ use std::io;
 use std::io::IoSliceMut;
 use std::os::fd::AsFd as _;
 use std::os::fd::AsRawFd as _;
+use std::os::fd::OwnedFd;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::nsid::NsidAttribute;
@@ -20,7 +21,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, NetlinkAddr, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, NetlinkAddr, recvmsg, setsockopt, sockopt};
 
 use super::netlink::Netlink;
 use crate::net::netns::Netns;
@@ -42,13 +43,17 @@ pub(super) struct Changes {
 }
 
 /// What has been announced since the last time.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Heard {
+#[derive(Debug, PartialEq, Eq, Default)]
+pub(super) struct Heard {
     /// Something in these namespaces.
-    In(HashSet<i32>),
+    pub namespaces: HashSet<i32>,
     /// More than the socket could hold: it may be anything.
-    TooMuch,
+    pub more: bool,
 }
+
+/// What waits to be heard, in bytes as the kernel counts them: some thousand announcements. Who makes more of them at
+/// once has the others' looked for with the next turn of all.
+const WAITING: usize = 1 << 20;
 
 impl Changes {
     /// Makes the namespace and listens in it.
@@ -58,6 +63,8 @@ impl Changes {
             unshare(CloneFlags::CLONE_NEWNET)?;
             let mut announcements = Socket::new(NETLINK_ROUTE)?;
             announcements.bind(&SocketAddr::new(0, 0))?;
+            // A limit of the system's may not allow it: then fewer wait.
+            let _limited = setsockopt(&announcements, sockopt::RcvBufForce, &WAITING);
             announcements.set_listen_all_namespaces(true)?;
             GROUPS.iter().try_for_each(|group| announcements.add_membership(*group))?;
             Ok(Self { announcements, numbers: Netlink::open()? })
@@ -89,24 +96,38 @@ impl Changes {
         id.ok_or_else(|| io::Error::other("a network namespace was given no number"))
     }
 
-    /// What has been announced since the last call. Does not wait.
+    /// Becomes readable when something is announced.
+    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.announcements.as_fd().try_clone_to_owned()
+    }
+
+    /// What has been announced since the last call. Does not wait, nor go on for ever.
     pub(super) fn heard(&self) -> Heard {
-        let mut heard = HashSet::new();
+        let mut heard = Heard::default();
         // What it says is looked up afterwards: that anything was said is enough, so it may be cut off.
         let mut start = [0; 64];
         let mut control = nix::cmsg_space!(libc::c_int);
-        loop {
+        for _ in 0..WAITING / 256 {
             let mut into = [IoSliceMut::new(&mut start)];
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
             match recvmsg::<NetlinkAddr>(self.announcements.as_raw_fd(), &mut into, Some(&mut control), flags)
             {
-                Ok(message) => heard.extend(message.cmsgs().into_iter().flatten().filter_map(namespace)),
-                Err(Errno::EAGAIN) => return Heard::In(heard),
+                Ok(message) => {
+                    heard.namespaces.extend(message.cmsgs().into_iter().flatten().filter_map(namespace));
+                }
+                Err(Errno::EAGAIN) => return heard,
                 Err(Errno::EINTR) => {}
-                // As a rule ENOBUFS, which is said once; what is queued is drained with the next call.
-                Err(_) => return Heard::TooMuch,
+                // It is said once, before what did fit.
+                Err(Errno::ENOBUFS) => heard.more = true,
+                Err(_) => {
+                    heard.more = true;
+                    return heard;
+                }
             }
         }
+        // It is said faster than it can be heard.
+        heard.more = true;
+        heard
     }
 }
 
@@ -121,6 +142,10 @@ fn namespace(message: ControlMessageOwned) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn only<const N: usize>(namespaces: [i32; N]) -> Heard {
+        Heard { namespaces: HashSet::from(namespaces), more: false }
+    }
 
     fn fresh() -> Netns {
         let made = std::thread::spawn(|| {
@@ -142,12 +167,12 @@ mod tests {
         let (a, b) = (changes.listen(&one).expect("listen"), changes.listen(&two).expect("listen"));
         assert_ne!(a, b);
         assert_eq!(changes.listen(&one).expect("again"), a, "a namespace keeps its number");
-        assert_eq!(changes.heard(), Heard::In(HashSet::new()));
+        assert_eq!(changes.heard(), only([]));
 
         run(&two, &["rule", "add", "priority", "7", "table", "7"]);
         run(&unknown, &["rule", "add", "priority", "7", "table", "7"]);
-        assert_eq!(changes.heard(), Heard::In(HashSet::from([b])));
-        assert_eq!(changes.heard(), Heard::In(HashSet::new()), "each is told once");
+        assert_eq!(changes.heard(), only([b]));
+        assert_eq!(changes.heard(), only([]), "each is told once");
 
         for (what, arguments) in [
             ("a device", ["link", "set", "lo", "up"].as_slice()),
@@ -159,7 +184,7 @@ mod tests {
             ("an address of IPv6", &["-6", "addr", "add", "fd00::7/128", "dev", "lo"]),
         ] {
             run(&one, arguments);
-            assert_eq!(changes.heard(), Heard::In(HashSet::from([a])), "{what}");
+            assert_eq!(changes.heard(), only([a]), "{what}");
         }
     }
 
@@ -170,7 +195,7 @@ mod tests {
         changes.listen(&one).expect("listen");
         one.run(|| {
             let mut script = String::new();
-            for number in 1000..3000 {
+            for number in 1000..9000 {
                 script += &format!("rule add priority {number} table 7\n");
             }
             let mut ip = std::process::Command::new("ip")
@@ -182,6 +207,6 @@ mod tests {
         })
         .expect("enter")
         .expect("ip");
-        assert_eq!(changes.heard(), Heard::TooMuch);
+        assert!(changes.heard().more);
     }
 }

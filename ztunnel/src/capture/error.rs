@@ -86,6 +86,17 @@ pub enum EnrolError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The pod has more devices than are guarded.
+    #[error("the pod has {found} devices and at most {most} are guarded: it is closed until it has fewer")]
+    TooManyDevices {
+        /// How many it has.
+        found: usize,
+        /// How many it may have.
+        most: usize,
+    },
+    /// Devices that are still to be guarded: call again.
+    #[error("{0} devices of the pod are still to be guarded")]
+    Unguarded(usize),
     /// `capture` without `bind`.
     #[error("pod {0} was not bound before")]
     NotBound(PodUid),

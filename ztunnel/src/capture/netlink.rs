@@ -35,10 +35,19 @@ impl Netlink {
 
     /// Asks for a list.
     pub(super) fn dump(&mut self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
-        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
         let mut list = Vec::new();
-        self.receive(|message| list.push(message))?;
+        self.each(message, |message| list.push(message))?;
         Ok(list)
+    }
+
+    /// Asks for a list that may be long, and keeps nothing of it.
+    pub(super) fn each(
+        &mut self,
+        message: RouteNetlinkMessage,
+        each: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
+        self.receive(each)
     }
 
     /// Asks for one thing.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
@@ -96,6 +97,8 @@ impl Node {
             renew: false,
             links: HashMap::new(),
             watch: Watch::default(),
+            devices_left: Default::default(),
+            unslotted: HashMap::new(),
             pods: HashMap::new(),
         };
         node.own(mounted)?;
@@ -259,6 +262,11 @@ impl Node {
     /// What the programs counted.
     pub fn counters(&self) -> Counters {
         read(&self.maps.counters)
+    }
+
+    /// How many devices were taken out of pods' network namespaces into others, now and from now on.
+    pub fn devices_left(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.devices_left)
     }
 
     /// A handle that reads the counters from another thread.

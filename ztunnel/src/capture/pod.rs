@@ -1,21 +1,23 @@
 //! Enrolling and withdrawing one pod, step by step.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use ztunnel_ebpf_abi::{PodEntry, Record};
+use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, NO_SLOT, PROBED_PER_SLOT, PodEntry, Record};
 
 use super::error::{EnrolError, WithdrawError};
+use super::guards::DEVICES_MAX;
 use super::maps::{absent, pack, unpack};
 use super::netlink::Netlink;
 use super::node::uid_of;
 use super::pins::{Pins, gone};
-use super::reconcile::Watched;
+use super::reconcile::{Watched, chain};
 use super::sys::{self, Attach, Ensured, Wanted};
 use super::{Captured, Enrolled, Links, Node, PodSpec, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
@@ -33,7 +35,13 @@ impl Node {
             .run(|| Ok((listeners::bind()?, listeners::current_netns_cookie()?, routes::accepts_marks()?)))
             .map_err(entered)?
             .map_err(EnrolError::Listen)?;
-        let slot = self.reserve(pod, &netns, cookie, accepts_marks)?;
+        let slot = match self.reserve(pod, &netns, cookie, accepts_marks) {
+            Err(EnrolError::Full) => {
+                self.shut_without_slot(&pod.uid, &netns, cookie);
+                return Err(EnrolError::Full);
+            }
+            reserved => reserved?,
+        };
         let spec = pod.clone();
         // Bound again (it was withdrawn, or its listeners are to be replaced): what is in the kernel stays.
         let known = self.pods.remove(&pod.uid).filter(|known| known.cookie == cookie);
@@ -48,6 +56,8 @@ impl Node {
             spec,
             renew,
             listeners: listening,
+            closed: false,
+            crowded: false,
             watched: Watched::default(),
             links,
         };
@@ -92,8 +102,8 @@ impl Node {
     }
 
     /// Captures the pod: new connections from and to it go to `captured.listeners`. Idempotent; on a pod that
-    /// an older daemon captured only the listeners change hands. When a step fails the pod may be closed, and
-    /// is open only if none of its connections were marked; call again or `withdraw`.
+    /// an older daemon captured only the listeners change hands. When a step fails the pod is closed, as far as that
+    /// is possible: its new connections are refused. Call again or `withdraw`.
     pub fn capture(&mut self, pod: &PodSpec, captured: &Captured) -> Result<(), EnrolError> {
         if !self.is_owner() {
             return Err(EnrolError::Superseded);
@@ -109,58 +119,163 @@ impl Node {
         }
         self.maps.set_listeners(slot, &captured.listeners).map_err(EnrolError::step("the listeners"))?;
         known.listeners = Some(Arc::clone(&captured.listeners));
-        self.redirect(&pod.uid).map(drop)
+        // From here on nothing that happens in its namespace is missed.
+        self.expect_changes(&pod.uid);
+        let redirected = self.redirect(&pod.uid);
+        match redirected {
+            Ok(found) => found.log(&pod.uid),
+            Err(error) => {
+                self.shut(&pod.uid);
+                return Err(error);
+            }
+        }
+        // It has a slot by now, and what kept it closed is no longer needed.
+        self.unslotted.remove(&pod.uid);
+        Ok(())
     }
 
-    /// Everything of `capture` but the listeners, for the reconciler as well; names what was not there.
-    pub(super) fn redirect(&mut self, uid: &PodUid) -> Result<Vec<String>, EnrolError> {
-        let Self { pods, maps, pins, loader, .. } = self;
+    /// Closes a pod that cannot be captured: it does not go on in clear.
+    fn shut(&mut self, uid: &PodUid) {
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        known.closed = true;
+        known.listeners = None;
+        let (slot, cookie) = (known.slot, known.cookie);
+        self.maps.clear_listeners(slot);
+        // Either may be what failed; then the other closes one way at least.
+        if let Err(error) = self.maps.pods.insert(cookie, PodEntry { slot, flags: 0 }, 0) {
+            tracing::error!(pod = %uid, %error, "what the pod dials cannot be stopped");
+        }
+        if let Err(error) = self.attach_lookup(uid) {
+            tracing::error!(pod = %uid, error = chain(&error), "what is dialled to the pod cannot be stopped");
+        }
+    }
+
+    /// The same for one that there is no slot for: it is known by its namespace alone, and closed as long as we live.
+    fn shut_without_slot(&mut self, uid: &PodUid, netns: &Netns, cookie: u64) {
+        if self.unslotted.get(uid).is_some_and(|known| known.cookie == cookie) {
+            return;
+        }
+        let entry = PodEntry { slot: NO_SLOT, flags: 0 };
+        let lookup = (self.loader.object(NO_SLOT))
+            .and_then(|mut object| programs::load(&mut object, "steer"))
+            .and_then(|program| {
+                Ok(sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?)
+            });
+        if let Err(error) = self.maps.pods.insert(cookie, entry, 0) {
+            tracing::error!(pod = %uid, %error, "what the pod dials cannot be stopped");
+        }
+        match lookup {
+            Ok(lookup) => {
+                self.unslotted.insert(uid.clone(), Unslotted { cookie, _lookup: lookup });
+            }
+            Err(error) => tracing::error!(pod = %uid, %error, "what is dialled to the pod cannot be stopped"),
+        }
+    }
+
+    /// Opens a pod that there was no slot for; false if it is none.
+    fn open_without_slot(&mut self, uid: &PodUid) -> bool {
+        let Some(known) = self.unslotted.remove(uid) else { return false };
+        if let Err(error) = absent(self.maps.pods.remove(&known.cookie)) {
+            tracing::warn!(pod = %uid, %error, "the pod stays closed");
+        }
+        true
+    }
+
+    /// How many pods are closed because they cannot be captured.
+    pub fn closed(&self) -> usize {
+        self.pods.values().filter(|known| known.closed).count()
+    }
+
+    /// Whether this one is.
+    pub fn is_closed(&self, uid: &PodUid) -> bool {
+        self.pods.get(uid).is_some_and(|known| known.closed)
+    }
+
+    /// Attaches the lookup program, if it is not.
+    fn attach_lookup(&mut self, uid: &PodUid) -> Result<Ensured, EnrolError> {
+        let Self { pods, pins, loader, .. } = self;
         let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
-        let Enrolled { slot, cookie, netns, spec, links, renew, .. } = known;
-        let (slot, cookie) = (*slot, *cookie);
-        let entered = |source| EnrolError::Netns { path: spec.netns.clone(), source };
-        let found = netns
+        let Enrolled { slot, netns, links, renew, .. } = known;
+        std::fs::create_dir_all(pins.pod(*slot)).map_err(EnrolError::step("the pins"))?;
+        let wanted =
+            Wanted { path: &pins.lookup(*slot), hook: Attach::SkLookup, target: netns.id().1, renew: *renew };
+        let ensured = sys::ensure_link(
+            &wanted,
+            &mut links.lookup,
+            || loader.object(*slot).and_then(|mut object| programs::load(&mut object, "steer")),
+            |program| sys::attach(program, netns.as_fd().as_raw_fd() as u32, Attach::SkLookup),
+        );
+        ensured.map_err(EnrolError::step("the lookup program"))
+    }
+
+    /// Everything of `capture` but the listeners, for the reconciler as well; tells what was not as it should be.
+    pub(super) fn redirect(&mut self, uid: &PodUid) -> Result<Found, EnrolError> {
+        let known = self.pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
+        let Enrolled { slot, cookie, netns, spec, crowded, .. } = known;
+        let (slot, cookie, netns, path) = (*slot, *cookie, Arc::clone(netns), spec.netns.clone());
+        let entered = |source| EnrolError::Netns { path: path.clone(), source };
+        let inside = netns
             .run(|| inside(spec))
             .map_err(entered)?
             .map_err(EnrolError::step("rules, routes and the tcp_fwmark_accept setting"))?;
-        let mut changed: Vec<String> = found.added.iter().map(|what| format!("{what} was missing")).collect();
+        let mut found = Found::default();
+        found.repaired.extend(inside.added.iter().map(|what| format!("{what} was missing")));
+        if inside.unknown > 0 && !*crowded {
+            found.noticed.push(format!(
+                "it has {} addresses more than the {ADDRESSES_PER_SLOT} there is room for: connections from and to them \
+                 are refused",
+                inside.unknown
+            ));
+        }
+        *crowded = inside.unknown > 0;
+        let probed: Vec<IpAddr> =
+            spec.addresses.iter().take(PROBED_PER_SLOT as usize).map(|ip| canonical_ip(*ip)).collect();
 
         // Before the lookup program, which tells by them what the pod says to itself.
-        if maps.set_addresses(slot, &found.own).map_err(EnrolError::step("the map of addresses"))? {
-            changed.push("its addresses in the map were not current".to_owned());
+        let step = EnrolError::step("the map of addresses");
+        if self.maps.set_addresses(slot, &inside.own).map_err(step)? {
+            found.repaired.push("its addresses in the map were not current".to_owned());
         }
-        std::fs::create_dir_all(pins.pod(slot)).map_err(EnrolError::step("the pins"))?;
-        let wanted =
-            Wanted { path: &pins.lookup(slot), hook: Attach::SkLookup, target: netns.id().1, renew: *renew };
-        let lookup = sys::ensure_link(
-            &wanted,
-            &mut links.lookup,
-            || loader.object(slot).and_then(|mut object| programs::load(&mut object, "steer")),
-            |program| sys::attach(program, netns.as_fd().as_raw_fd() as u32, Attach::SkLookup),
-        );
-        match lookup.map_err(EnrolError::step("the lookup program"))? {
+        match self.attach_lookup(uid)? {
             Ensured::Present => {}
-            Ensured::Pinned => changed.push("the lookup program was not pinned".to_owned()),
-            Ensured::Attached => changed.push("the lookup program was not attached".to_owned()),
+            Ensured::Pinned => found.repaired.push("the lookup program was not pinned".to_owned()),
+            Ensured::Attached => found.repaired.push("the lookup program was not attached".to_owned()),
         }
-
-        let probed: Vec<IpAddr> = spec.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
-        if maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
-            changed.push("its addresses for probes were not current".to_owned());
+        if self.maps.set_pod_ips(slot, &probed).map_err(EnrolError::step("the map of pods"))? {
+            found.repaired.push("its addresses for probes were not current".to_owned());
         }
         let entry = PodEntry { slot, flags: 0 };
-        if maps.pods.get(&cookie, 0).ok() != Some(entry) {
+        if self.maps.pods.get(&cookie, 0).ok() != Some(entry) {
             // From here on connections of the pod are marked.
-            maps.pods.insert(cookie, entry, 0).map_err(EnrolError::step("the connect program's entry"))?;
-            changed.push("the connect program did not know it".to_owned());
+            let step = EnrolError::step("the connect program's entry");
+            self.maps.pods.insert(cookie, entry, 0).map_err(step)?;
+            found.repaired.push("the connect program did not know it".to_owned());
         }
+        let Self { pods, pins, devices_left, .. } = self;
+        let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
+        let (most, all) = (inside.devices.len().min(DEVICES_MAX), inside.devices.len());
+        let Enrolled { renew, links, .. } = known;
         let guarded = netns
-            .run(|| ensure_guards(pins, slot, &found.devices, *renew, &mut links.guards))
+            .run(|| links.guards.ensure(pins, slot, &inside.devices[..most], *renew))
             .map_err(entered)?
             .map_err(EnrolError::step("the guard (it needs Linux 6.6)"))?;
-        changed.extend(guarded);
-        *renew = false;
-        Ok(changed)
+        found.repaired.extend(guarded.changed);
+        for device in guarded.left {
+            devices_left.fetch_add(1, Ordering::Relaxed);
+            found.noticed.push(format!(
+                "its device {device} was taken into another network namespace; the guard goes with it, so no connection \
+                 gets out by it there"
+            ));
+        }
+        if all > DEVICES_MAX {
+            return Err(EnrolError::TooManyDevices { found: all, most: DEVICES_MAX });
+        }
+        if guarded.unguarded > 0 {
+            return Err(EnrolError::Unguarded(guarded.unguarded));
+        }
+        known.renew = false;
+        known.closed = false;
+        Ok(found)
     }
 
     /// Empties the pod's slot: new connections are refused at once, while the daemon can still accept what is
@@ -190,9 +305,14 @@ impl Node {
         if !self.is_owner() {
             return Err(WithdrawError::Superseded);
         }
-        let (slot, record) = self.record(uid)?;
+        let had_no_slot = self.open_without_slot(uid);
+        let (slot, record) = match self.record(uid) {
+            Err(WithdrawError::Unknown(_)) if had_no_slot => return Ok(()),
+            found => found?,
+        };
         if let Some(known) = self.pods.get_mut(uid) {
             known.listeners = None;
+            known.closed = false;
             known.links = Links::default();
         }
         self.open_up(slot, &record)
@@ -230,6 +350,7 @@ impl Node {
                 Err(error) => tracing::warn!(pod = %uid, %error, "cannot sweep a pod that is gone"),
             }
         }
+        self.open_strangers();
         if self.renew
             && let Err(error) = self.note_programs()
         {
@@ -243,6 +364,19 @@ impl Node {
         swept
     }
 
+    /// Removes entries of pods that an earlier daemon had no slot for.
+    fn open_strangers(&mut self) {
+        let ours: HashSet<u64> = self.unslotted.values().map(|known| known.cookie).collect();
+        let entries: Vec<_> = self.maps.pods.iter().flatten().collect();
+        for (cookie, _) in
+            entries.iter().filter(|(cookie, entry)| entry.slot == NO_SLOT && !ours.contains(cookie))
+        {
+            if let Err(error) = absent(self.maps.pods.remove(cookie)) {
+                tracing::warn!(%error, "a pod that there was no slot for stays closed");
+            }
+        }
+    }
+
     fn record(&self, uid: &PodUid) -> Result<(u32, Record), WithdrawError> {
         let found = self.maps.recorded().into_iter().find(|(_, record)| uid_of(record) == *uid);
         found.ok_or_else(|| WithdrawError::Unknown(uid.clone()))
@@ -250,8 +384,11 @@ impl Node {
 
     /// The reverse of `redirect` as far as new connections are concerned.
     fn open_up(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
-        for device in self.pins.guarded(slot) {
-            sys::detach(&self.pins.guard(slot, device)).map_err(WithdrawError::step("the guard"))?;
+        let here = self.pins.guarded(slot).into_iter().map(|device| self.pins.guard(slot, device));
+        let elsewhere =
+            self.pins.guarded_elsewhere(slot).into_iter().map(|link| self.pins.guard_elsewhere(slot, link));
+        for guard in here.chain(elsewhere) {
+            sys::detach(&guard).map_err(WithdrawError::step("the guard"))?;
         }
         absent(self.maps.pods.remove(&record.cookie))
             .map_err(WithdrawError::step("the connect program's entry"))?;
@@ -289,10 +426,36 @@ impl Node {
     }
 }
 
+/// A pod for which there is no slot.
+#[derive(Debug)]
+pub(super) struct Unslotted {
+    /// Of its namespace.
+    cookie: u64,
+    /// What refuses connections to it.
+    _lookup: OwnedFd,
+}
+
+/// What was not as it should be.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// And is again.
+    pub repaired: Vec<String>,
+    /// And stays so. Said once.
+    pub noticed: Vec<String>,
+}
+
+impl Found {
+    fn log(&self, uid: &PodUid) {
+        self.noticed.iter().for_each(|what| tracing::warn!(pod = %uid, "{what}"));
+    }
+}
+
 /// What was found and done in a pod's namespace.
 struct Inside {
     added: Vec<&'static str>,
     own: Vec<IpAddr>,
+    /// How many addresses there are that `own` has no room for.
+    unknown: usize,
     devices: Vec<routes::Device>,
 }
 
@@ -312,44 +475,39 @@ fn inside(pod: &PodSpec) -> io::Result<Inside> {
         routes::accept_marks(1)?;
         added.push("the tcp_fwmark_accept setting");
     }
-    let mut own: Vec<IpAddr> = pod.addresses.iter().map(|ip| canonical_ip(*ip)).collect();
-    own.extend(routes::addresses(&mut netlink)?);
-    own.sort_unstable();
-    own.dedup();
-    Ok(Inside { added, own, devices: routes::devices(&mut netlink)? })
+    let (own, unknown) = own_addresses(&pod.addresses, routes::addresses(&mut netlink)?);
+    Ok(Inside { added, own, unknown, devices: routes::devices(&mut netlink)? })
 }
 
-/// Guards every device and names what was missing. Runs in the pod's namespace.
-fn ensure_guards(
-    pins: &Pins,
-    slot: u32,
-    devices: &[routes::Device],
-    renew: bool,
-    held: &mut HashMap<u32, OwnedFd>,
-) -> io::Result<Vec<String>> {
-    let mut changed = Vec::new();
-    for device in devices {
-        let index = device.index;
-        let path = pins.guard(slot, index);
-        let wanted = Wanted { path: &path, hook: Attach::TcxEgress, target: u64::from(index), renew };
-        let mut link = held.remove(&index);
-        let ensured = sys::ensure_link(
-            &wanted,
-            &mut link,
-            || sys::open(&pins.program(if device.ethernet { "guard" } else { "guard_ip" })),
-            |program| sys::attach(program, index, Attach::TcxEgress),
-        );
-        held.extend(link.map(|link| (index, link)));
-        match ensured? {
-            Ensured::Present => {}
-            Ensured::Pinned => changed.push(format!("the guard of device {index} was not pinned")),
-            Ensured::Attached => changed.push(format!("device {index} had no guard")),
+/// The addresses the programs are told of, those the mesh knows first, and how many there is no room for.
+fn own_addresses(known: &[IpAddr], mut found: Vec<IpAddr>) -> (Vec<IpAddr>, usize) {
+    let mut own = Vec::new();
+    for ip in known.iter().map(|ip| canonical_ip(*ip)) {
+        if !own.contains(&ip) {
+            own.push(ip);
         }
     }
-    let known = |index: u32| devices.iter().any(|device| device.index == index);
-    held.retain(|index, _| known(*index));
-    for index in pins.guarded(slot).into_iter().filter(|index| !known(*index)) {
-        gone(std::fs::remove_file(pins.guard(slot, index)))?;
+    found.sort_unstable();
+    found.dedup();
+    found.retain(|ip| !own.contains(ip));
+    own.extend(found);
+    let all = own.len();
+    own.truncate(ADDRESSES_PER_SLOT as usize);
+    (own, all - all.min(ADDRESSES_PER_SLOT as usize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addresses_that_the_mesh_knows_have_room_first() {
+        let ip = |n: u32| IpAddr::from(std::net::Ipv4Addr::from(n));
+        let known = [ip(9), ip(7), ip(9)];
+        assert_eq!(own_addresses(&known, vec![ip(8), ip(7), ip(8)]), (vec![ip(9), ip(7), ip(8)], 0));
+        let many: Vec<IpAddr> = (100..17_100).map(ip).collect();
+        let (own, unknown) = own_addresses(&known, many);
+        assert_eq!((own.len(), unknown), (ADDRESSES_PER_SLOT as usize, 17_002 - ADDRESSES_PER_SLOT as usize));
+        assert_eq!(own[..3], [ip(9), ip(7), ip(100)]);
     }
-    Ok(changed)
 }

@@ -7,15 +7,22 @@
 //! * one of its programs is detached;
 //! * its `tcp_fwmark_accept` is off;
 //! * its turn has come: what is left, entries of maps, closes a pod when it is missing.
+//!
+//! A pod of which something is announced need not wait for that: [`Node::announcements`] tells when, and
+//! [`Node::reconcile_announced`] looks at these alone. A pod that goes on changing is looked at no more often than takes
+//! [`SHARE`] of the time, so that nobody gets less because of it.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::changes::{Changes, Heard};
+use super::error::EnrolError;
 use super::sys::{self, Attach};
 use super::{Enrolled, Node, host, routes};
 use crate::model::addr::PodUid;
@@ -23,6 +30,10 @@ use crate::net::netns::Netns;
 
 /// In how many calls every pod's turn for a close look comes.
 const TURNS: u32 = 150;
+/// A look that took some time is followed by a rest of so many times that, for its pod.
+const SHARE: u32 = 20;
+/// The shortest rest.
+const REST: Duration = Duration::from_millis(50);
 
 /// What the reconciler remembers between its calls.
 #[derive(Default)]
@@ -52,6 +63,10 @@ pub(super) struct Watched {
     accepts_marks: Option<File>,
     /// The directory of its pins when all was in order; `None` asks for a close look.
     pins: Option<Stamp>,
+    /// Something was announced of it since the last look.
+    announced: bool,
+    /// It is not to be looked at again before.
+    rests_until: Option<Instant>,
 }
 
 impl Watched {
@@ -63,7 +78,7 @@ impl Watched {
 
 /// A directory as `stat` shows it: another one when an entry was made or removed.
 #[derive(Debug, PartialEq, Eq)]
-struct Stamp {
+pub(super) struct Stamp {
     directory: (u64, u64),
     modified: (i64, i64),
 }
@@ -115,6 +130,36 @@ impl Node {
         self.look(Self::gives_cause)
     }
 
+    /// Looks closely at the pods of which something was announced. Returns as well when to call again for those that it
+    /// was too early for.
+    pub fn reconcile_announced(&mut self) -> (Vec<Repair>, Option<Instant>) {
+        let mut repairs = Vec::new();
+        if !self.is_owner() {
+            return (repairs, None);
+        }
+        self.hear();
+        let now = Instant::now();
+        let announced =
+            self.pods.iter().filter(|(_, known)| known.watched.announced && known.listeners.is_some());
+        let announced: Vec<_> = announced
+            .map(|(uid, known)| (uid.clone(), known.watched.rests_until.filter(|at| *at > now)))
+            .collect();
+        for (uid, _) in announced.iter().filter(|(_, rests_until)| rests_until.is_none()) {
+            self.look_closely(uid, &mut repairs);
+        }
+        (repairs, announced.into_iter().filter_map(|(_, rests_until)| rests_until).min())
+    }
+
+    /// Becomes readable when something is announced. Read it only by calling [`Self::reconcile_announced`]. `None` where
+    /// nothing is.
+    pub fn announcements(&mut self) -> Option<OwnedFd> {
+        self.listen();
+        match &self.watch.changes {
+            Listening::To(changes) => changes.descriptor().ok(),
+            _ => None,
+        }
+    }
+
     fn look(&mut self, closely: impl Fn(&Self, &Enrolled) -> bool) -> Vec<Repair> {
         let mut repairs = Vec::new();
         if !self.is_owner() {
@@ -125,21 +170,45 @@ impl Node {
         let doubtful: Vec<PodUid> =
             active.filter(|(_, known)| closely(self, known)).map(|(uid, _)| uid.clone()).collect();
         for uid in doubtful {
-            let pins = self.expect_changes(&uid);
-            let before = repairs.len();
-            self.reconcile_pod(&uid, &mut repairs);
-            // What had to be repaired is looked at once more.
-            if repairs.len() == before
-                && let Some(known) = self.pods.get_mut(&uid)
-            {
-                known.watched.pins = pins;
-            }
+            self.look_closely(&uid, &mut repairs);
         }
         repairs
     }
 
+    fn look_closely(&mut self, uid: &PodUid, repairs: &mut Vec<Repair>) {
+        let begun = Instant::now();
+        let pins = self.expect_changes(uid);
+        let before = repairs.len();
+        self.reconcile_pod(uid, repairs);
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        // What had to be repaired is looked at once more.
+        if repairs.len() == before {
+            known.watched.pins = pins;
+        }
+        let ended = Instant::now();
+        known.watched.rests_until = Some(ended + ((ended - begun) * SHARE).max(REST));
+    }
+
     /// Marks the pods of which something has been announced.
     fn hear(&mut self) {
+        self.listen();
+        let heard = match &self.watch.changes {
+            Listening::To(changes) => changes.heard(),
+            _ => Heard { namespaces: HashSet::new(), more: true },
+        };
+        for known in self.pods.values_mut() {
+            if known.watched.number.is_some_and(|number| heard.namespaces.contains(&number)) {
+                known.watched.announced = true;
+                known.watched.doubt();
+            } else if heard.more || known.watched.number.is_none() {
+                // It can wait for the next turn of all.
+                known.watched.doubt();
+            }
+        }
+    }
+
+    /// Begins to listen, if it has not.
+    fn listen(&mut self) {
         if matches!(self.watch.changes, Listening::NotYet) {
             self.watch.changes = Changes::open().map_or_else(
                 |error| {
@@ -153,23 +222,15 @@ impl Node {
                 Listening::To,
             );
         }
-        let heard = match &self.watch.changes {
-            Listening::To(changes) => changes.heard(),
-            _ => Heard::TooMuch,
-        };
-        let concerns = |known: &Enrolled| match &heard {
-            Heard::TooMuch => true,
-            Heard::In(numbers) => known.watched.number.is_none_or(|number| numbers.contains(&number)),
-        };
-        self.pods.values_mut().filter(|known| concerns(known)).for_each(|known| known.watched.doubt());
     }
 
     /// To be called before a close look, so that nothing is missed after it. Returns what the pod is remembered by if
     /// that finds all in order.
-    fn expect_changes(&mut self, uid: &PodUid) -> Option<Stamp> {
+    pub(super) fn expect_changes(&mut self, uid: &PodUid) -> Option<Stamp> {
         let (Listening::To(changes), Some(known)) = (&mut self.watch.changes, self.pods.get_mut(uid)) else {
             return None;
         };
+        known.watched.announced = false;
         if known.watched.number.is_none() {
             known.watched.number = changes
                 .listen(&known.netns)
@@ -204,6 +265,7 @@ impl Node {
             || !known
                 .links
                 .guards
+                .here
                 .iter()
                 .all(|(index, link)| attached(link.as_fd(), Attach::TcxEgress, u64::from(*index)))
             || !known.watched.accepts_marks.as_ref().is_some_and(routes::reads_one)
@@ -245,14 +307,33 @@ impl Node {
         }
         let mut note =
             |what: String, repaired| repairs.push(Repair { pod: pod.clone(), what, repaired, lost: false });
-        if let Some(listeners) = &known.listeners
+        let redirected = self.redirect(uid);
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        match redirected {
+            Ok(found) => {
+                found.repaired.into_iter().for_each(|what| note(what, true));
+                found.noticed.into_iter().for_each(|what| note(what, false));
+            }
+            Err(error) => {
+                let news = match &error {
+                    EnrolError::TooManyDevices { .. } => !std::mem::replace(&mut known.closed, true),
+                    // What is left is looked at soon.
+                    EnrolError::Unguarded(_) => std::mem::replace(&mut known.watched.announced, true),
+                    _ => true,
+                };
+                // What had to be said of a pod that stays closed was said.
+                if news {
+                    note(chain(&error), false);
+                }
+                known.watched.doubt();
+            }
+        }
+        if known.closed {
+            self.maps.clear_listeners(known.slot);
+        } else if let Some(listeners) = &known.listeners
             && self.maps.refill_listeners(known.slot, listeners)
         {
             note("a listener was not in its slot".to_owned(), true);
-        }
-        match self.redirect(uid) {
-            Ok(changed) => changed.into_iter().for_each(|what| note(what, true)),
-            Err(error) => note(chain(&error), false),
         }
     }
 }

@@ -228,29 +228,26 @@ pub(super) struct Device {
     pub ethernet: bool,
 }
 
-/// All devices but loopback.
+/// All devices but loopback, in the order of their numbers.
 pub(super) fn devices(netlink: &mut Netlink) -> io::Result<Vec<Device>> {
-    let list = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(list
-        .into_iter()
-        .filter_map(|message| match message {
-            RouteNetlinkMessage::NewLink(link) if !link.header.flags.contains(LinkFlags::Loopback) => {
-                Some(Device {
-                    index: link.header.index,
-                    ethernet: link.header.link_layer_type == LinkLayerType::Ether,
-                })
-            }
-            _ => None,
-        })
-        .collect())
+    let mut found = Vec::new();
+    netlink.each(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
+        if let RouteNetlinkMessage::NewLink(link) = message
+            && !link.header.flags.contains(LinkFlags::Loopback)
+        {
+            let ethernet = link.header.link_layer_type == LinkLayerType::Ether;
+            found.push(Device { index: link.header.index, ethernet });
+        }
+    })?;
+    found.sort_unstable_by_key(|device| device.index);
+    Ok(found)
 }
 
 /// The addresses of all devices, without loopback and IPv6 link-local ones.
 pub(super) fn addresses(netlink: &mut Netlink) -> io::Result<Vec<IpAddr>> {
-    let list = netlink.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
     let mut found = Vec::new();
-    for message in list {
-        let RouteNetlinkMessage::NewAddress(address) = message else { continue };
+    netlink.each(RouteNetlinkMessage::GetAddress(AddressMessage::default()), |message| {
+        let RouteNetlinkMessage::NewAddress(address) = message else { return };
         // IPv4 has both; on a point-to-point device `Address` is the other end.
         let local = address.attributes.iter().find_map(|attribute| match attribute {
             AddressAttribute::Local(ip) => Some(*ip),
@@ -267,7 +264,7 @@ pub(super) fn addresses(netlink: &mut Netlink) -> io::Result<Vec<IpAddr>> {
             Some(ip) if !ip.is_loopback() => found.push(ip),
             _ => {}
         }
-    }
+    })?;
     Ok(found)
 }
 

@@ -80,6 +80,8 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
             renew: false,
             links: HashMap::new(),
             watch: Watch::default(),
+            devices_left: Default::default(),
+            unslotted: HashMap::new(),
             pods: HashMap::new(),
         };
         // A daemon that still runs stops writing.

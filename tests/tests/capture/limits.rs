@@ -1,0 +1,139 @@
+//! A pod that has too much of something, or cannot be captured, harms itself alone: it is closed, the others are served.
+
+use aya::maps::{HashMap, Map, MapData};
+use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, SlotAddress};
+
+use super::*;
+
+fn capture(world: &mut World, pod: &Pod) -> Result<Captured, String> {
+    let captured = world.node.bind(&spec(pod)).map_err(|error| error.to_string())?;
+    world.node.capture(&spec(pod), &captured).map_err(|error| error.to_string())?;
+    Ok(captured)
+}
+
+/// Runs many `ip` commands in a pod at once.
+fn batch(pod: &Pod, commands: impl Iterator<Item = String>) {
+    let commands: Vec<String> = commands.collect();
+    let file = std::env::temp_dir().join(format!("{}-batch", pod.ns.0));
+    std::fs::write(&file, commands.join("\n")).expect("writes");
+    run(&format!("ip -n {} -batch {}", pod.ns.0, file.display()));
+    std::fs::remove_file(file).expect("removes");
+}
+
+/// Something to dial, outside of the pod and in it.
+fn applications(world: &World, pod: &Pod) {
+    let _outside = application(&world.plain, 9090);
+    let _inside = application(pod, 8080);
+}
+
+/// Neither side of the pod is open.
+fn is_closed(world: &World, pod: &Pod) {
+    for (own, other) in [(pod.v4, world.plain.v4), (pod.v6, world.plain.v6)] {
+        let out = connect(pod, at(other, 9090)).expect_err("what it dials is refused");
+        assert_eq!(out.kind(), ErrorKind::ConnectionRefused);
+        let to = at(own, 8080);
+        let inward = world.plain.ns.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+        inward.expect_err("what is dialled to it is refused");
+    }
+}
+
+#[test]
+fn an_enrolment_that_fails_leaves_the_pod_closed() {
+    let mut world = World::new();
+    let pod = world.net.pod(4);
+    // Its rules cannot be made: no device has this address.
+    let wrong = PodSpec { addresses: vec!["10.99.0.77".parse().expect("ip"), pod.v6], ..spec(&pod) };
+    applications(&world, &pod);
+    let captured = world.node.bind(&wrong).expect("binds");
+    world.node.capture(&wrong, &captured).expect_err("it has another address");
+    assert_eq!(world.node.closed(), 1);
+    is_closed(&world, &pod);
+    assert_eq!(world.node.reconcile(), vec![], "nor does anybody open it");
+    is_closed(&world, &pod);
+
+    let captured = capture(&mut world, &pod).expect("captures");
+    assert_eq!(world.node.closed(), 0);
+    let daemon = Daemon::start(&captured);
+    assert_eq!(greeting(&connect(&pod, at(world.plain.v4, 9090)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&world.plain, at(pod.v6, 8080)).expect("captured")), "inbound");
+    drop(captured);
+    daemon.stop();
+}
+
+#[test]
+fn a_pod_with_very_many_addresses_takes_no_room_from_others() {
+    let mut world = World::new();
+    let ip = |n: usize| format!("10.50.{}.{}", n / 250, n % 250 + 1);
+    batch(&world.enrolled, (0..2_000).map(|n| format!("addr add {}/32 dev lo", ip(n))));
+    let repairs = world.node.reconcile();
+    assert!(repairs.iter().any(|repair| repair.what.contains("addresses more than")), "{repairs:?}");
+    assert_eq!(world.node.reconcile(), vec![], "it is said once");
+    let map = MapData::from_pin(world.net.pins.join("v1/ADDRESSES")).expect("is pinned");
+    let map = HashMap::<_, SlotAddress, u32>::try_from(Map::HashMap(map)).expect("of that kind");
+    assert_eq!(map.keys().flatten().count(), ADDRESSES_PER_SLOT as usize);
+    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")), "outbound");
+    assert_eq!(world.daemon.next().kind, "outbound");
+
+    let third = world.net.pod(4);
+    let captured = capture(&mut world, &third).expect("there is room for the next");
+    let daemon = Daemon::start(&captured);
+    assert_eq!(greeting(&connect(&third, at(world.plain.v4, 80)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&world.plain, at(third.v4, 80)).expect("captured")), "inbound");
+    drop(captured);
+    daemon.stop();
+
+    // What is delivered to an address there is no room for does not come back to the daemon, again and again.
+    let unknown = at(ip(1_900).parse().expect("ip"), 80);
+    world
+        .enrolled
+        .ns
+        .enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+            socket.bind_device(Some(b"lo")).expect("device");
+            set(&socket, libc::SOL_IP, libc::IP_TRANSPARENT);
+            socket.set_mark(REPLY).expect("mark");
+            socket.bind(&at(world.plain.v4, 0).into()).expect("binds");
+            socket.connect_timeout(&unknown.into(), Duration::from_millis(300))
+        })
+        .expect_err("it is refused");
+    assert!(world.count(Counter::DroppedUnknownAddress) > 0);
+    world.daemon.nothing();
+}
+
+#[test]
+fn a_pod_with_too_many_devices_is_closed_and_the_others_are_served() {
+    let mut world = World::new();
+    let third = world.net.pod(4);
+    batch(&third, (0..40).map(|n| format!("link add a{n} type veth peer name b{n}")));
+    let error = capture(&mut world, &third).expect_err("it has too many devices");
+    assert!(error.contains("at most 64"), "{error}");
+    applications(&world, &third);
+    is_closed(&world, &third);
+    assert_eq!(world.node.closed(), 1);
+    // One that is served already.
+    batch(&world.enrolled, (0..40).map(|n| format!("link add a{n} type veth peer name b{n}")));
+    let repairs = world.node.reconcile();
+    assert!(
+        repairs.iter().any(|repair| !repair.repaired && repair.what.contains("at most 64")),
+        "{repairs:?}"
+    );
+    connect(&world.enrolled, at(world.plain.v4, 9090)).expect_err("closed");
+    assert_eq!(world.node.closed(), 2);
+
+    let fourth = world.net.pod(5);
+    let captured = capture(&mut world, &fourth).expect("captures");
+    let daemon = Daemon::start(&captured);
+    assert_eq!(greeting(&connect(&fourth, at(world.plain.v4, 80)).expect("captured")), "outbound");
+    drop(captured);
+    daemon.stop();
+
+    // With fewer it is served again, without being enrolled again.
+    batch(&world.enrolled, (0..20).map(|n| format!("link del a{n}")));
+    let served = eventually(PATIENCE, || {
+        world.node.reconcile();
+        anyhow::ensure!(world.node.closed() == 1, "it is still closed");
+        Ok(())
+    });
+    served.unwrap_or_else(|error| panic!("{error:#}"));
+    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")), "outbound");
+}

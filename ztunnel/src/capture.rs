@@ -7,6 +7,9 @@
 //!  eth0 ─SYN─▶ [lookup] ─▶ HBONE or inbound listener ─dial: client's address, mark REPLY, lo─▶ app
 //! ```
 //!
+//! Whose a connection is, is written down with its socket when it begins. What is a pod's own goes to loopback or
+//! nowhere: that is looked at before a packet comes to any device, so rules, marks and devices do not matter.
+//!
 //! No packet is rewritten and no connection tracked. Programs, maps and links are pinned, so a dead daemon
 //! leaves pods closed, not open, and the next one takes over by putting its listeners into the slots.
 //!

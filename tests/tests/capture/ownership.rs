@@ -1,6 +1,9 @@
 //! Whose a connection is, is settled when it begins: what a pod does to its sockets, rules and devices afterwards
 //! must not send a byte of it out in clear.
 
+use aya::programs::loaded_programs;
+use aya::sys::{Stats, enable_stats};
+
 use super::*;
 
 const MPTCP: i32 = 262;
@@ -209,4 +212,45 @@ fn connections_from_before_the_enrolment_go_on_both_ways() {
         echo(stream, SECRET).expect("goes on");
     }
     assert_eq!(world.count(Counter::LeaveCaptured) + world.count(Counter::GuardLostMark), 0);
+}
+
+/// What the program on the way out of every socket takes, by the kernel's own count.
+#[test]
+fn what_runs_for_every_packet_is_short() {
+    let world = World::new();
+    let _outside = application(&world.plain, 9090);
+    let ours = egress_programs();
+    let _counting = enable_stats(Stats::RunTime).expect("needs root");
+    let before = run(&ours);
+    let captured = connect(&world.enrolled, at(world.plain.v4, 9090)).expect("captured");
+    let free = connect(&world.plain, at(world.plain.v4, 9090)).expect("itself");
+    let probe = world.net.node.enter(|| TcpStream::connect(at(world.plain.v4, 9090))).expect("not captured");
+    for stream in [&captured, &free, &probe] {
+        greeting(stream);
+        (0..2000).for_each(|_| echo(stream, b"a line").expect("echoes"));
+    }
+    let (time, count) = run(&ours);
+    let (time, count) = (time - before.0, count - before.1);
+    println!("{} ns for each of {count} packets", time.as_nanos() / u128::from(count));
+    assert!(count >= 12_000, "{count} packets");
+    // Some 50 ns; a busy machine may interrupt it.
+    assert!(time < Duration::from_micros(5) * count as u32, "{time:?} for {count} packets");
+}
+
+/// The numbers of the programs of that kind that this process has attached.
+fn egress_programs() -> Vec<u32> {
+    let descriptors = std::fs::read_dir("/proc/self/fdinfo").expect("proc").flatten();
+    let texts = descriptors.filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+    let egress = texts.filter(|text| text.contains("cgroup_id:") && text.contains("attach_type:\t1\n"));
+    egress
+        .filter_map(|text| text.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok()))
+        .collect()
+}
+
+/// How long these have run, and how often.
+fn run(programs: &[u32]) -> (Duration, u64) {
+    let ours = loaded_programs().flatten().filter(|program| programs.contains(&program.id()));
+    ours.fold((Duration::ZERO, 0), |(time, count), program| {
+        (time + program.run_time(), count + program.run_count())
+    })
 }

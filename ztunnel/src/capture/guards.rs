@@ -38,7 +38,7 @@ pub(super) struct Guarded {
 }
 
 impl Guards {
-    /// Guards every device, the first ones first. Runs in the pod's namespace.
+    /// Guards the first devices, as many as a pod may have. Runs in the pod's namespace.
     pub(super) fn ensure(
         &mut self,
         pins: &Pins,
@@ -48,7 +48,7 @@ impl Guards {
     ) -> io::Result<Guarded> {
         let mut guarded = Guarded::default();
         let mut attached = 0;
-        for device in devices {
+        for device in devices.iter().take(DEVICES_MAX) {
             let index = device.index;
             let path = pins.guard(slot, index);
             let links = match sys::links_of_device(index) {

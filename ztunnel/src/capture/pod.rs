@@ -253,10 +253,10 @@ impl Node {
         }
         let Self { pods, pins, devices_left, .. } = self;
         let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
-        let (most, all) = (inside.devices.len().min(DEVICES_MAX), inside.devices.len());
+        let all = inside.devices.len();
         let Enrolled { renew, links, .. } = known;
         let guarded = netns
-            .run(|| links.guards.ensure(pins, slot, &inside.devices[..most], *renew))
+            .run(|| links.guards.ensure(pins, slot, &inside.devices, *renew))
             .map_err(entered)?
             .map_err(EnrolError::step("the guard (it needs Linux 6.6)"))?;
         found.repaired.extend(guarded.changed);

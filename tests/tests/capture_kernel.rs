@@ -736,7 +736,7 @@ fn a_connection_that_changes_its_mark_is_stopped() {
     SockRef::from(&stream).set_mark(BYPASS).expect("mark");
     let mut writer = &stream;
     writer.write_all(SECRET).expect("is queued");
-    counted(&world, Counter::GuardLostMark);
+    counted(&world, Counter::LeaveCaptured);
     sniffer.nothing_seen();
 }
 

@@ -9,6 +9,7 @@
 //! * [`netns`], [`cgroup`], [`place`], [`process`]: where a program runs, and running it there;
 //! * [`topology`]: two nodes, their pods, and the link between them; [`run`] remembers what to remove;
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
+//! * [`certificates`]: good and bad ones of the embedded authority;
 //! * [`ca`], [`control_plane`], [`istiod`]: a certificate authority and a control plane that speak istiod's protocols;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
 //! * [`image`]: what a container image of the daemon holds, and a daemon in it;
@@ -23,6 +24,7 @@
 pub mod agent;
 pub mod binaries;
 pub mod ca;
+pub mod certificates;
 pub mod cgroup;
 pub mod control_plane;
 pub mod daemon;

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::certificates::{Signed, Signer};
 use common::hbone::{Came, impostor, inside, request, tls, until_closed};
 use common::in_world;
 use http::{Method, StatusCode};
 use tokio::net::TcpStream;
+use ztunnel_tests::certificates::{Signed, Signer};
 use ztunnel_tests::mesh::{Enrolment, PLAIN};
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::topology::Pod;

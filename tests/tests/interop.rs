@@ -5,13 +5,13 @@ mod common;
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
-use common::certificates::{Signed, Signer};
 use common::envoy::{
     Side, address, cluster, connect_route, connection_manager, everywhere, extension, http2, router, start,
     tls_socket,
 };
 use common::in_world;
 use serde_json::{Value, json};
+use ztunnel_tests::certificates::{Signed, Signer};
 use ztunnel_tests::mesh::PLAIN;
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::topology::Pod;

@@ -7,7 +7,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::certificates::Signed;
 use common::hbone::{Came, inside, request, tls};
 use common::in_world_that;
 use http::Method;
@@ -16,6 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use ztunnel_proto::workload;
 use ztunnel_tests::binaries;
+use ztunnel_tests::certificates::Signed;
 use ztunnel_tests::istiod;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::eventually;

@@ -1,12 +1,15 @@
 //! What goes over the link, and who vouched for it.
 
-use anyhow::{Result, ensure};
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Story;
+use crate::certificates::{Signer, let_in};
 use crate::poll::PATIENCE;
 use crate::process::Log;
-use crate::wire::tunnels_only;
-use crate::world::{On, http};
+use crate::wire::{HBONE_PORT, tunnels_only};
+use crate::world::{On, World, http};
 
 /// Nothing but TLS 1.3 on the link.
 pub const ONLY_TLS: Story = Story {
@@ -42,20 +45,42 @@ pub const ONLY_TLS: Story = Story {
 
 /// The identities in the access logs of both sides.
 pub const IDENTITIES: Story = Story {
-    name: "each side presented and verified a SPIFFE identity",
+    name: "each side presented and verified a SPIFFE identity; one that a stranger signed is refused",
     tell: |world| {
         let (source, destination) = (world.setting(On::A).log(), world.setting(On::B).log());
         let marks = (source.mark(), destination.mark());
         http(&world.client.place, world.server.v4.into(), "")?;
         let out = outbound_line(&source, marks.0, "client", "server")?;
         let inward = inbound_line(&destination, marks.1, "client", "server")?;
+        let refusals = strangers_are_refused(world)?;
         Ok(format!(
-            "node-a verified {}; node-b verified {}",
+            "node-a verified {}; node-b verified {}; {refusals}",
             field(&out, "dst.identity").unwrap_or_default(),
             field(&inward, "src.identity").unwrap_or_default()
         ))
     },
 };
+
+/// Shows node-b's daemon certificates with the same identity, from where nobody captures: it must look at who signed
+/// them. The first, of the mesh's own root, shows that this way of looking would see somebody let in.
+fn strangers_are_refused(world: &World) -> Result<String> {
+    let claimed = identity("client");
+    let to = SocketAddr::from((world.server.v4, HBONE_PORT));
+    let look = |own| world.outsider.place.netns.enter(|| let_in(to, own));
+    look(Some(Signer::of_mesh(&world.setting(On::B).state)?.sign(&[&claimed])?))
+        .context("a certificate of the mesh's root was refused")?;
+    let mut said = Vec::new();
+    for (what, own) in [
+        ("the same identity under a root of a stranger's", Some(Signer::stranger()?.sign(&[&claimed])?)),
+        ("no certificate", None),
+    ] {
+        match look(own) {
+            Ok(()) => bail!("{what} was let in"),
+            Err(error) => said.push(format!("{what}: {}", error.root_cause())),
+        }
+    }
+    Ok(format!("refused: {}", said.join("; ")))
+}
 
 /// The destination's access log line of a connection between these service accounts.
 pub fn inbound_line(log: &Log, mark: usize, client: &str, server: &str) -> Result<String> {

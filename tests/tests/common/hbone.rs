@@ -8,19 +8,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
+use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use ztunnel_tests::certificates::{Signed, gullible};
 use ztunnel_tests::netns::Netns;
 use ztunnel_tests::poll::PATIENCE;
-
-use super::certificates::Signed;
 
 /// How long one client may keep the impostor from the next.
 const TURN: Duration = Duration::from_secs(5);
@@ -49,16 +48,7 @@ pub(crate) fn inside<T: Send>(netns: &Netns, act: impl Future<Output = Result<T>
 
 /// A TLS connection that trusts everybody.
 pub(crate) async fn tls(to: SocketAddr, own: Option<Signed>, alpn: &[&str]) -> Result<TlsStream<TcpStream>> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
-    let mut config = match own {
-        Some(own) => builder.with_client_auth_cert(own.chain, own.key)?,
-        None => builder.with_no_client_auth(),
-    };
-    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+    let config = gullible(own, alpn)?;
     let stream = TcpStream::connect(to).await.context("connect")?;
     let name = ServerName::try_from("hbone.invalid")?;
     Ok(TlsConnector::from(Arc::new(config)).connect(name, stream).await?)
@@ -172,41 +162,6 @@ impl Drop for Impostor {
 /// Believes everything.
 #[derive(Debug)]
 struct Gullible(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
 
 impl ClientCertVerifier for Gullible {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {

@@ -2,7 +2,6 @@
 #![expect(clippy::print_stdout, reason = "what a story has seen is shown with the test")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-pub(crate) mod certificates;
 pub(crate) mod envoy;
 pub(crate) mod hbone;
 pub(crate) mod sidecar;

@@ -32,6 +32,11 @@ fn find_root(mounts: &str) -> Option<PathBuf> {
 }
 
 impl Cgroup {
+    /// The group with this directory.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
     /// The group at this path below the root, made if it is not there.
     pub fn create(below_root: impl AsRef<Path>) -> Result<Self> {
         let path = root()?.join(below_root);

@@ -2,15 +2,20 @@
 //!
 //! The machine may be doing other things meanwhile, so what is looked for is what can be told to be the run's:
 //! whatever carries its prefix, BPF objects by the maps they use, and what is the host's alone (its rules, routes,
-//! addresses and sysctls), which must be as before.
+//! addresses and sysctls), which must be as before. In an [enclosure](crate::enclosure) the host is the enclosure.
+
+#![expect(unsafe_code, reason = "opening a pinned BPF object")]
 
 use std::collections::BTreeSet;
+use std::ffi::CString;
 use std::fmt;
 use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
-use aya::maps::{MapInfo, loaded_maps};
+use anyhow::{Context, Result, ensure};
+use aya::maps::loaded_maps;
 use aya::programs::{loaded_links, loaded_programs};
 
 use crate::poll::{PATIENCE, eventually};
@@ -52,10 +57,15 @@ impl BpfMaps {
         for entry in entries.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 self.add_pinned(&entry.path());
-            } else if let Ok(map) = MapInfo::from_pin(entry.path()) {
-                self.0.insert(map.id());
+            } else if let Ok(Some(map)) = pinned_map(&entry.path()) {
+                self.0.insert(map);
             }
         }
+    }
+
+    /// How many they are.
+    pub fn count(&self) -> usize {
+        self.0.len()
     }
 
     /// What is still loaded of them, and of what uses them.
@@ -120,6 +130,29 @@ impl Machine {
         ensure!(left.is_empty(), "left behind: {left:?}");
         Ok(Nothing { prefix: prefix.to_owned(), maps: maps.0.len(), same: now.0.len() })
     }
+}
+
+/// The id of the map that is pinned at this path; none if it is a program or a link.
+fn pinned_map(path: &Path) -> Result<Option<u32>> {
+    /// The start of the kernel's `union bpf_attr` for `BPF_OBJ_GET`.
+    #[repr(C)]
+    struct ObjGet {
+        pathname: u64,
+        bpf_fd: u32,
+        file_flags: u32,
+    }
+    const BPF_OBJ_GET: libc::c_int = 7;
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let attr = ObjGet { pathname: name.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: the attribute is as long as it is said to be, and the name lives until the call returns.
+    let opened = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<ObjGet>()) };
+    ensure!(opened >= 0, "{}: {}", path.display(), std::io::Error::last_os_error());
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    let object = unsafe { OwnedFd::from_raw_fd(opened as i32) };
+    // Asked for what it has as a map, a program or link answers with numbers of its own.
+    let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", object.as_raw_fd()))?;
+    let id = told.lines().find_map(|line| line.strip_prefix("map_id:"));
+    id.map(|id| id.trim().parse().with_context(|| id.to_owned())).transpose()
 }
 
 /// Everything on the machine that carries this prefix.

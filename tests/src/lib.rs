@@ -6,6 +6,7 @@
 //!
 //! From the bottom up:
 //!
+//! * [`enclosure`]: what keeps a run and everybody else on the machine apart;
 //! * [`netns`], [`cgroup`], [`place`], [`process`]: where a program runs, and running it there;
 //! * [`topology`]: two nodes, their pods, and the link between them; [`run`] remembers what to remove;
 //! * [`mesh`]: the Kubernetes and Istio objects that the embedded control plane reads;
@@ -28,6 +29,7 @@ pub mod certificates;
 pub mod cgroup;
 pub mod control_plane;
 pub mod daemon;
+pub mod enclosure;
 pub mod image;
 pub mod istiod;
 pub mod leftovers;

@@ -3,6 +3,7 @@
 //! because a control group holds processes, not threads.
 
 pub mod crowd;
+pub mod enclosed;
 pub mod first;
 pub mod hold;
 mod http;

@@ -12,6 +12,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::enclosure;
+use crate::run::DIRECTORY;
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Runs a command that has to succeed; returns what it printed.
@@ -33,7 +36,7 @@ pub struct Ns(pub String);
 impl Ns {
     /// A path that opens it.
     pub fn path(&self) -> PathBuf {
-        PathBuf::from("/run/netns").join(&self.0)
+        PathBuf::from(crate::netns::DIRECTORY).join(&self.0)
     }
 
     /// Runs `ip <arguments>` inside.
@@ -100,11 +103,12 @@ pub struct Net {
 impl Net {
     /// A node with a bridge, 10.99.0.1 and fd99::1.
     pub fn new() -> Self {
+        assert!(enclosure::is_inside(), "as root, and with `ztunnel_tests::enclosed!();`");
         let id = format!("zc{}n{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let node = Ns(format!("{id}-node"));
         run(&format!("ip netns add {}", node.0));
         let net = Self {
-            pins: PathBuf::from(format!("/run/{id}-pins")),
+            pins: PathBuf::from(format!("{DIRECTORY}/{id}-pins")),
             node,
             id,
             pods: Vec::new(),

@@ -1,7 +1,7 @@
 //! One run of the harness: its prefix, its directory, and taking everything down again.
 //!
-//! Whatever a run makes carries its prefix, and its directory below `/run/ztunnel-tests` exists before anything
-//! else does. So a run that was killed can be swept by the next one, and a kept one by name.
+//! Whatever a run makes carries its prefix. It is made in an [enclosure](crate::enclosure), which is what removes the
+//! traces of a run that was killed; a run that ends shows that it needs none.
 
 mod interrupt;
 
@@ -9,19 +9,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::cgroup::{self, Cgroup};
 use crate::process::sh;
-use crate::{binaries, netns};
+use crate::{binaries, enclosure, netns};
 
 /// Where runs keep their files.
 pub const DIRECTORY: &str = "/run/ztunnel-tests";
-/// The prefix of a demo that was left standing.
-pub const KEPT: &str = "ztdemo";
-
-const OWNER: &str = "owner";
-const KEPT_OWNER: &str = "kept";
+/// The prefix of a run that is left standing.
+const KEPT: &str = "ztdemo";
 
 static ACTIVE: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
@@ -34,19 +31,16 @@ pub struct Run {
 }
 
 impl Run {
-    /// Begins a run of its own; what dead runs have left is swept first.
+    /// Begins a run of its own.
     pub fn begin() -> Result<Self> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        sweep()?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         Self::with_prefix(&format!("ztd-{}-{count}", std::process::id()), false)
     }
 
-    /// Begins a run that is left standing. An earlier one is taken down.
+    /// Begins a run that is left standing.
     pub fn begin_kept() -> Result<Self> {
-        sweep()?;
-        take_down(KEPT)?;
         Self::with_prefix(KEPT, true)
     }
 
@@ -54,11 +48,14 @@ impl Run {
         if !nix::unistd::geteuid().is_root() {
             bail!("network namespaces, control groups and eBPF need root: run this with sudo");
         }
+        ensure!(
+            enclosure::is_inside(),
+            "a run would disturb others on this machine: enter an enclosure first (`ztunnel_tests::enclosed!();` in a test)"
+        );
         interrupt::clean_up_on_signals()?;
         end_here_if_interrupted();
         let directory = Path::new(DIRECTORY).join(prefix);
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-        fs::write(directory.join(OWNER), owner_mark(std::process::id()).unwrap_or_default())?;
         for part in ["logs", "state"] {
             fs::create_dir_all(directory.join(part))?;
         }
@@ -85,12 +82,12 @@ impl Run {
         self.keep
     }
 
-    /// Leaves it standing when this value is dropped.
-    pub fn leave_standing(&mut self) -> Result<()> {
-        fs::write(self.directory.join(OWNER), KEPT_OWNER)?;
+    /// Leaves it standing when this value is dropped; returns how to enter its enclosure.
+    pub fn leave_standing(&mut self) -> Result<String> {
+        let entrance = enclosure::leave_standing()?;
         self.keep = true;
         forget(&self.prefix);
-        Ok(())
+        Ok(entrance)
     }
 
     /// No longer leaves it standing: something failed on the way.
@@ -153,8 +150,6 @@ pub fn take_down(prefix: &str) -> Result<()> {
             fs::remove_dir_all(&directory).with_context(|| format!("cannot remove {}", directory.display())),
         );
     }
-    // Only the last run's removal succeeds.
-    let _others = fs::remove_dir(DIRECTORY);
     if failures.is_empty() { Ok(()) } else { bail!(failures.join("; ")) }
 }
 
@@ -178,45 +173,4 @@ fn release_pins(pins: &Path, meeting: &Path) -> Result<()> {
         sh("umount", &["-l", &text])?;
     }
     Ok(())
-}
-
-/// Removes what runs have left whose process is gone.
-pub fn sweep() -> Result<()> {
-    let Ok(entries) = fs::read_dir(DIRECTORY) else { return Ok(()) };
-    for entry in entries.flatten() {
-        let Ok(prefix) = entry.file_name().into_string() else { continue };
-        let owner = fs::read_to_string(entry.path().join(OWNER)).unwrap_or_default();
-        if owner == KEPT_OWNER {
-            continue;
-        }
-        let pid = owner.split(' ').next().and_then(|pid| pid.parse().ok());
-        if pid.and_then(owner_mark).as_deref() != Some(owner.as_str()) {
-            take_down(&prefix)
-                .with_context(|| format!("cannot sweep {prefix}, left by a run that has died"))?;
-        }
-    }
-    Ok(())
-}
-
-/// A process, told apart from a later one with the same id: `<pid> <start time>`.
-fn owner_mark(pid: u32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in parentheses, may hold spaces; the start time is the 20th field after it.
-    let after_name = stat.rsplit(") ").next()?;
-    let start = after_name.split(' ').nth(19)?;
-    Some(format!("{pid} {start}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_is_told_apart_from_a_later_one_with_its_id() {
-        let own = owner_mark(std::process::id()).expect("this process runs");
-        let (pid, start) = own.split_once(' ').expect("two words");
-        assert_eq!(pid, std::process::id().to_string());
-        assert!(start.parse::<u64>().is_ok_and(|start| start > 0), "{own}");
-        assert_eq!(owner_mark(u32::MAX), None);
-    }
 }

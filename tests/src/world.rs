@@ -28,7 +28,7 @@ use crate::mesh::{Enrolment, MESHED, MeshFiles, PLAIN};
 use crate::place::Place;
 use crate::poll::{PATIENCE, eventually};
 use crate::process::{Log, Process};
-use crate::run::{self, Run};
+use crate::run::Run;
 use crate::topology::{LINK, Node, Pod, in_url};
 use crate::wire::Watch;
 
@@ -162,10 +162,6 @@ impl World {
 
     /// Makes everything but does not start a daemon.
     pub fn without_daemons(options: Options) -> Result<Self> {
-        run::sweep()?;
-        if options.keep {
-            run::take_down(run::KEPT)?;
-        }
         let before = Machine::look()?;
         let run = if options.keep { Run::begin_kept()? } else { Run::begin()? };
         if options.talk {
@@ -310,12 +306,16 @@ impl World {
         // An object that no daemon knows: who warns about it has read whatever was written before it.
         let witness = format!("Witness{:08x}", rand::random::<u32>());
         self.mesh.write("witness", &format!("apiVersion: ztunnel-tests/v1\nkind: {witness}\n"))?;
-        for (log, mark) in logs.iter().zip(marks) {
+        for (on, (log, mark)) in BOTH.into_iter().zip(logs.iter().zip(marks)) {
             eventually(PATIENCE, || {
                 let said = log.since(mark);
                 let (_, after) = said.split_once(&witness).context("the change was not read")?;
                 let (_, after) = after.split_once("mesh applied").context("the change was not applied")?;
-                ensure!(after.contains("every pod is as the mesh says"), "pods are not as the mesh says");
+                // Where a node agent says which pods there are the mesh does not.
+                ensure!(
+                    self.setting(on).agent.is_some() || after.contains("every pod is as the mesh says"),
+                    "pods are not as the mesh says"
+                );
                 Ok(())
             })
             .with_context(|| format!("{}: {}", log.path().display(), log.tail(3)))?;
@@ -414,16 +414,16 @@ impl World {
         }
     }
 
-    /// Leaves everything standing and running.
-    pub fn leave_standing(mut self) -> Result<()> {
-        self.run.leave_standing()?;
+    /// Leaves everything standing and running; returns how to enter its enclosure.
+    pub fn leave_standing(mut self) -> Result<String> {
+        let entrance = self.run.leave_standing()?;
         for program in &mut self.programs {
             program.keep();
         }
         for daemon in self.daemons.iter_mut().flatten() {
             daemon.process().keep();
         }
-        Ok(())
+        Ok(entrance)
     }
 
     fn start_programs(&mut self) -> Result<()> {

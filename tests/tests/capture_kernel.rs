@@ -36,6 +36,8 @@ mod selftest;
 #[path = "capture/watched.rs"]
 mod watched;
 
+ztunnel_tests::enclosed!();
+
 /// What somebody does to a pod.
 type Attack = Box<dyn Fn(&World)>;
 

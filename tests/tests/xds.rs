@@ -21,6 +21,8 @@ use ztunnel_proto::{Any, security, workload};
 use ztunnel_tests::ca::Keys;
 use ztunnel_tests::control_plane::{ControlPlane, Served};
 
+ztunnel_tests::enclosed!();
+
 const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
 /// What takes longer than this never comes: a test waits for many things in turn.

@@ -23,8 +23,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use ztunnel_tests::binaries;
 use ztunnel_tests::run::end_here_if_interrupted;
+use ztunnel_tests::{binaries, enclosure};
 
 use crate::run::{cargo, visibly};
 use crate::setup;
@@ -34,6 +34,8 @@ use rows::{ROWS, Row, Work};
 
 /// The longest failure in a report, in characters.
 const FAILURE_LIMIT: usize = 800;
+
+const NO_ENCLOSURE: &str = "cannot make a world of its own for the benchmark";
 
 /// What a reader of the numbers has to know.
 const CONDITIONS: &str = "\
@@ -93,6 +95,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     setup::ensure()?;
     if arguments.scale {
         build(std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
+        enclosure::enter().context(NO_ENCLOSURE)?;
         raise_file_limit();
         facts()?.iter().take(1).for_each(|fact| println!("{fact}"));
         print!("{}", scale::measure(arguments.seconds.unwrap_or(4).max(1))?);
@@ -100,6 +103,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let own = results.columns.contains(&Column::Ztunnel);
     build(own && std::env::var_os(binaries::DAEMON_VARIABLE).is_none())?;
+    enclosure::enter().context(NO_ENCLOSURE)?;
     raise_file_limit();
     results.facts = facts()?;
     let start = Instant::now();

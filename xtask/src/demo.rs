@@ -4,11 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use ztunnel_tests::binaries;
-use ztunnel_tests::run::{KEPT, take_down};
 use ztunnel_tests::stories::{DEMO, Row};
 use ztunnel_tests::topology::{Pod, in_url};
 use ztunnel_tests::world::{HTTP, Options, SERVICE_IPS, World};
+use ztunnel_tests::{binaries, enclosure};
 
 use crate::run::{Profile, build};
 use crate::setup;
@@ -40,8 +39,10 @@ struct Report {
 /// The command.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if arguments.down {
-        take_down(KEPT)?;
-        println!("taken down");
+        match enclosure::take_down_standing()? {
+            0 => println!("nothing is standing"),
+            _ => println!("taken down"),
+        }
         return Ok(ExitCode::SUCCESS);
     }
     if !nix::unistd::geteuid().is_root() {
@@ -52,6 +53,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     setup::ensure()?;
     let daemon = build(Profile::of(arguments.dev))?;
     binaries::use_daemon(daemon);
+    if arguments.keep {
+        enclosure::take_down_standing().context("what an earlier demo has left standing")?;
+    }
+    // From here on in a child process, beside whatever else runs on this machine.
+    enclosure::enter().context("cannot make a world of its own for the demo")?;
     let mut rows = Vec::new();
     let options = Options { keep: arguments.keep, talk: true };
     let kept = show(options, arguments.json, &mut rows)?;
@@ -88,8 +94,10 @@ fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<Stri
     }
     if options.keep {
         let hints = hints(&world);
-        world.leave_standing()?;
-        return Ok(Some(hints));
+        let entrance = world.leave_standing()?;
+        return Ok(Some(format!(
+            "Still standing, in namespaces of its own. As root, enter them with a shell:\n  {entrance}\n{hints}"
+        )));
     }
     let name = "after the demo nothing is left on the machine".to_owned();
     add(match world.end() {
@@ -106,14 +114,17 @@ const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthenticatio
 fn hints(world: &World) -> String {
     let prefix = world.run.prefix();
     let server = world.server.v4;
+    // Not `ip netns exec`, which hides the control groups and the BPF file system behind a mount of its own.
+    let inside = |name: &str| format!("nsenter --net=/run/netns/{prefix}-{name}");
     let in_pod = |pod: &Pod| {
         let procs = pod.place.cgroup.procs();
-        format!("sh -c 'echo $$ > {}; exec ip netns exec {}", procs.display(), pod.place.netns.name())
+        format!("sh -c 'echo $$ > {}; exec {}", procs.display(), inside(&pod.name))
     };
     let client = in_pod(&world.client);
     let outsider = in_pod(&world.outsider);
+    let node = inside(&world.a.name);
     format!(
-        "Still standing. As root, try:
+        "and in it try:
   # from a pod in the mesh, to the server, its IPv6 address, and the service
   {client} curl -s http://{server}:{HTTP}/'
   {client} curl -s -g http://{v6}:{HTTP}/'
@@ -125,11 +136,12 @@ fn hints(world: &World) -> String {
   {outsider} curl -sS -m 5 http://{server}:{HTTP}/'
   tail -n 1 {logs}/daemon-node-b.log; rm {mesh}/strict.yaml
   # what goes over the link
-  ip netns exec {prefix}-node-a tcpdump -n -i link0 port 15008
+  {node} tcpdump -n -i link0 port 15008
   # metrics of a daemon
-  ip netns exec {prefix}-node-a curl -s localhost:15020/metrics
-Logs: {logs}/daemon-node-a.log, {logs}/daemon-node-b.log
-Take it down: cargo xtask demo --down",
+  {node} curl -s localhost:15020/metrics
+  # both daemons' logs
+  tail {logs}/daemon-node-*.log
+Take it down, which ends that shell: cargo xtask demo --down",
         v6 = in_url(world.server.v6.into()),
         service = SERVICE_IPS[0],
         mesh = world.mesh.path().display(),

@@ -1,4 +1,4 @@
-//! What the scenario tests share.
+//! What the scenario tests share. Each test binary is in an enclosure of its own.
 #![expect(clippy::print_stdout, reason = "what a story has seen is shown with the test")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
@@ -9,6 +9,8 @@ pub(crate) mod sidecar;
 use anyhow::Result;
 use ztunnel_tests::stories::Story;
 use ztunnel_tests::world::{Options, World};
+
+ztunnel_tests::enclosed!();
 
 /// Tells one story in a new world, and checks that nothing is left after it.
 pub(crate) fn tell(story: Story) {

@@ -1,19 +1,25 @@
 //! Runs the tests and counts them.
 //!
+//! Suites of scenarios are in worlds of their own and run side by side, as many as the machine has cores for; those
+//! that look at what a busy machine changes run alone, at the end. What a suite says is printed whole when it ends.
+//!
 //! A suite that did not run is a failure: one that does not compile, one without a test in it, one with ignored
 //! tests, and one that needs what this machine or user does not have.
 
 pub(crate) mod tally;
 
-use std::io::{BufRead, BufReader};
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use ztunnel_tests::binaries::{DAEMON_VARIABLE, repository};
 
-use crate::run::{Profile, build, cargo};
+use crate::run::{Profile, build, cargo, visibly};
 use crate::{ci, setup};
 use tally::Tally;
 
@@ -43,6 +49,20 @@ struct Suite {
     command: Command,
 }
 
+/// Suites that count system calls or look at how long something takes.
+const ALONE: [&str; 2] = ["hostile", "scenarios"];
+/// How many suites run at once at most: each has daemons, pods and programs, and wants some hundred MiB.
+const SIDE_BY_SIDE_MAX: usize = 4;
+
+/// What becomes of what a suite says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Output {
+    /// It is seen when it comes.
+    Passes,
+    /// It is printed when the suite has ended: others run beside it.
+    Whole,
+}
+
 /// The command.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut tally = Tally::default();
@@ -63,16 +83,17 @@ pub(crate) fn all(arguments: &Arguments) -> Result<Tally> {
     let mut total = Tally::default();
     if arguments.part != Some(Part::Scenarios) {
         for suite in units() {
-            total.add(play(suite, arguments, &[]));
+            total.add(play(suite, arguments, &[], Output::Passes));
         }
     }
     if arguments.part != Some(Part::Units) {
         match scenarios(arguments) {
             Ok(suites) => {
-                for suite in suites {
-                    // One world at a time; what a story has seen is worth reading when it passes, too.
-                    total.add(play(suite, arguments, &["--test-threads=1", "--show-output"]));
-                }
+                let (alone, beside): (VecDeque<_>, VecDeque<_>) =
+                    suites.into_iter().partition(|suite| ALONE.contains(&&*suite.name));
+                let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+                total.add(side_by_side(beside, arguments, cores.min(SIDE_BY_SIDE_MAX)));
+                total.add(side_by_side(alone, arguments, 1));
             }
             Err(error) => {
                 eprintln!("error: the scenarios did not run: {error:#}");
@@ -110,6 +131,10 @@ fn scenarios(arguments: &Arguments) -> Result<Vec<Suite>> {
     );
     setup::ensure()?;
     let daemon = build(Profile::of(arguments.dev))?;
+    // All of them first: two that run side by side would otherwise wait for each other's compilation.
+    visibly(
+        cargo().args(["test", "--no-run", "--package", "ztunnel-tests", "--tests"]).stdout(std::io::stderr()),
+    )?;
     let mut names = files(&repository().join("tests/tests"))?;
     names.sort();
     let suites = names.into_iter().map(|name| {
@@ -133,43 +158,83 @@ fn files(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Runs one suite with its output passing through; what it did not run counts as failed.
-fn play(suite: Suite, arguments: &Arguments, options: &[&str]) -> Tally {
+/// Plays suites, so many at once, in their order.
+fn side_by_side(suites: VecDeque<Suite>, arguments: &Arguments, at_once: usize) -> Tally {
+    let (suites, total) = (Mutex::new(suites), Mutex::new(Tally::default()));
+    let output = if at_once > 1 { Output::Whole } else { Output::Passes };
+    thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                loop {
+                    let next = suites.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                    let Some(suite) = next else { return };
+                    // One world at a time; what a story has seen is worth reading when it passes, too.
+                    let tally = play(suite, arguments, &["--test-threads=1", "--show-output"], output);
+                    total.lock().unwrap_or_else(PoisonError::into_inner).add(tally);
+                }
+            });
+        }
+    });
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs one suite; what it did not run counts as failed.
+fn play(suite: Suite, arguments: &Arguments, options: &[&str], output: Output) -> Tally {
     let Suite { name, mut command } = suite;
-    println!("── {name}");
+    if output == Output::Passes {
+        println!("── {name}");
+    }
     let begun = Instant::now();
     command.arg("--").args(options).args(&arguments.filter);
-    let mut tally = match stream(&mut command) {
+    let mut said = Vec::new();
+    let mut tally = match stream(&mut command, output, &mut said) {
         Ok(tally) => tally,
         Err(error) => {
-            eprintln!("error: {name}: {error:#}");
+            said.push(format!("error: {name}: {error:#}"));
             Tally { failed: 1, ..Tally::default() }
         }
     };
     if tally.passed + tally.failed == 0 && arguments.filter.is_none() {
-        eprintln!("error: {name}: no test ran");
+        said.push(format!("error: {name}: no test ran"));
         tally.failed = 1;
     }
-    println!("── {name}: {tally} in {:.1} s", begun.elapsed().as_secs_f64());
+    said.push(format!("── {name}: {tally} in {:.1} s", begun.elapsed().as_secs_f64()));
+    if output == Output::Whole {
+        said.insert(0, format!("── {name}"));
+    }
+    // In one piece: another suite may end at the same moment.
+    let text = said.join("\n") + "\n";
+    let _nobody_reads = std::io::stdout().lock().write_all(text.as_bytes());
     tally
 }
 
-fn stream(command: &mut Command) -> Result<Tally> {
-    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
-    let output = child.stdout.take().context("no standard output")?;
+/// Runs a command and counts; lines that do not pass are added to `said`.
+fn stream(command: &mut Command, output: Output, said: &mut Vec<String>) -> Result<Tally> {
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    if output == Output::Whole {
+        // What goes wrong stands where it happened.
+        command.stderr(writer.try_clone()?);
+    }
+    let mut child = command.stdout(writer).spawn().context("cannot run cargo")?;
+    // Its copies of the pipe would keep it open.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut tally = Tally::default();
-    for line in BufReader::new(output).lines() {
+    for line in BufReader::new(reader).lines() {
         let line = line.context("cannot read the test's output")?;
-        // Binaries without a test in them have nothing to say.
-        if !line.trim().is_empty() && line != "running 0 tests" {
-            println!("{line}");
-        }
         tally.read(&line);
+        // Binaries without a test in them have nothing to say.
+        if line.trim().is_empty() || line == "running 0 tests" {
+            continue;
+        }
+        match output {
+            Output::Passes => println!("{line}"),
+            Output::Whole => said.push(line),
+        }
     }
     let status = child.wait()?;
     if !status.success() && tally.failed == 0 {
         // It did not compile, or a test binary died in the middle.
-        eprintln!("error: {status} without a failed test");
+        said.push(format!("error: {status} without a failed test"));
         tally.failed = 1;
     }
     Ok(tally)

@@ -1,5 +1,5 @@
-//! Compiles the eBPF programs and tells the crate where the object is (`ZTUNNEL_EBPF_OBJECT`), and who compiled it
-//! (`ZTUNNEL_RUSTC`).
+//! Compiles the eBPF programs and tells the crate where the object is (`ZTUNNEL_EBPF_OBJECT`), who compiled it
+//! (`ZTUNNEL_RUSTC`), and of which commit.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     }
     tell(&format!("rerun-if-env-changed={}", ztunnel_ebpf_build::SKIP));
     tell(&format!("rustc-env=ZTUNNEL_RUSTC={}", compiler().unwrap_or_else(|| "unknown".to_owned())));
+    revision(&here);
     match object(&ebpf, &out) {
         Ok(object) => {
             tell(&format!("rustc-env=ZTUNNEL_EBPF_OBJECT={}", object.display()));
@@ -23,6 +24,30 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The commit of a clone, where whoever builds does not name it (`ZTUNNEL_GIT_REVISION`). Of release builds only: others
+/// would be compiled anew at every commit.
+fn revision(here: &Path) {
+    tell("rerun-if-env-changed=ZTUNNEL_GIT_REVISION");
+    let named = std::env::var_os("ZTUNNEL_GIT_REVISION").is_some();
+    if named || std::env::var("PROFILE").as_deref() != Ok("release") {
+        return;
+    }
+    let git = |args: &[&str]| {
+        let output = std::process::Command::new("git").arg("-C").arg(here).args(args).output().ok()?;
+        let said = String::from_utf8(output.stdout).ok()?;
+        Some(said.trim().to_owned()).filter(|said| output.status.success() && !said.is_empty())
+    };
+    let Some(revision) = git(&["rev-parse", "HEAD"]) else { return };
+    for file in ["HEAD", "logs/HEAD"] {
+        if let Some(path) = git(&["rev-parse", "--path-format=absolute", "--git-path", file]) {
+            tell(&format!("rerun-if-changed={path}"));
+        }
+    }
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some();
+    tell(&format!("rustc-env=ZTUNNEL_GIT_REVISION={revision}"));
+    tell(&format!("rustc-env=ZTUNNEL_BUILD_STATUS={}", if changed { "Modified" } else { "Clean" }));
 }
 
 /// What the compiler says it is.

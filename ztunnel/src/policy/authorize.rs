@@ -41,7 +41,7 @@ impl Permit {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
     /// This deny policy matches.
-    #[error("explicitly denied by: {0}")]
+    #[error("explicitly denied by: {0}{meaning}", meaning = meaning(.0))]
     Denied(PolicyKey),
     /// Allow policies apply to the workload and none matches.
     #[error("allow policies exist, but none allowed")]
@@ -51,6 +51,14 @@ pub enum Denial {
         "the workload selects policy {0}, which the mesh does not have; nothing is let in until it appears or is no longer selected"
     )]
     UnknownPolicy(PolicyKey),
+}
+
+/// Some policies have another name where people have written them.
+fn meaning(policy: &PolicyKey) -> &'static str {
+    match &*policy.name {
+        "istio_converted_static_strict" => " (PeerAuthentication: mutual TLS is STRICT)",
+        _ => "",
+    }
 }
 
 /// What would have become of a connection if the policies on trial had decided, too.

@@ -41,6 +41,9 @@ mod file;
 #[cfg(test)]
 mod tests;
 
+/// What was last confirmed so long ago is not believed any more: addresses have other owners by then, and certificates
+/// of that time have ended.
+const AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long changes are gathered before they are written together.
 const GATHER: Duration = Duration::from_secs(1);
 /// How often a file that needs no change is said to be good still.
@@ -176,11 +179,14 @@ impl Writer {
         let mut load = || -> Result<_, Unusable> {
             let file = file::open(&self.path)?;
             let about = file.metadata()?;
+            // A clock that went back makes nothing older.
+            let age = SystemTime::now().duration_since(about.modified()?).unwrap_or_default();
+            if age > AGE_MAX {
+                return Err(Unusable::Expired(age.as_secs() / 3600));
+            }
             let scan = file::scan(&file, &self.scope, about.len())?;
             let resources = scan.resources(&file)?;
             torn = scan.torn;
-            // A clock that went back makes nothing older.
-            let age = SystemTime::now().duration_since(about.modified()?).unwrap_or_default();
             Ok((file, scan.end, Stored { resources, age }))
         };
         let path = self.path.display();
@@ -203,6 +209,7 @@ impl Writer {
                     Unusable::Io(_) => Loaded::Unreadable,
                     Unusable::Foreign(_) => Loaded::Foreign,
                     Unusable::Damaged => Loaded::Damaged,
+                    Unusable::Expired(_) => Loaded::Expired,
                 };
                 self.counts.cache_loaded(result);
                 tracing::warn!(%path, error = &unusable as &dyn Error, "the mesh cache is not used");

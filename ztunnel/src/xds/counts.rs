@@ -53,10 +53,12 @@ pub(super) enum Loaded {
     Damaged,
     /// This version does not take what is in it.
     Rejected,
+    /// It is too old.
+    Expired,
 }
 
 impl Loaded {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Whole,
         Self::Torn,
         Self::Absent,
@@ -64,6 +66,7 @@ impl Loaded {
         Self::Foreign,
         Self::Damaged,
         Self::Rejected,
+        Self::Expired,
     ];
 
     fn label(self) -> &'static str {
@@ -75,6 +78,7 @@ impl Loaded {
             Self::Foreign => "foreign",
             Self::Damaged => "damaged",
             Self::Rejected => "rejected",
+            Self::Expired => "expired",
         }
     }
 }

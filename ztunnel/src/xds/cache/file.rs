@@ -63,6 +63,8 @@ pub(super) enum Unusable {
     Foreign(&'static str),
     #[error("is damaged")]
     Damaged,
+    #[error("was good {0} hours ago, which is too long")]
+    Expired(u64),
 }
 
 /// What is in a file.

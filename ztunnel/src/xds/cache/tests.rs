@@ -95,6 +95,21 @@ fn what_was_written_is_read() {
 }
 
 #[test]
+fn what_was_good_long_ago_is_not_believed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mesh");
+    let mut first = writer(&path);
+    first.write(&batch(&[(A, "a", Some(("1", b"x")))])).unwrap();
+    let confirmed = |ago: Duration| {
+        File::options().write(true).open(&path).unwrap().set_modified(SystemTime::now() - ago).unwrap();
+    };
+    confirmed(AGE_MAX - Duration::from_secs(60));
+    assert!(writer(&path).load().is_some());
+    confirmed(AGE_MAX + Duration::from_secs(60));
+    assert!(writer(&path).load().is_none());
+}
+
+#[test]
 fn a_storm_does_not_make_the_file_grow_without_end() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("mesh");

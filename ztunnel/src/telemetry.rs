@@ -44,6 +44,7 @@ use crate::telemetry::writer::LogQueue;
 pub mod access_log;
 mod cache;
 pub mod events;
+mod limit;
 pub mod line;
 pub mod logging;
 pub mod metrics;
@@ -168,6 +169,8 @@ fn own(
     let alone = |value| [Sample { labels: &[], value }];
     let help = "Access log lines dropped because the log's reader was too slow.";
     families.counter("ztunnel_access_log_lines_dropped", help, &alone(log.access_dropped()))?;
+    let help = "Access log lines left out because too many were of one source.";
+    families.counter("ztunnel_access_log_lines_limited", help, &alone(log.limited()))?;
     let help = "Other log lines dropped because the log's reader was too slow.";
     families.counter("ztunnel_log_lines_dropped", help, &alone(log.text_dropped()))?;
     let help = "Batches of log lines that could not be written.";

@@ -223,6 +223,15 @@ pub enum AccessRecord {
 }
 
 impl AccessRecord {
+    /// Whose connection it was.
+    pub fn source(&self) -> SocketAddr {
+        match self {
+            Self::Opened(opened) => opened.addresses.source,
+            Self::Closed(closed) => closed.addresses.source,
+            Self::RefusedEarly(refused) => refused.addresses.source,
+        }
+    }
+
     /// The level the line has, and with which it is filtered.
     pub fn level(&self) -> Level {
         match self {

@@ -88,8 +88,47 @@ pub enum InvalidChange {
     #[error("{0:?} is not a level: use error, warn, info, debug, trace or off")]
     Level(String),
     /// The target is not the name of a part of the daemon.
-    #[error("{0:?} is not the name of a module, such as access or ztunnel::proxy")]
+    #[error(
+        "{0:?} is not a part of this daemon that logs: use access, ztunnel, ztunnel::<module> with one of {modules}, or \
+         one of {crates}", modules = MODULES.join(", "), crates = CRATES.join(", ")
+    )]
     Target(String),
+}
+
+/// The parts of this program that log by their names.
+const MODULES: [&str; 20] = [
+    "admin",
+    "api",
+    "app",
+    "capture",
+    "cli",
+    "config",
+    "dns",
+    "enrol",
+    "hbone",
+    "identity",
+    "mesh",
+    "model",
+    "net",
+    "policy",
+    "proxy",
+    "route",
+    "standalone",
+    "telemetry",
+    "tls",
+    "xds",
+];
+
+/// What else is in this program and logs.
+const CRATES: [&str; 8] = ["aya", "aya_obj", "h2", "hyper", "hyper_util", "mio", "rustls", "tokio"];
+
+/// Whether anything logs under this name.
+fn is_target(target: &str) -> bool {
+    let (first, rest) = target.split_once("::").map_or((target, None), |(first, rest)| (first, Some(rest)));
+    match first {
+        "ztunnel" => rest.is_none_or(|rest| MODULES.contains(&rest.split("::").next().unwrap_or_default())),
+        _ => target == access_log::TARGET || CRATES.contains(&first),
+    }
 }
 
 impl Filter {
@@ -100,16 +139,24 @@ impl Filter {
         for part in change.split(',').map(str::trim).filter(|part| !part.is_empty()) {
             match split(part) {
                 Some((target, level)) => {
-                    let named = |c: char| c.is_ascii_alphanumeric() || "_:-".contains(c);
-                    if target.is_empty() || !target.chars().all(named) {
-                        return Err(InvalidChange::Target(target.to_owned()));
-                    }
-                    changed.targets.insert(target.to_owned(), level_of(level)?);
+                    let level = level_of(level)?;
+                    // A module by its own name.
+                    let target = match MODULES.contains(&target) {
+                        true => format!("ztunnel::{target}"),
+                        false if is_target(target) => target.to_owned(),
+                        false => return Err(InvalidChange::Target(target.to_owned())),
+                    };
+                    changed.targets.insert(target, level);
                 }
                 None => changed.rest = level_of(part)?,
             }
         }
         Ok(changed)
+    }
+
+    /// Names under which nothing logs, so that their levels have no effect.
+    pub fn unknown(&self) -> impl Iterator<Item = &str> {
+        self.targets.keys().map(String::as_str).filter(|target| !is_target(target))
     }
 
     /// The least important access log lines that pass.
@@ -477,16 +524,37 @@ mod tests {
             ("WARNING", "warn,access=off"),
             ("access:debug", "info,access=debug"),
             ("access=debug", "info,access=debug"),
-            ("ztunnel::proxy:trace,xds=off", "info,access=off,xds=off,ztunnel::proxy=trace"),
+            ("ztunnel::proxy:trace,xds=off", "info,access=off,ztunnel::proxy=trace,ztunnel::xds=off"),
             ("error,access:info", "error,access=info"),
             ("", "info,access=off"),
         ] {
             assert_eq!(start.changed(change).unwrap().to_string(), after, "{change}");
         }
-        for bad in ["loud", "access:loud", "access=", "access:", "ztunnel::proxy", "=debug", "a b=info", "3"]
-        {
+        for bad in [
+            "loud",
+            "access:loud",
+            "access=",
+            "access:",
+            "ztunnel::proxy",
+            "=debug",
+            "a b=info",
+            "3",
+            "acess:debug",
+            "ztunnel::prox=off",
+        ] {
             assert!(start.changed(bad).is_err(), "{bad} was accepted");
         }
+    }
+
+    #[test]
+    fn every_module_has_levels() {
+        let modules = include_str!("../lib.rs").lines().filter_map(|line| line.strip_prefix("pub mod "));
+        for module in modules.map(|module| module.trim_end_matches(';')) {
+            let known = MODULES.contains(&module) || ["fuzzing", "shutdown"].contains(&module);
+            assert!(known, "{module} is not named");
+        }
+        let unknown: Filter = "info,acess=debug,ztunnel::xds=debug,h2=warn".parse().unwrap();
+        assert_eq!(unknown.unknown().collect::<Vec<_>>(), ["acess"]);
     }
 
     #[test]
@@ -494,13 +562,20 @@ mod tests {
         let out = Written::default();
         let queue = writer::start(Box::new(out.clone()), Format::Plain).unwrap();
         let (subscriber, levels) = subscriber(&"info".parse().unwrap(), Format::Plain, queue.clone());
-        let log = |text: &str| tracing::debug!(target: "t", "{text}");
+        let log = |text: &str| tracing::debug!(target: "ztunnel::app", "{text}");
         tracing::subscriber::with_default(subscriber, || {
             log("one");
-            assert_eq!(levels.change(false, Some("t:debug")).unwrap().to_string(), "info,t=debug");
+            assert_eq!(
+                levels.change(false, Some("app:debug")).unwrap().to_string(),
+                "info,ztunnel::app=debug"
+            );
             log("two");
             assert!(levels.change(true, Some("loud")).is_err());
-            assert_eq!(levels.current().to_string(), "info,t=debug", "an error changed the filter");
+            assert_eq!(
+                levels.current().to_string(),
+                "info,ztunnel::app=debug",
+                "an error changed the filter"
+            );
             log("three");
             assert_eq!(levels.change(true, None).unwrap().to_string(), "info");
             log("four");

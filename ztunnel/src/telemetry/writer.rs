@@ -7,6 +7,7 @@
 
 use std::io;
 use std::io::Write;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::Mutex;
@@ -18,10 +19,13 @@ use std::thread;
 use std::time::Duration;
 use std::time::SystemTime;
 
+use tokio::time::Instant;
 use tracing::Level;
 
 use crate::telemetry::access_log;
 use crate::telemetry::events::AccessRecord;
+use crate::telemetry::limit::Limiter;
+use crate::telemetry::limit::SAY_EVERY;
 use crate::telemetry::line::Format;
 use crate::telemetry::line::Head;
 use crate::telemetry::line::Line;
@@ -31,6 +35,9 @@ const QUEUE_MAX: usize = 10_000;
 
 /// How much is written at once, about.
 const BATCH_BYTES: usize = 64 * 1024;
+
+/// How many lines are looked at for it: most of them may be left out.
+const BATCH_LINES: u64 = 10_000;
 
 /// How long the writer rests after a write. Waking it costs whoever logs more than all else there is to a line.
 /// The queue takes in the meantime a million lines a second.
@@ -59,6 +66,7 @@ struct Tally {
     queued: AtomicU64,
     access_dropped: AtomicU64,
     text_dropped: AtomicU64,
+    limited: AtomicU64,
     write_errors: AtomicU64,
     /// Lines the writer is done with: written, or lost to a write error.
     done: Mutex<u64>,
@@ -74,16 +82,26 @@ impl Tally {
 
 /// Starts the writer's thread, which writes to `out` in `format`.
 pub fn start(out: Box<dyn Write + Send>, format: Format) -> io::Result<LogQueue> {
-    start_bounded(out, format, QUEUE_MAX)
+    start_bounded(out, format, QUEUE_MAX, 0)
 }
 
-fn start_bounded(out: Box<dyn Write + Send>, format: Format, queue_max: usize) -> io::Result<LogQueue> {
+/// Likewise, with at most `rate` lines of the access log a second about what one source does; 0: all.
+pub fn start_limited(out: Box<dyn Write + Send>, format: Format, rate: u32) -> io::Result<LogQueue> {
+    start_bounded(out, format, QUEUE_MAX, rate)
+}
+
+fn start_bounded(
+    out: Box<dyn Write + Send>,
+    format: Format,
+    queue_max: usize,
+    rate: u32,
+) -> io::Result<LogQueue> {
     let (entries, waiting) = mpsc::sync_channel(queue_max);
     let tally = Arc::new(Tally::default());
     let writers = Arc::clone(&tally);
     thread::Builder::new()
         .name("log-writer".to_owned())
-        .spawn(move || run(out, format, &waiting, &writers))?;
+        .spawn(move || run(out, format, &waiting, &writers, Limiter::new(rate)))?;
     Ok(LogQueue { entries, tally })
 }
 
@@ -119,35 +137,63 @@ impl LogQueue {
         self.tally.text_dropped.load(Ordering::Relaxed)
     }
 
+    /// How many lines of the access log were left out because their source filled it.
+    pub fn limited(&self) -> u64 {
+        self.tally.limited.load(Ordering::Relaxed)
+    }
+
     /// How many batches could not be written.
     pub fn write_errors(&self) -> u64 {
         self.tally.write_errors.load(Ordering::Relaxed)
     }
 }
 
-fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<Entry>, tally: &Tally) {
+fn run(
+    mut out: Box<dyn Write + Send>,
+    format: Format,
+    waiting: &mpsc::Receiver<Entry>,
+    tally: &Tally,
+    mut limiter: Limiter,
+) {
     let mut batch = String::with_capacity(BATCH_BYTES);
     let mut said = [0, 0];
-    while let Ok(first) = waiting.recv() {
+    loop {
+        let mut next = match limiter.is_pending() {
+            false => match waiting.recv() {
+                Ok(first) => Some(first),
+                Err(_over) => return,
+            },
+            true => match waiting.recv_timeout(SAY_EVERY) {
+                Ok(first) => Some(first),
+                Err(mpsc::RecvTimeoutError::Timeout) => None,
+                Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            },
+        };
         let lost = [&tally.access_dropped, &tally.text_dropped].map(|count| count.load(Ordering::Relaxed));
         if lost != said {
             say_lost(&mut batch, format, [lost[0] - said[0], lost[1] - said[1]]);
             said = lost;
         }
+        let now = Instant::now();
         let mut lines = 0;
         let mut full = false;
-        let mut next = Some(first);
         while let Some(entry) = next {
             match entry {
+                Entry::Access(record) if !limiter.admits(record.source().ip(), now) => {
+                    tally.limited.fetch_add(1, Ordering::Relaxed);
+                }
                 Entry::Access(record) => access_log::write(&mut batch, format, &record),
                 Entry::Text(text) => batch.push_str(&text),
             }
             lines += 1;
-            full = batch.len() >= BATCH_BYTES;
+            full = batch.len() >= BATCH_BYTES || lines >= BATCH_LINES;
             next = if full { None } else { waiting.try_recv().ok() };
         }
+        for (source, lines) in limiter.left_out(now) {
+            say_left_out(&mut batch, format, source, lines);
+        }
         // There is nowhere to report that the log cannot be written but a counter.
-        if out.write_all(batch.as_bytes()).and_then(|()| out.flush()).is_err() {
+        if !batch.is_empty() && out.write_all(batch.as_bytes()).and_then(|()| out.flush()).is_err() {
             tally.write_errors.fetch_add(1, Ordering::Relaxed);
         }
         batch.clear();
@@ -156,6 +202,20 @@ fn run(mut out: Box<dyn Write + Send>, format: Format, waiting: &mpsc::Receiver<
             thread::sleep(REST);
         }
     }
+}
+
+/// Nor must it take one source for all.
+fn say_left_out(out: &mut String, format: Format, source: Option<IpAddr>, lines: u64) {
+    let message = "access log lines were left out: too many of one source";
+    let head =
+        Head { at: SystemTime::now(), level: Level::WARN, target: "ztunnel::telemetry::writer", message };
+    let mut line = Line::begin(out, format, head, &[]);
+    match source {
+        Some(source) => line.shown("source", source),
+        None => line.text("source", "others"),
+    }
+    line.number("lines", lines);
+    line.end(&[]);
 }
 
 /// A reader of the log must not take a gap for silence.
@@ -224,7 +284,7 @@ mod tests {
     fn a_full_queue_drops_and_counts_and_never_blocks() {
         let (open, gate) = mpsc::channel();
         let out = Written::default();
-        let log = start_bounded(Box::new(Gated { gate, out: out.clone() }), Format::Plain, 2).unwrap();
+        let log = start_bounded(Box::new(Gated { gate, out: out.clone() }), Format::Plain, 2, 0).unwrap();
         // However many the writer has taken out, it is stuck at its first write, and the queue holds two more.
         for _ in 0..5_000 {
             log.push(access());
@@ -249,6 +309,22 @@ mod tests {
             values.map(|value| value.parse::<u64>().unwrap()).sum()
         };
         assert_eq!((told("access="), told("other=")), (log.access_dropped(), log.text_dropped()), "{said:?}");
+    }
+
+    #[test]
+    fn a_source_that_fills_the_log_is_cut_short_and_others_are_not() {
+        let out = Written::default();
+        let log = start_limited(Box::new(out.clone()), Format::Plain, 1).unwrap();
+        for _ in 0..500 {
+            log.push(access());
+        }
+        log.push(text("another line"));
+        assert!(log.flush(LONG));
+        let written = out.text();
+        let lines = written.lines().filter(|line| line.contains("\taccess\t")).count() as u64;
+        assert!(lines >= 5 && lines + log.limited() == 500, "{lines} and {}", log.limited());
+        assert!(written.contains("another line"));
+        assert!(written.contains("left out: too many of one source"), "{written}");
     }
 
     #[test]

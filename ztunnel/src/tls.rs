@@ -5,6 +5,7 @@
 //! [`verify::VerifiedPeer`]. Does not know where certificates come from (see [`crate::identity`]).
 
 pub mod configs;
+pub mod files;
 pub mod grpc;
 pub mod revocation;
 pub mod trust;

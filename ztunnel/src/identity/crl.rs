@@ -3,7 +3,6 @@
 //! A file that can no longer be read or understood leaves the last good lists in force, and that is said and
 //! counted. As long as there was never a good one no peer is accepted: somebody asked for lists to be looked in.
 
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -17,6 +16,7 @@ use tokio::time::sleep;
 
 use crate::shutdown;
 use crate::shutdown::Signal;
+use crate::tls::files;
 use crate::tls::revocation::Lists;
 use crate::tls::revocation::Unusable;
 use crate::tls::trust::Revocation;
@@ -113,10 +113,7 @@ async fn reload(path: &Arc<Path>, trust: &Trust, status: &Status) {
 }
 
 fn load(path: &Path) -> Result<Lists, Unusable> {
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut bytes))
-        .map_err(|error| Unusable::Unreadable(error.to_string()))?;
+    let bytes = files::read(path, FILE_MAX).map_err(|error| Unusable::Unreadable(error.to_string()))?;
     if bytes.len() as u64 > FILE_MAX {
         return Err(Unusable::Unreadable(format!("it is larger than {} MiB", FILE_MAX >> 20)));
     }

@@ -53,6 +53,17 @@ pub enum AuthorityError {
         /// Why not.
         source: io::Error,
     },
+    /// Somebody has it for longer than anybody should.
+    #[error(
+        "{0} has been locked by another process for {seconds} s (`fuser {0}` names it): end that, and start again",
+        path.display()
+    )]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// Others may read the key, or put another in its place.
     #[error("{} is open to others (mode {mode:04o}): {remedy}", path.display())]
     Exposed {

@@ -48,6 +48,7 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
 use crate::tls::configs;
+use crate::tls::files;
 use crate::tls::verify::ALPN;
 
 /// TCP to the control plane takes no longer: it is its kernel that answers, however busy it is itself.
@@ -393,13 +394,11 @@ fn certificates(roots: &Roots) -> Result<Vec<CertificateDer<'static>>, ControlEr
 
 /// The text of a file that is not absurdly large.
 fn read(path: &std::path::Path) -> io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(FILE_MAX + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > FILE_MAX {
+    let bytes = files::read(path, FILE_MAX)?;
+    if bytes.len() as u64 > FILE_MAX {
         return Err(io::Error::other("it is larger than a megabyte"));
     }
-    Ok(text)
+    String::from_utf8(bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
 fn server_name(host: &str) -> Option<ServerName<'static>> {

@@ -1,10 +1,12 @@
 //! The root key and certificate in the state directory: made once, under a lock, and checked at every start.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use nix::unistd::geteuid;
@@ -23,6 +25,11 @@ const KEY: &str = "root-key.pem";
 pub(super) const CERTIFICATE: &str = "root-cert.pem";
 /// Held while root files are looked for and made. Empty, and never removed: a removed lock locks nobody out.
 const LOCK: &str = "root.lock";
+
+/// How long it is waited for: another daemon that makes a root holds it for some milliseconds.
+const LOCK_WITHIN: Duration = Duration::from_secs(10);
+/// How often it is tried.
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Ten years: to replace a root means to touch every node.
 const LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
@@ -51,12 +58,7 @@ impl Root {
         let metadata = fs::metadata(dir).map_err(|source| failed(dir, "looked at", source))?;
         private(dir, &metadata, 0o022, "chmod go-w")?;
 
-        let lock_path = dir.join(LOCK);
-        let mut options = OpenOptions::new();
-        let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
-        let lock = lock.map_err(|source| failed(&lock_path, "opened", source))?;
-        // Released when the file is closed, also by a crash.
-        lock.lock().map_err(|source| failed(&lock_path, "locked", source))?;
+        let _lock = lock(&dir.join(LOCK))?;
         let (key, mut certificates) = Self::find_or_make(dir, trust_domain, now)?;
         let certificate = certificates.remove(0);
         Self::check(dir, key, (certificate, certificates), trust_domain, now)
@@ -179,6 +181,40 @@ impl Root {
     }
 }
 
+/// Released when the file is closed, also by a crash. None where nothing can be made anyway: a root that is there is
+/// good without.
+fn lock(path: &Path) -> Result<Option<File>, AuthorityError> {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).write(true).mode(0o600).custom_flags(libc::O_NONBLOCK);
+    let file = match options.open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return Ok(None),
+        Err(source) => return Err(failed(path, "opened", source)),
+    };
+    if !file.metadata().map_err(|source| failed(path, "looked at", source))?.is_file() {
+        let what = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
+        return Err(failed(path, "locked", what));
+    }
+    let begun = Instant::now();
+    let mut said = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::Error(source)) => return Err(failed(path, "locked", source)),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= LOCK_WITHIN => {
+                let (path, seconds) = (path.to_owned(), LOCK_WITHIN.as_secs());
+                return Err(AuthorityError::Locked { path, seconds });
+            }
+            Err(TryLockError::WouldBlock) => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(path = %path.display(), "another process holds the lock of the root: waiting");
+                }
+                std::thread::sleep(LOCK_AGAIN);
+            }
+        }
+    }
+}
+
 fn self_signed(
     key: &KeyPair,
     trust_domain: &TrustDomain,
@@ -224,13 +260,19 @@ fn private(path: &Path, metadata: &fs::Metadata, forbidden: u32, remedy: &str) -
 
 /// The text of a file, or nothing if there is no such file. Permissions are those of the file that is read.
 fn read(path: &Path, permissions: Option<(u32, &str)>) -> Result<Option<String>, AuthorityError> {
-    let file = match File::open(path) {
+    // Opening a pipe would wait for its writer.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(failed(path, "opened", source)),
     };
+    let metadata = file.metadata().map_err(|source| failed(path, "looked at", source))?;
+    if !metadata.is_file() {
+        let what = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
+        return Err(failed(path, "read", what));
+    }
     if let Some((forbidden, remedy)) = permissions {
-        let metadata = file.metadata().map_err(|source| failed(path, "looked at", source))?;
         private(path, &metadata, forbidden, remedy)?;
     }
     let mut text = String::new();

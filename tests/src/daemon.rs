@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -188,6 +188,11 @@ impl Setting {
             }
             Ok(body.to_owned())
         })
+    }
+
+    /// Runs another subcommand of the daemon's program beside it, to its end.
+    pub fn command(&self, arguments: &[&str]) -> Result<Output> {
+        self.place.run(&binaries::daemon()?.display().to_string(), arguments)
     }
 
     /// Removes what the daemon has left in the kernel, the daemon's own way; returns what it says.

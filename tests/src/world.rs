@@ -140,6 +140,11 @@ impl World {
         }
     }
 
+    /// Has the daemon of a node read the mesh from somewhere else, from its next start on.
+    pub fn read_mesh_from(&mut self, on: On, path: PathBuf) {
+        self.settings[on as usize].mesh = path;
+    }
+
     /// Starts both daemons, and waits until client and server can talk.
     pub fn start_daemons(&mut self) -> Result<()> {
         for on in BOTH {

@@ -319,6 +319,21 @@ pub struct Certificate {
     pub expiration_time: String,
 }
 
+/// What a source of pods and mesh said last, where that is not in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// What it is.
+    pub what: &'static str,
+    /// Why it is not in force, in a word: `rejected`, `waiting` or `held`.
+    pub state: &'static str,
+    /// Since when something else is; RFC 3339, in seconds.
+    pub since: String,
+    /// Why, for a person, with what to do about it.
+    pub said: String,
+    /// Why, line by line.
+    pub reasons: Vec<String>,
+}
+
 /// One pod of this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WorkloadState {

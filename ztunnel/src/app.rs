@@ -21,9 +21,11 @@ use tokio::time::MissedTickBehavior;
 use crate::admin::console::Console;
 use crate::admin::dump::Sources;
 use crate::admin::quit;
+use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
 use crate::app::announcements::Announcements;
 use crate::app::control::Control;
+use crate::app::descriptors::Descriptors;
 use crate::app::handover::Claim;
 use crate::app::handover::Departing;
 use crate::app::handover::Found;
@@ -32,19 +34,26 @@ use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
 use crate::app::memory::Housekeeping;
-use crate::app::ports::Admin;
+use crate::app::ports::Ports;
+use crate::app::undo::Before;
 use crate::capture;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
+use crate::enrol::source;
 use crate::identity;
 use crate::identity::inheritance;
+use crate::identity::worker::Identities;
 use crate::mesh;
+use crate::mesh::MeshReader;
+use crate::mesh::MeshWriter;
 use crate::proxy::DataPlane;
 use crate::shutdown;
 use crate::standalone::authority::AuthorityError;
+use crate::standalone::changes::Changes;
+use crate::standalone::changes::Next;
 use crate::standalone::diagnostic::Diagnostic;
-use crate::standalone::watch;
-use crate::standalone::watch::Updates;
+use crate::standalone::file::Loaded;
+use crate::standalone::file::Place;
 use crate::telemetry;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging;
@@ -57,11 +66,14 @@ pub mod certificates;
 mod closed;
 pub mod commands;
 pub mod control;
+pub mod descriptors;
 pub mod handover;
 pub mod inpod;
 pub mod kernel;
 pub mod memory;
 pub mod ports;
+pub mod privileges;
+pub mod undo;
 pub mod version;
 
 /// How often the kernel is compared with what it should hold.
@@ -85,7 +97,7 @@ pub enum RunError {
     #[error("a mesh of a control plane does not say which pods to capture: a node agent has to (--zds)")]
     NoPods,
     /// A directory or a socket of the daemon cannot be used.
-    #[error("{what} {path:?}")]
+    #[error("{what} {path:?} cannot be made (run as root, or name another directory with --run-dir)")]
     Path {
         /// What it is for.
         what: &'static str,
@@ -96,8 +108,21 @@ pub enum RunError {
         source: io::Error,
     },
     /// An address cannot be listened on.
-    #[error("cannot listen on {0}")]
-    Listen(SocketAddr, #[source] io::Error),
+    #[error(
+        "cannot listen on {address} ({what}): name another one with {flag}, or see who has it with \
+         `ss -ltnp sport = :{port}`; the node is as it was", port = address.port()
+    )]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// What for.
+        what: &'static str,
+        /// What would name another one.
+        flag: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The certificate authority.
     #[error("the certificate authority does not start")]
     Authority(#[from] AuthorityError),
@@ -110,6 +135,9 @@ pub enum RunError {
     /// What TLS has to comply with.
     #[error("COMPLIANCE_POLICY")]
     Compliance(#[from] TooLate),
+    /// So are these.
+    #[error(transparent)]
+    Privileges(#[from] privileges::Missing),
     /// The kernel.
     #[error("capture does not start")]
     Capture(#[from] capture::error::OpenError),
@@ -130,7 +158,7 @@ fn lines(diagnostics: &[Diagnostic]) -> String {
 
 /// Serves the node until a signal, or until another daemon has taken over and every connection has ended.
 pub fn run(config: Run) -> Result<(), RunError> {
-    let log = writer::start(Box::new(io::stdout()), config.log_format)
+    let log = writer::start_limited(Box::new(io::stdout()), config.log_format, config.access_log_rate)
         .map_err(|source| RunError::System("cannot start the log writer", source))?;
     let levels = logging::install(&config.log_filter, config.log_format, log.clone())?;
     let access_log = config.log_filter.access_log();
@@ -176,19 +204,20 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     let mut signals = Signals::new(asked)?;
     let (trigger, signal) = shutdown::channel();
 
+    privileges::check()?;
     let run_dir = &config.places.run_dir;
     make_run_dir(run_dir)?;
 
-    let Source::File(path) = &config.mesh else { return Err(RunError::NoPods) };
-    let mut updates = watch::watch(path.clone(), config.places.node.to_string(), signal.clone());
-    let loaded = match updates.next().await {
-        Some(Ok(loaded)) => loaded,
-        Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
-        None => return Ok(()),
-    };
+    let Source::File { path, strict } = &config.mesh else { return Err(RunError::NoPods) };
+    // Before anything is captured: what is in the way of them is in the way of everything.
+    let ports = Ports::bind(&config)?;
+    let ready = Readiness::new();
+    let (reloader, wishes) = source::reloads();
+    let place = Place { path: path.clone(), node: Arc::clone(&config.places.node), strict: *strict };
+    let opened = Changes::open(place, wishes, ready.source(), signal.clone());
+    let Some((mut changes, loaded)) = opened.await.map_err(RunError::Mesh)? else { return Ok(()) };
 
     let trust_domain = loaded.mesh.trust_domain().clone();
-    let ready = Readiness::new();
     let authority = certificates::authority(&config, &trust_domain)?;
     let trust = certificates::trust(&config, &telemetry, &ready, &signal)?;
     let socket = run_dir.join(CONTROL_SOCKET);
@@ -222,67 +251,63 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         }
     };
 
-    let mut node = capture::Node::open(config.places.capture.clone())?;
-    if !node.knows_pods() {
-        tracing::warn!(
-            "no cgroup of pods was found: every process in the node's network namespace counts as the node's own, \
-             whose probes pass (see --kubepods-cgroup)"
-        );
-    }
-    let data_plane = DataPlane::start(
-        config.proxy.clone(),
-        reader.clone(),
-        identities.clone(),
+    let before = Before::look(&config.places.capture);
+    let begun = begin(
+        &config,
+        (loaded, writer, reader),
+        (identities.clone(), pods_pending, &ready),
         &telemetry,
-        node.vouch(),
-        signal.clone(),
+        &signal,
     );
-    let data_plane = Arc::new(
-        data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
-    );
-    let counters = node.counter_reader()?;
-    let devices_left = node.devices_left();
-    let mut announcements = Announcements::new(node.announcements());
-    let kernel = Kernel::start(node, Arc::clone(&data_plane))
-        .map_err(|source| RunError::System("cannot start the capture thread", source))?;
-    let mut control = Control::new(writer, trust_domain, identities.clone(), kernel.clone(), pods_pending);
-    ports::register_capture(&telemetry, counters, devices_left, kernel.closed());
-    shutdown::spawn(closed::blocks(kernel.closed(), ready.clone()));
-    ports::register_components(&telemetry, &data_plane, control.waiting(), identities.clone());
-    control.start(loaded).await;
-
+    let Serving { data_plane, kernel, mut control, mut announcements } = match begun.await {
+        Ok(serving) => serving,
+        Err(error) => {
+            before.restore();
+            return Err(error);
+        }
+    };
     let sources = Sources {
-        mesh: reader,
+        mesh: control.reader(),
         local: Arc::default(),
         identities,
         data_plane: Arc::clone(&data_plane),
         waiting: control.waiting(),
+        source: ready.source(),
         settings: config.settings.clone().into(),
         version: version::version("unknown"),
     };
-    let console = Console::new(sources, levels, telemetry.clone(), quit);
-    let admin = Admin::start(&config, &telemetry, &ready, console, signal.clone())?;
+    let console = Console::new(sources, levels, telemetry.clone(), quit, reloader);
+    let admin = match ports.serve(&telemetry, &ready, console, signal.clone()) {
+        Ok(admin) => admin,
+        Err(error) => {
+            before.restore_from(&mut control, &kernel, predecessor.is_some()).await;
+            return Err(error);
+        }
+    };
     let mut departing = match predecessor {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
     let legacy = Box::new(move || inheritance::encode(&left.usable()));
-    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
-        what: "the control socket",
-        path: socket.clone(),
-        source,
-    })?;
+    let successors = match Successors::listen(&socket, legacy) {
+        Ok(successors) => successors,
+        Err(source) => {
+            before.restore_from(&mut control, &kernel, false).await;
+            return Err(RunError::Path { what: "the control socket", path: socket, source });
+        }
+    };
     control.own(departing.is_some()).await;
     control.serving(started);
 
     let mut reconcile = tokio::time::interval(RECONCILE_EVERY);
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
+    let mut descriptors = Descriptors::new(&ready);
     let end = loop {
         tokio::select! {
-            update = updates.next() => match update {
-                Some(Ok(loaded)) => control.apply(loaded).await,
-                Some(Err(diagnostics)) => report_rejected(&diagnostics),
+            next = changes.next() => match next {
+                Some(Next::Apply(loaded)) => control.apply(*loaded).await,
+                Some(Next::Confirmed) => control.confirm().await,
                 None => break End::Signal,
             },
             event = control.next() => control.step(event).await,
@@ -290,6 +315,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
                 Reconciled::Repaired { repairs, lost } => {
                     housekeeping.look(RECONCILE_EVERY);
                     control.reconciled(repairs, lost).await;
+                    descriptors.look();
                 }
                 Reconciled::Superseded => break End::Superseded,
             },
@@ -306,7 +332,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
             }
             mut claim = successors.next() => {
                 kernel.yield_node().await;
-                match claimed(&mut claim, &mut control, &mut updates, &mut signals).await {
+                match claimed(&mut claim, &mut control, &mut changes, &mut signals).await {
                     Outcome::Done => break End::HandedOver(claim),
                     // Another successor has come and gone by since then, or rather has stayed.
                     Outcome::Abandoned if !successors.is_current() => break End::Superseded,
@@ -325,6 +351,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     };
     drop(admin);
     let mut told = matches!(end, End::Signal);
+    let closed = told;
     // Held to the end of the process: see `Claim::bye`.
     let mut held = None;
     match end {
@@ -342,7 +369,11 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     // The data plane has its own hold on the listeners, and lets go of them after its linger.
     kernel.end().await;
     trigger.drain();
-    data_plane.stop_accepting();
+    match closed {
+        // Nobody comes any more: what is queued is taken, and that is all.
+        true => data_plane.hand_over_sockets(),
+        false => data_plane.stop_accepting(),
+    }
     let deadline = tokio::time::sleep(config.drain_deadline);
     tokio::pin!(deadline);
     loop {
@@ -353,7 +384,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
                 break;
             }
             // Whoever is still connected stays under the newest policy.
-            update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
+            next = changes.next() => if let Some(Next::Apply(loaded)) = next { control.publish(*loaded) },
             // A daemon that starts now learns that this one still has connections.
             mut claim = successors.next() => {
                 shutdown::spawn(async move {
@@ -390,6 +421,56 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     Ok(())
 }
 
+/// What serves the node.
+struct Serving {
+    data_plane: Arc<DataPlane>,
+    kernel: Kernel,
+    control: Control,
+    announcements: Announcements,
+}
+
+/// Opens the kernel's side, starts the data plane, and captures the pods. What fails here has captured nothing yet.
+async fn begin(
+    config: &Run,
+    (loaded, writer, reader): (Loaded, MeshWriter, MeshReader),
+    (identities, pods_pending, ready): (Identities, Blocker, &Readiness),
+    telemetry: &Telemetry,
+    signal: &shutdown::Signal,
+) -> Result<Serving, RunError> {
+    let mut node = capture::Node::open(config.places.capture.clone())?;
+    if !node.knows_pods() {
+        tracing::warn!(
+            "no cgroup of pods was found: every process in the node's network namespace counts as the node's own, \
+             whose probes pass (see --kubepods-cgroup)"
+        );
+    }
+    let data_plane = DataPlane::start(
+        config.proxy.clone(),
+        reader.clone(),
+        identities.clone(),
+        telemetry,
+        node.vouch(),
+        signal.clone(),
+    );
+    let data_plane = Arc::new(
+        data_plane.map_err(|source| RunError::System("cannot start the data-plane threads", source))?,
+    );
+    let counters = node.counter_reader()?;
+    let devices_left = node.devices_left();
+    let announcements = Announcements::new(node.announcements());
+    let kernel = Kernel::start(node, Arc::clone(&data_plane))
+        .map_err(|source| RunError::System("cannot start the capture thread", source))?;
+    let source = ready.source();
+    ports::register_capture(telemetry, counters, devices_left, kernel.closed());
+    ports::register_source(telemetry, source.clone());
+    shutdown::spawn(closed::blocks(kernel.closed(), ready.clone()));
+    let mut control =
+        Control::new((writer, reader), identities.clone(), kernel.clone(), pods_pending, source, &loaded);
+    ports::register_components(telemetry, &data_plane, control.waiting(), identities);
+    control.start(loaded).await;
+    Ok(Serving { data_plane, kernel, control, announcements })
+}
+
 /// Who can write to it can tell the daemon to leave.
 fn make_run_dir(path: &Path) -> Result<(), RunError> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| RunError::Path {
@@ -413,7 +494,7 @@ enum End {
 async fn claimed(
     claim: &mut Claim,
     control: &mut Control,
-    updates: &mut Updates,
+    changes: &mut Changes,
     signals: &mut Signals,
 ) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
@@ -424,7 +505,7 @@ async fn claimed(
         tokio::select! {
             outcome = &mut outcome => return outcome,
             // This daemon still serves, under the newest policy.
-            update = updates.next() => if let Some(Ok(loaded)) = update { control.publish(loaded) },
+            next = changes.next() => if let Some(Next::Apply(loaded)) = next { control.publish(*loaded) },
             () = &mut deadline => {
                 tracing::error!("the daemon that was taking over does not get ready; taking the node back");
                 return Outcome::Abandoned;
@@ -440,12 +521,6 @@ async fn gone(departing: &mut Option<Departing>) {
     match departing {
         Some(departing) => departing.gone().await,
         None => std::future::pending().await,
-    }
-}
-
-fn report_rejected(diagnostics: &[Diagnostic]) {
-    for diagnostic in diagnostics {
-        tracing::error!(%diagnostic, "the changed mesh file is not applied; the last good one stays in force");
     }
 }
 

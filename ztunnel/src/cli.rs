@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 pub mod client;
 pub mod dump;
+mod process;
 mod render;
 
 use client::ClientError;
@@ -67,9 +68,37 @@ pub enum Error {
     /// It is no dump.
     #[error("this is no dump of a node proxy")]
     Dump(#[source] serde_json::Error),
+    /// The name that was asked for is nobody's.
+    #[error("there is no {what} {name:?} (in this namespace, on this node){}", or_is_there(near))]
+    NoSuch {
+        /// Of what it was asked for.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// Names that there are, those that begin alike first.
+        near: Vec<String>,
+    },
     /// Standard output is closed.
     #[error("cannot print")]
     Print(#[from] std::io::Error),
+}
+
+fn or_is_there(near: &[String]) -> String {
+    if near.is_empty() { String::new() } else { format!("; there are {}", near.join(", ")) }
+}
+
+impl What {
+    /// One of it.
+    fn noun(self) -> &'static str {
+        match self {
+            Self::All => "workload, service or policy",
+            Self::Workload => "workload",
+            Self::Service => "service",
+            Self::Policy => "policy",
+            Self::Certificate => "certificate of",
+            Self::Connections => "pod",
+        }
+    }
 }
 
 /// Prints what `query` asks for. `now` decides which certificates are valid.
@@ -78,13 +107,19 @@ pub fn show(query: &Query, now: time::UtcDateTime, out: &mut impl Write) -> Resu
         Source::Daemon(address) => client::get(*address, "/config_dump")?,
         Source::File(path) => std::fs::read(path).map_err(|error| Error::File(path.clone(), error))?,
     };
+    let dump: Dump = serde_json::from_slice(&bytes).map_err(Error::Dump)?;
+    if let Some(name) = &query.filter.name
+        && !dump.has(query.what, &query.filter)
+    {
+        let near = dump.near(query.what, name);
+        return Err(Error::NoSuch { what: query.what.noun(), name: name.clone(), near });
+    }
     if query.json {
         let dump = serde_json::from_slice(&bytes).map_err(Error::Dump)?;
         let part = dump::part(dump, query.what, &query.filter);
         serde_json::to_writer_pretty(&mut *out, &part).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
-        let dump: Dump = serde_json::from_slice(&bytes).map_err(Error::Dump)?;
         out.write_all(render::tables(&dump, query, now).as_bytes())?;
     }
     Ok(())
@@ -100,6 +135,13 @@ pub fn log(address: SocketAddr, level: Option<&str>, reset: bool, out: &mut impl
         false => format!("/logging?{}", arguments.join("&")),
     };
     out.write_all(&client::post(address, &path)?)?;
+    Ok(())
+}
+
+/// Has a daemon read its mesh files now, and prints what came of it; with `force`, what they take away is meant.
+pub fn reload(address: SocketAddr, force: bool, out: &mut impl Write) -> Result<(), Error> {
+    let path = if force { "/reload?force=true" } else { "/reload" };
+    out.write_all(&client::post(address, path)?)?;
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 //! Owns the life of an enrolled pod as a pure state machine and knows nothing of sockets or the kernel:
 //! the sources that feed it (a mesh file, a node agent) only say which pods there are.
 
+pub mod loss;
 pub mod pod;
 pub mod pods;
+pub mod source;
 pub mod zds;

@@ -8,6 +8,7 @@ use ztunnel::admin::profile::heap::allocator::Sampled;
 use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
+use ztunnel::app::privileges;
 use ztunnel::cli;
 use ztunnel::cli::Query;
 use ztunnel::cli::Source;
@@ -21,6 +22,7 @@ use ztunnel::config::raw::Output;
 use ztunnel::config::raw::Part;
 use ztunnel::config::raw::Show;
 use ztunnel::config::resolved;
+use ztunnel::standalone::file::Place;
 
 #[global_allocator]
 static ALLOCATOR: Sampled = Sampled;
@@ -49,14 +51,19 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
         }
         Command::Check(typed) => {
             let node = resolved::node_name(typed.node.as_deref())?;
-            Ok(ExitCode::from(commands::check(&typed.mesh, &node)?))
+            let here = resolved::node_name(None).is_ok_and(|host| host == node);
+            let place = Place { path: typed.mesh.path(), node, strict: typed.strict };
+            Ok(ExitCode::from(commands::check(&place, here)?))
         }
         Command::Selftest(typed) => {
+            privileges::check()?;
             let places = resolved::places(&typed)?;
             Ok(ExitCode::from(commands::selftest(&places.capture)?))
         }
         Command::Uninstall(typed) => {
-            commands::uninstall(&resolved::places(&typed.kernel)?, typed.cert_cache.as_deref())?;
+            privileges::check()?;
+            let (named, cert_cache) = (typed.kernel.pin_dir.is_some(), typed.cert_cache.as_deref());
+            commands::uninstall(&resolved::places(&typed.kernel)?, named, cert_cache)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Config(typed) => {
@@ -70,6 +77,10 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
         Command::Log(typed) => {
             let mut out = std::io::stdout().lock();
             cli::log(typed.admin, typed.level.as_deref(), typed.reset, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Reload(typed) => {
+            cli::reload(typed.admin, typed.force, &mut std::io::stdout().lock())?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Version => {
@@ -98,8 +109,12 @@ fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        // Writing to a string cannot fail.
-        let _written = write!(text, ": {error}");
+        let said = error.to_string();
+        // Some errors say their causes themselves.
+        if !text.ends_with(&said) {
+            // Writing to a string cannot fail.
+            let _written = write!(text, ": {said}");
+        }
         cause = error.source();
     }
     text

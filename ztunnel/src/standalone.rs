@@ -3,7 +3,8 @@
 //! [`authority`] issues the workloads' certificates.
 //!
 //! The mesh file is Kubernetes and Istio YAML. [`mod@file`] reads it, [`decode`] makes typed [`objects`] of it,
-//! [`translate`] turns those into the mesh model, and [`watch`] does so again whenever the files change.
+//! [`translate`] turns those into the mesh model, [`watch`] does so again whenever the files change, and [`changes`]
+//! keeps back what has errors or looks as if everything were gone.
 //! Only [`mod@file`] and [`watch`] know of files: any other source of the same objects can feed [`translate`].
 //!
 //! Beside a control plane a mesh may be written as `config_dump` shows it, which [`local`] reads.
@@ -23,6 +24,7 @@
 //! * Lists of these, as `kubectl get -o yaml` prints them. Other kinds are named and skipped.
 
 pub mod authority;
+pub mod changes;
 pub mod decode;
 pub mod diagnostic;
 pub mod file;

@@ -53,6 +53,9 @@ pub const TWO_HUNDRED_PODS: Story = Story {
         world.say(&format!("withdrawing {PODS} pods"));
         let begun = Instant::now();
         world.mesh.remove_all("pod-many-")?;
+        // To the daemons it looks as if everything were gone.
+        let meant = world.setting(On::A).command(&["reload", "--force"])?;
+        ensure!(meant.status.success(), "{}", String::from_utf8_lossy(&meant.stderr));
         wait_captured(&pods, false)?;
         let withdrawn = begun.elapsed();
         ensure!(per_pod <= MEMORY_PER_POD, "{per_pod} bytes per pod");

@@ -22,6 +22,7 @@ use crate::admin::quit::Quit;
 use crate::admin::quit::Unanswered;
 use crate::admin::server::not_allowed;
 use crate::admin::server::text;
+use crate::enrol::source::Reloader;
 use crate::shutdown::Signal;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::InvalidChange;
@@ -64,6 +65,7 @@ struct Parts {
     levels: Levels,
     telemetry: Telemetry,
     quit: Quit,
+    reloader: Reloader,
     dumps: Arc<Semaphore>,
 }
 
@@ -76,9 +78,17 @@ pub(super) struct Asked<'a> {
 }
 
 impl Console {
-    /// Shows `sources`, changes `levels` (and those of `telemetry`'s access log), stops by `quit`.
-    pub fn new(sources: Sources, levels: Levels, telemetry: Telemetry, quit: Quit) -> Self {
-        Self(Arc::new(Parts { sources, levels, telemetry, quit, dumps: Arc::new(Semaphore::new(DUMPS_MAX)) }))
+    /// Shows `sources`, changes `levels` (and those of `telemetry`'s access log), stops by `quit`, has the mesh read
+    /// again by `reloader`.
+    pub fn new(
+        sources: Sources,
+        levels: Levels,
+        telemetry: Telemetry,
+        quit: Quit,
+        reloader: Reloader,
+    ) -> Self {
+        let dumps = Arc::new(Semaphore::new(DUMPS_MAX));
+        Self(Arc::new(Parts { sources, levels, telemetry, quit, reloader, dumps }))
     }
 
     /// Answers, and says so if it must be heard before the process ends.
@@ -96,7 +106,8 @@ impl Console {
                 signal.closing().await;
                 return (text(StatusCode::OK, "shutdown now\n"), Some(unanswered));
             }
-            "/logging" | "/quitquitquit" => not_allowed("POST"),
+            "/reload" if *asked.method == Method::POST => self.reload(asked.query).await,
+            "/logging" | "/quitquitquit" | "/reload" => not_allowed("POST"),
             "/debug/pprof/profile" => processor_profile(asked.query).await,
             "/debug/pprof/heap" => heap_profile().await,
             "/debug/pprof/heap/profiling" => heap_profiling(asked.query),
@@ -119,6 +130,34 @@ impl Console {
             response.headers_mut().insert(header::CONTENT_ENCODING, body::GZIP);
         }
         response
+    }
+
+    /// Has the mesh file read now; with `force`, whatever it takes away is meant.
+    async fn reload(&self, query: &str) -> Response<Body> {
+        let mut force = false;
+        match parameters(query) {
+            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+            Ok(parameters) => {
+                for (key, value) in parameters {
+                    match (key.as_str(), value.as_str()) {
+                        ("force", "" | "true") => force = true,
+                        ("force", "false") => force = false,
+                        ("force", _) => {
+                            return text(
+                                StatusCode::BAD_REQUEST,
+                                format!("{}\n", BadQuery::Flag { key, value }),
+                            );
+                        }
+                        _ => return text(StatusCode::BAD_REQUEST, format!("{}\n", BadQuery::Unknown(key))),
+                    }
+                }
+            }
+        }
+        match self.0.reloader.reload(force).await {
+            Some(Ok(said)) => text(StatusCode::OK, format!("{said}\n")),
+            Some(Err(said)) => text(StatusCode::CONFLICT, format!("{said}\n")),
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping\n"),
+        }
     }
 
     fn logging(&self, query: &str) -> Response<Body> {

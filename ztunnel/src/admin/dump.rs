@@ -7,14 +7,18 @@ use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::Serialize;
 use serde::Serializer;
 use serde::ser::SerializeMap;
+use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 
 use crate::api;
 use crate::enrol::pod::Awaited;
+use crate::enrol::source::Refused;
+use crate::enrol::source::Source;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
 use crate::mesh::index::Mesh;
@@ -44,6 +48,8 @@ pub struct Sources {
     pub data_plane: Arc<DataPlane>,
     /// The pods that are not served yet.
     pub waiting: watch::Receiver<Arc<[Awaited]>>,
+    /// How the sources of pods and mesh stand.
+    pub source: Source,
     /// What was configured.
     pub settings: Arc<[api::Setting]>,
     /// Which build this is.
@@ -59,6 +65,7 @@ impl Sources {
             local: &self.local,
             pods: self.pods(&mesh),
             certificates: certificates::certificates(&self.identities.standings()),
+            refused: sources(&self.source),
             settings: &self.settings,
             version: &self.version,
         };
@@ -115,6 +122,22 @@ fn info(mesh: &Mesh, named: &Named) -> Option<api::WorkloadInfo> {
     Some(api::WorkloadInfo { name, namespace, service_account: account.to_owned() })
 }
 
+fn rfc3339(time: SystemTime) -> String {
+    let whole = time::UtcDateTime::from(time).replace_nanosecond(0).unwrap_or(time::UtcDateTime::UNIX_EPOCH);
+    whole.format(&Rfc3339).unwrap_or_default()
+}
+
+fn sources(source: &Source) -> Vec<api::Refused> {
+    let view = |refused: Refused| api::Refused {
+        what: refused.what,
+        state: refused.trouble.word(),
+        since: rfc3339(refused.since),
+        said: refused.to_string(),
+        reasons: refused.reasons,
+    };
+    source.refusals().into_iter().map(view).collect()
+}
+
 fn view(connection: Connection) -> api::Connection {
     api::Connection {
         src: connection.source,
@@ -137,6 +160,7 @@ struct Document<'a> {
     local: &'a Mesh,
     pods: BTreeMap<String, api::WorkloadState>,
     certificates: Vec<api::Certificates>,
+    refused: Vec<api::Refused>,
     settings: &'a [api::Setting],
     version: &'a api::Version,
 }
@@ -156,6 +180,7 @@ impl Serialize for Document<'_> {
         document.serialize_entry("policies", &model::Policies(self.mesh))?;
         document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
         document.serialize_entry("staticConfig", &Static(self.local))?;
+        document.serialize_entry("refused", &self.refused)?;
         document.serialize_entry("version", self.version)?;
         let config: BTreeMap<_, _> =
             self.settings.iter().map(|setting| (setting.key(), &setting.value)).collect();

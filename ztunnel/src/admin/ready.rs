@@ -8,6 +8,7 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::SystemTime;
 
+use crate::enrol::source::Source;
 use crate::identity::worker::Identities;
 use crate::identity::worker::Shortage;
 
@@ -21,6 +22,7 @@ struct State {
     blockers: BTreeMap<&'static str, usize>,
     stale: Option<SystemTime>,
     identities: Option<Identities>,
+    source: Source,
 }
 
 impl fmt::Debug for State {
@@ -75,6 +77,11 @@ impl Readiness {
     /// Which of them cannot.
     pub fn shortage(&self) -> Option<Shortage> {
         self.state().identities.as_ref().and_then(Identities::shortage)
+    }
+
+    /// How the source of pods and mesh stands.
+    pub fn source(&self) -> Source {
+        self.state().source.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -1,11 +1,15 @@
-//! The HTTP/1 servers. Small on purpose, and bounded: in connections, in header size, and in the time a client
-//! may take, so that nobody who can reach a port can hold more than a little memory for a little while.
+//! The HTTP/1 servers. Small on purpose, and bounded: in connections, of all and of each source, in header size, and in
+//! the time a client may take, so that nobody who can reach a port can hold more than a little memory for a little
+//! while, nor keep others from being answered.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -25,6 +29,7 @@ use hyper_util::rt::TokioTimer;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
 use tokio::time;
 
 use crate::admin::body;
@@ -33,6 +38,11 @@ use crate::admin::console;
 use crate::admin::console::Console;
 use crate::admin::quit::Unanswered;
 use crate::admin::ready::Readiness;
+use crate::admin::shares::Admission;
+use crate::admin::shares::Limits;
+use crate::admin::shares::Number;
+use crate::admin::shares::Shares;
+use crate::enrol::source::Refused;
 use crate::identity::worker::Shortage;
 use crate::shutdown;
 use crate::shutdown::Signal;
@@ -57,15 +67,17 @@ const HEADER_MAX: usize = 8 * 1024;
 /// The most header fields taken.
 const FIELDS_MAX: usize = 64;
 
-/// How many connections the metrics server has at once. More wait in the listener's backlog: a scrape can be
-/// megabytes, so they are few.
-const SCRAPES_MAX: usize = 8;
+/// The connections of the metrics server. A scrape can be megabytes, so they are few.
+const SCRAPES: Limits = Limits { connections: 16, share: 4, patience: Some(Duration::from_secs(10)) };
 
-/// How many connections the readiness server has at once. More wait in the listener's backlog.
-const PROBES_MAX: usize = 256;
+/// How many scrapes are made at once; more wait for their turn.
+const SCRAPES_AT_ONCE: usize = 4;
 
-/// How many connections the admin server has at once. More wait in the listener's backlog.
-const CONSOLES_MAX: usize = 16;
+/// The connections of the readiness server.
+const PROBES: Limits = Limits { connections: 256, share: 64, patience: Some(Duration::from_secs(2)) };
+
+/// The connections of the admin server: all are of this host, and an answer may be long.
+const CONSOLES: Limits = Limits { connections: 16, share: 16, patience: None };
 
 /// How long to wait after the kernel refused to accept, as it does when descriptors run out.
 const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
@@ -77,44 +89,49 @@ const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 /// Serves `GET /metrics` and `GET /stats/prometheus` (port 15020 as a rule) until the process closes: metrics are
 /// wanted most while it drains.
 pub async fn serve_metrics(listener: TcpListener, telemetry: Telemetry, signal: Signal) {
-    serve(listener, Site::Metrics(telemetry), SCRAPES_MAX, signal).await;
+    serve(listener, Site::Metrics(telemetry, Arc::new(Semaphore::new(SCRAPES_AT_ONCE))), SCRAPES, signal)
+        .await;
 }
 
 /// Serves `GET /healthz/ready` (port 15021 as a rule) until the process closes: 200 and `ready`, or 500 and who is
 /// waited for.
 pub async fn serve_readiness(listener: TcpListener, readiness: Readiness, signal: Signal) {
-    serve(listener, Site::Readiness(readiness), PROBES_MAX, signal).await;
+    serve(listener, Site::Readiness(readiness), PROBES, signal).await;
 }
 
 /// Serves what operators ask (port 15000 of the loopback as a rule) until the process closes.
 pub async fn serve_console(listener: TcpListener, console: Console, signal: Signal) {
-    serve(listener, Site::Console(console), CONSOLES_MAX, signal).await;
+    serve(listener, Site::Console(console), CONSOLES, signal).await;
 }
 
 #[derive(Clone)]
 enum Site {
-    Metrics(Telemetry),
+    /// With the turns of those who scrape.
+    Metrics(Telemetry, Arc<Semaphore>),
     Readiness(Readiness),
     Console(Console),
 }
 
-async fn serve(listener: TcpListener, site: Site, connections_max: usize, mut signal: Signal) {
-    let slots = Arc::new(Semaphore::new(connections_max));
+async fn serve(listener: TcpListener, site: Site, limits: Limits, mut signal: Signal) {
+    let open = Arc::new(Mutex::new(Open { shares: Shares::new(limits), closers: HashMap::new() }));
     loop {
-        let next = async {
-            let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
-            (slot, listener.accept().await)
-        };
-        let (slot, accepted) = tokio::select! {
-            next = next => next,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
             () = signal.closing() => return,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
+                // One that is not taken is closed by being dropped.
+                let Some(place) = Place::take(&open, peer.ip()) else { continue };
                 let (site, signal) = (site.clone(), signal.clone());
                 shutdown::spawn(async move {
-                    converse(stream, site, signal).await;
-                    drop(slot);
+                    let mut place = place;
+                    let (number, all) = (place.number, Arc::clone(&place.open));
+                    let asked = move || lock(&all).shares.asked(number);
+                    tokio::select! {
+                        () = converse(stream, site, signal, asked) => {}
+                        _evicted = &mut place.evicted => {}
+                    }
                 });
             }
             // A listener that gives up at the first error is gone for good when descriptors ran out once.
@@ -126,10 +143,55 @@ async fn serve(listener: TcpListener, site: Site, connections_max: usize, mut si
     }
 }
 
-async fn converse(stream: TcpStream, site: Site, mut signal: Signal) {
+/// The connections of a server, and what closes each.
+struct Open {
+    shares: Shares,
+    closers: HashMap<Number, oneshot::Sender<()>>,
+}
+
+/// A connection's place among them, given back when this is dropped.
+struct Place {
+    number: Number,
+    open: Arc<Mutex<Open>>,
+    /// Ends when another one takes the place.
+    evicted: oneshot::Receiver<()>,
+}
+
+impl Place {
+    fn take(open: &Arc<Mutex<Open>>, peer: IpAddr) -> Option<Self> {
+        let mut all = lock(open);
+        let number = match all.shares.admit(peer, time::Instant::now()) {
+            Admission::Taken(number) => number,
+            Admission::Instead(number, victim) => {
+                // Dropping it is the word.
+                all.closers.remove(&victim);
+                number
+            }
+            Admission::Refused => return None,
+        };
+        let (closer, evicted) = oneshot::channel();
+        all.closers.insert(number, closer);
+        Some(Self { number, open: Arc::clone(open), evicted })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut all = lock(&self.open);
+        all.shares.ended(self.number);
+        all.closers.remove(&self.number);
+    }
+}
+
+fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
+    // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
+    open.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn converse(stream: TcpStream, site: Site, mut signal: Signal, asked: impl Fn()) {
     let limit = match site {
         Site::Console(_) => CONSOLE_MAX,
-        Site::Metrics(_) | Site::Readiness(_) => CONNECTION_MAX,
+        Site::Metrics(..) | Site::Readiness(_) => CONNECTION_MAX,
     };
     let closing = signal.clone();
     // Held until the answer has left.
@@ -137,6 +199,7 @@ async fn converse(stream: TcpStream, site: Site, mut signal: Signal) {
     let hold = Arc::clone(&unanswered);
     let answer = service_fn(move |request: Request<Incoming>| {
         let (site, closing, hold) = (site.clone(), closing.clone(), Arc::clone(&hold));
+        asked();
         async move {
             let (response, unanswered) = site.answer(&request, closing).await;
             if unanswered.is_some() {
@@ -182,10 +245,15 @@ impl Site {
                 let asked = console::Asked { method, path, query, headers: request.headers() };
                 return console.answer(asked, signal).await;
             }
-            Self::Metrics(telemetry) => match refused(["/metrics", "/stats/prometheus"].contains(&path)) {
-                Some(refused) => refused,
-                None => metrics(telemetry, request.headers()).await,
-            },
+            Self::Metrics(telemetry, turns) => {
+                match refused(["/metrics", "/stats/prometheus"].contains(&path)) {
+                    Some(refused) => refused,
+                    None => {
+                        let _turn = turns.acquire().await.expect("the semaphore is never closed");
+                        metrics(telemetry, request.headers()).await
+                    }
+                }
+            }
             Self::Readiness(readiness) => {
                 refused(path == "/healthz/ready").unwrap_or_else(|| ready(readiness))
             }
@@ -238,7 +306,8 @@ fn wants_openmetrics(asked: &HeaderMap) -> bool {
 
 fn ready(readiness: &Readiness) -> Response<Body> {
     let age = readiness.stale_since().map(|since| since.elapsed().unwrap_or_default().as_secs());
-    match state(&readiness.pending(), age, readiness.shortage().as_ref()) {
+    let refused = readiness.source().refusals();
+    match state(&readiness.pending(), age, &refused, readiness.shortage().as_ref()) {
         Ok(ready) => text(StatusCode::OK, ready),
         // Istio's status for it.
         Err(not_ready) => text(StatusCode::INTERNAL_SERVER_ERROR, not_ready),
@@ -246,14 +315,23 @@ fn ready(readiness: &Readiness) -> Response<Body> {
 }
 
 /// What who asks is told: whether the daemon is ready, and what to know of it in either case. `age`: of the mesh in
-/// seconds, where it may be old.
-fn state(pending: &[&str], age: Option<u64>, shortage: Option<&Shortage>) -> Result<String, String> {
+/// seconds, where it may be old; `refused`: what of its sources is not in force.
+fn state(
+    pending: &[&str],
+    age: Option<u64>,
+    refused: &[Refused],
+    shortage: Option<&Shortage>,
+) -> Result<String, String> {
     if !pending.is_empty() {
         return Err(format!("not ready, pending: {}\n", pending.join(", ")));
     }
-    let age =
+    let mut told =
         age.map_or_else(String::new, |age| format!(", with the mesh of {age} seconds ago: no control plane"));
-    let Some(short) = shortage else { return Ok(format!("ready{age}\n")) };
+    for refused in refused {
+        let age = refused.since.elapsed().unwrap_or_default().as_secs();
+        told += &format!(", with the mesh as it was {age} seconds ago: {refused}");
+    }
+    let Some(short) = shortage else { return Ok(format!("ready{told}\n")) };
     let Shortage { lacking, of, reason } = short;
     match short.is_total() {
         // Whatever its pods send to other nodes fails, and what those send to them.
@@ -261,7 +339,7 @@ fn state(pending: &[&str], age: Option<u64>, shortage: Option<&Shortage>) -> Res
             "not ready, none of {of} identities of this node has a valid certificate: {reason}\n"
         )),
         false => {
-            Ok(format!("ready{age}; {lacking} of {of} identities have no valid certificate: {reason}\n"))
+            Ok(format!("ready{told}; {lacking} of {of} identities have no valid certificate: {reason}\n"))
         }
     }
 }

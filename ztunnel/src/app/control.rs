@@ -11,11 +11,19 @@ use tokio::time::Instant;
 use crate::admin::ready::Blocker;
 use crate::app::kernel::Kernel;
 use crate::capture::reconcile::Repair;
+use crate::enrol::loss::Caution;
+use crate::enrol::loss::Census;
+use crate::enrol::loss::Change;
+use crate::enrol::loss::Verdict;
 use crate::enrol::pod::Awaited;
 use crate::enrol::pods::Action;
 use crate::enrol::pods::Event;
 use crate::enrol::pods::Pods;
+use crate::enrol::source::REMEDY;
+use crate::enrol::source::Source;
+use crate::enrol::source::Trouble;
 use crate::identity::worker::Identities;
+use crate::mesh::MeshReader;
 use crate::mesh::MeshWriter;
 use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
@@ -25,6 +33,8 @@ use crate::standalone::file::Loaded;
 
 /// How long the start waits for the local workloads' certificates, so that the first connections find them.
 const WARM_UP: Duration = Duration::from_secs(2);
+/// How long a start that failed takes to release what it captured.
+const UNDO_WITHIN: Duration = Duration::from_secs(10);
 /// Answers of the capture thread on their way: more than pods can be under way, because the capture thread and
 /// the control runtime must not both wait for the other.
 const EVENTS: usize = 2048;
@@ -38,6 +48,16 @@ fn local_identities(loaded: &Loaded) -> HashSet<SpiffeId> {
 /// What the mesh says, carried out.
 pub struct Control {
     writer: MeshWriter,
+    reader: MeshReader,
+    /// Of the mesh in force.
+    census: Census,
+    /// Whether the pods that an earlier daemon captured, and that the mesh does not name, are withdrawn.
+    earlier: Caution<()>,
+    /// What withdrawn pods' open connections need stays, as an earlier daemon may still have some.
+    held: bool,
+    /// The pods that earlier daemons had captured when this one started.
+    recorded: HashSet<PodUid>,
+    source: Source,
     /// Of the first version of the mesh; it cannot change while the daemon runs.
     trust_domain: TrustDomain,
     identities: Identities,
@@ -60,16 +80,23 @@ pub struct Control {
 impl Control {
     /// Carries out nothing yet. `blocker` is lifted when every pod was captured for the first time.
     pub fn new(
-        writer: MeshWriter,
-        trust_domain: TrustDomain,
+        (writer, reader): (MeshWriter, MeshReader),
         identities: Identities,
         kernel: Kernel,
         blocker: Blocker,
+        source: Source,
+        first: &Loaded,
     ) -> Self {
         let (events, answers) = mpsc::channel(EVENTS);
         Self {
             writer,
-            trust_domain,
+            reader,
+            trust_domain: first.mesh.trust_domain().clone(),
+            census: Census::default(),
+            earlier: Caution::default(),
+            held: false,
+            recorded: HashSet::new(),
+            source: source.of("the withdrawal of pods that an earlier daemon captured"),
             identities,
             kernel,
             pods: Pods::default(),
@@ -84,6 +111,11 @@ impl Control {
         }
     }
 
+    /// For those who decide from the mesh.
+    pub fn reader(&self) -> MeshReader {
+        self.reader.clone()
+    }
+
     /// The pods that should be captured and are not yet, now and from now on.
     pub fn waiting(&self) -> watch::Receiver<Arc<[Awaited]>> {
         self.waiting.subscribe()
@@ -93,25 +125,95 @@ impl Control {
     /// when there is somebody in its place.
     pub async fn start(&mut self, loaded: Loaded) {
         let identities = local_identities(&loaded);
+        self.recorded = self.kernel.recorded().await.into_iter().map(|(uid, _)| uid).collect();
         self.apply(loaded).await;
         self.warm_up(identities).await;
         self.settle().await;
     }
 
     /// From here on nobody else changes the kernel. What earlier daemons captured and the mesh no longer names is
-    /// withdrawn; if one of them is still `departing`, what its open connections need stays for now.
+    /// withdrawn, unless that is in doubt; if one of them is still `departing`, what its open connections need stays for
+    /// now.
     pub async fn own(&mut self, departing: bool) {
+        self.held = departing;
         self.kernel.hold(departing).await;
-        self.kernel.withdraw_others(self.pods.known().cloned().collect()).await;
-        if !departing {
-            self.sweep().await;
+        let change = self.earlier_change().await;
+        match self.earlier.offer((), change, Instant::now()) {
+            Some(()) => self.withdraw_earlier().await,
+            None => {
+                self.tell_earlier(true);
+                tracing::warn!(
+                    "pods that an earlier daemon captured, and that the mesh does not name, stay captured and closed"
+                );
+            }
         }
     }
 
     /// No earlier daemon is left: nor shall be what they left.
     pub async fn sweep(&mut self) {
+        self.held = false;
         self.kernel.hold(false).await;
-        self.kernel.sweep(self.pods.known().cloned().collect()).await;
+        if self.earlier.doubt().is_none() {
+            self.kernel.sweep(self.pods.known().cloned().collect()).await;
+        }
+    }
+
+    /// Whatever is in doubt is meant.
+    pub async fn confirm(&mut self) {
+        if self.earlier.confirm().is_some() {
+            self.withdraw_earlier().await;
+        }
+    }
+
+    async fn withdraw_earlier(&mut self) {
+        self.source.cleared();
+        self.kernel.withdraw_others(self.pods.known().cloned().collect()).await;
+        if !self.held {
+            self.sweep().await;
+        }
+    }
+
+    async fn judge_earlier_again(&mut self) {
+        let change = self.earlier_change().await;
+        match self.earlier.again(|()| change, Instant::now()) {
+            Some(()) => self.withdraw_earlier().await,
+            None => self.tell_earlier(false),
+        }
+    }
+
+    async fn earlier_change(&self) -> Change {
+        let recorded = self.kernel.recorded().await;
+        let exist: HashSet<PodUid> =
+            recorded.iter().filter(|(_, exists)| *exists).map(|(uid, _)| uid.clone()).collect();
+        let captured = recorded.into_iter().map(|(uid, _)| uid);
+        Change::since_last_daemon(captured, &self.census, |uid| !exist.contains(uid))
+    }
+
+    fn tell_earlier(&self, new: bool) {
+        let Some((change, verdict)) = self.earlier.doubt() else { return };
+        let trouble = if verdict == Verdict::Hold { Trouble::Held } else { Trouble::Waiting };
+        self.source.refused(trouble, vec![change.to_string()], new);
+        if new && trouble == Trouble::Held {
+            tracing::error!(reason = %change, "{} is held; {REMEDY}", self.source.what());
+        }
+    }
+
+    /// Releases what no earlier daemon had captured, and waits a while for that: the start has failed.
+    pub async fn withdraw_new(&mut self) {
+        let new: HashSet<PodUid> =
+            self.pods.known().filter(|uid| !self.recorded.contains(*uid)).cloned().collect();
+        for uid in &new {
+            self.step(Event::Unwanted(uid.clone())).await;
+        }
+        let released = async {
+            while self.pods.known().any(|uid| new.contains(uid)) {
+                let event = self.next().await;
+                self.step(event).await;
+            }
+        };
+        if tokio::time::timeout(UNDO_WITHIN, released).await.is_err() {
+            tracing::error!("not every pod could be released; `ztunnel uninstall` opens them");
+        }
     }
 
     /// From now on the daemon serves: it is ready as soon as no pod is missing.
@@ -130,7 +232,15 @@ impl Control {
                 None => std::future::pending().await,
             }
         };
+        let again = self.earlier.wake();
+        let doubtful = async {
+            match again {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            () = doubtful => Event::Tick,
             // `events` is kept here, so there is always another answer to wait for.
             Some(event) = self.answers.recv() => event,
             () = due => {
@@ -177,6 +287,7 @@ impl Control {
         let (workloads, services) = (mesh.workloads().len(), mesh.services_len());
         let (policies, local) = (mesh.policies().len(), loaded.pods.len());
         self.writer.publish(loaded.mesh);
+        self.census = loaded.census;
         tracing::info!(workloads, services, policies, local, "mesh applied");
         self.settling = true;
         self.step(Event::Desired(loaded.pods)).await;
@@ -184,6 +295,9 @@ impl Control {
 
     /// Advances enrolment by one event.
     pub async fn step(&mut self, event: Event) {
+        if self.earlier.wake().is_some_and(|at| at <= Instant::now()) {
+            self.judge_earlier_again().await;
+        }
         let told = matches!(event, Event::Desired(_));
         let actions = self.pods.step(event, Instant::now());
         if told || self.waiting.borrow().len() != self.pods.pending() {

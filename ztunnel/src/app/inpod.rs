@@ -24,6 +24,7 @@ use crate::app::RunError;
 use crate::app::Signals;
 use crate::app::TAKE_OVER_WITHIN;
 use crate::app::certificates;
+use crate::app::descriptors::Descriptors;
 use crate::app::gone;
 use crate::app::handover;
 use crate::app::handover::Claim;
@@ -37,7 +38,7 @@ use crate::app::inpod::world::World;
 use crate::app::make_run_dir;
 use crate::app::memory::Housekeeping;
 use crate::app::ports;
-use crate::app::ports::Admin;
+use crate::app::ports::Ports;
 use crate::app::version;
 use crate::capture;
 use crate::config::resolved::OwnPod;
@@ -45,6 +46,7 @@ use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
 use crate::dns::server::Dns;
+use crate::enrol::source;
 use crate::identity;
 use crate::identity::inheritance;
 use crate::identity::worker::Identities;
@@ -103,6 +105,9 @@ impl Node {
             },
             step = self.agent.next() => step,
         };
+        if self.world.take_confirmed() {
+            self.agent.confirm();
+        }
         if step == Step::Pods {
             self.retain_identities();
         }
@@ -139,6 +144,8 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     let mut signals = Signals::new(asked)?;
     let (trigger, signal) = shutdown::channel();
     capture::rules::check(&zds.listeners)?;
+    let reserved = Ports::bind(&config)?;
+    let (reloader, wishes) = source::reloads();
     let run_dir = &config.places.run_dir;
     make_run_dir(run_dir)?;
 
@@ -147,7 +154,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     // Before anything uses TLS.
     let trust = certificates::trust(&config, &telemetry, &readiness, &signal)?;
     // Decisions first: a pod that is served finds its workload.
-    let Some(world) = World::open(&config, &telemetry, &readiness, &signal).await? else { return Ok(()) };
+    let Some(world) = World::open(&config, &telemetry, &readiness, wishes, &signal).await? else {
+        return Ok(());
+    };
     let authority = certificates::authority(&config, &world.trust_domain())?;
     let socket = run_dir.join(CONTROL_SOCKET);
     let inherited = certificates::inherited(&socket, config.cert_cache.as_deref()).await;
@@ -178,7 +187,14 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         }
         None => None,
     };
-    let agent = Agent::new(zds, Arc::clone(&config.places.node), Arc::clone(&data_plane), dns.clone());
+    let agent = Agent::new(
+        zds,
+        Arc::clone(&config.places.node),
+        Arc::clone(&data_plane),
+        dns.clone(),
+        readiness.source(),
+    );
+    ports::register_source(&telemetry, readiness.source());
     ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
     let sources = Sources {
         mesh: world.reader(),
@@ -186,18 +202,21 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         identities: identities.clone(),
         data_plane: Arc::clone(&data_plane),
         waiting: agent.awaited(),
+        source: readiness.source(),
         settings: config.settings.clone().into(),
         version: version::version("unknown"),
     };
-    let console = Console::new(sources, levels, telemetry.clone(), quit);
-    let serve_admin = || Admin::start(&config, &telemetry, &readiness, console.clone(), signal.clone());
+    let console = Console::new(sources, levels, telemetry.clone(), quit, reloader);
+    let serve_admin = || reserved.serve(&telemetry, &readiness, console, signal.clone());
     let own = config.own.clone();
     let mut node = Node { world, agent, identities: identities.clone(), own, ready };
 
     // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
+    let mut serve_admin = Some(serve_admin);
+    let mut start_admin = || serve_admin.take().map(|serve| serve()).transpose();
     let mut admin = match &config.mesh {
-        Source::Istiod { .. } | Source::Nothing => Some(serve_admin()?),
-        Source::File(_) => None,
+        Source::Istiod { .. } | Source::Nothing => start_admin()?,
+        Source::File { .. } => None,
     };
     if !first_mesh(&mut node.world, Some(&socket), &mut signals).await {
         tracing::info!("stopping: told to, before there was a mesh");
@@ -239,10 +258,9 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
             tracing::warn!("no snapshot of the node agent yet; its pods are those of the daemon before");
         }
     }
-    let admin = match admin.take() {
-        Some(admin) => admin,
-        None => serve_admin()?,
-    };
+    if admin.is_none() {
+        admin = start_admin()?;
+    }
     if let Some(own) = &config.own
         && let Err(error) = own::serve(own, &config, &data_plane)
     {
@@ -265,12 +283,16 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
+    let mut descriptors = Descriptors::new(&readiness);
     let end = loop {
         tokio::select! {
             more = node.next() => if !more {
                 break End::Signal;
             },
-            _ = look.tick() => housekeeping.look(LOOK_EVERY),
+            _ = look.tick() => {
+                housekeeping.look(LOOK_EVERY);
+                descriptors.look();
+            }
             () = gone(&mut departing) => departing = None,
             mut claim = successors.next() => {
                 let pods = node.agent.handed();

@@ -38,6 +38,7 @@ enum Command {
     Release(PodUid, mpsc::Sender<Event>),
     Reconcile(oneshot::Sender<Reconciled>),
     Announced(oneshot::Sender<(Reconciled, Option<Instant>)>),
+    Recorded(oneshot::Sender<Vec<(PodUid, bool)>>),
     WithdrawOthers(HashSet<PodUid>),
     Hold(bool),
     Sweep(HashSet<PodUid>),
@@ -111,6 +112,11 @@ impl Kernel {
     /// The same for the pods of which the kernel has announced something; and when to ask again for the others of them.
     pub async fn reconcile_announced(&self) -> (Reconciled, Option<Instant>) {
         self.ask(Command::Announced).await.unwrap_or((Reconciled::Superseded, None))
+    }
+
+    /// The pods that this or an earlier daemon captured, and whether their network namespaces still exist.
+    pub async fn recorded(&self) -> Vec<(PodUid, bool)> {
+        self.ask(Command::Recorded).await.unwrap_or_default()
     }
 
     /// Makes new connections plain of pods that an earlier daemon captured and that are not among `keep`.
@@ -240,6 +246,9 @@ impl Worker {
                 }
                 Command::Announced(answer) => {
                     let _gone = answer.send(self.reconcile_announced());
+                }
+                Command::Recorded(answer) => {
+                    let _gone = answer.send(self.node.recorded());
                 }
                 Command::WithdrawOthers(keep) => self.withdraw_others(&keep),
                 Command::Hold(hold) => self.hold = hold,

@@ -24,6 +24,8 @@ use crate::app::RunError;
 use crate::capture::node::CounterReader;
 use crate::config::resolved::Run;
 use crate::enrol::pod::Awaited;
+use crate::enrol::source::Source;
+use crate::enrol::source::Trouble;
 use crate::identity::worker::Identities;
 use crate::identity::worker::Standing;
 use crate::proxy::DataPlane;
@@ -33,57 +35,101 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
 use crate::telemetry::metrics::Sample;
 
-/// Metrics, readiness and the admin port. Their ports are free again when this is dropped.
-pub struct Admin(Vec<JoinHandle<()>>);
+/// Metrics, readiness and the admin port, before anybody is answered there. Nobody else can take them any more but a
+/// daemon of this node, which may still have them.
+pub struct Ports {
+    metrics: Reserved,
+    readiness: Reserved,
+    console: Vec<Reserved>,
+}
 
-impl Admin {
-    /// Starts to listen; another daemon of this node may still have the same ports.
-    pub fn start(
-        config: &Run,
+/// A port that is bound and not listened on: who connects to it comes to the daemon that still has it, or is refused.
+struct Reserved {
+    socket: Socket,
+    address: SocketAddr,
+    what: &'static str,
+    flag: &'static str,
+}
+
+impl Ports {
+    /// Takes them.
+    pub fn bind(config: &Run) -> Result<Self, RunError> {
+        Ok(Self {
+            metrics: Reserved::bind(
+                config.metrics_addr,
+                "metrics",
+                "--metrics-addr (statsPort of PROXY_CONFIG)",
+            )?,
+            readiness: Reserved::bind(config.ready_addr, "readiness", "--ready-addr")?,
+            console: Self::loopback(config.admin_port)?,
+        })
+    }
+
+    /// Whoever reaches the admin port may stop the daemon, so nobody but this host does.
+    fn loopback(port: u16) -> Result<Vec<Reserved>, RunError> {
+        let bind = |address: SocketAddr| {
+            Reserved::bind(address, "the admin port", "--admin-port (proxyAdminPort of PROXY_CONFIG)")
+        };
+        let mut reserved = vec![bind((Ipv4Addr::LOCALHOST, port).into())?];
+        match bind((Ipv6Addr::LOCALHOST, port).into()) {
+            Ok(v6) => reserved.push(v6),
+            // Not every host has IPv6.
+            Err(error) => tracing::info!(%error, "the admin port is served over IPv4 only"),
+        }
+        Ok(reserved)
+    }
+
+    /// Answers from now on.
+    pub fn serve(
+        self,
         telemetry: &Telemetry,
         ready: &Readiness,
         console: Console,
         signal: shutdown::Signal,
-    ) -> Result<Self, RunError> {
-        let metrics = server::serve_metrics(listen(config.metrics_addr)?, telemetry.clone(), signal.clone());
-        let readiness = server::serve_readiness(listen(config.ready_addr)?, ready.clone(), signal.clone());
+    ) -> Result<Admin, RunError> {
+        let metrics = server::serve_metrics(self.metrics.listen()?, telemetry.clone(), signal.clone());
+        let readiness = server::serve_readiness(self.readiness.listen()?, ready.clone(), signal.clone());
+        let consoles: Result<Vec<_>, _> = self.console.into_iter().map(Reserved::listen).collect();
+        let consoles = consoles?;
         let mut servers = vec![shutdown::spawn(metrics), shutdown::spawn(readiness)];
-        for listener in listen_on_loopback(config.admin_port)? {
+        for listener in consoles {
             servers.push(shutdown::spawn(server::serve_console(listener, console.clone(), signal.clone())));
         }
-        Ok(Self(servers))
+        Ok(Admin(servers))
     }
 }
+
+impl Reserved {
+    fn bind(address: SocketAddr, what: &'static str, flag: &'static str) -> Result<Self, RunError> {
+        let bind = || {
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_reuse_address(true)?;
+            socket.set_reuse_port(true)?;
+            socket.set_nonblocking(true)?;
+            socket.bind(&address.into())?;
+            Ok(socket)
+        };
+        match bind() {
+            Ok(socket) => Ok(Self { socket, address, what, flag }),
+            Err(source) => Err(RunError::Listen { address, what, flag, source }),
+        }
+    }
+
+    /// A listening socket that a daemon of the same node may have as well, for the moment of a hand-over.
+    fn listen(self) -> Result<TcpListener, RunError> {
+        let Self { socket, address, what, flag } = self;
+        let listening = socket.listen(128).and_then(|()| TcpListener::from_std(socket.into()));
+        listening.map_err(|source| RunError::Listen { address, what, flag, source })
+    }
+}
+
+/// The servers. Their ports are free again when this is dropped.
+pub struct Admin(Vec<JoinHandle<()>>);
 
 impl Drop for Admin {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
     }
-}
-
-/// Whoever reaches the admin port may stop the daemon, so nobody but this host does.
-fn listen_on_loopback(port: u16) -> Result<Vec<TcpListener>, RunError> {
-    let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, port).into())?];
-    match listen((Ipv6Addr::LOCALHOST, port).into()) {
-        Ok(listener) => listeners.push(listener),
-        // Not every host has IPv6.
-        Err(error) => tracing::info!(%error, "the admin port is served over IPv4 only"),
-    }
-    Ok(listeners)
-}
-
-/// A listening socket that a daemon of the same node may have as well, for the moment of a hand-over.
-fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
-    let bind = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(128)?;
-        TcpListener::from_std(socket.into())
-    };
-    bind().map_err(|source| RunError::Listen(address, source))
 }
 
 /// Has the scrape show what the programs in the kernel counted.
@@ -118,6 +164,32 @@ pub fn register_components(
         runtime_metrics(families, &data_plane)
     });
     telemetry.register(move |families: &mut Families<'_>| certificate_metrics(families, &identities));
+}
+
+/// Has the scrape show how the sources of pods and mesh stand.
+pub fn register_source(telemetry: &Telemetry, source: Source) {
+    telemetry.register(move |families: &mut Families<'_>| {
+        let tally = source.tally();
+        let result = |result| [("result", result)];
+        let labels = [result("applied"), result("rejected"), result("held")];
+        let counts = [tally.applied, tally.rejected, tally.held];
+        let samples: Vec<_> =
+            labels.iter().zip(counts).map(|(labels, value)| Sample { labels, value }).collect();
+        let help = "Versions of the mesh files, and lists of pods, by what came of them when they came.";
+        families.counter("ztunnel_source_versions", help, &samples)?;
+        let refusals = source.refusals();
+        let state = |state| [("state", state)];
+        let all = [Trouble::Rejected, Trouble::Waiting, Trouble::Held];
+        let labels = all.map(|trouble| state(trouble.word()));
+        let count = |trouble| refusals.iter().filter(|refused| refused.trouble == trouble).count() as f64;
+        let samples: Vec<_> = labels
+            .iter()
+            .zip(all)
+            .map(|(labels, trouble)| Sample { labels, value: count(trouble) })
+            .collect();
+        let help = "Sources of pods and mesh whose last version is not in force, by why.";
+        families.gauge("ztunnel_source_refused", help, &samples)
+    });
 }
 
 /// What the programs in the kernel counted.

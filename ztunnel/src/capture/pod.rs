@@ -414,6 +414,12 @@ impl Node {
         absent(self.maps.records.remove(&slot)).map_err(WithdrawError::step("the record"))
     }
 
+    /// Every pod that this or an earlier daemon captured, and whether its network namespace still exists.
+    pub fn recorded(&self) -> Vec<(PodUid, bool)> {
+        let recorded = self.maps.recorded().into_iter();
+        recorded.map(|(_, record)| (uid_of(&record), self.netns_of(&record).is_some())).collect()
+    }
+
     /// The pod's namespace if it still exists (or we hold it).
     fn netns_of(&self, record: &Record) -> Option<Arc<Netns>> {
         if let Some(known) = self.pods.values().find(|known| known.cookie == record.cookie) {

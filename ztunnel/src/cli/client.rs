@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use http_body_util::BodyExt as _;
 use http_body_util::Empty;
-use http_body_util::LengthLimitError;
-use http_body_util::Limited;
 use hyper::Method;
 use hyper::Request;
 use hyper::StatusCode;
@@ -14,9 +12,14 @@ use hyper::body::Bytes;
 use hyper::header::HOST;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
-/// How long an answer may take: a dump of a large mesh is made while the daemon works.
-const TIME_LIMIT: Duration = Duration::from_secs(60);
+use super::process;
+
+/// How long it may take until an answer begins. The daemon's control thread never waits for so long.
+const BEGIN_WITHIN: Duration = Duration::from_secs(5);
+/// How long an answer may pause: a dump of a large mesh is made while the daemon works.
+const PAUSE_MAX: Duration = Duration::from_secs(20);
 /// The longest answer that is read, in bytes: a dump of some hundred thousand workloads.
 const SIZE_LIMIT: usize = 1 << 30;
 
@@ -29,8 +32,11 @@ pub enum ClientError {
     )]
     Unreachable(SocketAddr, #[source] std::io::Error),
     /// It takes too long.
-    #[error("the daemon at {0} does not answer within {limit} s", limit = TIME_LIMIT.as_secs())]
-    Slow(SocketAddr),
+    #[error("no answer at {0} within {limit} s{1}", limit = BEGIN_WITHIN.as_secs())]
+    Slow(SocketAddr, String),
+    /// It has stopped in the middle.
+    #[error("the answer at {0} pauses for more than {limit} s{1}", limit = PAUSE_MAX.as_secs())]
+    Pauses(SocketAddr, String),
     /// It is not what was expected there.
     #[error("what answers at {0} speaks no HTTP")]
     Http(SocketAddr, #[source] hyper::Error),
@@ -75,15 +81,19 @@ pub fn escape(value: &str) -> String {
 fn ask(address: SocketAddr, method: Method, path: &str) -> Result<Vec<u8>, ClientError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ClientError::Runtime)?;
-    runtime.block_on(async {
-        let answer = tokio::time::timeout(TIME_LIMIT, exchange(address, method, path));
-        answer.await.unwrap_or(Err(ClientError::Slow(address)))
-    })
+    runtime.block_on(exchange(address, method, path))
+}
+
+/// Who it is that does not answer, if that is to be seen.
+fn who(address: SocketAddr) -> String {
+    process::listener(address).map_or_else(String::new, |listener| format!(": there listens {listener}"))
 }
 
 async fn exchange(address: SocketAddr, method: Method, path: &str) -> Result<Vec<u8>, ClientError> {
-    let stream =
-        TcpStream::connect(address).await.map_err(|error| ClientError::Unreachable(address, error))?;
+    let slow = |_elapsed| ClientError::Slow(address, who(address));
+    let connecting = timeout(BEGIN_WITHIN, TcpStream::connect(address));
+    let stream = connecting.await.map_err(slow)?;
+    let stream = stream.map_err(|error| ClientError::Unreachable(address, error))?;
     let http = |error| ClientError::Http(address, error);
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
@@ -92,14 +102,23 @@ async fn exchange(address: SocketAddr, method: Method, path: &str) -> Result<Vec
     *request.uri_mut() = path.parse().expect("a path of our own, escaped");
     request.headers_mut().insert(HOST, address.to_string().parse().expect("an address"));
     let answered = async {
-        let response = sender.send_request(request).await.map_err(http)?;
+        let response =
+            timeout(BEGIN_WITHIN, sender.send_request(request)).await.map_err(slow)?.map_err(http)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), SIZE_LIMIT).collect().await;
-        let body = body.map_err(|error| match error.is::<LengthLimitError>() {
-            true => ClientError::TooLong,
-            false => ClientError::Body(error.to_string()),
-        })?;
-        let body = Vec::from(body.to_bytes());
+        let mut rest = response.into_body();
+        let mut body = Vec::new();
+        loop {
+            let frame = timeout(PAUSE_MAX, rest.frame()).await;
+            let Some(frame) = frame.map_err(|_elapsed| ClientError::Pauses(address, who(address)))? else {
+                break;
+            };
+            let frame = frame.map_err(|error| ClientError::Body(error.to_string()))?;
+            let Ok(data) = frame.into_data() else { continue };
+            if body.len() + data.len() > SIZE_LIMIT {
+                return Err(ClientError::TooLong);
+            }
+            body.extend_from_slice(&data);
+        }
         if status != StatusCode::OK {
             return Err(ClientError::Refused(status, String::from_utf8_lossy(&body).trim().to_owned()));
         }

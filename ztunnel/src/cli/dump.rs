@@ -32,6 +32,57 @@ pub struct Dump {
     pub certificates: Vec<Certificates>,
     /// This node's pods by their uids.
     pub workload_state: BTreeMap<String, State>,
+    /// What sources of pods and mesh said last, where that is not in force.
+    pub refused: Vec<Refused>,
+}
+
+/// What is not in force.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Refused {
+    pub(super) said: String,
+}
+
+/// How many names are told to who asked for another one.
+const NEAR_MAX: usize = 5;
+
+impl Dump {
+    /// Whether there is anything that is shown by `filter`. A pod need not have connections.
+    pub(super) fn has(&self, what: What, filter: &Filter) -> bool {
+        let all = what == What::All;
+        let pod = |state: &State| {
+            let info = state.info.as_ref();
+            info.is_some_and(|info| filter.named(&info.name, &info.namespace))
+        };
+        let placed = |workload: &Workload| filter.placed(&workload.name, &workload.namespace, &workload.node);
+        ((all || matches!(what, What::Workload | What::Connections)) && self.workloads.iter().any(placed))
+            || ((all || what == What::Service)
+                && self.services.iter().any(|service| filter.named(&service.name, &service.namespace)))
+            || ((all || what == What::Policy)
+                && self.policies.iter().any(|policy| filter.named(&policy.name, &policy.namespace)))
+            || ((all || what == What::Certificate)
+                && self.certificates.iter().any(|held| filter.identity(&held.identity)))
+            || ((all || what == What::Connections) && self.workload_state.values().any(pod))
+    }
+
+    /// Some names that there are, those first that have most of `name`'s beginning.
+    pub(super) fn near(&self, what: What, name: &str) -> Vec<String> {
+        let mut names: Vec<&str> = match what {
+            What::All | What::Workload => self.workloads.iter().map(|workload| &*workload.name).collect(),
+            What::Service => self.services.iter().map(|service| &*service.name).collect(),
+            What::Policy => self.policies.iter().map(|policy| &*policy.name).collect(),
+            What::Certificate => self.certificates.iter().map(|held| &*held.identity).collect(),
+            What::Connections => {
+                let infos = self.workload_state.values().filter_map(|state| state.info.as_ref());
+                infos.map(|info| &*info.name).collect()
+            }
+        };
+        names.sort_unstable();
+        names.dedup();
+        let common = |other: &str| name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+        names.sort_by_key(|other| std::cmp::Reverse(common(other)));
+        names.into_iter().take(NEAR_MAX).map(str::to_owned).collect()
+    }
 }
 
 /// A workload.

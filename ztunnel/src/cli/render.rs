@@ -29,7 +29,10 @@ pub(super) fn tables(dump: &Dump, query: &Query, now: UtcDateTime) -> String {
         (What::Connections, connections(dump, &query.filter, query.raw)),
     ];
     let wanted = parts.into_iter().filter(|(what, _)| query.what == What::All || query.what == *what);
-    wanted.map(|(_, table)| table.text()).collect::<Vec<_>>().join("\n")
+    let tables = wanted.map(|(_, table)| table.text()).collect::<Vec<_>>().join("\n");
+    let refused: String =
+        dump.refused.iter().map(|refused| format!("Not in force: {}\n", refused.said)).collect();
+    if refused.is_empty() { tables } else { format!("{refused}\n{tables}") }
 }
 
 struct Table<const N: usize> {

@@ -109,8 +109,6 @@ fn a_filter_leaves_out_in_tables_and_json_alike() {
         (What::Service, filter(Some("web"), None, None), 1),
         (What::Policy, filter(None, Some("bare"), None), 0),
         (What::Certificate, filter(None, Some("bare"), None), 1),
-        (What::Certificate, filter(Some("sa/nobody"), None, None), 0),
-        (What::Connections, filter(Some("other"), None, None), 0),
     ] {
         let table = shown(what, filter.clone(), false, false);
         assert_eq!(table.lines().count() - 1, rows, "{what:?} {filter:?}: {table}");
@@ -178,4 +176,57 @@ fn the_admin_port_is_asked_and_its_refusal_is_passed_on() {
     served.join().expect("served");
     // Nobody is there any more.
     assert!(matches!(log(address, None, false, &mut out), Err(Error::Client(ClientError::Unreachable(..)))));
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_named() {
+    // It connects, as the kernel takes connections for a process that is stopped, and says nothing.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let error =
+        log(listener.local_addr().expect("an address"), None, false, &mut Vec::new()).expect_err("nothing");
+    let said = error.to_string();
+    assert!(
+        said.contains("no answer") && said.contains(&format!("process {}", std::process::id())),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_name_that_nothing_has_is_an_error_with_what_may_be_meant() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("dump.json");
+    std::fs::write(&path, dump().to_string()).expect("written");
+    let asked = |what, name: &str, json| {
+        let filter = Filter { name: Some(name.to_owned()), ..Filter::default() };
+        let query = Query { what, source: Source::File(path.clone()), filter, raw: false, json };
+        show(&query, utc_datetime!(2026-01-01 12:00), &mut Vec::new())
+    };
+    for json in [false, true] {
+        let error = asked(What::Workload, "web-3", json).expect_err("no such").to_string();
+        assert!(error.contains("no workload") && error.contains("web-"), "{error}");
+        asked(What::Workload, "web-1", json).expect("there is one");
+        asked(What::Connections, "web-1", json).expect("a pod of this node");
+        assert!(asked(What::Connections, "nosuch", json).is_err());
+        assert!(asked(What::All, "nosuch", json).is_err());
+    }
+}
+
+#[test]
+fn what_is_not_in_force_is_said_before_anything_else() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("dump.json");
+    let mut dump = dump();
+    dump["refused"] = json!([{"what": "x", "state": "held", "said": "x is held: why; do this"}]);
+    std::fs::write(&path, dump.to_string()).expect("written");
+    let query = Query {
+        what: What::Policy,
+        source: Source::File(path),
+        filter: Filter::default(),
+        raw: false,
+        json: false,
+    };
+    let mut out = Vec::new();
+    show(&query, utc_datetime!(2026-01-01 12:00), &mut out).expect("shown");
+    let text = String::from_utf8(out).expect("text");
+    assert_eq!(text.lines().next(), Some("Not in force: x is held: why; do this"));
 }

@@ -18,6 +18,7 @@ use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problems;
 use crate::config::env::reader::Reader;
 use crate::config::env::reader::Shown;
+use crate::config::raw::ACCESS_LOG_RATE;
 use crate::model::identity::TrustDomain;
 use crate::net::socket::Keepalive;
 use crate::proxy;
@@ -148,6 +149,8 @@ pub struct Settings {
     pub log_format: Format,
     /// Which there are.
     pub log_filter: Filter,
+    /// Lines of the access log a second about what one source does; 0: all.
+    pub access_log_rate: u32,
     /// What is in force, and why, in alphabetical order.
     pub shown: Vec<Shown>,
     /// What was said and has no effect.
@@ -202,6 +205,9 @@ pub fn resolve(env: &BTreeMap<String, String>, around: Surroundings<'_>) -> Resu
         stats_port: port(&mut reader, "statsPort", 15020, |proxy| proxy.stats_port),
         log_format: log_format(&mut reader),
         log_filter: log_filter(&mut reader),
+        access_log_rate: reader
+            .number("ZTUNNEL_ACCESS_LOG_RATE", Some(ACCESS_LOG_RATE))
+            .unwrap_or(ACCESS_LOG_RATE),
         shown: Vec::new(),
         warnings: Vec::new(),
     };

@@ -58,6 +58,9 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         },
         None => Source::Nothing,
     };
+    if let Some(name) = &data_plane.hbone.congestion {
+        resolved::check_congestion(name)?;
+    }
     let any = |port| -> SocketAddr {
         match in_pod.ipv6 && Path::new("/proc/net/if_inet6").exists() {
             true => (Ipv6Addr::UNSPECIFIED, port).into(),
@@ -114,6 +117,7 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         warnings,
         proxy: data_plane,
         log_format: settings.log_format,
+        access_log_rate: settings.access_log_rate,
         log_filter: settings.log_filter,
     })
 }

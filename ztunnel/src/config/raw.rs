@@ -60,6 +60,12 @@ pub enum Command {
     Show(Show),
     /// Show the log's levels of a running daemon, or set them
     Log(Log),
+    /// Have a running daemon read its mesh files now, and say what came of it
+    ///
+    /// Changes are read by themselves. One that looks as if everything were gone (most pods are named no more, a file is
+    /// cut off) is held: the mesh before it stays in force. With --force what is held is carried out. Exit status 1 when
+    /// the files are not in force as they are.
+    Reload(Reload),
     /// Serve the pods of this node in the place of Istio's own ztunnel
     ///
     /// Everything is read from the environment that Istio's chart sets: the mesh comes from istiod, and so do
@@ -137,6 +143,17 @@ pub struct Log {
     pub admin: SocketAddr,
 }
 
+/// `ztunnel reload`
+#[derive(Debug, Args)]
+pub struct Reload {
+    /// What the files take away is meant
+    #[arg(long)]
+    pub force: bool,
+    /// The daemon's admin port
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
+}
+
 /// `ztunnel config`
 #[derive(Debug, Args)]
 pub struct Config {
@@ -177,12 +194,34 @@ pub struct Kernel {
     pub run_dir: Option<PathBuf>,
 }
 
+/// The mesh, named by a flag or without one.
+#[derive(Debug, Clone, Args)]
+#[group(id = "the-mesh", required = true, multiple = false)]
+pub struct Mesh {
+    /// The mesh: a directory of Kubernetes and Istio YAML, or one file. Watched: changes apply within seconds
+    #[arg(long, value_name = "PATH")]
+    pub mesh: Option<PathBuf>,
+    /// The same without the flag
+    #[arg(value_name = "MESH")]
+    pub path: Option<PathBuf>,
+}
+
+impl Mesh {
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.mesh.clone().or_else(|| self.path.clone()).unwrap_or_default()
+    }
+}
+
 /// `ztunnel run`
 #[derive(Debug, Args)]
 pub struct Run {
-    /// The mesh: a directory of Kubernetes and Istio YAML, or one file. Watched: changes apply within a second
-    #[arg(long, value_name = "PATH")]
-    pub mesh: PathBuf,
+    /// The mesh.
+    #[command(flatten)]
+    pub mesh: Mesh,
+    /// Whether warnings count as errors: a mesh with one is not applied
+    #[arg(long)]
+    pub strict: bool,
     /// Where the embedded certificate authority keeps its root. Nodes of one mesh share its content
     #[arg(long, value_name = "DIR", default_value = "/var/lib/ztunnel")]
     pub state_dir: PathBuf,
@@ -221,6 +260,9 @@ pub struct Run {
     /// The port of the loopback where dumps, profiles and the log's levels are served
     #[arg(long, value_name = "PORT", default_value_t = 15000)]
     pub admin_port: u16,
+    /// Lines of the access log a second about what one source does; those beyond are counted and left out. 0: all
+    #[arg(long, env = "ZTUNNEL_ACCESS_LOG_RATE", value_name = "N", default_value_t = ACCESS_LOG_RATE)]
+    pub access_log_rate: u32,
     /// How log lines look. RUST_LOG chooses which there are (e.g. RUST_LOG=info,access=off)
     #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", default_value = "plain")]
     pub log_format: LogFormat,
@@ -315,6 +357,9 @@ pub struct Certificates {
     pub compliance_policy: Option<String>,
 }
 
+/// Lines of the access log a second about what one source does.
+pub const ACCESS_LOG_RATE: u32 = 1000;
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -327,9 +372,12 @@ pub enum LogFormat {
 /// `ztunnel check`
 #[derive(Debug, Args)]
 pub struct Check {
-    /// The mesh: a directory of Kubernetes and Istio YAML, or one file
-    #[arg(long, value_name = "PATH")]
-    pub mesh: PathBuf,
+    /// The mesh.
+    #[command(flatten)]
+    pub mesh: Mesh,
+    /// Whether warnings count as errors
+    #[arg(long)]
+    pub strict: bool,
     /// The node to look from [default: the host name]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: Option<String>,
@@ -399,8 +447,13 @@ mod tests {
 
     #[test]
     fn run_needs_only_the_mesh() {
-        let cli = Cli::try_parse_from(["ztunnel", "run", "--mesh", "mesh.yaml"]).unwrap();
-        let Command::Run(run) = cli.command else { panic!("{cli:?}") };
+        let parse = |line: &[&str]| Cli::try_parse_from(["ztunnel", "run"].iter().chain(line));
+        for line in [&["--mesh", "mesh.yaml"][..], &["mesh.yaml"]] {
+            let Command::Run(run) = parse(line).unwrap().command else { panic!("{line:?}") };
+            assert_eq!(run.mesh.path(), PathBuf::from("mesh.yaml"));
+        }
+        assert!(parse(&[]).is_err() && parse(&["--mesh", "a", "b"]).is_err());
+        let Command::Run(run) = parse(&["mesh.yaml"]).unwrap().command else { panic!("another command") };
         assert_eq!(run.drain_deadline, Duration::from_secs(30));
         assert_eq!(run.log_format, LogFormat::Plain);
     }

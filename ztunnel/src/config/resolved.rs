@@ -46,8 +46,24 @@ pub enum Invalid {
         "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`) or name it with --cgroup-root"
     )]
     NoCgroup2,
+    /// They are hidden.
+    #[error(
+        "`ip netns exec` hides /sys/fs/cgroup and /sys/fs/bpf of this machine: enter the network namespace another way, \
+         `nsenter --net=/run/netns/{0} ztunnel ...`"
+    )]
+    HiddenSys(String),
+    /// The kernel does not have this congestion control.
+    #[error(
+        "--tunnel-congestion {name:?} is not known to this kernel: it has {known}, and `system` is its default"
+    )]
+    Congestion {
+        /// What was named.
+        name: String,
+        /// What there is.
+        known: String,
+    },
     /// A path that was named is not there.
-    #[error("{flag} {path:?}: {source}")]
+    #[error("{flag} {path:?}")]
     Path {
         /// The flag that named it.
         flag: &'static str,
@@ -63,7 +79,7 @@ pub enum Invalid {
     #[error("RUST_LOG cannot be used")]
     Log(#[from] InvalidFilter),
     /// The mesh configuration is there and cannot be read.
-    #[error("the mesh configuration {path:?} cannot be read: {source}")]
+    #[error("the mesh configuration {path:?} cannot be read")]
     MeshConfig {
         /// Where it is.
         path: PathBuf,
@@ -154,7 +170,7 @@ fn places_with(kernel: &raw::Kernel, instead: Option<&Path>) -> Result<Places, I
         Some(path) => path,
         None => cgroup2_mount(&std::fs::read_to_string("/proc/self/mounts").unwrap_or_default())
             .or_else(|| instead.map(Path::to_owned))
-            .ok_or(Invalid::NoCgroup2)?,
+            .ok_or_else(no_cgroup2)?,
     };
     let kubepods = match named("--kubepods-cgroup", &kernel.kubepods_cgroup)? {
         Some(path) => Some(path),
@@ -252,8 +268,13 @@ pub struct OwnPod {
 /// Where the mesh comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// A file or directory of Kubernetes' objects.
-    File(PathBuf),
+    /// Kubernetes' objects.
+    File {
+        /// A file or directory.
+        path: PathBuf,
+        /// Warnings count as errors.
+        strict: bool,
+    },
     /// A control plane.
     Istiod {
         /// Where and who.
@@ -308,6 +329,8 @@ pub struct Run {
     pub warnings: Vec<String>,
     /// What the data plane is given.
     pub proxy: proxy::Config,
+    /// Lines of the access log a second about what one source does; 0: all.
+    pub access_log_rate: u32,
     /// How log lines look.
     pub log_format: Format,
     /// Which there are.
@@ -324,6 +347,9 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
     proxy.threads = typed.threads.unwrap_or(proxy.threads);
     proxy.hbone.congestion = Some(typed.tunnel_congestion.clone()).filter(|name| name != "system");
+    if let Some(name) = &proxy.hbone.congestion {
+        check_congestion(name)?;
+    }
     if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
@@ -337,12 +363,14 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         Ok(text) if !text.is_empty() => text.parse()?,
         _ => Filter::default(),
     };
+    let mut warnings = tls12();
+    warnings.extend(unknown_targets(&log_filter));
     let origin = if std::env::var_os("RUST_LOG").is_some() { "environment" } else { "default" };
     let (name, value) = ("RUST_LOG".to_owned(), log_filter.to_string());
     settings.push(Setting { name, value, origin: origin.to_owned() });
     Ok(Run {
         places,
-        mesh: Source::File(typed.mesh.clone()),
+        mesh: Source::File { path: typed.mesh.path(), strict: typed.strict },
         local: None,
         state_dir: typed.state_dir.clone(),
         authority: authority(&typed.certificates, std::env::vars())?,
@@ -365,12 +393,19 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
             raw::LogFormat::Plain => Format::Plain,
             raw::LogFormat::Json => Format::Json,
         },
+        access_log_rate: typed.access_log_rate,
         log_filter,
         admin_port: typed.admin_port,
         settings,
         kept_running: false,
-        warnings: tls12(),
+        warnings,
     })
+}
+
+/// What the log's filter names in vain. No error: it may be written for another proxy's log.
+pub(super) fn unknown_targets(filter: &Filter) -> Option<String> {
+    let unknown: Vec<&str> = filter.unknown().collect();
+    (!unknown.is_empty()).then(|| format!("RUST_LOG: nothing here logs as {}", unknown.join(", ")))
 }
 
 fn tls12() -> Vec<String> {
@@ -439,6 +474,38 @@ fn authority(
     Ok(Some(istiod::Config { planes: planes?, life: typed.secret_ttl, impersonate }))
 }
 
+fn no_cgroup2() -> Invalid {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    hidden_sys(&mounts).map_or(Invalid::NoCgroup2, |name| Invalid::HiddenSys(name.to_owned()))
+}
+
+/// The network namespace whose name `ip netns exec` gave to the /sys that it mounts anew, without what is below it.
+fn hidden_sys(mounts: &str) -> Option<&str> {
+    let last = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let (device, dir, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (dir == "/sys" && kind == "sysfs").then_some(device)
+    });
+    last.last().filter(|device| !matches!(*device, "sysfs" | "none" | "sys"))
+}
+
+/// That the kernel takes this congestion control; it may have to load a module for it.
+pub(super) fn check_congestion(name: &str) -> Result<(), Invalid> {
+    let refused = || {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_tcp_congestion(name.as_bytes())
+    };
+    match refused() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let known = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control");
+            let known = known.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(", ");
+            Err(Invalid::Congestion { name: name.to_owned(), known })
+        }
+        // Whatever else it is, it is not the name.
+        _ => Ok(()),
+    }
+}
+
 /// The first cgroup v2 mount point in the text of `/proc/self/mounts` (proc(5)).
 fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
@@ -457,6 +524,23 @@ mod tests {
         let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(cgroup2_mount(mounts), Some(PathBuf::from("/sys/fs/cgroup/unified")));
         assert_eq!(cgroup2_mount("tmpfs /tmp tmpfs rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn what_ip_netns_exec_hides_is_recognised() {
+        let plain = "sysfs /sys sysfs rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n";
+        assert_eq!(hidden_sys(plain), None);
+        assert_eq!(hidden_sys(&format!("{plain}cart /sys sysfs rw,relatime 0 0\n")), Some("cart"));
+        assert_eq!(hidden_sys(""), None);
+        let said = Invalid::HiddenSys("cart".to_owned()).to_string();
+        assert!(said.contains("nsenter --net=/run/netns/cart"), "{said}");
+    }
+
+    #[test]
+    fn a_congestion_control_that_the_kernel_does_not_have_is_refused() {
+        check_congestion("reno").unwrap();
+        let error = check_congestion("no-such").unwrap_err().to_string();
+        assert!(error.contains("no-such") && error.contains("reno"), "{error}");
     }
 
     fn certificates(address: &str) -> raw::Certificates {

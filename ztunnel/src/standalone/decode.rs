@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 
+use crate::enrol::loss::FileCensus;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::diagnostic::nearest;
 use crate::standalone::objects::MeshConfig;
@@ -24,9 +25,10 @@ use crate::standalone::objects::security::AuthorizationPolicy;
 use crate::standalone::objects::security::PeerAuthentication;
 use crate::standalone::yaml;
 use crate::standalone::yaml::Node;
+use crate::standalone::yaml::Piece;
 use crate::standalone::yaml::SyntaxError;
 use crate::standalone::yaml::Value;
-use crate::standalone::yaml::decoder::decode;
+use crate::standalone::yaml::decoder::decode_all;
 
 /// Collects the objects of any number of texts.
 #[derive(Debug, Default)]
@@ -35,8 +37,29 @@ pub struct Collector {
     diagnostics: Vec<Diagnostic>,
     /// Where each object was first seen, by kind, namespace and name.
     seen: HashMap<(&'static str, Arc<str>, Arc<str>), Source>,
+    files: Vec<(Arc<str>, FileSeen)>,
     /// How many objects of a kind that is not read, and where the first of them is.
     skipped: BTreeMap<(String, String), (u32, Source)>,
+}
+
+/// How much there is.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    namespaces: usize,
+    pods: usize,
+    services: usize,
+    peer_authentications: usize,
+    authorization_policies: usize,
+    diagnostics: usize,
+}
+
+/// What one text held.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FileSeen {
+    /// Its objects, and how it ends.
+    pub census: FileCensus,
+    /// Nothing can have been cut off its end.
+    pub whole: bool,
 }
 
 /// The kinds that are read.
@@ -49,6 +72,9 @@ enum Kind {
     PeerAuthentication,
     AuthorizationPolicy,
 }
+
+/// Of objects that there are many of, the lines of so many levels are kept.
+const LINES_DEPTH: usize = 3;
 
 /// Remarks beyond so many come without a guess at what was meant.
 pub(super) const HINTS_MAX: usize = 1000;
@@ -143,14 +169,62 @@ impl Claim<'_> {
 impl Collector {
     /// Adds the objects of `text`, which is (or stands for) the file `file`.
     pub fn add(&mut self, file: &Arc<str>, text: &str) {
-        match yaml::documents(text) {
-            Ok(documents) => {
-                for document in documents {
-                    self.document(file, document);
-                }
+        let mut seen = FileSeen { whole: true, ..FileSeen::default() };
+        seen.census.marked = text.trim_end().ends_with("\n...");
+        let begun = self.mark();
+        let (mut document, mut documents) = (begun, 0);
+        let parsed = yaml::pieces(text, &mut |piece| match piece {
+            Piece::Item(node) => {
+                let kind = node.text("kind").unwrap_or_default();
+                let api_version = node.text("apiVersion").unwrap_or_default();
+                self.object(file, &node, &Claim { kind, api_version });
             }
-            Err((line, error)) => self.diagnostics.push(Diagnostic::error(file, line, error.to_string())),
+            Piece::Document(node, given) => {
+                if given > 0 && !node.text("kind").is_some_and(|kind| kind.ends_with("List")) {
+                    // It was no list.
+                    self.take_back(document);
+                }
+                self.document(file, node, given, &mut seen);
+                documents += 1;
+                document = self.mark();
+            }
+        });
+        if let Err((line, error)) = parsed {
+            // What came before the error is half of something.
+            self.take_back(begun);
+            return self.diagnostics.push(Diagnostic::error(file, line, error.to_string()));
         }
+        let json = documents == 1 && file.ends_with(".json");
+        seen.whole = documents > 0 && (seen.whole || seen.census.marked || json);
+        self.files.push((Arc::clone(file), seen));
+    }
+
+    fn mark(&self) -> Mark {
+        let objects = &self.objects;
+        Mark {
+            namespaces: objects.namespaces.len(),
+            pods: objects.pods.len(),
+            services: objects.services.len(),
+            peer_authentications: objects.peer_authentications.len(),
+            authorization_policies: objects.authorization_policies.len(),
+            diagnostics: self.diagnostics.len(),
+        }
+    }
+
+    /// Forgets what was added since.
+    fn take_back(&mut self, mark: Mark) {
+        let objects = &mut self.objects;
+        objects.namespaces.truncate(mark.namespaces);
+        objects.pods.truncate(mark.pods);
+        objects.services.truncate(mark.services);
+        objects.peer_authentications.truncate(mark.peer_authentications);
+        objects.authorization_policies.truncate(mark.authorization_policies);
+        self.diagnostics.truncate(mark.diagnostics);
+    }
+
+    /// What each text held, in the order they were added. Those that are no YAML are left out.
+    pub fn files(&self) -> &[(Arc<str>, FileSeen)] {
+        &self.files
     }
 
     /// Notes something about the texts themselves.
@@ -177,12 +251,17 @@ impl Collector {
         (self.objects, self.diagnostics)
     }
 
-    fn document(&mut self, file: &Arc<str>, node: Arc<Node>) {
+    /// A document of whose list `given` elements were added already.
+    fn document(&mut self, file: &Arc<str>, node: Arc<Node>, given: usize, seen: &mut FileSeen) {
         let kind = node.text("kind").unwrap_or_default();
         let api_version = node.text("apiVersion").unwrap_or_default();
         let items = node.entry("items").map(|entry| &entry.value.value);
         match (kind.strip_suffix("List"), items) {
             (Some(item_kind), Some(Value::List(items))) => {
+                seen.census.objects += given + items.len();
+                seen.census.empty_list |= given + items.len() == 0;
+                // As `kubectl` prints it: what comes last is there.
+                seen.whole &= node.is_after("kind", "items");
                 for item in items {
                     // Items of `v1 List` say what they are, those of `PodList` need not.
                     let kind = item.text("kind").unwrap_or(item_kind);
@@ -190,8 +269,14 @@ impl Collector {
                     self.object(file, item, &Claim { kind, api_version });
                 }
             }
-            (Some(_), Some(_)) if node.entry("items").is_some_and(|entry| entry.value.is_null()) => {}
-            _ => self.object(file, &node, &Claim { kind, api_version }),
+            (Some(_), Some(_)) if node.entry("items").is_some_and(|entry| entry.value.is_null()) => {
+                seen.whole = false;
+            }
+            _ => {
+                seen.whole = false;
+                seen.census.objects += 1;
+                self.object(file, &node, &Claim { kind, api_version });
+            }
         }
     }
 
@@ -266,7 +351,7 @@ impl Collector {
     ) -> Option<Object<T>> {
         let node = Arc::clone(source.node.as_ref()?);
         let unknown = RefCell::default();
-        let result = decode::<T>(&node, &unknown);
+        let result = decode_all::<T>(&node, &unknown);
         for field in unknown.into_inner() {
             let message = format!("{} is not a field of {}", field.field, field.within);
             // Looking for what was meant takes a while; of a mistake that is made everywhere it is said often enough.
@@ -282,10 +367,12 @@ impl Collector {
         }
         let mut value = match result {
             Ok(value) => value,
-            Err(error) => {
-                let message = format!("{} cannot be read: {error}", kind.as_str());
-                let diagnostic = Diagnostic::error(&source.file, error.line, message);
-                self.diagnostics.push(diagnostic.hint(error.hint));
+            Err(errors) => {
+                for error in errors {
+                    let message = format!("{} cannot be read: {error}", kind.as_str());
+                    let diagnostic = Diagnostic::error(&source.file, error.line, message);
+                    self.diagnostics.push(diagnostic.hint(error.hint));
+                }
                 return None;
             }
         };
@@ -317,7 +404,12 @@ impl Collector {
             self.diagnostics.push(Diagnostic::error_at(&source, &[], message).hint(hint));
             return None;
         }
-        self.seen.insert(key, source.clone());
+        let mut source = source;
+        if matches!(kind, Kind::Pod | Kind::Namespace) {
+            // Of these there are many, and nothing is said of what is deeper.
+            source.node = Some(Arc::new(node.skeleton(LINES_DEPTH)));
+        }
+        self.seen.insert(key, Source { node: None, ..source.clone() });
         Some(Object { source, namespace, name, metadata, value })
     }
 

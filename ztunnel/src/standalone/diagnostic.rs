@@ -66,6 +66,11 @@ impl Diagnostic {
         self
     }
 
+    /// The same as an error.
+    pub fn counted(self) -> Self {
+        Self { severity: Severity::Error, ..self }
+    }
+
     /// Whether it keeps the mesh file from being applied.
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error

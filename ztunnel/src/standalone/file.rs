@@ -5,17 +5,19 @@
 
 use std::fs;
 use std::io;
-use std::io::Read;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::enrol::loss::Census;
 use crate::enrol::pod::LocalPod;
 use crate::mesh::index::Mesh;
 use crate::standalone::decode::Collector;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::translate;
+use crate::standalone::translate::NamedNetns;
 use crate::standalone::translate::Options;
+use crate::tls::files;
 
 /// What a mesh file says to one node.
 #[derive(Debug)]
@@ -26,6 +28,32 @@ pub struct Loaded {
     pub pods: Vec<LocalPod>,
     /// What was understood, but perhaps not meant.
     pub warnings: Vec<Diagnostic>,
+    /// The network namespaces of the pods, and where they are named.
+    pub netns: Vec<NamedNetns>,
+    /// What was named, to be compared with other versions.
+    pub census: Census,
+}
+
+/// A mesh file, and for whom it is read.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// A directory or one file.
+    pub path: PathBuf,
+    /// The name of this node.
+    pub node: Arc<str>,
+    /// Whether warnings count as errors.
+    pub strict: bool,
+}
+
+impl Place {
+    /// [`load`]s it.
+    pub fn load(&self) -> Result<Loaded, Vec<Diagnostic>> {
+        let loaded = load(&self.path, &self.node)?;
+        match self.strict && !loaded.warnings.is_empty() {
+            true => Err(loaded.warnings.into_iter().map(Diagnostic::counted).collect()),
+            false => Ok(loaded),
+        }
+    }
 }
 
 /// How much all files together may hold: some 6,000 pods as `kubectl` prints them, or ten times as many written
@@ -34,6 +62,13 @@ pub(super) const BYTES_MAX: u64 = 32 << 20;
 
 /// How many remarks are made on one load. A mistake is often made in every object.
 const DIAGNOSTICS_MAX: usize = 1000;
+
+/// Of a file with comments at most.
+const NOTHING: &str = "holds no object";
+
+/// An empty file may be one that is just being written, or that a full disk has cut.
+const EMPTY_LIST: &str =
+    "for a mesh without anything, write an empty list: {apiVersion: v1, kind: List, items: []}";
 
 /// How many files a directory may have.
 const FILES_MAX: usize = 10_000;
@@ -47,7 +82,11 @@ const FILES_MAX: usize = 10_000;
 pub fn load(path: &Path, node: &str) -> Result<Loaded, Vec<Diagnostic>> {
     let mut collector = Collector::default();
     read(path, &mut collector);
+    let seen = collector.files().to_vec();
     let (objects, mut diagnostics) = collector.finish();
+    let nothing = seen.iter().filter(|(_, seen)| seen.census.objects == 0 && !seen.census.empty_list);
+    let emptiness = if seen.len() == 1 { Diagnostic::error } else { Diagnostic::warning };
+    diagnostics.extend(nothing.map(|(file, _)| emptiness(file, 0, NOTHING.to_owned()).hint(EMPTY_LIST)));
     let options = Options { node: node.to_owned() };
     let translation = translate::translate(&objects, &options);
     diagnostics.extend(translation.diagnostics);
@@ -63,7 +102,13 @@ pub fn load(path: &Path, node: &str) -> Result<Loaded, Vec<Diagnostic>> {
     if failed {
         return Err(diagnostics);
     }
-    Ok(Loaded { mesh: translation.mesh, pods: translation.pods, warnings: diagnostics })
+    let mut census = translation.census;
+    let empty_list = seen.iter().any(|(_, seen)| seen.census.empty_list);
+    let whole = !path.is_dir() && seen.iter().all(|(_, seen)| seen.whole);
+    census.complete = whole || (empty_list && census.pods.is_empty());
+    census.files = seen.into_iter().map(|(file, seen)| (file, seen.census)).collect();
+    let (mesh, pods, netns) = (translation.mesh, translation.pods, translation.netns);
+    Ok(Loaded { mesh, pods, warnings: diagnostics, netns, census })
 }
 
 fn read(path: &Path, collector: &mut Collector) {
@@ -77,13 +122,15 @@ fn read(path: &Path, collector: &mut Collector) {
     };
     if files.is_empty() {
         let message = "has no .yaml, .yml or .json file";
-        let hint = "for a mesh without anything, write an empty one";
-        return collector.report(Diagnostic::error(&name, 0, message).hint(hint));
+        return collector.report(Diagnostic::error(&name, 0, message).hint(EMPTY_LIST));
     }
     let mut left = BYTES_MAX;
     for file in files {
         let name = display(&file);
         match read_text(&file, left) {
+            Ok(text) if text.trim().is_empty() => {
+                collector.report(Diagnostic::error(&name, 0, "is empty").hint(EMPTY_LIST));
+            }
             Ok(text) => {
                 left -= text.len() as u64;
                 collector.add(&name, &text);
@@ -134,13 +181,7 @@ fn is_hidden(name: &Path) -> bool {
 }
 
 pub(super) fn read_text(file: &Path, bytes_max: u64) -> io::Result<String> {
-    // Asked before it is opened: opening a pipe would wait for its writer.
-    let metadata = fs::metadata(file)?;
-    if !metadata.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    fs::File::open(file)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    let bytes = files::read(file, bytes_max)?;
     if bytes.len() as u64 > bytes_max {
         let message = format!("the mesh file is larger than {} MiB in all", BYTES_MAX >> 20);
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
@@ -212,10 +253,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(
             said(load(dir.path(), "n1"), dir.path()),
-            [format!(
-                "{}: error: has no .yaml, .yml or .json file (for a mesh without anything, write an empty one)",
-                dir.path().display()
-            )]
+            [format!("{}: error: has no .yaml, .yml or .json file ({EMPTY_LIST})", dir.path().display())]
         );
         fs::write(dir.path().join("a.yaml"), pod("a")).unwrap();
         fs::write(dir.path().join("b.yaml"), b"a: b\nc: \xff\n").unwrap();
@@ -229,6 +267,38 @@ mod tests {
                 "d.yaml: error: cannot be read: it is not a regular file",
             ]
         );
+    }
+
+    #[test]
+    fn an_empty_file_is_an_error_and_an_empty_list_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        let check = |text: &str| {
+            fs::write(&file, text).unwrap();
+            load(&file, "n1").map(|loaded| loaded.census.complete).map_err(|said| said[0].message.clone())
+        };
+        assert_eq!(check(""), Err("is empty".to_owned()));
+        assert_eq!(check(" \n\n"), Err("is empty".to_owned()));
+        assert_eq!(check("# nothing\n---\n"), Err(NOTHING.to_owned()));
+        assert_eq!(check("apiVersion: v1\nkind: List\nitems:\n"), Err(NOTHING.to_owned()), "cut off");
+        assert_eq!(check("{apiVersion: v1, kind: List, items: []}"), Ok(true));
+        assert_eq!(check(&pod("a")), Ok(false));
+        assert_eq!(check(&(pod("a") + "...\n")), Ok(true), "an end mark");
+        let list = format!("apiVersion: v1\nitems:\n- {}kind: List\nmetadata: {{}}\n", pod("a"));
+        assert_eq!(check(&list), Ok(true), "as kubectl prints it");
+        assert_eq!(check(&(list + "---\n" + &pod("b"))), Ok(false));
+        // In a directory it may be there for later, unless it is wholly empty.
+        fs::write(dir.path().join("b.yaml"), "# nothing\n").unwrap();
+        assert_eq!(load(dir.path(), "n1").unwrap().warnings.len(), 1);
+        fs::write(dir.path().join("b.yaml"), "").unwrap();
+        assert!(load(dir.path(), "n1").is_err());
+        let strict = Place { path: file, node: Arc::from("n1"), strict: true };
+        fs::write(
+            &strict.path,
+            pod("a") + "---\n{apiVersion: v1, kind: Pod, metadata: {name: b, lables: {}}}\n",
+        )
+        .unwrap();
+        assert!(load(&strict.path, "n1").is_ok() && strict.load().is_err());
     }
 
     #[test]

@@ -4,8 +4,10 @@
 //! out where that is safe. A policy that it cannot understand becomes one that refuses everything to the
 //! workloads it selects, so a source that applies what has errors still fails closed.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::enrol::loss::Census;
 use crate::enrol::pod::LocalPod;
 use crate::mesh::index::Mesh;
 use crate::model::identity::TrustDomain;
@@ -39,6 +41,31 @@ pub struct Translation {
     pub pods: Vec<LocalPod>,
     /// What was not understood, or perhaps not meant.
     pub diagnostics: Vec<Diagnostic>,
+    /// The network namespaces of `pods`, and where they are named.
+    pub netns: Vec<NamedNetns>,
+    /// What was named, whether it is part of the mesh or not.
+    pub census: Census,
+}
+
+/// A network namespace that is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedNetns {
+    /// Which.
+    pub netns: PathBuf,
+    /// Of which pod.
+    pub pod: String,
+    /// The file and the line.
+    pub place: (Arc<str>, u32),
+}
+
+impl NamedNetns {
+    /// That it is not there.
+    pub fn absent(&self) -> Diagnostic {
+        let (file, line) = &self.place;
+        let message =
+            format!("network namespace {} of pod {} does not exist here", self.netns.display(), self.pod);
+        Diagnostic::warning(file, *line, message).hint("`ip netns list` names those of /run/netns")
+    }
 }
 
 /// The name istiod gives to a cluster that was not named.
@@ -59,10 +86,12 @@ struct Settings {
 pub fn translate(objects: &Objects, options: &Options) -> Translation {
     let mut diagnostics = Vec::new();
     let settings = Settings::new(objects, &mut diagnostics);
-    let mut drafts = pods::drafts(objects, options, &settings, &mut diagnostics);
+    let mut census = Census::default();
+    let mut drafts = pods::drafts(objects, options, &settings, &mut census, &mut diagnostics);
     let mut policies = authorization::policies(objects, &settings, &mut drafts, &mut diagnostics);
     policies.extend(peers::policies(objects, &settings, &mut drafts, &mut diagnostics));
 
+    let netns = drafts.iter().filter_map(Draft::named_netns).collect();
     let locals = drafts.iter_mut().filter_map(|draft| draft.local.take()).collect();
     let pods: Vec<pods::Built<'_>> = drafts.into_iter().map(Draft::build).collect();
     let (services, memberships) = services::services(objects, &pods, &mut diagnostics);
@@ -72,7 +101,12 @@ pub fn translate(objects: &Objects, options: &Options) -> Translation {
         .map(|(pod, services)| Arc::new(Workload { services: services.into_boxed_slice(), ..pod.workload }));
     let mesh =
         Mesh::new(settings.trust_domain, workloads, services, policies.into_iter().map(Arc::<Policy>::new));
-    Translation { mesh, pods: locals, diagnostics }
+    let policy = |kind, namespace: &str, name: &str| Arc::from(format!("{kind} {namespace}/{name}"));
+    let authorizations = objects.authorization_policies.iter();
+    census.policies.extend(authorizations.map(|at| policy("AuthorizationPolicy", &at.namespace, &at.name)));
+    let authentications = objects.peer_authentications.iter();
+    census.policies.extend(authentications.map(|at| policy("PeerAuthentication", &at.namespace, &at.name)));
+    Translation { mesh, pods: locals, diagnostics, netns, census }
 }
 
 impl Settings {

@@ -11,7 +11,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -31,6 +30,7 @@ use crate::shutdown::Signal;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::file;
 use crate::standalone::file::Loaded;
+use crate::standalone::file::Place;
 
 /// How often it is asked whether there may be a change.
 const LOOK: Duration = Duration::from_millis(200);
@@ -62,23 +62,18 @@ impl Updates {
     }
 }
 
-/// Watches the mesh file at `path` as the node named `node` (see [`file::load`]), until `signal` says that the
-/// process ends. Runs on the runtime of the caller; reads on its blocking threads.
-pub fn watch(path: PathBuf, node: String, signal: Signal) -> Updates {
+/// Watches a mesh file (see [`file::load`]), until `signal` says that the process ends. Runs on the runtime of the
+/// caller; reads on its blocking threads.
+pub fn watch(place: Place, signal: Signal) -> Updates {
     let (sender, receiver) = mpsc::channel(1);
-    let _task = shutdown::spawn(run(Arc::from(path), Arc::from(node), signal, sender));
+    let _task = shutdown::spawn(run(place, signal, sender));
     Updates(receiver)
 }
 
-async fn run(
-    path: Arc<Path>,
-    node: Arc<str>,
-    mut signal: Signal,
-    sender: mpsc::Sender<Result<Loaded, Vec<Diagnostic>>>,
-) {
-    let watched = Arc::new(Mutex::new(Watched::new(Arc::clone(&path))));
+async fn run(place: Place, mut signal: Signal, sender: mpsc::Sender<Result<Loaded, Vec<Diagnostic>>>) {
+    let watched = Arc::new(Mutex::new(Watched::new(Arc::from(place.path.as_path()))));
     let mut applied = look(&watched).await;
-    let mut pending = Some(load(&path, &node).await);
+    let mut pending = Some(load(&place).await);
     loop {
         tokio::select! {
             permit = sender.reserve(), if pending.is_some() => match permit {
@@ -88,7 +83,7 @@ async fn run(
             () = sleep(LOOK) => {
                 if glance(&watched).await.is_some_and(|seen| seen != applied) {
                     applied = settled(&watched).await;
-                    pending = Some(load(&path, &node).await);
+                    pending = Some(load(&place).await);
                 }
             }
             () = sender.closed() => return,
@@ -111,11 +106,12 @@ async fn settled(watched: &Arc<Mutex<Watched>>) -> Stamp {
     }
 }
 
-async fn load(path: &Arc<Path>, node: &Arc<str>) -> Result<Loaded, Vec<Diagnostic>> {
-    let (owned, node) = (Arc::clone(path), Arc::clone(node));
-    let loading = spawn_blocking(move || file::load(&owned, &node));
+/// Loads it now, on a thread that may wait for a slow file system.
+pub(super) async fn load(place: &Place) -> Result<Loaded, Vec<Diagnostic>> {
+    let owned = place.clone();
+    let loading = spawn_blocking(move || owned.load());
     loading.await.unwrap_or_else(|error| {
-        let name = Arc::from(path.display().to_string());
+        let name = file::display(&place.path);
         Err(vec![Diagnostic::error(&name, 0, format!("reading it failed: {error}"))])
     })
 }
@@ -236,6 +232,7 @@ impl Watched {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
 
     use tokio::time::timeout;
 
@@ -245,6 +242,10 @@ mod tests {
         format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{istio.io/dataplane-mode: none}}}}}}\n"
         )
+    }
+
+    fn place(path: PathBuf) -> Place {
+        Place { path, node: Arc::from("n1"), strict: false }
     }
 
     /// The next load's pods, or what was said. Waits longer than a busy machine takes.
@@ -273,7 +274,7 @@ mod tests {
         let file = dir.path().join("a.yaml");
         fs::write(&file, pod("a")).unwrap();
         let (trigger, signal) = shutdown::channel();
-        let mut updates = watch(dir.path().to_owned(), "n1".to_owned(), signal);
+        let mut updates = watch(place(dir.path().to_owned()), signal);
         assert_eq!(next(&mut updates).await, pods(&["a"]));
 
         let mut open = fs::OpenOptions::new().write(true).open(&file).unwrap();
@@ -313,7 +314,7 @@ mod tests {
         symlink("..1", dir.path().join("..data")).unwrap();
         symlink("..data/pods.yaml", dir.path().join("pods.yaml")).unwrap();
         let (_trigger, signal) = shutdown::channel();
-        let mut updates = watch(dir.path().to_owned(), "n1".to_owned(), signal);
+        let mut updates = watch(place(dir.path().to_owned()), signal);
         assert_eq!(next(&mut updates).await, pods(&["a"]));
         symlink("..2", dir.path().join("..data_tmp")).unwrap();
         fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
@@ -359,7 +360,7 @@ mod tests {
         let file = dir.path().join("a.yaml");
         fs::write(&file, pod("a")).unwrap();
         let (_trigger, signal) = shutdown::channel();
-        let mut updates = watch(file.clone(), "n1".to_owned(), signal);
+        let mut updates = watch(place(file.clone()), signal);
         assert_eq!(next(&mut updates).await, pods(&["a"]));
         fs::write(&file, pod("b")).unwrap();
         fs::write(&file, pod("c")).unwrap();

@@ -68,6 +68,32 @@ impl Node {
         }
     }
 
+    /// The same with what is above `depth` only, and without texts: enough for [`Self::line_of`].
+    pub fn skeleton(&self, depth: usize) -> Self {
+        let nothing = || Value::Scalar { text: Box::from(""), plain: true };
+        let below = |node: &Self| Arc::new(node.skeleton(depth.saturating_sub(1)));
+        let value = match &self.value {
+            Value::List(items) if depth > 0 => Value::List(items.iter().map(|item| below(item)).collect()),
+            Value::Map(entries) if depth > 0 => {
+                let entry = |entry: &Entry| Entry {
+                    key: entry.key.clone(),
+                    line: entry.line,
+                    value: below(&entry.value),
+                };
+                Value::Map(entries.iter().map(entry).collect())
+            }
+            Value::Scalar { .. } | Value::List(_) | Value::Map(_) => nothing(),
+        };
+        Self { line: self.line, value }
+    }
+
+    /// Whether this is a mapping that has both keys, `key` after `other`.
+    pub fn is_after(&self, key: &str, other: &str) -> bool {
+        let Value::Map(entries) = &self.value else { return false };
+        let place = |key: &str| entries.iter().position(|entry| &*entry.key == key);
+        place(key).zip(place(other)).is_some_and(|(key, other)| key > other)
+    }
+
     /// Whether nothing is written here.
     pub fn is_null(&self) -> bool {
         matches!(&self.value, Value::Scalar { text, plain: true } if is_null(text))
@@ -144,29 +170,75 @@ const EXPANSION_FOR_EACH_BYTE: usize = 8;
 
 /// The documents of `text` that are not empty. An error comes with its line.
 pub fn documents(text: &str) -> Result<Vec<Arc<Node>>, (u32, SyntaxError)> {
+    let mut documents = Vec::new();
+    parse(text, Pieces { sink: &mut |piece| documents.extend(piece.document()), items: false })?;
+    Ok(documents)
+}
+
+/// A part of a text.
+#[derive(Debug)]
+pub enum Piece {
+    /// An element of the list `items` of a document that is not over, with a kind and a version of its own.
+    Item(Arc<Node>),
+    /// A document, without such elements, and how many of them there were.
+    Document(Arc<Node>, usize),
+}
+
+impl Piece {
+    fn document(self) -> Option<Arc<Node>> {
+        match self {
+            Self::Item(_) => None,
+            Self::Document(node, _) => Some(node),
+        }
+    }
+}
+
+/// Gives out the documents of `text` that are not empty, one after the other, and long lists element by element, so that
+/// nobody has to have the tree of all of it. An error comes with its line; what was given out before it is not taken
+/// back.
+pub fn pieces(text: &str, sink: &mut dyn FnMut(Piece)) -> Result<(), (u32, SyntaxError)> {
+    parse(text, Pieces { sink, items: true })
+}
+
+fn parse(text: &str, pieces: Pieces<'_>) -> Result<(), (u32, SyntaxError)> {
     let mut parser = Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
     let expansion_max = EXPANSION_MIN.max(text.len().saturating_mul(EXPANSION_FOR_EACH_BYTE));
-    let mut builder = Builder { expansion_max, ..Builder::default() };
+    let mut builder = Builder::new(pieces, expansion_max);
     while let Some(event) = parser.next_event() {
-        let (event, span) = event.map_err(|error| syntax(&error))?;
+        let (event, span) = event.map_err(|error| syntax(&error, text))?;
         let line = line(span.start.line());
         builder.event(event, line).map_err(|error| (line, error))?;
     }
-    Ok(builder.documents)
+    Ok(())
 }
 
-fn syntax(error: &ScanError) -> (u32, SyntaxError) {
-    (line(error.marker().line()), SyntaxError::Yaml(error.info().to_owned()))
+fn syntax(error: &ScanError, text: &str) -> (u32, SyntaxError) {
+    let (mut at, what) = (line(error.marker().line()), error.info());
+    if what.contains("tab") {
+        // Of a tab that follows a text, the scanner names the line of the text.
+        let indented = |(_, line): &(usize, &str)| line.trim_start_matches(' ').starts_with('\t');
+        let tab = text.lines().enumerate().skip(at as usize - 1).find(indented);
+        at = tab.map_or(at, |(number, _)| line(number + 1));
+    }
+    (at, SyntaxError::Yaml(what.to_owned()))
 }
 
 fn line(line: usize) -> u32 {
     u32::try_from(line).unwrap_or(u32::MAX).max(1)
 }
 
-/// Makes a tree of events, without recursion.
-#[derive(Default)]
-struct Builder {
-    documents: Vec<Arc<Node>>,
+/// Where what is finished goes.
+struct Pieces<'p> {
+    sink: &'p mut dyn FnMut(Piece),
+    /// Elements of lists are given out by themselves.
+    items: bool,
+}
+
+/// Makes trees of events, without recursion.
+struct Builder<'p> {
+    pieces: Pieces<'p>,
+    /// How many elements of the list of this document were given out.
+    given: usize,
     open: Vec<Open>,
     anchors: HashMap<usize, (Arc<Node>, usize)>,
     /// How many nodes there are, counting what aliases expand to.
@@ -189,7 +261,20 @@ struct Open {
     keys: HashSet<Box<str>>,
 }
 
-impl Builder {
+impl<'p> Builder<'p> {
+    fn new(pieces: Pieces<'p>, expansion_max: usize) -> Self {
+        let (open, anchors) = (Vec::new(), HashMap::new());
+        Self { pieces, given: 0, open, anchors, nodes: 0, expanded: 0, expansion_max }
+    }
+
+    /// Whether what is finished now is an element of the list `items` of a document.
+    fn is_item(&self, node: &Node) -> bool {
+        let [root, list] = &self.open[..] else { return false };
+        let of_items = matches!(list.value, Value::List(_))
+            && root.key.as_ref().is_some_and(|(key, _)| &**key == "items");
+        self.pieces.items && of_items && node.text("kind").is_some() && node.text("apiVersion").is_some()
+    }
+
     fn event(&mut self, event: Event<'_>, line: u32) -> Result<(), SyntaxError> {
         match event {
             Event::Nothing | Event::StreamStart | Event::StreamEnd => Ok(()),
@@ -254,9 +339,15 @@ impl Builder {
     /// Puts a finished node where it belongs. `line` is where it is used, which an alias makes another line
     /// than where it is written.
     fn place(&mut self, node: Arc<Node>, line: u32) -> Result<(), SyntaxError> {
+        if self.is_item(&node) {
+            self.given += 1;
+            (self.pieces.sink)(Piece::Item(node));
+            return Ok(());
+        }
         let Some(parent) = self.open.last_mut() else {
+            let given = std::mem::take(&mut self.given);
             if !node.is_null() {
-                self.documents.push(node);
+                (self.pieces.sink)(Piece::Document(node, given));
             }
             return Ok(());
         };
@@ -330,6 +421,48 @@ mod tests {
         }
         let (line, error) = documents("a: 1\nb: [1\nc: 2\n").unwrap_err();
         assert!(matches!(error, SyntaxError::Yaml(_)) && line >= 2, "{line} {error}");
+    }
+
+    #[test]
+    fn long_lists_are_given_out_element_by_element() {
+        let text = "apiVersion: v1\nitems:\n- {apiVersion: v1, kind: Pod, a: [{kind: x, apiVersion: y}]}\n\
+                    - {name: bare}\n- apiVersion: v1\n  kind: Pod\nkind: List\n---\nkind: Other\n";
+        let mut given = Vec::new();
+        let mut sink = |piece: Piece| {
+            given.push(match piece {
+                Piece::Item(node) => format!("item {}", node.line),
+                Piece::Document(node, items) => {
+                    let left = node.entry("items").map(|entry| match &entry.value.value {
+                        Value::List(items) => items.len(),
+                        _ => 0,
+                    });
+                    format!("document {} {items} {left:?}", node.text("kind").unwrap_or_default())
+                }
+            });
+        };
+        pieces(text, &mut sink).unwrap();
+        assert_eq!(given, ["item 3", "item 5", "document List 2 Some(1)", "document Other 0 None"]);
+    }
+
+    #[test]
+    fn a_skeleton_knows_the_lines() {
+        let documents = documents("a:\n  b:\n    c:\n      d: 1\n").unwrap();
+        let skeleton = documents[0].skeleton(3);
+        assert_eq!(
+            [&["a"][..], &["a", "b", "c"], &["a", "b", "c", "d"]].map(|path| skeleton.line_of(path)),
+            [1, 3, 3]
+        );
+    }
+
+    #[test]
+    fn a_tab_is_found_on_its_own_line() {
+        for (text, line) in
+            [("a:\n  b: 1\n\tc: 2\n", 3), ("a:\n\tb: 1\n", 2), ("a: 1\nb:\n  c: x\n  \td: 1\n", 4)]
+        {
+            let (at, error) = documents(text).unwrap_err();
+            assert!(matches!(&error, SyntaxError::Yaml(what) if what.contains("tab")), "{error}");
+            assert_eq!(at, line, "{text:?}");
+        }
     }
 
     #[test]

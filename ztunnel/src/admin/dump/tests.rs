@@ -233,6 +233,7 @@ fn written(mesh: &Mesh) -> String {
             cert_chain: vec![certificate.clone()],
             root_certs: vec![certificate],
         }],
+        refused: Vec::new(),
         settings: &[setting("CLUSTER_ID", "c1", "environment"), setting("--drain-deadline", "5s", "default")],
         version: &version(),
     };

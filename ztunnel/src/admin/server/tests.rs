@@ -17,6 +17,8 @@ use crate::admin::dump::Sources;
 use crate::admin::profile::heap::tests::TURN;
 use crate::admin::quit;
 use crate::api;
+use crate::enrol::source::Source;
+use crate::enrol::source::reloads;
 use crate::identity::ca::CertificateAuthority;
 use crate::identity::ca::IssueError;
 use crate::identity::worker;
@@ -35,17 +37,18 @@ use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 
 /// A server on a free port of the loopback.
-async fn start(site: Site, connections_max: usize) -> (SocketAddr, Trigger) {
+async fn start(site: Site, limits: Limits) -> (SocketAddr, Trigger) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (trigger, signal) = shutdown::channel();
-    shutdown::spawn(serve(listener, site, connections_max, signal));
+    shutdown::spawn(serve(listener, site, limits, signal));
     (address, trigger)
 }
 
 fn metrics_site() -> Site {
     let log = writer::start(Box::new(io::sink()), Format::Plain).unwrap();
-    Site::Metrics(Telemetry::new(telemetry::Config::default(), log))
+    let turns = Arc::new(Semaphore::new(SCRAPES_AT_ONCE));
+    Site::Metrics(Telemetry::new(telemetry::Config::default(), log), turns)
 }
 
 /// What the server answers to `request`, up to the end of the connection.
@@ -74,7 +77,7 @@ fn status(answer: &str) -> &str {
 async fn readiness_names_who_is_waited_for() {
     let readiness = Readiness::new();
     let (mesh, proxy) = (readiness.block("mesh"), readiness.block("proxy"));
-    let (address, _running) = start(Site::Readiness(readiness), PROBES_MAX).await;
+    let (address, _running) = start(Site::Readiness(readiness), PROBES).await;
 
     let answer = get(address, "/healthz/ready", "").await;
     assert!(
@@ -112,14 +115,14 @@ fn readiness_tells_of_certificates_that_are_missing() {
             ),
         ),
     ] {
-        let state = state(pending, age, shortage.as_ref());
+        let state = state(pending, age, &[], shortage.as_ref());
         assert_eq!(state.as_deref().map_err(|text| text.as_str()), expected);
     }
 }
 
 #[tokio::test]
 async fn metrics_come_in_the_type_asked_for() {
-    let (address, _running) = start(metrics_site(), SCRAPES_MAX).await;
+    let (address, _running) = start(metrics_site(), SCRAPES).await;
     for path in ["/metrics", "/stats/prometheus", "/metrics?x=1"] {
         let answer = get(address, path, "").await;
         assert_eq!(status(&answer), "200", "{path}");
@@ -161,7 +164,7 @@ fn unpacked(answer: &[u8]) -> (String, String) {
 
 #[tokio::test]
 async fn metrics_are_compressed_for_who_takes_that() {
-    let (address, _running) = start(metrics_site(), SCRAPES_MAX).await;
+    let (address, _running) = start(metrics_site(), SCRAPES).await;
     let request = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\naccept-encoding: gzip\r\n\r\n";
     let (_, body) = unpacked(&exchange_bytes(address, request).await);
     assert!(body.contains("istio_build{") && body.ends_with("# EOF\n"), "{body}");
@@ -206,6 +209,7 @@ async fn admin() -> Admin {
         identities,
         data_plane: Arc::new(data_plane.unwrap()),
         waiting: watch::Sender::new(Arc::default()).subscribe(),
+        source: Source::default(),
         settings: Arc::from([api::Setting {
             name: "NODE_NAME".to_owned(),
             value: "n".to_owned(),
@@ -215,7 +219,8 @@ async fn admin() -> Admin {
     };
     let (quit, asked) = quit::quit();
     let levels = Levels::unattached(Filter::default());
-    let console = Console::new(sources, levels, telemetry, quit);
+    let (reloader, _nobody) = reloads();
+    let console = Console::new(sources, levels, telemetry, quit, reloader);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     shutdown::spawn(serve_console(listener, console, signal));
@@ -326,8 +331,8 @@ async fn post_owned(address: SocketAddr) -> String {
 
 #[tokio::test]
 async fn other_paths_and_methods_are_refused() {
-    let (metrics, _running) = start(metrics_site(), SCRAPES_MAX).await;
-    let (ready, _running_too) = start(Site::Readiness(Readiness::new()), PROBES_MAX).await;
+    let (metrics, _running) = start(metrics_site(), SCRAPES).await;
+    let (ready, _running_too) = start(Site::Readiness(Readiness::new()), PROBES).await;
     assert_eq!(status(&get(metrics, "/", "").await), "404");
     assert_eq!(status(&get(ready, "/healthz", "").await), "404");
     assert_eq!(status(&get(ready, "/metrics", "").await), "404");
@@ -344,7 +349,7 @@ async fn other_paths_and_methods_are_refused() {
 
 #[tokio::test]
 async fn what_is_too_large_or_no_http_is_refused() {
-    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES_MAX).await;
+    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES).await;
     let large = format!("x: {}\r\n", "a".repeat(2 * HEADER_MAX));
     assert_eq!(status(&get(address, "/healthz/ready", &large).await), "431");
     let many = "x: y\r\n".repeat(FIELDS_MAX + 1);
@@ -355,7 +360,7 @@ async fn what_is_too_large_or_no_http_is_refused() {
 /// Time is paused, so it passes only when nothing else can happen: the client's patience costs the test nothing.
 #[tokio::test(start_paused = true)]
 async fn a_slow_client_is_cut_off() {
-    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES_MAX).await;
+    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES).await;
     for begun in ["", "GET /healthz/ready HTTP/1.1\r\nhos"] {
         let before = Instant::now();
         // Status 408 or nothing at all: what counts is that the connection ends.
@@ -367,7 +372,7 @@ async fn a_slow_client_is_cut_off() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_that_trickles_is_cut_off() {
-    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES_MAX).await;
+    let (address, _running) = start(Site::Readiness(Readiness::new()), PROBES).await;
     let mut stream = TcpStream::connect(address).await.unwrap();
     let before = Instant::now();
     let trickled = async {
@@ -382,19 +387,23 @@ async fn a_client_that_trickles_is_cut_off() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn beyond_the_cap_clients_wait_for_their_turn() {
-    let (address, _running) = start(Site::Readiness(Readiness::new()), 2).await;
-    let idle = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
+async fn clients_that_say_nothing_do_not_keep_others_waiting() {
+    let limits = Limits { connections: 2, ..PROBES };
+    let (address, _running) = start(Site::Readiness(Readiness::new()), limits).await;
+    let mut idle = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
     let before = Instant::now();
-    let answer = get(address, "/healthz/ready", "").await;
-    assert_eq!(status(&answer), "200");
-    assert!(before.elapsed() >= HEADER_TIMEOUT, "it was served beside the two that hold the slots");
-    drop(idle);
+    for _ in 0..10 {
+        let answer = get(address, "/healthz/ready", "").await;
+        assert_eq!(status(&answer), "200");
+    }
+    assert!(before.elapsed() < HEADER_TIMEOUT, "it took {:?}", before.elapsed());
+    // The one that has waited longest made room.
+    assert_eq!(idle[0].read(&mut [0]).await.unwrap_or(0), 0);
 }
 
 #[tokio::test]
 async fn draining_is_no_end_but_closing_is() {
-    let (address, trigger) = start(Site::Readiness(Readiness::new()), PROBES_MAX).await;
+    let (address, trigger) = start(Site::Readiness(Readiness::new()), PROBES).await;
     trigger.drain();
     assert_eq!(status(&get(address, "/healthz/ready", "").await), "200");
     let mut idle = TcpStream::connect(address).await.unwrap();

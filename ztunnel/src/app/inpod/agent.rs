@@ -21,6 +21,8 @@ use crate::capture::Listeners;
 use crate::config::resolved::Zds;
 use crate::dns;
 use crate::enrol::pod::Awaited;
+use crate::enrol::source::Source;
+use crate::enrol::source::Trouble;
 use crate::enrol::zds::AgentPod;
 use crate::enrol::zds::link::Happened;
 use crate::enrol::zds::link::Link;
@@ -64,6 +66,8 @@ pub(super) struct Agent {
     machine: Machine<AgentPod>,
     link: Link,
     reconciled: bool,
+    /// Where it is told that the agent's list is not carried out.
+    source: Source,
     zds: Zds,
     settings: Arc<Settings>,
     node: Arc<str>,
@@ -86,11 +90,13 @@ impl Agent {
         node: Arc<str>,
         data_plane: Arc<DataPlane>,
         dns: Option<Arc<dns::server::Dns>>,
+        source: Source,
     ) -> Self {
         Self {
             machine: Machine::default(),
             link: Link::new(zds.socket.clone()),
             reconciled: false,
+            source: source.of("the node agent's list of pods"),
             settings: Arc::new(zds.listeners.settings.clone()),
             zds,
             node,
@@ -152,6 +158,11 @@ impl Agent {
             happened = self.link.next(self.machine.owes()) => self.happened(happened),
             () = due => self.step(Event::Tick),
         }
+    }
+
+    /// What is in doubt is meant.
+    pub(super) fn confirm(&mut self) {
+        self.step(Event::Confirmed);
     }
 
     /// Asks the agent for a new snapshot.
@@ -253,6 +264,16 @@ impl Agent {
                     }
                 }
             }
+        }
+        match self.machine.doubt() {
+            Some((change, _)) => {
+                let new = self.source.refusal().is_none();
+                if new {
+                    tracing::warn!(reason = %change, "the node agent's list is carried out if it stays so for a while");
+                }
+                self.source.refused(Trouble::Waiting, vec![change.to_string()], new);
+            }
+            None => self.source.cleared(),
         }
         if self.machine.pending() > 0 || !self.awaited.borrow().is_empty() {
             self.awaited.send_replace(self.machine.waiting().map(|pod| self.awaited_as(pod)).collect());

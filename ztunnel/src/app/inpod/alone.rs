@@ -18,6 +18,7 @@ use crate::app::LAST_ANSWER;
 use crate::app::RunError;
 use crate::app::Signals;
 use crate::app::certificates;
+use crate::app::descriptors::Descriptors;
 use crate::app::inpod::LOOK_EVERY;
 use crate::app::inpod::agent::addresses;
 use crate::app::inpod::drain;
@@ -26,12 +27,13 @@ use crate::app::inpod::world::World;
 use crate::app::make_run_dir;
 use crate::app::memory::Housekeeping;
 use crate::app::ports;
-use crate::app::ports::Admin;
+use crate::app::ports::Ports;
 use crate::app::version;
 use crate::capture;
 use crate::config::resolved::Alone;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
+use crate::enrol::source;
 use crate::identity;
 use crate::model::workload::Workload;
 use crate::net::bypass::Unguarded;
@@ -57,11 +59,15 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
         make_run_dir(directory)?;
     }
 
+    let reserved = Ports::bind(&config)?;
+    let (reloader, wishes) = source::reloads();
     let readiness = Readiness::new();
     let blocker = readiness.block(READINESS);
     // Before anything uses TLS.
     let trust = certificates::trust(&config, &telemetry, &readiness, &signal)?;
-    let Some(mut world) = World::open(&config, &telemetry, &readiness, &signal).await? else { return Ok(()) };
+    let Some(mut world) = World::open(&config, &telemetry, &readiness, wishes, &signal).await? else {
+        return Ok(());
+    };
     let authority = certificates::authority(&config, &world.trust_domain())?;
     let kept = config.cert_cache.as_deref().map(certificates::kept_at).unwrap_or_default();
     let identities = identity::worker::start_with(authority, trust, kept, signal.clone());
@@ -80,17 +86,19 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
     // Nobody is waited for but the one.
     let waiting = watch::Sender::new(Arc::default());
     ports::register_components(&telemetry, &data_plane, waiting.subscribe(), identities.clone());
+    ports::register_source(&telemetry, readiness.source());
     let sources = Sources {
         mesh: world.reader(),
         local: world.local(),
         identities: identities.clone(),
         data_plane: Arc::clone(&data_plane),
         waiting: waiting.subscribe(),
+        source: readiness.source(),
         settings: config.settings.clone().into(),
         version: version::version("unknown"),
     };
-    let console = Console::new(sources, levels, telemetry.clone(), quit);
-    let admin = Admin::start(&config, &telemetry, &readiness, console, signal.clone())?;
+    let console = Console::new(sources, levels, telemetry.clone(), quit, reloader);
+    let admin = reserved.serve(&telemetry, &readiness, console, signal.clone())?;
 
     let serves = |workload: &Workload| alone.workload.is(workload);
     if !first_mesh(&mut world, None, &mut signals).await {
@@ -108,6 +116,7 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
+    let mut descriptors = Descriptors::new(&readiness);
     let mut ready = false;
     loop {
         // The mesh may still be missing.
@@ -121,7 +130,10 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
                 false => break,
             },
             // Also for readiness, which may change without the mesh.
-            _ = look.tick() => housekeeping.look(LOOK_EVERY),
+            _ = look.tick() => {
+                housekeeping.look(LOOK_EVERY);
+                descriptors.look();
+            }
             () = signals.next() => break,
         }
     }

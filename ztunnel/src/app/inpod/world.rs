@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::SystemTime;
 
+use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::sleep_until;
@@ -12,10 +13,10 @@ use tokio::time::sleep_until;
 use crate::admin::ready::Blocker;
 use crate::admin::ready::Readiness;
 use crate::app::RunError;
-use crate::app::report_rejected;
 use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
+use crate::enrol::source::Reload;
 use crate::identity::worker::Identities;
 use crate::mesh;
 use crate::mesh::MeshReader;
@@ -26,10 +27,11 @@ use crate::model::identity::TrustDomain;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::shutdown;
+use crate::standalone::changes::Changes;
+use crate::standalone::changes::Next;
 use crate::standalone::file::Loaded;
+use crate::standalone::file::Place;
 use crate::standalone::local;
-use crate::standalone::watch as file;
-use crate::standalone::watch::Updates;
 use crate::telemetry::Telemetry;
 use crate::xds::client;
 use crate::xds::client::Status;
@@ -42,11 +44,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Who writes the mesh.
 enum Feed {
     /// This, from what is read of the mesh file.
-    File { updates: Updates, writer: Box<MeshWriter>, trust_domain: TrustDomain },
+    File { changes: Box<Changes>, writer: Box<MeshWriter>, trust_domain: TrustDomain },
     /// The client of a control plane.
-    Istiod { status: watch::Receiver<Status>, readiness: Readiness, blocker: Option<Blocker> },
+    Istiod {
+        status: watch::Receiver<Status>,
+        readiness: Readiness,
+        blocker: Option<Blocker>,
+        wishes: mpsc::Receiver<Reload>,
+    },
     /// Nobody: it stays as it is.
-    Nothing { _writer: Box<MeshWriter> },
+    Nothing { _writer: Box<MeshWriter>, wishes: mpsc::Receiver<Reload> },
 }
 
 /// The mesh, and what follows from it for this node.
@@ -62,6 +69,8 @@ pub(super) struct World {
     network: String,
     /// This proxy's own identity is not as the mesh says, and that has been told.
     doubted: bool,
+    /// Somebody has said that what is in doubt is meant.
+    confirmed: bool,
 }
 
 impl World {
@@ -70,6 +79,7 @@ impl World {
         config: &Run,
         telemetry: &Telemetry,
         readiness: &Readiness,
+        wishes: mpsc::Receiver<Reload>,
         signal: &shutdown::Signal,
     ) -> Result<Option<Self>, RunError> {
         let (mut writer, mut reader) = mesh::mesh();
@@ -83,17 +93,14 @@ impl World {
             writer.publish(Mesh::clone(&local));
         }
         let feed = match &config.mesh {
-            Source::File(path) => {
-                let node = config.places.node.to_string();
-                let mut updates = file::watch(path.clone(), node, signal.clone());
-                let loaded = match updates.next().await {
-                    Some(Ok(loaded)) => loaded,
-                    Some(Err(diagnostics)) => return Err(RunError::Mesh(diagnostics)),
-                    None => return Ok(None),
-                };
+            Source::File { path, strict } => {
+                let node = Arc::clone(&config.places.node);
+                let place = Place { path: path.clone(), node, strict: *strict };
+                let opened = Changes::open(place, wishes, readiness.source(), signal.clone());
+                let Some((changes, loaded)) = opened.await.map_err(RunError::Mesh)? else { return Ok(None) };
                 let trust_domain = loaded.mesh.trust_domain().clone();
                 publish(loaded, &mut writer);
-                Feed::File { updates, writer: Box::new(writer), trust_domain }
+                Feed::File { changes: Box::new(changes), writer: Box::new(writer), trust_domain }
             }
             Source::Istiod { client, on_demand } => {
                 let blocker = Some(readiness.block(READINESS));
@@ -105,7 +112,7 @@ impl World {
                 } else {
                     client::start(config, writer, telemetry, signal)
                 };
-                Feed::Istiod { status, readiness: readiness.clone(), blocker }
+                Feed::Istiod { status, readiness: readiness.clone(), blocker, wishes }
             }
             Source::Nothing => {
                 if config.local.is_none() {
@@ -114,7 +121,7 @@ impl World {
                     );
                     writer.publish(Mesh::default());
                 }
-                Feed::Nothing { _writer: Box::new(writer) }
+                Feed::Nothing { _writer: Box::new(writer), wishes }
             }
         };
         let mut world = Self {
@@ -125,6 +132,7 @@ impl World {
             looked: Instant::now(),
             network: config.network.clone(),
             doubted: false,
+            confirmed: false,
         };
         world.tell();
         Ok(Some(world))
@@ -195,18 +203,27 @@ impl World {
                     return true;
                 }
                 fed = fed(&mut self.feed) => {
-                    if !fed {
-                        return false;
+                    match fed {
+                        Fed::Changed => self.tell(),
+                        Fed::Confirmed => {
+                            self.confirmed = true;
+                            return true;
+                        }
+                        Fed::Ended => return false,
                     }
-                    self.tell();
                 }
             }
         }
     }
 
+    /// Whether somebody has said meanwhile that what is in doubt is meant.
+    pub(super) fn take_confirmed(&mut self) -> bool {
+        std::mem::take(&mut self.confirmed)
+    }
+
     /// Tells those who ask whether there is a mesh, and whether it is as it is now.
     fn tell(&mut self) {
-        let Feed::Istiod { status, readiness, blocker } = &mut self.feed else { return };
+        let Feed::Istiod { status, readiness, blocker, .. } = &mut self.feed else { return };
         let now = *status.borrow_and_update();
         if now.synced
             && let Some(blocker) = blocker.take()
@@ -260,28 +277,47 @@ impl World {
     }
 }
 
-/// Waits for the source, and does what it asks for. False where it is no more.
-async fn fed(feed: &mut Feed) -> bool {
+/// What came of waiting for the source.
+enum Fed {
+    Changed,
+    /// What is in doubt elsewhere is meant.
+    Confirmed,
+    Ended,
+}
+
+/// Waits for the source, and does what it asks for.
+async fn fed(feed: &mut Feed) -> Fed {
     match feed {
-        Feed::File { updates, writer, trust_domain } => match updates.next().await {
-            Some(Ok(loaded)) => {
-                let (new, old) = (loaded.mesh.trust_domain(), &*trust_domain);
-                if new == old {
-                    publish(loaded, writer);
-                } else {
-                    tracing::error!(%new, %old, "the changed mesh file is not applied: its trust domain is another one");
-                }
-                true
+        Feed::File { changes, writer, trust_domain: _ } => match changes.next().await {
+            Some(Next::Apply(loaded)) => {
+                publish(*loaded, writer);
+                Fed::Changed
             }
-            Some(Err(diagnostics)) => {
-                report_rejected(&diagnostics);
-                true
-            }
-            None => false,
+            Some(Next::Confirmed) => Fed::Confirmed,
+            None => Fed::Ended,
         },
-        Feed::Istiod { status, .. } => status.changed().await.is_ok(),
-        Feed::Nothing { .. } => std::future::pending().await,
+        Feed::Istiod { status, wishes, .. } => tokio::select! {
+            changed = status.changed() => match changed {
+                Ok(()) => Fed::Changed,
+                Err(_ended) => Fed::Ended,
+            },
+            Some(wish) = wishes.recv() => without_files(wish),
+        },
+        Feed::Nothing { wishes, .. } => match wishes.recv().await {
+            Some(wish) => without_files(wish),
+            None => std::future::pending().await,
+        },
     }
+}
+
+fn without_files(wish: Reload) -> Fed {
+    let said = match wish.force {
+        true => "what is in doubt is carried out",
+        false => "there is no mesh file here: the control plane says what changes",
+    };
+    // Whoever wished may be gone.
+    let _gone = wish.answer.send(Ok(said.to_owned()));
+    if wish.force { Fed::Confirmed } else { Fed::Changed }
 }
 
 fn publish(loaded: Loaded, writer: &mut MeshWriter) {

@@ -8,7 +8,8 @@
 //!
 //! Never blocks and never reads the clock. Pods are enrolled and withdrawn by the same machine as those of a mesh
 //! file ([`Pods`]); this one adds who is owed an answer. Whatever the agent sends, a pod that is enrolled stays so
-//! until a well-formed Del, or a whole snapshot without it.
+//! until a well-formed Del, or a whole snapshot without it; and if that is without most pods, until it has been so for
+//! a while ([`crate::enrol::loss`]).
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -16,6 +17,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::enrol::loss::Caution;
+use crate::enrol::loss::Change;
+use crate::enrol::loss::Verdict;
 use crate::enrol::pod::Enrolled;
 use crate::enrol::pods;
 use crate::enrol::pods::Pods;
@@ -70,6 +74,8 @@ pub enum Event<P> {
     CaptureFailed(PodUid, String),
     /// Nothing of the daemon is left in the pod.
     Released(PodUid),
+    /// What is in doubt is meant.
+    Confirmed,
     /// Time has passed: see [`Machine::wake`].
     Tick,
 }
@@ -106,11 +112,18 @@ pub struct Machine<P> {
     /// Why pods that are [`Standing::Failing`] are.
     failures: BTreeMap<PodUid, String>,
     connection: Option<Connection>,
+    /// A snapshot without most of the pods that are enrolled, until it is believed.
+    doubted: Caution<BTreeSet<PodUid>>,
 }
 
 impl<P> Default for Machine<P> {
     fn default() -> Self {
-        Self { pods: Pods::default(), failures: BTreeMap::new(), connection: None }
+        Self {
+            pods: Pods::default(),
+            failures: BTreeMap::new(),
+            connection: None,
+            doubted: Caution::default(),
+        }
     }
 }
 
@@ -120,10 +133,15 @@ impl<P: Enrolled> Machine<P> {
         let mut actions = Vec::new();
         match event {
             Event::Connected => {
+                // What the one before left out is told by the next snapshot.
+                self.doubted.forget();
                 self.connection = Some(Connection { snapshot: Some(BTreeSet::new()), owed: None });
                 actions.push(Action::Hello);
             }
-            Event::Disconnected => self.connection = None,
+            Event::Disconnected => {
+                self.connection = None;
+                self.doubted.forget();
+            }
             Event::Message(message) => self.message(message, now, &mut actions),
             Event::Inherited(pod) => self.enrol(pods::Event::Wanted(pod), now, &mut actions),
             Event::Captured(uid) => {
@@ -138,7 +156,19 @@ impl<P: Enrolled> Machine<P> {
                 }
             }
             Event::Released(uid) => self.enrol(pods::Event::Released(uid), now, &mut actions),
-            Event::Tick => self.enrol(pods::Event::Tick, now, &mut actions),
+            Event::Confirmed => {
+                if let Some(named) = self.doubted.confirm() {
+                    self.reconcile(&named, now, &mut actions);
+                }
+            }
+            Event::Tick => {
+                let pods = &self.pods;
+                let again = |named: &BTreeSet<PodUid>| Change::of_list(pods.wanted().map(P::uid), named);
+                if let Some(named) = self.doubted.again(again, now) {
+                    self.reconcile(&named, now, &mut actions);
+                }
+                self.enrol(pods::Event::Tick, now, &mut actions);
+            }
         }
         self.answer_owed(now, &mut actions);
         actions
@@ -147,7 +177,8 @@ impl<P: Enrolled> Machine<P> {
     /// When [`Event::Tick`] is due.
     pub fn wake(&self) -> Option<Instant> {
         let owed = self.connection.as_ref().and_then(|connection| connection.owed.as_ref());
-        owed.map(|(_, by)| *by).into_iter().chain(self.pods.next_retry()).min()
+        let others = [self.pods.next_retry(), self.doubted.wake()];
+        owed.map(|(_, by)| *by).into_iter().chain(others.into_iter().flatten()).min()
     }
 
     /// Whether the agent waits for an answer: its next message is to be read only after that.
@@ -168,6 +199,11 @@ impl<P: Enrolled> Machine<P> {
     /// Pods whose traffic should, and does not (yet).
     pub fn waiting(&self) -> impl Iterator<Item = &P> {
         self.pods.waiting()
+    }
+
+    /// What of the agent's snapshot is in doubt, and how it was judged.
+    pub fn doubt(&self) -> Option<(&Change, Verdict)> {
+        self.doubted.doubt()
     }
 
     /// For how many pods it is kept why they failed.
@@ -194,7 +230,7 @@ impl<P: Enrolled> Machine<P> {
                     let full = format!("this node serves {PODS_MAX} pods already");
                     return self.reject(Rejected::Message(full), actions);
                 }
-                if let Some(named) = &mut connection.snapshot {
+                if let Some(named) = connection.snapshot.as_mut().or(self.doubted.version_mut()) {
                     named.insert(uid.clone());
                 }
                 connection.owed = Some((uid, now + ANSWER_WITHIN));
@@ -220,7 +256,10 @@ impl<P: Enrolled> Machine<P> {
             }
             Ok(Request::SnapshotSent) => match connection.snapshot.take() {
                 Some(named) => {
-                    self.reconcile(&named, now, actions);
+                    let change = Change::of_list(self.pods.wanted().map(P::uid), &named);
+                    if let Some(named) = self.doubted.offer(named, change, now) {
+                        self.reconcile(&named, now, actions);
+                    }
                     actions.extend([Action::Ack(Ok(())), Action::Reconciled]);
                 }
                 None => self.reject(Rejected::Protocol("a second SnapshotSent".to_owned()), actions),

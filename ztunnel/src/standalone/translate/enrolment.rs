@@ -7,6 +7,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::core::v1::Pod;
 
+use crate::enrol::loss::Stance;
 use crate::enrol::pod::LocalPod;
 use crate::model::addr::PodUid;
 use crate::standalone::diagnostic::Diagnostic;
@@ -22,7 +23,7 @@ use crate::standalone::translate::pods::found;
 /// Namespace or pod label: `ambient` puts in, `none` on a pod leaves out.
 pub(super) const MODE: &str = "istio.io/dataplane-mode";
 /// Pod annotation: the network namespace, an absolute path or a name under [`NETNS_DIR`].
-const NETNS: &str = "ztunnel.io/netns";
+pub(super) const NETNS: &str = "ztunnel.io/netns";
 /// Every annotation of ours.
 const ANNOTATIONS: [&str; 2] = [NETNS, IPS];
 /// Where `ip netns` keeps network namespaces.
@@ -38,8 +39,7 @@ pub(super) fn is_enrolled(
     namespace: Option<&Object<Namespace>>,
     settings: &Settings,
 ) -> bool {
-    let proxy = object.namespace == settings.root_namespace && object.label("app") == Some("ztunnel");
-    if proxy || EXCLUDED.contains(&&*object.namespace) || object.annotation(SIDECAR).is_some() {
+    if is_never_enrolled(object, settings) {
         return false;
     }
     match object.label(MODE) {
@@ -47,6 +47,55 @@ pub(super) fn is_enrolled(
         Some("none") => false,
         Some(_) | None => namespace.and_then(|namespace| namespace.label(MODE)) == Some("ambient"),
     }
+}
+
+fn is_never_enrolled(object: &Object<Pod>, settings: &Settings) -> bool {
+    let proxy = object.namespace == settings.root_namespace && object.label("app") == Some("ztunnel");
+    proxy || EXCLUDED.contains(&&*object.namespace) || object.annotation(SIDECAR).is_some()
+}
+
+/// Why a pod is not enrolled.
+pub(super) fn outside(
+    object: &Object<Pod>,
+    namespace: Option<&Object<Namespace>>,
+    settings: &Settings,
+) -> Stance {
+    let in_network_of_node = object.value.spec.as_ref().and_then(|spec| spec.host_network) == Some(true);
+    match namespace {
+        // Its namespace would have it in the mesh, or it has a word of its own.
+        _ if in_network_of_node || object.label(MODE).is_some() => Stance::Told,
+        Some(namespace) if namespace.label(MODE) == Some("ambient") => Stance::Told,
+        Some(_) => Stance::ByNamespace,
+        None if is_never_enrolled(object, settings) => Stance::Told,
+        None => Stance::Unclear,
+    }
+}
+
+/// Says so if a pod that is not enrolled names its network namespace, as if it were to be captured.
+pub(super) fn check_outside(
+    object: &Object<Pod>,
+    namespace: Option<&Object<Namespace>>,
+    settings: &Settings,
+    diagnostics: &mut Vec<Diagnostic>,
+) {
+    let labelled = namespace.is_some_and(|namespace| namespace.label(MODE).is_some());
+    let by_namespace = outside(object, namespace, settings) == Stance::ByNamespace;
+    if object.annotation(NETNS).is_none() || labelled || !by_namespace {
+        return;
+    }
+    let message = format!(
+        "pod {} has the annotation {NETNS}, but is not in the mesh: its namespace has no label {MODE}: ambient",
+        display(object)
+    );
+    let hint = format!("label the namespace {}, or the pod {MODE}: none if that is meant", object.namespace);
+    let path = ["metadata", "annotations", NETNS];
+    diagnostics.push(Diagnostic::warning_at(&object.source, &path, message).hint(hint));
+}
+
+/// This incarnation of a pod.
+pub(super) fn uid(object: &Object<Pod>) -> PodUid {
+    let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
+    PodUid(uid.map_or_else(|| Arc::from(display(object)), Arc::from))
 }
 
 /// What to capture of an enrolled pod, if it is on this node.
@@ -96,9 +145,8 @@ pub(super) fn local(
         diagnostics.push(Diagnostic::warning_at(&object.source, &["metadata"], message).hint(hint));
         return None;
     }
-    let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
     Some(LocalPod {
-        uid: PodUid(uid.map_or_else(|| Arc::from(display(object)), Arc::from)),
+        uid: uid(object),
         workload: Arc::clone(&workload.uid),
         namespace: Arc::clone(&workload.namespace),
         name: Arc::clone(&workload.name),

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::core::v1::Pod;
 
+use crate::enrol::loss::Census;
+use crate::enrol::loss::Stance;
 use crate::enrol::pod::LocalPod;
 use crate::model::addr::canonical_ip;
 use crate::model::identity::SpiffeId;
@@ -17,7 +19,9 @@ use crate::model::workload::WorkloadKind;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::objects::Object;
 use crate::standalone::objects::Objects;
+use crate::standalone::objects::Source;
 use crate::standalone::translate::CLUSTER;
+use crate::standalone::translate::NamedNetns;
 use crate::standalone::translate::Options;
 use crate::standalone::translate::Settings;
 use crate::standalone::translate::enrolment;
@@ -46,6 +50,14 @@ pub(super) struct Built<'a> {
 }
 
 impl<'a> Draft<'a> {
+    /// The network namespace to capture, and where it is named.
+    pub(super) fn named_netns(&self) -> Option<NamedNetns> {
+        let Source { file, .. } = &self.object.source;
+        let line = self.object.source.line_of(&["metadata", "annotations", enrolment::NETNS]);
+        let netns = self.local.as_ref()?.netns.clone();
+        Some(NamedNetns { netns, pod: display(self.object), place: (Arc::clone(file), line) })
+    }
+
     pub(super) fn build(self) -> Built<'a> {
         Built { object: self.object, workload: self.workload }
     }
@@ -67,6 +79,7 @@ pub(super) fn drafts<'a>(
     objects: &'a Objects,
     options: &Options,
     settings: &Settings,
+    census: &mut Census,
     diagnostics: &mut Vec<Diagnostic>,
 ) -> Vec<Draft<'a>> {
     let namespaces: HashMap<&str, &Object<Namespace>> =
@@ -80,7 +93,10 @@ pub(super) fn drafts<'a>(
     let mut claims = Claims::default();
     for object in &objects.pods {
         let phase = object.value.status.as_ref().and_then(|status| status.phase.as_deref());
+        let mut named =
+            |stance| census.pods.insert(Arc::from(display(object)), (enrolment::uid(object), stance));
         if matches!(phase, Some("Succeeded" | "Failed")) {
+            named(Stance::Told);
             continue;
         }
         enrolment::check_pod(object, diagnostics);
@@ -99,7 +115,10 @@ pub(super) fn drafts<'a>(
                 .push(Diagnostic::warning_at(&object.source, &["metadata", "namespace"], message).hint(hint));
         }
         let before = diagnostics.len();
-        let Some(mut draft) = draft(object, namespace, settings, diagnostics) else { continue };
+        let Some(mut draft) = draft(object, namespace, settings, diagnostics) else {
+            named(Stance::Unclear);
+            continue;
+        };
         if !draft.workload.host_network {
             draft.workload.addresses.retain(|ip| {
                 let first = *by_ip.entry(*ip).or_insert(object);
@@ -118,6 +137,15 @@ pub(super) fn drafts<'a>(
             draft.local = enrolment::local(&draft, options, diagnostics)
                 .filter(|local| claims.add(object, local, diagnostics));
         }
+        if !draft.enrolled {
+            enrolment::check_outside(object, namespace, settings, diagnostics);
+        }
+        named(match &draft.local {
+            Some(local) => Stance::Here(local.netns.clone()),
+            None if !draft.enrolled => enrolment::outside(object, namespace, settings),
+            None if draft.workload.node.is_empty() || *draft.workload.node == options.node => Stance::Unclear,
+            None => Stance::Elsewhere,
+        });
         drafts.push(draft);
     }
     drafts

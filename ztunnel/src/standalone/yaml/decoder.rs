@@ -5,8 +5,10 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde::de::DeserializeSeed;
 use serde::de::Deserializer;
 use serde::de::Error as _;
@@ -54,6 +56,62 @@ pub fn decode<'n, T: Deserialize<'n>>(
     unknown: &RefCell<Vec<UnknownField>>,
 ) -> Result<T, DecodeError> {
     T::deserialize(Decoder { node, unknown, field: None }).map_err(|error| error.or_line(node.line))
+}
+
+/// Further errors of one object that are told.
+const ERRORS_MAX: usize = 20;
+
+/// [`decode`]s, and says everything that does not fit: what an error is about is left out, and it is tried again.
+pub fn decode_all<T: DeserializeOwned>(
+    node: &Arc<Node>,
+    unknown: &RefCell<Vec<UnknownField>>,
+) -> Result<T, Vec<DecodeError>> {
+    let first = match decode::<T>(node, unknown) {
+        Ok(value) => return Ok(value),
+        Err(error) => error,
+    };
+    let mut errors = vec![first];
+    let mut rest = Arc::clone(node);
+    while errors.len() < ERRORS_MAX
+        && let Some(error) = errors.last()
+        && let Some(without) = without(&rest, &mut error.path.iter().rev().map(String::as_str))
+    {
+        rest = without;
+        let mut unknown_too = unknown.borrow_mut();
+        let known = RefCell::default();
+        let result = decode::<T>(&rest, &known);
+        for field in known.into_inner() {
+            if !unknown_too.contains(&field) {
+                unknown_too.push(field);
+            }
+        }
+        match result {
+            Ok(_) => break,
+            // It is what was left out that is missing.
+            Err(error) if error.message.starts_with("missing field") => break,
+            Err(error) => errors.push(error),
+        }
+    }
+    Err(errors)
+}
+
+/// The tree without what `path` leads to; of a list that has it, all.
+fn without<'p>(node: &Node, path: &mut dyn Iterator<Item = &'p str>) -> Option<Arc<Node>> {
+    let segment = path.next()?;
+    let Value::Map(entries) = &node.value else { return None };
+    let mut kept = Vec::with_capacity(entries.len());
+    let mut found = false;
+    for entry in entries {
+        let Entry { key, line, value } = entry;
+        let copy = |value| Entry { key: key.clone(), line: *line, value };
+        if **key != *segment {
+            kept.push(copy(Arc::clone(value)));
+            continue;
+        }
+        found = true;
+        kept.extend(without(value, path).map(copy));
+    }
+    found.then(|| Arc::new(Node { line: node.line, value: Value::Map(kept) }))
 }
 
 impl DecodeError {
@@ -353,7 +411,7 @@ impl<'n> Deserializer<'n> for Decoder<'n, '_> {
 
 /// The items of a list, one after the other.
 struct Items<'n, 'u> {
-    items: std::iter::Enumerate<std::slice::Iter<'n, std::sync::Arc<Node>>>,
+    items: std::iter::Enumerate<std::slice::Iter<'n, Arc<Node>>>,
     unknown: &'u RefCell<Vec<UnknownField>>,
 }
 

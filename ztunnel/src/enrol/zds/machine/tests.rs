@@ -10,6 +10,7 @@ use proptest::prop_assert_eq;
 use proptest::proptest;
 use tokio::time::Instant;
 
+use crate::enrol::loss::STABLE;
 use crate::enrol::pod::Enrolled;
 use crate::enrol::zds::machine::ANSWER_WITHIN;
 use crate::enrol::zds::machine::Action;
@@ -186,6 +187,30 @@ fn a_snapshot_withdraws_what_is_not_in_it() {
 }
 
 #[test]
+fn a_snapshot_without_most_pods_is_believed_after_a_while() {
+    let mut node = Node::serving(&["a", "b", "c"]);
+    let mut again = || {
+        node.step(Event::Disconnected);
+        node.step(Event::Connected);
+        assert_eq!(node.step(SENT), [ok(), Action::Reconciled]);
+        assert!(node.machine.doubt().is_some());
+        assert_eq!(node.pass(STABLE / 2), []);
+        std::mem::replace(&mut node, Node::serving(&["a", "b", "c"]))
+    };
+    // The agent adds what it learns late, and deletes what is meant.
+    let mut late = again();
+    assert_eq!(late.step(add("a", 0)), [ok()]);
+    assert_eq!(late.step(del("b")), [Action::Release(uid("b")), ok()]);
+    assert_eq!(late.pass(STABLE), [Action::Release(uid("c"))]);
+    let mut forced = again();
+    assert_eq!(forced.step(Event::Confirmed), ["a", "b", "c"].map(|name| Action::Release(uid(name))));
+    let mut gone = again();
+    gone.step(Event::Disconnected);
+    assert_eq!(gone.pass(STABLE), [], "the next snapshot tells");
+    assert_eq!(gone.machine.captured(), 3);
+}
+
+#[test]
 fn a_broken_off_snapshot_withdraws_nothing() {
     let mut node = Node::serving(&["a", "b"]);
     node.step(Event::Disconnected);
@@ -340,7 +365,13 @@ proptest! {
                     Event::Tick
                 }
             };
-            for action in node.step(event) {
+            let sent = event == SENT;
+            let mut actions = node.step(event);
+            if sent {
+                // Whatever it leaves out is meant.
+                actions.extend(node.step(Event::Confirmed));
+            }
+            for action in actions {
                 match action {
                     Action::Hello | Action::Reconciled => {}
                     Action::Ack(_) => {

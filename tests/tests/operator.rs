@@ -1,0 +1,374 @@
+//! What happens to an operator: files that are cut, ports that are taken, daemons that do not answer.
+
+mod common;
+
+use std::fs;
+use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use common::{act_in, in_world, in_world_that};
+use nix::sys::signal::Signal;
+use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::topology::Pod;
+use ztunnel_tests::wire::tunnels_only;
+use ztunnel_tests::world::{On, Options, Traces, World, http};
+
+/// Longer than a change that is doubtful waits until it is carried out.
+const LONGER: Duration = Duration::from_secs(5);
+
+/// A mesh file as a ConfigMap is mounted: the file is a symbolic link through one that is swapped.
+struct ConfigMap {
+    dir: PathBuf,
+    version: u32,
+}
+
+impl ConfigMap {
+    fn create(dir: PathBuf, text: &str) -> Result<Self> {
+        fs::create_dir_all(&dir)?;
+        let mut map = Self { dir, version: 0 };
+        symlink("..data/mesh.yaml", map.dir.join("mesh.yaml"))?;
+        map.swap(text)?;
+        Ok(map)
+    }
+
+    /// The file behind the links.
+    fn file(&self) -> PathBuf {
+        self.dir.join("..data/mesh.yaml")
+    }
+
+    /// As kubelet does it.
+    fn swap(&mut self, text: &str) -> Result<()> {
+        self.version += 1;
+        let version = format!("..version-{}", self.version);
+        fs::create_dir(self.dir.join(&version))?;
+        fs::write(self.dir.join(&version).join("mesh.yaml"), text)?;
+        let aside = self.dir.join("..data_tmp");
+        symlink(&version, &aside)?;
+        Ok(fs::rename(aside, self.dir.join("..data"))?)
+    }
+}
+
+/// What is in a mesh directory, as one file.
+fn whole(directory: &Path) -> Result<String> {
+    let mut files: Vec<PathBuf> = fs::read_dir(directory)?.flatten().map(|entry| entry.path()).collect();
+    // Namespaces come before pods.
+    files.sort();
+    let texts: Result<Vec<String>, _> = files.iter().map(fs::read_to_string).collect();
+    Ok(texts?.join("---\n"))
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// For a while both pods are captured, and what the client sends goes through the mesh.
+fn nothing_is_released(world: &World, pods: &[&Pod], how_long: Duration) -> Result<u32> {
+    let until = Instant::now() + how_long;
+    let mut asked = 0;
+    while Instant::now() < until {
+        for pod in pods {
+            ensure!(Traces::look(&pod.place.netns)?.is_captured(), "{} is released", pod.name);
+        }
+        http(&world.client.place, world.server.v4.into(), "")?;
+        asked += 1;
+    }
+    Ok(asked)
+}
+
+fn wait_ready_again(world: &World, on: On) -> Result<()> {
+    eventually(PATIENCE, || {
+        let said = world.setting(on).readiness()?;
+        ensure!(said.trim() == "ready", "{said}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_looks_as_if_everything_were_gone_releases_no_pod() {
+    let prepare = |world: &mut World| {
+        let map = ConfigMap::create(world.run.path("configmap"), &whole(world.mesh.path())?)?;
+        world.read_mesh_from(On::A, map.dir.clone());
+        Ok(map)
+    };
+    in_world_that("everything gone", prepare, |world, map| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let pods = [&client, &server];
+        let text = fs::read_to_string(map.file())?;
+        let first_pod = text.find("kind: Pod").context("no pod in the mesh")?;
+        let boundary = text[..first_pod].rfind("---").context("no document before it")?;
+        let watch = world.watch_link("everything-gone")?;
+        let mut asked = 0;
+        // Of the file: emptied, cut between two objects, cut within one.
+        for cut in [0, boundary, first_pod + 200] {
+            fs::write(map.file(), &text[..cut])?;
+            asked += nothing_is_released(world, &pods, LONGER).with_context(|| format!("cut at {cut}"))?;
+            let readiness = world.setting(On::A).readiness()?;
+            ensure!(readiness.starts_with("ready, with the mesh as it was"), "cut at {cut}: {readiness}");
+            fs::write(map.file(), &text)?;
+            wait_ready_again(world, On::A)?;
+        }
+        // In two steps, as a shell's `>` does it, and by swaps.
+        fs::write(map.file(), "")?;
+        asked += nothing_is_released(world, &pods, Duration::from_millis(300))?;
+        fs::write(map.file(), &text)?;
+        map.swap(&text)?;
+        fs::rename(map.dir.join("..data"), map.dir.join("..gone"))?;
+        asked += nothing_is_released(world, &pods, Duration::from_millis(200))?;
+        fs::rename(map.dir.join("..gone"), map.dir.join("..data"))?;
+        map.swap(&text)?;
+        asked += nothing_is_released(world, &pods, LONGER)?;
+        wait_ready_again(world, On::A)?;
+        // Of the directory that the other node reads: emptied for a moment, and for good.
+        let (directory, aside) = (world.mesh.path().to_owned(), world.run.path("aside"));
+        for how_long in [Duration::from_millis(200), LONGER] {
+            fs::rename(&directory, &aside)?;
+            fs::create_dir(&directory)?;
+            asked += nothing_is_released(world, &pods, how_long).context("the directory is empty")?;
+            fs::remove_dir(&directory)?;
+            fs::rename(&aside, &directory)?;
+        }
+        // Half of it: the objects of pods are gone, and their network namespaces are not.
+        fs::create_dir_all(&aside)?;
+        let is_pod = |path: &PathBuf| path.to_string_lossy().contains("/pod-");
+        let files: Vec<PathBuf> =
+            fs::read_dir(&directory)?.flatten().map(|entry| entry.path()).filter(is_pod).collect();
+        for file in &files {
+            fs::rename(file, aside.join(file.file_name().context("a name")?))?;
+        }
+        asked += nothing_is_released(world, &pods, LONGER).context("without the objects of pods")?;
+        for file in &files {
+            fs::rename(aside.join(file.file_name().context("a name")?), file)?;
+        }
+        wait_ready_again(world, On::B)?;
+        let packets = watch.finish()?;
+        tunnels_only(&packets)?;
+        Ok(format!("{asked} requests through the mesh meanwhile, nothing in clear"))
+    });
+}
+
+#[test]
+fn what_is_held_is_said_and_carried_out_by_force() {
+    in_world("held", |world| {
+        let client = world.client.clone();
+        let setting = world.setting(On::A).clone();
+        let before = fs::read_to_string(world.mesh.path().join("pod-client.yaml"))?;
+        // One pod of many goes without a word, though its object is only missing.
+        world.mesh.remove("pod-client")?;
+        eventually(PATIENCE, || {
+            ensure!(!Traces::look(&client.place.netns)?.is_captured(), "{} is captured still", client.name);
+            Ok(())
+        })?;
+        world.mesh.write("pod-client", &before)?;
+        eventually(PATIENCE, || {
+            ensure!(Traces::look(&client.place.netns)?.is_captured(), "{} is not captured yet", client.name);
+            Ok(())
+        })?;
+        wait_ready_again(world, On::A)?;
+
+        for pod in world.meshed() {
+            world.mesh.remove(&format!("pod-{}", pod.name))?;
+        }
+        let readiness = eventually(PATIENCE, || {
+            let readiness = setting.readiness()?;
+            ensure!(readiness.contains("is held"), "{readiness}");
+            Ok(readiness)
+        })?;
+        ensure!(
+            readiness.contains("4 of 4 pods") && readiness.contains("ztunnel reload --force"),
+            "{readiness}"
+        );
+        let metrics = setting.metrics()?;
+        ensure!(metrics.contains("ztunnel_source_refused{state=\"held\"} 1"), "{metrics}");
+        let shown = setting.command(&["show", "policies"])?;
+        ensure!(said(&shown).starts_with("Not in force: "), "{}", said(&shown));
+        ensure!(setting.log().text().contains("is held"), "the log does not say it");
+
+        let unforced = setting.command(&["reload"])?;
+        ensure!(!unforced.status.success() && said(&unforced).contains("is held"), "{}", said(&unforced));
+        ensure!(Traces::look(&client.place.netns)?.is_captured(), "released without force");
+        for on in [On::A, On::B] {
+            let forced = world.setting(on).command(&["reload", "--force"])?;
+            ensure!(forced.status.success(), "{}", said(&forced));
+        }
+        for pod in world.meshed() {
+            eventually(PATIENCE, || {
+                ensure!(!Traces::look(&pod.place.netns)?.is_captured(), "{} is captured still", pod.name);
+                Ok(())
+            })?;
+        }
+        wait_ready_again(world, On::A)?;
+        let again = setting.command(&["reload"])?;
+        ensure!(again.status.success(), "{}", said(&again));
+        Ok(readiness)
+    });
+}
+
+#[test]
+fn a_start_with_fewer_pods_leaves_the_others_closed() {
+    in_world("earlier pods", |world| {
+        let (client, other) = (world.client.clone(), world.other.clone());
+        world.kill_daemon(On::A)?;
+        // What is left of the mesh while the daemon is away: one of three pods of the node.
+        for pod in [&client, &other] {
+            world.mesh.remove(&format!("pod-{}", pod.name))?;
+        }
+        let watch = world.watch_link("earlier-pods")?;
+        world.start_daemon(On::A)?;
+        let setting = world.setting(On::A).clone();
+        eventually(PATIENCE, || {
+            let readiness = setting.readiness()?;
+            ensure!(readiness.contains("an earlier daemon captured is held"), "{readiness}");
+            Ok(())
+        })?;
+        ensure!(Traces::look(&client.place.netns)?.is_captured(), "the client is released");
+        ensure!(http(&client.place, world.server.v4.into(), "").is_err(), "the client is open");
+        // The one that is named still goes through the mesh.
+        http(&world.near.place, world.server.v4.into(), "")?;
+        tunnels_only(&watch.finish()?)?;
+        let forced = setting.command(&["reload", "--force"])?;
+        ensure!(forced.status.success(), "{}", said(&forced));
+        eventually(PATIENCE, || {
+            ensure!(!Traces::look(&client.place.netns)?.is_captured(), "the client is captured still");
+            Ok(())
+        })?;
+        wait_ready_again(world, On::A)?;
+        Ok("closed until it was confirmed".to_owned())
+    });
+}
+
+#[test]
+fn a_rejected_change_is_said_everywhere() {
+    in_world("rejected", |world| {
+        world.mesh.write("broken", "kind: [")?;
+        let setting = world.setting(On::A).clone();
+        let readiness = eventually(PATIENCE, || {
+            let readiness = setting.readiness()?;
+            ensure!(readiness.contains("is rejected") && readiness.contains("broken.yaml"), "{readiness}");
+            Ok(readiness)
+        })?;
+        let metrics = setting.metrics()?;
+        ensure!(metrics.contains("ztunnel_source_refused{state=\"rejected\"} 1"), "{metrics}");
+        let shown = said(&setting.command(&["show"])?);
+        ensure!(shown.starts_with("Not in force: "), "{shown}");
+        ensure!(!setting.command(&["reload", "--force"])?.status.success(), "errors were forced");
+        world.mesh.remove("broken")?;
+        wait_ready_again(world, On::A)?;
+        Ok(readiness)
+    });
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_node_as_it_was() {
+    let world = World::without_daemons(Options::default());
+    act_in(world, "busy port", |world| {
+        let client = world.client.clone();
+        let setting = world.setting(On::A).clone();
+        let before = Traces::look(&client.place.netns)?;
+        // Somebody who does not share it.
+        let taken = world.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15020))?))?;
+        let fails = || -> Result<String> {
+            let mut daemon = setting.start()?;
+            let mark = daemon.process().log().mark();
+            ensure!(daemon.ended().is_err(), "it started");
+            Ok(setting.log().since(mark.saturating_sub(4096)))
+        };
+        let text = fails()?;
+        ensure!(text.contains("15020") && text.contains("--metrics-addr"), "{text}");
+        ensure!(Traces::look(&client.place.netns)? == before, "the pod is not as it was");
+        ensure!(!setting.pins.exists() || fs::read_dir(&setting.pins)?.next().is_none(), "pins are left");
+        // It fails late, when pods have been captured already: nobody may put a socket there.
+        drop(taken);
+        fs::create_dir_all(&setting.meeting)?;
+        let obstacle = setting.meeting.join("control.sock");
+        fs::create_dir(&obstacle)?;
+        fs::write(obstacle.join("in the way"), "")?;
+        fails()?;
+        ensure!(
+            Traces::look(&client.place.netns)? == before,
+            "the pod is not as it was after a late failure"
+        );
+        http(&client.place, world.outside.v4.into(), "").context("the client is cut off")?;
+        fs::remove_dir_all(&obstacle)?;
+        // Where a daemon was before, what it captured stays captured.
+        world.start_daemons()?;
+        world.kill_daemon(On::A)?;
+        let taken = world.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15021))?))?;
+        fails()?;
+        ensure!(Traces::look(&client.place.netns)?.is_captured(), "the pod was released");
+        ensure!(http(&client.place, world.server.v4.into(), "").is_err(), "the pod is open");
+        drop(taken);
+        world.start_daemon(On::A)?;
+        eventually(PATIENCE, || http(&client.place, world.server.v4.into(), ""))?;
+        Ok(text.lines().last().unwrap_or_default().to_owned())
+    });
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_named() {
+    in_world("stopped", |world| {
+        let setting = world.setting(On::A).clone();
+        let daemon = world.daemon(On::A)?;
+        daemon.process().signal(Signal::SIGSTOP);
+        let pid = daemon.process().pid();
+        let shown = setting.command(&["show"]);
+        let log = setting.command(&["log"]);
+        world.daemon(On::A)?.process().signal(Signal::SIGCONT);
+        for output in [shown?, log?] {
+            let text = said(&output);
+            ensure!(!output.status.success(), "{text}");
+            ensure!(text.contains(&format!("process {pid}")) && text.contains("kill -CONT"), "{text}");
+        }
+        Ok("named with what to do".to_owned())
+    });
+}
+
+#[test]
+fn an_uninstallation_without_privileges_is_an_error() {
+    in_world("uninstall", |world| {
+        let setting = world.setting(On::A).clone();
+        world.kill_daemon(On::A)?;
+        let pins = setting.pins.display().to_string();
+        let binary = ztunnel_tests::binaries::daemon()?.display().to_string();
+        let plain = format!("setpriv --reuid 65534 --clear-groups {binary} uninstall --pin-dir {pins}");
+        let plain = setting.place.run("sh", &["-c", &plain])?;
+        ensure!(!plain.status.success() && said(&plain).contains("root"), "{}", said(&plain));
+        ensure!(Traces::look(&world.client.place.netns)?.is_captured(), "it removed something");
+        world.start_daemon(On::A)?;
+        Ok(said(&plain))
+    });
+}
+
+#[test]
+fn slow_connections_do_not_starve_the_nodes_probes() {
+    in_world("starved probes", |world| {
+        let setting = world.setting(On::A).clone();
+        // From a pod, by the way its traffic takes to the node: many that say nothing.
+        let node: std::net::IpAddr = "10.80.0.1".parse()?;
+        let attacker = world.outside.clone();
+        let held = attacker.place.netns.enter(|| {
+            let mut held = Vec::new();
+            for port in [15021, 15020] {
+                for _ in 0..600 {
+                    let limit = Duration::from_secs(2);
+                    if let Ok(stream) = TcpStream::connect_timeout(&(node, port).into(), limit) {
+                        held.push(stream);
+                    }
+                }
+            }
+            Ok(held)
+        })?;
+        ensure!(held.len() > 300, "only {} connections reach the node", held.len());
+        let begun = Instant::now();
+        for _ in 0..20 {
+            setting.readiness()?;
+            setting.metrics()?;
+        }
+        let took = begun.elapsed();
+        ensure!(took < Duration::from_secs(10), "20 probes and scrapes took {took:?}");
+        Ok(format!("{} slow connections, 20 probes and scrapes in {took:?}", held.len()))
+    });
+}

@@ -35,6 +35,7 @@ pub mod reconcile;
 mod routes;
 pub mod rules;
 pub mod selftest;
+mod shut;
 mod sys;
 pub mod uninstall;
 mod vouch;
@@ -111,7 +112,7 @@ pub struct Node {
     links: HashMap<&'static str, OwnedFd>,
     watch: reconcile::Watch,
     /// Pods for which there is no slot.
-    unslotted: HashMap<PodUid, pod::Unslotted>,
+    unslotted: HashMap<PodUid, shut::Unslotted>,
     /// Devices that were taken out of pods' namespaces into others.
     devices_left: Arc<AtomicU64>,
     /// What we have enrolled, written by `bind`, `capture`, `withdraw`, `close` and `forget`.

@@ -1,7 +1,7 @@
 //! A pod that has too much of something, or cannot be captured, harms itself alone: it is closed, the others are served.
 
 use aya::maps::{HashMap, Map, MapData};
-use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, SlotAddress};
+use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, Record, SLOTS, SlotAddress};
 
 use super::*;
 
@@ -136,4 +136,38 @@ fn a_pod_with_too_many_devices_is_closed_and_the_others_are_served() {
     });
     served.unwrap_or_else(|error| panic!("{error:#}"));
     assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")), "outbound");
+}
+
+#[test]
+fn a_pod_for_which_there_is_no_slot_is_closed() {
+    let mut world = World::new();
+    let third = world.net.pod(4);
+    applications(&world, &third);
+    let map = MapData::from_pin(world.net.pins.join("v1/RECORDS")).expect("is pinned");
+    let mut records = HashMap::<_, u32, Record>::try_from(Map::HashMap(map)).expect("of that kind");
+    // As many pods as a node can have.
+    let model = records.get(&0, 0).expect("the enrolled pod's");
+    for slot in 1..SLOTS {
+        let mut record = Record { cookie: u64::MAX - u64::from(slot), netns_len: 0, ..model };
+        record.uid[..4].copy_from_slice(&slot.to_be_bytes());
+        records.insert(slot, record, 0).expect("room");
+    }
+    world.node.bind(&spec(&third)).expect_err("there is no slot");
+    is_closed(&world, &third);
+    // Taken out of the mesh it is as without one.
+    world.node.withdraw(&spec(&third).uid).expect("withdraws");
+    for (from, to) in [(&third, at(world.plain.v4, 9090)), (&world.plain, at(third.v6, 8080))] {
+        assert_eq!(greeting(&connect(from, to).expect("is open")), "app");
+    }
+    world.node.bind(&spec(&third)).expect_err("there is no slot");
+    is_closed(&world, &third);
+    // One is free.
+    records.remove(&7).expect("there");
+    let captured = capture(&mut world, &third).expect("captures");
+    let daemon = Daemon::start(&captured);
+    assert_eq!(greeting(&connect(&third, at(world.plain.v4, 9090)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&world.plain, at(third.v6, 8080)).expect("captured")), "inbound");
+    drop(captured);
+    daemon.stop();
+    (1..SLOTS).filter(|slot| *slot != 7).for_each(|slot| records.remove(&slot).expect("there"));
 }

@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, NO_SLOT, PROBED_PER_SLOT, PodEntry, Record};
+use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, PROBED_PER_SLOT, PodEntry, Record};
 
 use super::error::{EnrolError, WithdrawError};
 use super::guards::DEVICES_MAX;
@@ -17,7 +17,7 @@ use super::maps::{absent, pack, unpack};
 use super::netlink::Netlink;
 use super::node::uid_of;
 use super::pins::{Pins, gone};
-use super::reconcile::{Watched, chain};
+use super::reconcile::Watched;
 use super::sys::{self, Attach, Ensured, Wanted};
 use super::{Captured, Enrolled, Links, Node, PodSpec, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
@@ -134,65 +134,8 @@ impl Node {
         Ok(())
     }
 
-    /// Closes a pod that cannot be captured: it does not go on in clear.
-    fn shut(&mut self, uid: &PodUid) {
-        let Some(known) = self.pods.get_mut(uid) else { return };
-        known.closed = true;
-        known.listeners = None;
-        let (slot, cookie) = (known.slot, known.cookie);
-        self.maps.clear_listeners(slot);
-        // Either may be what failed; then the other closes one way at least.
-        if let Err(error) = self.maps.pods.insert(cookie, PodEntry { slot, flags: 0 }, 0) {
-            tracing::error!(pod = %uid, %error, "what the pod dials cannot be stopped");
-        }
-        if let Err(error) = self.attach_lookup(uid) {
-            tracing::error!(pod = %uid, error = chain(&error), "what is dialled to the pod cannot be stopped");
-        }
-    }
-
-    /// The same for one that there is no slot for: it is known by its namespace alone, and closed as long as we live.
-    fn shut_without_slot(&mut self, uid: &PodUid, netns: &Netns, cookie: u64) {
-        if self.unslotted.get(uid).is_some_and(|known| known.cookie == cookie) {
-            return;
-        }
-        let entry = PodEntry { slot: NO_SLOT, flags: 0 };
-        let lookup = (self.loader.object(NO_SLOT))
-            .and_then(|mut object| programs::load(&mut object, "steer"))
-            .and_then(|program| {
-                Ok(sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?)
-            });
-        if let Err(error) = self.maps.pods.insert(cookie, entry, 0) {
-            tracing::error!(pod = %uid, %error, "what the pod dials cannot be stopped");
-        }
-        match lookup {
-            Ok(lookup) => {
-                self.unslotted.insert(uid.clone(), Unslotted { cookie, _lookup: lookup });
-            }
-            Err(error) => tracing::error!(pod = %uid, %error, "what is dialled to the pod cannot be stopped"),
-        }
-    }
-
-    /// Opens a pod that there was no slot for; false if it is none.
-    fn open_without_slot(&mut self, uid: &PodUid) -> bool {
-        let Some(known) = self.unslotted.remove(uid) else { return false };
-        if let Err(error) = absent(self.maps.pods.remove(&known.cookie)) {
-            tracing::warn!(pod = %uid, %error, "the pod stays closed");
-        }
-        true
-    }
-
-    /// How many pods are closed because they cannot be captured.
-    pub fn closed(&self) -> usize {
-        self.pods.values().filter(|known| known.closed).count()
-    }
-
-    /// Whether this one is.
-    pub fn is_closed(&self, uid: &PodUid) -> bool {
-        self.pods.get(uid).is_some_and(|known| known.closed)
-    }
-
     /// Attaches the lookup program, if it is not.
-    fn attach_lookup(&mut self, uid: &PodUid) -> Result<Ensured, EnrolError> {
+    pub(super) fn attach_lookup(&mut self, uid: &PodUid) -> Result<Ensured, EnrolError> {
         let Self { pods, pins, loader, .. } = self;
         let known = pods.get_mut(uid).ok_or_else(|| EnrolError::NotBound(uid.clone()))?;
         let Enrolled { slot, netns, links, renew, .. } = known;
@@ -364,19 +307,6 @@ impl Node {
         swept
     }
 
-    /// Removes entries of pods that an earlier daemon had no slot for.
-    fn open_strangers(&mut self) {
-        let ours: HashSet<u64> = self.unslotted.values().map(|known| known.cookie).collect();
-        let entries: Vec<_> = self.maps.pods.iter().flatten().collect();
-        for (cookie, _) in
-            entries.iter().filter(|(cookie, entry)| entry.slot == NO_SLOT && !ours.contains(cookie))
-        {
-            if let Err(error) = absent(self.maps.pods.remove(cookie)) {
-                tracing::warn!(%error, "a pod that there was no slot for stays closed");
-            }
-        }
-    }
-
     fn record(&self, uid: &PodUid) -> Result<(u32, Record), WithdrawError> {
         let found = self.maps.recorded().into_iter().find(|(_, record)| uid_of(record) == *uid);
         found.ok_or_else(|| WithdrawError::Unknown(uid.clone()))
@@ -430,15 +360,6 @@ impl Node {
         let cookie = netns.run(listeners::current_netns_cookie).ok()?.ok()?;
         (cookie == record.cookie).then(|| Arc::new(netns))
     }
-}
-
-/// A pod for which there is no slot.
-#[derive(Debug)]
-pub(super) struct Unslotted {
-    /// Of its namespace.
-    cookie: u64,
-    /// What refuses connections to it.
-    _lookup: OwnedFd,
 }
 
 /// What was not as it should be.

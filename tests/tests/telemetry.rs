@@ -89,7 +89,8 @@ impl Told<'_> {
                 _ => "unknown".to_owned(),
             }
         };
-        let service = |value: &dyn Fn(&str) -> String| self.service.map_or("unknown".to_owned(), value);
+        let service =
+            |value: &dyn Fn(&str) -> String| self.service.map_or_else(|| "unknown".to_owned(), value);
         let value = |label: &str| match label {
             "reporter" => reporter.to_owned(),
             "destination_service" => service(&|name| format!("{name}.{MESHED}.svc.cluster.local")),

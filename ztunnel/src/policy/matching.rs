@@ -49,7 +49,7 @@ fn match_matches(wanted: &Match, inbound: &Inbound<'_>) -> bool {
     }
     let Inbound { identity, source, destination } = *inbound;
     let namespace = |one: &StringMatch| string_matches(one, identity.map_or("", SpiffeId::namespace));
-    let principal = |one: &StringMatch| identity.is_some_and(|id| string_matches(one, id.principal()));
+    let principal = |one: &StringMatch| identity.is_some_and(|id| principal_matches(one, id));
     let account = |one: &ServiceAccountMatch| {
         identity.is_some_and(|id| id.namespace() == &*one.namespace && id.service_account() == &*one.name)
     };
@@ -68,6 +68,38 @@ fn match_matches(wanted: &Match, inbound: &Inbound<'_>) -> bool {
 /// No positive list or a hit in it, and no hit in the negative one.
 fn field_matches<T>(wanted: &[T], unwanted: &[T], hit: impl Fn(&T) -> bool) -> bool {
     (wanted.is_empty() || wanted.iter().any(&hit)) && !unwanted.iter().any(&hit)
+}
+
+/// Whether an identity without its scheme is meant. In the part that is a trust domain case means nothing: the control
+/// plane writes policies with the spelling of the mesh's settings, and a peer has its own in its certificate.
+fn principal_matches(wanted: &StringMatch, id: &SpiffeId) -> bool {
+    let (domain, path) = (id.trust_domain(), id.path());
+    match wanted {
+        StringMatch::Exact(text) => {
+            text.len() == domain.len() + path.len()
+                && starts_with(text, domain)
+                && text.as_bytes().ends_with(path.as_bytes())
+        }
+        StringMatch::Prefix(text) => match text.len().checked_sub(domain.len()) {
+            None | Some(0) => starts_with(domain, text),
+            Some(_) => {
+                starts_with(text, domain) && path.as_bytes().starts_with(&text.as_bytes()[domain.len()..])
+            }
+        },
+        StringMatch::Suffix(text) => match text.len().checked_sub(path.len()) {
+            None | Some(0) => path.ends_with(&**text),
+            Some(of_domain) => {
+                let end = domain.len().checked_sub(of_domain).map(|at| &domain[at..]);
+                end.is_some_and(|end| starts_with(text, end)) && text.as_bytes().ends_with(path.as_bytes())
+            }
+        },
+        StringMatch::Presence => true,
+    }
+}
+
+/// Whether `text` starts with `start`, in any case.
+fn starts_with(text: &str, start: &str) -> bool {
+    text.as_bytes().get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start.as_bytes()))
 }
 
 fn string_matches(wanted: &StringMatch, value: &str) -> bool {

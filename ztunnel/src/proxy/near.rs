@@ -172,7 +172,7 @@ fn is_neighbour(asked: &Asked<'_>, to: &Pod) -> Result<(), Far> {
 /// Whether two pods' certificates would be accepted in a handshake between them at `now`: both are valid, of one
 /// trust domain, and vouched for by the same roots, to which each is known to lead.
 fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), Far> {
-    if one.identity().trust_domain() != other.identity().trust_domain() {
+    if !one.identity().shares_domain(other.identity()) {
         return Err(Far::OtherTrustDomain);
     }
     if ![one, other].iter().all(|held| held.validity().holds_at(now)) {

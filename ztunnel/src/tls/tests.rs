@@ -325,7 +325,6 @@ fn alternative_names_other_than_one_identity_are_refused() {
         (&["spiffe://td.example/ns/shop/sa/NAME?x"], "does not name a workload"),
         (&["spiffe://td.example/ns/sh%6fp/sa/NAME"], "does not name a workload"),
         (&["SPIFFE://td.example/ns/shop/sa/NAME"], "does not name a workload"),
-        (&["spiffe://TD.example/ns/shop/sa/NAME"], "is not a trust domain"),
         (&["spiffe://td.example:1/ns/shop/sa/NAME"], "is not a trust domain"),
         (&[&long], "cannot be read"),
     ];
@@ -344,6 +343,15 @@ fn alternative_names_other_than_one_identity_are_refused() {
 fn names_that_are_no_uris_do_not_matter() {
     let pki = Pki::new();
     let names = vec![SanType::DnsName("server.shop".try_into().unwrap()), uri(SERVER)];
+    let client = credentials(&pki, CLIENT).client_config(&[id(SERVER)]);
+    let server = server_showing(&pki, pki.certify(Leaf { names, ..Leaf::of(SERVER) }));
+    assert_eq!(verified_peer(&handshake(client, server).client.unwrap()).unwrap().id(), &id(SERVER));
+}
+
+#[test]
+fn the_case_of_a_trust_domain_does_not_matter() {
+    let pki = Pki::new();
+    let names = vec![uri(&SERVER.replace("td.example", "TD.Example"))];
     let client = credentials(&pki, CLIENT).client_config(&[id(SERVER)]);
     let server = server_showing(&pki, pki.certify(Leaf { names, ..Leaf::of(SERVER) }));
     assert_eq!(verified_peer(&handshake(client, server).client.unwrap()).unwrap().id(), &id(SERVER));

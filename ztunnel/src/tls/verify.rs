@@ -330,7 +330,7 @@ impl ClientCertVerifier for SameTrustDomain {
         let verified = self.trust.verify_client(end_entity, intermediates, now)?;
         let presented = identity_of(end_entity)?;
         let own = self.own.trust_domain();
-        if presented.trust_domain() != own {
+        if !presented.shares_domain(&self.own) {
             return Err(NotAccepted::TrustDomain { own: own.to_owned(), presented }.into());
         }
         Ok(verified)

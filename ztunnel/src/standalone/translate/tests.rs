@@ -240,8 +240,8 @@ data:
     assert_eq!(workload(&translation, "shop/a").identity.as_str(), "spiffe://td.example/ns/shop/sa/a");
     assert_eq!(listed(&translation, "shop/a"), ["mesh-root/istio_converted_static_strict"]);
     check_said(
-        &config.replace("td.example", "TD"),
-        &["7: error: \"TD\" is not a trust domain: use lower-case letters, digits, '.', '-' and '_'"],
+        &config.replace("td.example", "t/d"),
+        &["7: error: \"t/d\" is not a trust domain: use letters, digits, '.', '-' and '_'"],
     );
 }
 

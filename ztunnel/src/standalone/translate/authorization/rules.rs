@@ -286,7 +286,7 @@ impl<'a> RuleReader<'a> {
         for (index, text) in values.iter().flatten().enumerate().filter(|(_, text)| !text.contains('*')) {
             let domain = &self.settings.trust_domain;
             let (message, hint) = match format!("spiffe://{text}").parse::<SpiffeId>() {
-                Ok(id) if id.trust_domain() == domain.as_str() => continue,
+                Ok(id) if id.trust_domain().eq_ignore_ascii_case(domain.as_str()) => continue,
                 Ok(id) => {
                     let (namespace, account) = (id.namespace(), id.service_account());
                     let message =

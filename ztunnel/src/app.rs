@@ -73,6 +73,7 @@ pub mod kernel;
 pub mod memory;
 pub mod ports;
 pub mod privileges;
+mod repeats;
 pub mod undo;
 pub mod version;
 

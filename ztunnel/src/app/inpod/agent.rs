@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio::time::sleep_until;
 
 use crate::app::handover::HandedPod;
+use crate::app::repeats::Repeats;
 use crate::capture;
 use crate::capture::Listeners;
 use crate::config::resolved::Zds;
@@ -79,6 +80,8 @@ pub(super) struct Agent {
     /// Sockets by network namespace that came from the daemon before this one, until they are used.
     inherited: HashMap<(u64, u64), Sockets>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    /// What was told of pods that cannot be served.
+    repeats: Repeats,
     /// The pods that are not served yet, for those who ask.
     awaited: watch::Sender<Arc<[Awaited]>>,
 }
@@ -105,6 +108,7 @@ impl Agent {
             served: HashMap::new(),
             inherited: HashMap::new(),
             answers: mpsc::channel(ANSWERS),
+            repeats: Repeats::default(),
             awaited: watch::Sender::new(Arc::default()),
         }
     }
@@ -222,11 +226,14 @@ impl Agent {
         match result {
             Ok(Sockets { listeners, dns }) => {
                 tracing::info!(pod = %uid, name = %pod.name, namespace = %pod.namespace, "pod captured");
+                self.repeats.forget(&uid.0);
                 self.served.insert(uid.clone(), HandedPod { pod, listeners, dns });
                 self.step(Event::Captured(uid))
             }
             Err(error) => {
-                tracing::error!(pod = %uid, name = %pod.name, namespace = %pod.namespace, error, "pod not captured, trying again");
+                if self.repeats.is_news(&format!("{uid}: {error}"), Instant::now()) {
+                    tracing::error!(pod = %uid, name = %pod.name, namespace = %pod.namespace, error, "pod not captured, trying again");
+                }
                 self.step(Event::CaptureFailed(uid, error))
             }
         }
@@ -239,7 +246,9 @@ impl Agent {
                 match action {
                     Action::Hello => self.send(&message::hello(), &mut events),
                     Action::Ack(answer) => {
-                        if let Err(error) = &answer {
+                        if let Err(error) = &answer
+                            && self.repeats.is_news(error, Instant::now())
+                        {
                             tracing::warn!(error, "the node agent is told of an error");
                         }
                         self.send(&message::ack(&answer), &mut events);

@@ -116,7 +116,7 @@ fn info(mesh: &Mesh, named: &Named) -> Option<api::WorkloadInfo> {
             let workload = mesh.workload(uid)?;
             (&workload.name, &workload.namespace, workload.service_account())
         }
-        Named::Pod { name, namespace, service_account, node: _ } => (name, namespace, &**service_account),
+        Named::Pod { name, namespace, service_account, .. } => (name, namespace, &**service_account),
     };
     let (name, namespace) = (name.to_string(), namespace.to_string());
     Some(api::WorkloadInfo { name, namespace, service_account: account.to_owned() })

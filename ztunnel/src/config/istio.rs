@@ -69,11 +69,14 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
     };
     let listeners = listeners(&in_pod, &data_plane.keepalive);
     let impersonate = settings.dedicated.is_none();
+    // A mesh that is written by hand need not say in which cluster it is.
+    let cluster = if control_plane.discovery.is_some() { own.cluster.clone() } else { String::new() };
     let (zds, alone, self_proxy) = match settings.dedicated {
-        Some(workload) => (None, Some(alone(workload, &own.node, listeners)), None),
+        Some(workload) => (None, Some(alone(workload, &own.node, &cluster, listeners)), None),
         None => {
             let dns = dns_in_pods(&dns, &listeners, &own.cluster_domain);
-            (Some(Zds { socket: in_pod.socket.clone(), listeners, dns }), None, self_proxy(&own)?)
+            let self_proxy = self_proxy(&own, &cluster)?;
+            (Some(Zds { socket: in_pod.socket.clone(), listeners, cluster, dns }), None, self_proxy)
         }
     };
     let mut warnings: Vec<String> = settings.warnings.iter().map(Ineffective::to_string).collect();
@@ -151,24 +154,26 @@ fn identity(own: &Own) -> client::Identity {
 }
 
 /// This proxy's own pod, if it is told which that is.
-fn self_proxy(own: &Own) -> Result<Option<OwnPod>, Invalid> {
+fn self_proxy(own: &Own, cluster: &str) -> Result<Option<OwnPod>, Invalid> {
     let Own { pod, namespace, service_account, node, .. } = own;
     if [pod, namespace, service_account].into_iter().any(String::is_empty) {
         return Ok(None);
     }
     let identity = SpiffeId::new(&own.trust_domain, namespace, service_account).map_err(Invalid::Own)?;
     let uid = PodUid(format!("{namespace}/{pod}").into());
-    let [name, namespace, service_account, node] =
-        [pod, namespace, service_account, node].map(|text| Arc::from(&**text));
-    Ok(Some(OwnPod { uid, workload: Named::Pod { name, namespace, service_account, node }, identity }))
+    let [name, namespace, service_account, node, cluster] =
+        [&**pod, namespace, service_account, node, cluster].map(Arc::from);
+    let workload = Named::Pod { name, namespace, service_account, node, cluster };
+    Ok(Some(OwnPod { uid, workload, identity }))
 }
 
-fn alone(workload: Dedicated, node: &str, listeners: capture::rules::Config) -> Alone {
+fn alone(workload: Dedicated, node: &str, cluster: &str, listeners: capture::rules::Config) -> Alone {
     let Dedicated { namespace, name, service_account } = workload;
     let uid = PodUid(format!("{namespace}/{name}").into());
     let [name, namespace, service_account] = [name, namespace, service_account].map(Arc::from);
     // Where no node is named, that of the workload is not asked for.
-    let workload = Named::Pod { name, namespace, service_account, node: Arc::from(node) };
+    let [node, cluster] = [node, cluster].map(Arc::from);
+    let workload = Named::Pod { name, namespace, service_account, node, cluster };
     Alone { uid, workload, listeners }
 }
 

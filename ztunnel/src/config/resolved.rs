@@ -204,6 +204,8 @@ pub struct Zds {
     pub socket: PathBuf,
     /// How to listen in the pods.
     pub listeners: capture::rules::Config,
+    /// The cluster whose pods they are; empty where the mesh does not say which is whose.
+    pub cluster: String,
     /// How pods' names are resolved; `None` where the agent does not redirect what they ask.
     pub dns: Option<dns::server::Config>,
 }
@@ -227,7 +229,7 @@ fn zds(typed: &raw::Zds) -> Option<Zds> {
     let listeners = capture::rules::Config { share_ports: typed.port_reuse, ipv6: typed.ipv6, settings };
     let names = || dns::answer::Config::new(&typed.cluster_domain, None, typed.ipv6);
     let dns = typed.dns_capture.then(|| dns_in_pods(names(), &listeners));
-    Some(Zds { socket: typed.zds.clone()?, listeners, dns })
+    Some(Zds { socket: typed.zds.clone()?, listeners, cluster: String::new(), dns })
 }
 
 /// Listens for DNS as for everything else in the pods.

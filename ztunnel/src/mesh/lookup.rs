@@ -106,7 +106,7 @@ mod tests {
     fn workload(uid: &str, name: &str, account: &str, node: &str) -> Arc<Workload> {
         let identity = SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap();
         let sample = Workload::sample("shop", name);
-        Arc::new(Workload { uid: uid.into(), identity, node: node.into(), ..sample })
+        Arc::new(Workload { uid: uid.into(), identity, node: node.into(), cluster: "c1".into(), ..sample })
     }
 
     fn of(workloads: impl IntoIterator<Item = Arc<Workload>>) -> Mesh {
@@ -114,8 +114,9 @@ mod tests {
     }
 
     fn lookup() -> Lookup {
-        let [name, namespace, service_account, node] = ["cart-1", "shop", "cart", "n1"].map(Arc::from);
-        Lookup::new(Named::Pod { name, namespace, service_account, node })
+        let [name, namespace, service_account, node, cluster] =
+            ["cart-1", "shop", "cart", "n1", "c1"].map(Arc::from);
+        Lookup::new(Named::Pod { name, namespace, service_account, node, cluster })
     }
 
     #[tokio::test(start_paused = true)]
@@ -124,6 +125,8 @@ mod tests {
         let others =
             [("a", "cart-2", "cart", "n1"), ("b", "cart-1", "other", "n1"), ("c", "cart-1", "cart", "n2")];
         let others = others.map(|(uid, name, account, node)| workload(uid, name, account, node));
+        let namesake = Workload { cluster: "c2".into(), ..(*workload("z", "cart-1", "cart", "n1")).clone() };
+        let others = others.into_iter().chain([Arc::new(namesake)]).collect::<Vec<_>>();
         writer.publish(of(others.clone()));
         let error = lookup().find(&reader).await.unwrap_err();
         assert!(error.to_string().contains("cart.shop (cart-1)"), "{error}");

@@ -148,6 +148,8 @@ pub enum Named {
         service_account: Arc<str>,
         /// The node it is on; empty where that may be any.
         node: Arc<str>,
+        /// The cluster it is in, in which alone the other names are unique; empty where that may be any.
+        cluster: Arc<str>,
     },
 }
 
@@ -166,12 +168,13 @@ impl Named {
     pub fn is(&self, workload: &Workload) -> bool {
         match self {
             Self::Uid(uid) => *uid == workload.uid,
-            Self::Pod { name, namespace, service_account, node } => {
+            Self::Pod { name, namespace, service_account, node, cluster } => {
                 *name == workload.name
                     && *namespace == workload.namespace
                     && **service_account == *workload.service_account()
                     // Of a mesh file that does not say where its pods are, each pod is meant.
                     && (*node == workload.node || workload.node.is_empty() || node.is_empty())
+                    && (*cluster == workload.cluster || cluster.is_empty())
             }
         }
     }

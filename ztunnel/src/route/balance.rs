@@ -174,7 +174,8 @@ fn rank(balancing: &LoadBalancing, source: &Workload, workload: &Workload) -> Op
         BalanceScope::Region => source.region == workload.region,
         BalanceScope::Zone => source.zone == workload.zone,
         BalanceScope::Subzone => source.subzone == workload.subzone,
-        BalanceScope::Node => source.node == workload.node,
+        // Its name is unique in its cluster only.
+        BalanceScope::Node => source.node == workload.node && source.cluster == workload.cluster,
         BalanceScope::Cluster => source.cluster == workload.cluster,
         BalanceScope::Network => source.network == workload.network,
         BalanceScope::Unknown => false,

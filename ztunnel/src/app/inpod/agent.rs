@@ -72,6 +72,7 @@ pub(super) struct Agent {
     zds: Zds,
     settings: Arc<Settings>,
     node: Arc<str>,
+    cluster: Arc<str>,
     data_plane: Arc<DataPlane>,
     /// Where names are resolved for pods.
     dns: Option<Arc<dns::server::Dns>>,
@@ -101,6 +102,7 @@ impl Agent {
             reconciled: false,
             source: source.of("the node agent's list of pods"),
             settings: Arc::new(zds.listeners.settings.clone()),
+            cluster: Arc::from(&*zds.cluster),
             zds,
             node,
             data_plane,
@@ -306,7 +308,8 @@ impl Agent {
     fn named(&self, pod: &AgentPod) -> Named {
         let AgentPod { name, namespace, service_account, .. } = pod;
         let [name, namespace, service_account] = [name, namespace, service_account].map(Arc::clone);
-        Named::Pod { name, namespace, service_account, node: Arc::clone(&self.node) }
+        let [node, cluster] = [&self.node, &self.cluster].map(Arc::clone);
+        Named::Pod { name, namespace, service_account, node, cluster }
     }
 
     fn capture(&mut self, pod: AgentPod) {

@@ -69,8 +69,12 @@ pub enum At {
 /// are as their capacities. `None` when there is no candidate.
 ///
 /// A candidate may be chosen in its state of health, serves the port and has an address of a family that the service
-/// uses, or none but a name, or is in another network that has a gateway. Where the service prefers endpoints near the client, it is one of the nearest.
+/// uses, or none but a name, or is in another network that has a gateway. Where the service prefers endpoints near the
+/// client, it is one of the nearest.
 pub fn pick<'a>(endpoints: &'a Endpoints, request: &Request<'_>, roll: u64) -> Option<Picked<'a>> {
+    if endpoints.capacity_max() == 0 {
+        return None;
+    }
     let scoped = request.service.balancing.as_ref().filter(|balancing| is_scoped(balancing));
     let mut draw = roll;
     if scoped.is_none() {
@@ -194,14 +198,25 @@ fn rank(balancing: &LoadBalancing, source: &Workload, workload: &Workload) -> Op
     }
 }
 
+/// What is in front of a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front<'a> {
+    /// Nothing.
+    Nothing,
+    /// This waypoint.
+    Waypoint(&'a Arc<GatewayAddress>),
+    /// Waypoints none of which has any weight: nobody may be dialled, and not the service itself either.
+    Nobody,
+}
+
 /// The waypoint in front of a service, if it has one. Of several, `roll` picks by their weights.
-pub fn waypoint(service: &Service, roll: u64) -> Option<&Arc<GatewayAddress>> {
+pub fn front(service: &Service, roll: u64) -> Front<'_> {
     let weighted = &service.weighted_waypoints;
-    let total: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
-    if total == 0 {
-        return service.waypoint.as_ref();
+    if weighted.is_empty() {
+        return service.waypoint.as_ref().map_or(Front::Nothing, Front::Waypoint);
     }
     // The endpoint is chosen with the roll itself, so the choices are independent.
+    let total: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
     let mut left = below(mix(roll), total);
     let picked = weighted.iter().find(|waypoint| {
         let weight = u64::from(waypoint.weight);
@@ -209,7 +224,7 @@ pub fn waypoint(service: &Service, roll: u64) -> Option<&Arc<GatewayAddress>> {
         left = left.saturating_sub(weight);
         here
     });
-    picked.map(|waypoint| &waypoint.gateway)
+    picked.map_or(Front::Nobody, |waypoint| Front::Waypoint(&waypoint.gateway))
 }
 
 /// The address to dial `workload` at when the application dialled `wanted`: that one if it is the workload's own, else

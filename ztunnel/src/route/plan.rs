@@ -18,6 +18,7 @@ use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::route::balance;
 use crate::route::balance::At;
+use crate::route::balance::Front;
 use crate::route::balance::Picked;
 use crate::route::balance::Purpose;
 use crate::route::balance::Request;
@@ -343,6 +344,8 @@ fn locate<'a>(
             };
             Some(Located { front: Some(&**front), workload, at })
         }
+        // One without weight gets nothing, as among the endpoints of a service.
+        Gateway::Workload(workload) if workload.capacity == 0 => None,
         Gateway::Workload(workload) => {
             let near = purpose == Purpose::Gateway || workload.network == source.network;
             let at = || balance::address(workload, wanted.ip(), None).map(|ip| SocketAddr::new(ip, port));

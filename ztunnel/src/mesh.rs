@@ -105,6 +105,7 @@ impl MeshWriter {
     /// Publishes what was drafted.
     pub fn release(&mut self) {
         let old = self.current.swap(Arc::new(self.draft.clone()));
+        self.draft.arrival = self.draft.arrival.saturating_add(1);
         self.retired.retain(|mesh| Arc::strong_count(mesh) > 1);
         if Arc::strong_count(&old) > 1 {
             self.retired.push(old);

@@ -84,7 +84,8 @@ impl Mesh {
     }
 
     /// The workload that owns `ip` (canonical form) in `network`. Workloads in their node's network are not found so.
-    /// Where several claim it, a pod comes before others, and one in the mesh before one outside.
+    /// Where several claim it, a pod comes before others, then one that is healthy, then one in the mesh, then the
+    /// newest.
     pub fn workload_at(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.network(network)?.workload_at(ip)
     }
@@ -249,8 +250,9 @@ impl Mesh {
             }
         }
         if !addresses(&new).is_empty() {
+            let arrival = self.arrival;
             let network = self.network_mut(&new.network);
-            addresses(&new).iter().for_each(|ip| network.add_workload(*ip, &new));
+            addresses(&new).iter().for_each(|ip| network.add_workload(*ip, &new, arrival));
         }
         if !new.hostname.is_empty() {
             match self.names.workloads.get_mut(&new.hostname) {

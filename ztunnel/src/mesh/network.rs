@@ -1,5 +1,6 @@
 //! What the addresses of one network belong to.
 
+use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,10 +12,18 @@ use crate::model::service::Service;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 
+/// A workload that says an address is its own.
+#[derive(Debug, Clone)]
+struct Claim {
+    workload: Arc<Workload>,
+    /// Which of the mesh's changes it came with: later ones have greater numbers.
+    arrival: u32,
+}
+
 /// The indexes of one network.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Network {
-    workloads: Map<IpAddr, Several<Arc<Workload>>>,
+    workloads: Map<IpAddr, Several<Claim>>,
     vips: Map<IpAddr, Several<Arc<Service>>>,
     /// Few, as a rule none, and looked through one by one.
     ranges: Arc<Vec<(IpNet, Arc<Service>)>>,
@@ -26,7 +35,7 @@ impl Network {
     }
 
     pub(super) fn workload_at(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.workloads.get(&ip)?.as_slice().first()
+        self.workloads.get(&ip)?.as_slice().first().map(|claim| &claim.workload)
     }
 
     /// The service at `ip` that a client of `namespace` finds: one with that address; if there is none, one with a
@@ -48,21 +57,27 @@ impl Network {
         })
     }
 
-    pub(super) fn add_workload(&mut self, ip: IpAddr, workload: &Arc<Workload>) {
-        let added = Arc::clone(workload);
+    /// `workload` says that `ip` is its own. If it said so before, it has come then, and not now.
+    pub(super) fn add_workload(&mut self, ip: IpAddr, workload: &Arc<Workload>, arrival: u32) {
+        let mut added = Claim { workload: Arc::clone(workload), arrival };
         match self.workloads.get_mut(&ip) {
             None => {
                 self.workloads.insert(ip, Several::One(added));
             }
             Some(claims) => {
-                claims.put(added, |it| it.uid == workload.uid, |it| claim(workload) < claim(it));
+                let is_it = |it: &Claim| it.workload.uid == workload.uid;
+                if let Some(before) = claims.as_slice().iter().find(|it| is_it(it)) {
+                    added.arrival = before.arrival;
+                }
+                let place = added.clone();
+                claims.put(added, is_it, |it| place.rank() < it.rank());
             }
         }
     }
 
     pub(super) fn remove_workload(&mut self, ip: IpAddr, uid: &str) {
         let Some(claims) = self.workloads.get(&ip) else { return };
-        match claims.without(|it| *it.uid == *uid) {
+        match claims.without(|it| *it.workload.uid == *uid) {
             Some(left) => self.workloads.insert(ip, left),
             None => self.workloads.remove(&ip),
         };
@@ -85,10 +100,14 @@ impl Network {
     }
 }
 
-/// The better claim on an address is the smaller: a pod before what else says it has it, one in the mesh before one
-/// outside; then any order that is the same on every node.
-fn claim(workload: &Workload) -> (bool, bool, &str) {
-    (!workload.uid.contains("//Pod/"), workload.reach != Reach::Hbone, &workload.uid)
+impl Claim {
+    /// The better claim is the smaller: a pod before what else says it has the address; one that is healthy before one
+    /// that is about to end; one in the mesh before one outside; the newest; then any order that is the same on every
+    /// node.
+    fn rank(&self) -> (bool, bool, bool, Reverse<u32>, &str) {
+        let Workload { uid, healthy, reach, .. } = &*self.workload;
+        (!uid.contains("//Pod/"), !healthy, *reach != Reach::Hbone, Reverse(self.arrival), uid)
+    }
 }
 
 /// The one a client of `namespace` finds: of its own namespace, else the canonical one, else the first.

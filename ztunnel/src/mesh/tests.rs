@@ -102,6 +102,30 @@ fn an_address_belongs_to_the_best_of_those_who_claim_it() {
 }
 
 #[test]
+fn an_address_that_is_used_again_belongs_to_who_has_it_now() {
+    let (mut writer, reader) = mesh();
+    let at = || at(&reader.snapshot(), "", 1);
+    let pod =
+        |name: &str, healthy| MeshChange::Workload(Arc::new(Workload { healthy, ..workload(name, 1, &[]) }));
+    let [a, b, c] = ["c//Pod/shop/a", "c//Pod/shop/b", "c//Pod/shop/c"];
+    writer.apply([pod(a, true)]);
+    writer.apply([pod(b, true)]);
+    assert_eq!(at(), b, "the newer one");
+    writer.apply([pod(a, false)]);
+    writer.apply([pod(a, true)]);
+    assert_eq!(at(), b, "what only changes is not newer for that");
+    writer.apply([pod(b, false)]);
+    assert_eq!(at(), a, "one that ends has nothing to take");
+    writer.apply([pod(c, false)]);
+    assert_eq!(at(), a);
+    writer.apply([pod(c, true), MeshChange::RemoveWorkload(b.into())]);
+    assert_eq!(at(), c);
+    writer.apply([MeshChange::RemoveWorkload(c.into()), MeshChange::RemoveWorkload(a.into())]);
+    writer.apply([pod(b, true), pod(a, true)]);
+    assert_eq!(at(), a, "of what comes at once, the same one on every node");
+}
+
+#[test]
 fn a_virtual_address_may_be_several_services() {
     let mut mesh = Mesh::default();
     let named = |namespace: &str, name: &str| {

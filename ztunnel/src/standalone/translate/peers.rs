@@ -68,13 +68,7 @@ pub(super) fn policies(
         let setting = understand(object, diagnostics);
         let root = object.namespace == settings.root_namespace;
         let first = match setting.labels {
-            Some(_) if root => {
-                let message = "a PeerAuthentication of the root namespace cannot select workloads: skipped";
-                let hint = "remove the selector, or move it to the namespace of the workloads";
-                let path = ["spec", "selector"];
-                diagnostics.push(Diagnostic::warning_at(&object.source, &path, message).hint(hint));
-                continue;
-            }
+            // In the root namespace, too, it is for the workloads of its own namespace.
             Some(_) => {
                 selected.push(setting);
                 continue;

@@ -200,7 +200,29 @@ fn what_is_not_understood_is_said_and_strict() {
             + &pod("a", "10.0.0.1")
             + &peer("istio-system/p", "selector: {matchLabels: {app: a}}, mtls: {mode: STRICT}")),
         &[
-            "17: warning: a PeerAuthentication of the root namespace cannot select workloads: skipped (remove the selector, or move it to the namespace of the workloads)",
+            "17: warning: the selector matches no pod of namespace istio-system (write labels that its pods have)",
         ],
     );
+}
+
+#[test]
+fn in_the_root_namespace_a_selector_is_for_the_workloads_of_that_namespace() {
+    let gate = (SHOP.to_owned() + &pod("gate", "10.0.0.2")).replace("shop", "istio-system");
+    let strict = "mtls: {mode: STRICT}";
+    let selected = format!("selector: {{matchLabels: {{app: gate}}}}, {strict}");
+    let other = format!("selector: {{matchLabels: {{app: a}}}}, {strict}");
+    for (peers, gate_lists, shop_lists) in [
+        (peer("istio-system/p", &selected), vec!["istio-system/istio_converted_static_strict"], vec![]),
+        (
+            peer("istio-system/p", &selected.replace("STRICT", "PERMISSIVE"))
+                + &peer("istio-system/mesh", strict),
+            vec![],
+            vec!["istio-system/istio_converted_static_strict"],
+        ),
+        (peer("istio-system/p", &other), vec![], vec![]),
+    ] {
+        let translation = translated(&[SHOP, &pod("a", "10.0.0.1"), &gate, &peers].concat());
+        assert_eq!(listed(&translation, "istio-system/gate"), gate_lists, "{peers}");
+        assert_eq!(listed(&translation, "shop/a"), shop_lists, "{peers}");
+    }
 }

@@ -21,6 +21,14 @@ impl ServiceKey {
         Self(Arc::from(format!("{namespace}/{}", lower(hostname))))
     }
 
+    /// Reads the name of a gateway, whose namespace may be left out: any service or workload of that name is meant
+    /// then.
+    pub fn parse_gateway(text: Arc<str>) -> Option<Self> {
+        let (_namespace, hostname) = text.split_once('/')?;
+        let valid = !hostname.is_empty() && !hostname.contains('/');
+        valid.then_some(Self(text))
+    }
+
     /// Reads `namespace/hostname`; `None` if it is not of that form.
     pub fn parse(text: Arc<str>) -> Option<Self> {
         let (namespace, hostname) = text.split_once('/')?;

@@ -23,7 +23,10 @@ pub fn resolve<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> Option<Gateway<'
     let (service, workload) = match &gateway.destination {
         GatewayDestination::Hostname(key) => {
             let by_name = || mesh.workload_by_hostname(key.hostname(), key.namespace());
-            let service = mesh.service(key.as_str());
+            let service = match key.namespace() {
+                "" => mesh.service_by_hostname(key.hostname(), None),
+                _ => mesh.service(key.as_str()),
+            };
             (service, if service.is_none() { by_name() } else { None })
         }
         GatewayDestination::Address(NetworkAddress { network, ip }) => {

@@ -69,6 +69,10 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many times as long at most.
 const PATIENCE_MAX: u32 = 16;
 
+/// What istiod and its tools show as the version of this proxy, and what istiod decides by: the Istio whose messages
+/// this version understands, and then this version. Without it istiod takes a proxy for one of the far future.
+const ISTIO_VERSION: &str = concat!("1.32.0-ztunnel.", env!("CARGO_PKG_VERSION"));
+
 /// Who this proxy is to the control plane.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
@@ -212,6 +216,7 @@ fn node(identity: &Identity) -> Node {
         ("NAMESPACE".to_owned(), text(namespace)),
         ("INSTANCE_IPS".to_owned(), text(ip)),
         ("NODE_NAME".to_owned(), text(node)),
+        ("ISTIO_VERSION".to_owned(), text(ISTIO_VERSION)),
     ]);
     fields.extend(metadata.iter().map(|(name, value)| (name.clone(), wire_value(value))));
     Node {
@@ -612,7 +617,10 @@ mod tests {
         assert_eq!(named.id, "ztunnel~1.1.1.1~ztunnel-1.istio-system~istio-system.svc.cluster.local");
         let fields = named.metadata.unwrap().fields;
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-        assert_eq!(names, ["CLUSTER_ID", "INSTANCE_IPS", "NAME", "NAMESPACE", "NODE_NAME", "X"]);
+        assert_eq!(
+            names,
+            ["CLUSTER_ID", "INSTANCE_IPS", "ISTIO_VERSION", "NAME", "NAMESPACE", "NODE_NAME", "X"]
+        );
         assert_eq!(fields["CLUSTER_ID"].kind, Some(value::Kind::StringValue("c1".into())));
         assert!(matches!(&fields["X"].kind, Some(value::Kind::StructValue(it)) if it.fields.len() == 1));
         let ip = node(&Identity { instance_ip: Some("10.0.0.1".into()), ..identity });

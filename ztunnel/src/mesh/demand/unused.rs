@@ -96,7 +96,11 @@ fn relied_on<'a>(mesh: &'a Mesh, name: &str) -> impl Iterator<Item = &'a str> + 
 fn named<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> impl Iterator<Item = &'a str> + use<'a> {
     let (service, workload) = match &gateway.destination {
         GatewayDestination::Hostname(key) => {
-            (mesh.service(key.as_str()), mesh.workload_by_hostname(key.hostname(), key.namespace()))
+            let service = match key.namespace() {
+                "" => mesh.service_by_hostname(key.hostname(), None),
+                _ => mesh.service(key.as_str()),
+            };
+            (service, mesh.workload_by_hostname(key.hostname(), key.namespace()))
         }
         GatewayDestination::Address(at) => {
             (mesh.service_at(&at.network, at.ip, None), mesh.workload_at(&at.network, at.ip))

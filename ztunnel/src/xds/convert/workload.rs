@@ -145,7 +145,7 @@ impl Converter {
         let destination = match &from.destination {
             Some(Destination::Hostname(name)) => {
                 let text = format!("{}/{}", name.namespace, name.hostname);
-                let key = ServiceKey::parse(self.interner.text(&text)).ok_or(Rejected::Name(text))?;
+                let key = ServiceKey::parse_gateway(self.interner.text(&text)).ok_or(Rejected::Name(text))?;
                 GatewayDestination::Hostname(key)
             }
             Some(Destination::Address(address)) => GatewayDestination::Address(NetworkAddress {

@@ -208,6 +208,18 @@ pub struct LoadBalancer {
     pub health_policy: &'static str,
 }
 
+/// A workload or service that the control plane speaks of and that could not be understood: it is not dialled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedResource<'a> {
+    /// Its unique name.
+    pub name: &'a str,
+    /// `<network>/<ip>`, and `<network>/<ip>/<bits>` of a range.
+    pub addresses: Vec<String>,
+    /// What is wrong with it.
+    pub reason: &'a str,
+}
+
 /// One authorization policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]

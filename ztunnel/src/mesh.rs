@@ -13,6 +13,7 @@ use crate::mesh::demand::Demand;
 use crate::mesh::index::Mesh;
 use crate::model::policy::Policy;
 use crate::model::policy::PolicyKey;
+use crate::model::refused::Refused;
 use crate::model::service::Service;
 use crate::model::service::ServiceKey;
 use crate::model::workload::Workload;
@@ -23,6 +24,7 @@ pub mod index;
 pub mod lookup;
 pub mod map;
 mod network;
+mod refusals;
 mod several;
 
 #[cfg(test)]
@@ -39,6 +41,9 @@ pub enum MeshChange {
     Service(Arc<Service>),
     /// This policy is there, perhaps in the place of one with the same name.
     Policy(Arc<Policy>),
+    /// There is a workload or service of this name, and what it is could not be understood. It stays so until there is
+    /// one of this name, or it is gone.
+    Refuse(Arc<Refused>),
     /// The workload with this unique name is gone.
     RemoveWorkload(Arc<str>),
     /// The service with this name is gone. Endpoints that still list it wait for it to come back.

@@ -7,5 +7,6 @@
 pub mod addr;
 pub mod identity;
 pub mod policy;
+pub mod refused;
 pub mod service;
 pub mod workload;

@@ -68,8 +68,10 @@ fn received(data: &[u8]) {
             changes.extend(session.advance(&mut push, 16));
         }
         let accepted = push.take_accepted();
+        // What is refused is kept, too.
+        let refused = changes.iter().filter(|change| matches!(change, MeshChange::Refuse(_))).count();
         assert_eq!(
-            accepted.iter().filter(|it| it.resource.is_some()).count() + push.rejected().len(),
+            accepted.iter().filter(|it| it.resource.is_some()).count() - refused + push.rejected().len(),
             brought
         );
         let rejected: BTreeSet<String> = push.rejected().iter().map(|(name, _)| name.clone()).collect();

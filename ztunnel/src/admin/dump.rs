@@ -179,6 +179,10 @@ impl Serialize for Document<'_> {
         document.serialize_entry("services", &model::Services(self.mesh))?;
         document.serialize_entry("policies", &model::Policies(self.mesh))?;
         document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
+        // Istio's has no such key: it is there only when there is something to say.
+        if self.mesh.refused().len() > 0 {
+            document.serialize_entry("refusedResources", &model::Refusals(self.mesh))?;
+        }
         document.serialize_entry("staticConfig", &Static(self.local))?;
         document.serialize_entry("refused", &self.refused)?;
         document.serialize_entry("version", self.version)?;

@@ -28,6 +28,8 @@ pub struct Dump {
     pub services: Vec<Service>,
     /// Its policies.
     pub policies: Vec<Policy>,
+    /// What it has besides and could not be understood.
+    pub refused_resources: Vec<Rejected>,
     /// What this node shows to others.
     pub certificates: Vec<Certificates>,
     /// This node's pods by their uids.
@@ -98,6 +100,15 @@ pub struct Workload {
     pub(super) waypoint: Option<Waypoint>,
     pub(super) protocol: String,
     pub(super) status: String,
+}
+
+/// A workload or service that is not dialled, as nobody knows how.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct Rejected {
+    pub(super) name: String,
+    pub(super) addresses: Vec<String>,
+    pub(super) reason: String,
 }
 
 /// Where a waypoint is.
@@ -219,6 +230,9 @@ pub fn part(dump: Value, what: What, filter: &Filter) -> Value {
         }
         let mut list = dump.remove(key).unwrap_or_default();
         let text = |entry: &Value, key: &str| entry[key].as_str().unwrap_or_default().to_owned();
+        if key == REFUSED && *filter != Filter::default() {
+            continue;
+        }
         let named = |entry: &Value| filter.named(&text(entry, "name"), &text(entry, "namespace"));
         match &mut list {
             Value::Array(entries) => entries.retain(|entry| match wanted {
@@ -234,15 +248,22 @@ pub fn part(dump: Value, what: What, filter: &Filter) -> Value {
         if what != What::All {
             return list;
         }
+        // What there is only at times.
+        if list.is_null() && key == REFUSED {
+            continue;
+        }
         kept.insert(key.to_owned(), list);
     }
     Value::Object(kept)
 }
 
-const KEYS: [(&str, What); 5] = [
+const REFUSED: &str = "refusedResources";
+
+const KEYS: [(&str, What); 6] = [
     ("workloads", What::Workload),
     ("services", What::Service),
     ("policies", What::Policy),
+    (REFUSED, What::All),
     ("certificates", What::Certificate),
     ("workloadState", What::Connections),
 ];

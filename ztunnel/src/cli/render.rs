@@ -29,7 +29,11 @@ pub(super) fn tables(dump: &Dump, query: &Query, now: UtcDateTime) -> String {
         (What::Connections, connections(dump, &query.filter, query.raw)),
     ];
     let wanted = parts.into_iter().filter(|(what, _)| query.what == What::All || query.what == *what);
-    let tables = wanted.map(|(_, table)| table.text()).collect::<Vec<_>>().join("\n");
+    let unknown = rejected(dump).filter(|_| {
+        matches!(query.what, What::All | What::Workload | What::Service) && query.filter == Filter::default()
+    });
+    let tables = wanted.map(|(_, table)| table).chain(unknown);
+    let tables = tables.map(|table| table.text()).collect::<Vec<_>>().join("\n");
     let refused: String =
         dump.refused.iter().map(|refused| format!("Not in force: {}\n", refused.said)).collect();
     if refused.is_empty() { tables } else { format!("{refused}\n{tables}") }
@@ -89,6 +93,21 @@ fn workloads(dump: &Dump, filter: &Filter) -> Box<dyn Text> {
         head: ["NAMESPACE", "POD NAME", "ADDRESS", "NODE", "WAYPOINT", "PROTOCOL"],
         rows: shown.into_iter().map(row).collect(),
     })
+}
+
+/// What was rejected, and is not dialled. Nothing, as a rule.
+fn rejected(dump: &Dump) -> Option<Box<dyn Text>> {
+    if dump.refused_resources.is_empty() {
+        return None;
+    }
+    let row = |refused: &super::dump::Rejected| {
+        let addresses = refused.addresses.iter().map(|address| within(address));
+        [refused.name.clone(), addresses.collect::<Vec<_>>().join(","), refused.reason.clone()]
+    };
+    Some(Box::new(Table {
+        head: ["REFUSED", "ADDRESS", "REASON"],
+        rows: dump.refused_resources.iter().map(row).collect(),
+    }))
 }
 
 /// What a waypoint's destination may be → the name of the service that it is.

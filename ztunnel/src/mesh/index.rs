@@ -15,12 +15,14 @@ use crate::mesh::network::Network;
 use crate::mesh::network::add_service;
 use crate::mesh::network::best;
 use crate::mesh::network::remove_service;
+use crate::mesh::refusals::Refusals;
 use crate::mesh::several::Several;
 use crate::model::addr::NetworkAddress;
 use crate::model::identity::TrustDomain;
 use crate::model::policy::Policy;
 use crate::model::policy::PolicyKey;
 use crate::model::policy::Scope;
+use crate::model::refused::Refused;
 use crate::model::service::Service;
 use crate::model::service::ServiceKey;
 use crate::model::workload::Workload;
@@ -56,6 +58,33 @@ pub struct Mesh {
     authorization: u64,
     /// Policies that are not enforced.
     on_trial: usize,
+    refusals: Refusals,
+    /// Set by the writer.
+    pub(super) is_whole: bool,
+    /// Which of the changes that readers see one by one is being made. Counted by the writer.
+    pub(super) arrival: u32,
+}
+
+/// The policies that apply to one workload.
+#[derive(Debug, Clone, Copy)]
+pub struct PoliciesOf<'a> {
+    mesh: &'a Mesh,
+    namespaced: &'a [Arc<Policy>],
+    named: &'a [PolicyKey],
+}
+
+impl<'a> PoliciesOf<'a> {
+    /// Those that the mesh has.
+    pub fn known(self) -> impl Iterator<Item = &'a Arc<Policy>> {
+        let named = self.named.iter().filter_map(|key| self.mesh.policies.get(key));
+        self.mesh.global.iter().chain(self.namespaced).chain(named)
+    }
+
+    /// The first that the workload names and the mesh does not have. It may come yet: until then nobody knows what it
+    /// says.
+    pub fn missing(self) -> Option<&'a PolicyKey> {
+        self.named.iter().find(|key| self.mesh.policies.get(*key).is_none())
+    }
 }
 
 impl Mesh {
@@ -94,6 +123,34 @@ impl Mesh {
     /// for a client of `namespace`. Where several have it: that of the client's namespace, else the canonical one.
     pub fn service_at(&self, network: &str, ip: IpAddr, namespace: Option<&str>) -> Option<&Arc<Service>> {
         self.network(network)?.service_at(ip, namespace)
+    }
+
+    /// What is at `ip` (canonical form) in `network` and could not be understood, for who would be sent there else: one
+    /// that has the address, unless it is also a virtual address of a service that is understood; one that has it in a
+    /// range, if nothing else is known of it.
+    pub fn refused_at(
+        &self,
+        network: &Arc<str>,
+        ip: IpAddr,
+        namespace: Option<&str>,
+    ) -> Option<&Arc<Refused>> {
+        if self.refusals.iter().len() == 0 {
+            return None;
+        }
+        let service = self.service_at(network, ip, namespace);
+        let is_vip = |vip: &NetworkAddress| vip.network == *network && vip.ip == ip;
+        if service.is_some_and(|service| service.vips.iter().any(is_vip)) {
+            return None;
+        }
+        self.refusals.at(network, ip).or_else(|| {
+            let unknown = service.is_none() && self.workload_at(network, ip).is_none();
+            if unknown { self.refusals.spanning(network, ip) } else { None }
+        })
+    }
+
+    /// Everything that is there and could not be understood, in no order.
+    pub fn refused(&self) -> impl ExactSizeIterator<Item = &Arc<Refused>> {
+        self.refusals.iter()
     }
 
     /// The service with this unique name, `namespace/hostname`.
@@ -196,17 +253,30 @@ impl Mesh {
     /// Changes this version. Those who have a copy of it do not see it.
     pub(crate) fn apply(&mut self, change: MeshChange) {
         match change {
-            MeshChange::Workload(workload) => self.put_workload(workload),
-            MeshChange::Service(service) => self.put_service(service),
+            MeshChange::Workload(workload) => {
+                self.refusals.remove(&workload.uid);
+                self.put_workload(workload);
+            }
+            MeshChange::Service(service) => {
+                self.refusals.remove(service.key.as_str());
+                self.put_service(service);
+            }
+            MeshChange::Refuse(refused) => self.refusals.put(refused),
             MeshChange::Policy(policy) => self.put_policy(policy),
             MeshChange::RemoveWorkload(uid) => {
+                self.refusals.remove(&uid);
                 self.remove_workload(&uid);
             }
-            MeshChange::RemoveService(key) => self.remove_service(key.as_str()),
+            MeshChange::RemoveService(key) => {
+                self.refusals.remove(key.as_str());
+                self.remove_service(key.as_str());
+            }
             MeshChange::RemoveAddress(name) => {
+                self.refusals.remove(&name);
                 if !self.remove_workload(&name)
                     && let Some(key) = ServiceKey::parse(name)
                 {
+                    self.refusals.remove(key.as_str());
                     self.remove_service(key.as_str());
                 }
             }

@@ -346,7 +346,7 @@ proptest! {
                 MeshChange::RemoveWorkload(uid) => { workloads.remove(&uid); }
                 MeshChange::RemoveService(key) => services.retain(|it| it.key != key),
                 MeshChange::RemovePolicy(key) => { policies.remove(&key); }
-                MeshChange::RemoveAddress(_) => {}
+                MeshChange::RemoveAddress(_) | MeshChange::Refuse(_) => {}
             }
         }
         let mut whole = Mesh::default();

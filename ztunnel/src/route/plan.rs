@@ -11,6 +11,7 @@ use crate::model::addr::HbonePeer;
 use crate::model::addr::OriginalDst;
 use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
+use crate::model::refused::Refused;
 use crate::model::service::BalanceMode;
 use crate::model::service::GatewayAddress;
 use crate::model::service::Service;
@@ -112,6 +113,17 @@ pub enum NoRoute {
     /// the connection goes nowhere.
     #[error("unknown waypoint {}", .0.destination)]
     UnknownWaypoint(Arc<GatewayAddress>),
+    /// What was dialled is in the mesh, and what the control plane says of it cannot be taken: it is not known how to
+    /// speak to it, and it is not spoken to in the clear for that.
+    #[error("{} is not dialled, as it was rejected when it came from the control plane: {}", .0.name, .0.reason)]
+    Refused(Arc<Refused>),
+    /// The service has waypoints in front of it, and none of them has any weight. Without one the connection goes
+    /// nowhere.
+    #[error("none of the waypoints of {hostname} has a weight")]
+    NoWaypoint {
+        /// The service's full name.
+        hostname: Arc<str>,
+    },
     /// It is served in another network that has a gateway the mesh does not know, or that nobody serves.
     #[error("unknown network gateway {}", .0.destination)]
     UnknownGateway(Arc<GatewayAddress>),
@@ -149,10 +161,14 @@ pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Resu
     if RESERVED_PORTS.contains(&wanted.port()) && is_own(source, wanted.ip()) {
         return Err(NoRoute::SelfCall(wanted));
     }
+    if let Some(refused) = mesh.refused_at(&source.network, wanted.ip(), Some(&source.namespace)) {
+        return Err(NoRoute::Refused(Arc::clone(refused)));
+    }
     if let Some(service) = mesh.service_at(&source.network, wanted.ip(), Some(&source.namespace)) {
-        return match balance::waypoint(service, roll) {
-            Some(gateway) => to_waypoint(mesh, source, gateway, wanted, Some(service), roll),
-            None => to_service(mesh, source, service, wanted, roll),
+        return match balance::front(service, roll) {
+            Front::Waypoint(gateway) => to_waypoint(mesh, source, gateway, wanted, Some(service), roll),
+            Front::Nothing => to_service(mesh, source, service, wanted, roll),
+            Front::Nobody => Err(NoRoute::NoWaypoint { hostname: Arc::clone(&service.hostname) }),
         };
     }
     to_address(mesh, source, wanted, None, roll)

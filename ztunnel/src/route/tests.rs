@@ -9,12 +9,15 @@ use proptest::prelude::*;
 use rand::RngExt;
 use rand::SeedableRng;
 
+use crate::mesh::MeshChange;
 use crate::mesh::index::Mesh;
 use crate::model::addr::HBONE_PORT;
 use crate::model::addr::HbonePeer;
 use crate::model::addr::NetworkAddress;
+use crate::model::addr::NetworkCidr;
 use crate::model::addr::OriginalDst;
 use crate::model::identity::TrustDomain;
+use crate::model::refused::Refused;
 use crate::model::service::BalanceMode;
 use crate::model::service::BalanceScope;
 use crate::model::service::GatewayAddress;
@@ -24,6 +27,7 @@ use crate::model::service::IpFamilies;
 use crate::model::service::LoadBalancing;
 use crate::model::service::Service;
 use crate::model::service::ServicePort;
+use crate::model::service::WeightedWaypoint;
 use crate::model::workload::Membership;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
@@ -327,6 +331,126 @@ fn assert_shares(workloads: &[(&str, Workload)], service: Service, expect: &[(&s
 }
 
 #[test]
+fn what_was_rejected_is_dialled_in_no_way() {
+    let refused = |name: &str, addresses: &[&str], ranges: &[&str]| {
+        let cidr = |range: &&str| NetworkCidr { network: Arc::default(), range: range.parse().unwrap() };
+        MeshChange::Refuse(Arc::new(Refused {
+            name: name.into(),
+            addresses: addresses.iter().map(|ip| vip(ip)).collect(),
+            ranges: ranges.iter().map(cidr).collect(),
+            reason: "it is odd".into(),
+        }))
+    };
+    let mut mesh = mesh();
+    mesh.apply(refused(
+        "shop/odd.shop",
+        &["10.9.0.99", "10.0.0.3", "10.9.0.1"],
+        &["10.7.0.0/16", "10.0.0.0/8"],
+    ));
+    mesh.apply(refused("pod", &["10.0.0.50"], &[]));
+    let odd =
+        "shop/odd.shop is not dialled, as it was rejected when it came from the control plane: it is odd";
+    let pod = "pod is not dialled, as it was rejected when it came from the control plane: it is odd";
+    let check = |mesh: &Mesh, table: &[(&str, &str)]| {
+        for (to, expect) in table {
+            assert_eq!(outcome(mesh, to, LOW), *expect, "{to}");
+        }
+    };
+    check(
+        &mesh,
+        &[
+            ("10.9.0.99:80", odd),
+            ("10.0.0.50:81", pod),
+            // Whose it is now, nobody knows.
+            ("10.0.0.3:81", odd),
+            ("10.7.1.1:80", odd),
+            ("10.0.0.77:80", odd),
+            // What is understood and has the address too, or is somebody of the range.
+            ("10.9.0.1:80", "hbone 10.0.0.2:15008 10.0.0.2:8080 in of both"),
+            ("10.0.0.2:81", "hbone 10.0.0.2:15008 10.0.0.2:81 in"),
+            ("192.0.2.1:443", "plain 192.0.2.1:443"),
+        ],
+    );
+    let other = Workload { network: "n".into(), ..client() };
+    let to = OriginalDst("10.0.0.50:80".parse().unwrap());
+    assert!(matches!(plan(&mesh, &other, to, LOW), Ok(Plan::Plain { .. })), "another network");
+    // A good version, and the end.
+    mesh.apply(MeshChange::Workload(Arc::new(Workload {
+        uid: "pod".into(),
+        ..workload("pod", &["10.0.0.50"], Reach::Hbone)
+    })));
+    mesh.apply(MeshChange::RemoveAddress("shop/odd.shop".into()));
+    check(
+        &mesh,
+        &[
+            ("10.9.0.99:80", "plain 10.9.0.99:80"),
+            ("10.0.0.50:81", "hbone 10.0.0.50:15008 10.0.0.50:81 pod"),
+            ("10.0.0.3:81", "plain 10.0.0.3:81 out"),
+            ("10.7.1.1:80", "plain 10.7.1.1:80"),
+        ],
+    );
+    assert_eq!(mesh.refused().len(), 0);
+}
+
+#[test]
+fn what_has_no_weight_gets_nothing_also_where_nobody_has_any() {
+    let idle = |name: &str, ip: &str| Workload { capacity: 0, ..workload(name, &[ip], Reach::Hbone) };
+    let named = |name: &str| GatewayDestination::Hostname(Service::sample("shop", name).key);
+    let at = |ip: &str| GatewayDestination::Address(vip(ip));
+    let gateway = |destination| Arc::new(GatewayAddress { destination, hbone_port: 15008 });
+    let weighted = |gateways: &[(GatewayDestination, u32)]| {
+        let weighted = gateways.iter().cloned();
+        weighted.map(|(to, weight)| WeightedWaypoint { gateway: gateway(to), weight }).collect::<Vec<_>>()
+    };
+    let way = behind(workload("way", &["10.0.0.8"], Reach::Hbone), &[("way", &[(15008, 15008)])]);
+    let workloads = [
+        behind(
+            workload("served", &["10.0.0.2"], Reach::Hbone),
+            &[("none", &[]), ("kept", &[]), ("moved", &[])],
+        ),
+        behind(idle("idle", "10.0.0.3"), &[("idle", &[])]),
+        behind(idle("idle-way", "10.0.0.9"), &[("idle_way", &[(15008, 15008)])]),
+        way,
+    ];
+    let services = [
+        service("idle", &["10.9.0.1"]),
+        Service { weighted_waypoints: weighted(&[(named("way"), 0)]), ..service("none", &["10.9.0.2"]) },
+        // The one waypoint of old does not stand in for several without weight.
+        Service {
+            waypoint: Some(gateway(named("way"))),
+            weighted_waypoints: weighted(&[(named("way"), 0), (named("idle_way"), 0)]),
+            ..service("kept", &["10.9.0.3"])
+        },
+        Service {
+            weighted_waypoints: weighted(&[(named("idle_way"), 0), (named("way"), 1)]),
+            ..service("moved", &["10.9.0.4"])
+        },
+        Service { waypoint: Some(gateway(named("idle_way"))), ..service("behind idle", &["10.9.0.5"]) },
+        Service { waypoint: Some(gateway(at("10.0.0.9"))), ..service("at idle", &["10.9.0.6"]) },
+        service("way", &[]),
+        service("idle_way", &[]),
+    ];
+    let mesh = Mesh::new(TrustDomain::default(), workloads, services.map(Arc::new), []);
+    for (to, expect) in [
+        (
+            "10.9.0.1:80",
+            "no healthy upstream: none of the 1 endpoints of idle.shop is healthy and serves port 80",
+        ),
+        ("10.9.0.2:80", "none of the waypoints of none.shop has a weight"),
+        ("10.9.0.3:80", "none of the waypoints of kept.shop has a weight"),
+        ("10.9.0.4:80", "hbone 10.0.0.8:15008 10.9.0.4:80 way of moved"),
+        ("10.9.0.5:80", "unknown waypoint shop/idle_way.shop"),
+        ("10.9.0.6:80", "unknown waypoint /10.0.0.9"),
+        // Weights are for choosing: by its own address it is reached.
+        ("10.0.0.3:80", "hbone 10.0.0.3:15008 10.0.0.3:80 idle"),
+    ] {
+        for roll in [LOW, HIGH] {
+            assert_eq!(outcome(&mesh, to, roll), expect, "{to} with roll {roll}");
+        }
+    }
+}
+
+#[test]
 fn the_share_of_a_candidate_is_its_capacity_and_no_other_has_any() {
     let it = || workload("it", &["10.0.0.9"], Reach::Hbone);
     let sick = || Workload { healthy: false, ..it() };
@@ -535,6 +659,8 @@ proptest! {
                 | NoRoute::NobodyExpected { .. }
                 | NoRoute::NoName { .. },
             ) => prop_assert!(false, "there is one network only"),
+            Err(NoRoute::Refused(_)) => prop_assert!(false, "everything is understood"),
+            Err(NoRoute::NoWaypoint { .. }) => prop_assert!(false, "no service has several waypoints"),
         }
     }
 }

@@ -388,7 +388,10 @@ impl Client {
             let Received::Push(mut push) = self.session.receive(response) else { continue };
             while !push.is_done() {
                 changes.extend(self.session.advance(&mut push, SLICE));
-                if let Some(rejected) = push.take_rejected() {
+                // A workload that is rejected is refused, as when it came; a policy cannot be.
+                if push.kind() == Kind::Authorization
+                    && let Some(rejected) = push.take_rejected()
+                {
                     return Err(rejected);
                 }
                 tokio::task::yield_now().await;
@@ -544,11 +547,17 @@ impl Client {
         self.writer.release();
         self.tell(push.take_told());
         self.counts.unknown_values(self.session.unknown_values());
+        self.counts.refused(self.session.refused());
         let rejected = push.rejected().len();
         if rejected > 0 {
             self.counts.rejected(kind, rejected);
             for (name, reason) in push.rejected().iter().take(10) {
-                tracing::warn!(kind = kind.type_url(), name, %reason, "resource rejected");
+                let kept = match (self.session.has_none(kind, name), kind) {
+                    (false, _) => "the version before",
+                    (true, Kind::Address) => "its addresses: they are not dialled until a good version comes",
+                    (true, Kind::Authorization) => "nothing",
+                };
+                tracing::warn!(kind = kind.type_url(), name, %reason, kept, "resource rejected");
             }
         }
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");

@@ -18,8 +18,11 @@ use ztunnel_proto::security;
 use ztunnel_proto::workload as wire;
 
 use crate::mesh::MeshChange;
+use crate::model::addr::NetworkAddress;
+use crate::model::addr::canonical_ip;
 use crate::model::identity::InvalidSpiffeId;
 use crate::model::policy::PolicyKey;
+use crate::model::refused::Refused;
 use crate::xds::intern::Interner;
 
 mod authorization;
@@ -88,6 +91,36 @@ impl Converter {
     pub fn authorization(&mut self, resource: Bytes) -> Result<MeshChange, Rejected> {
         let policy = security::Authorization::decode(resource).map_err(Rejected::Decode)?;
         Ok(MeshChange::Policy(Arc::new(self.policy(&policy)?)))
+    }
+
+    /// What can be said of an `istio.workload.Address` that was rejected: that it is there, under this name, and at
+    /// those of its addresses that can be read. `aliases` are other names of it, which may say addresses too.
+    pub fn refused_address(
+        &mut self,
+        name: &str,
+        aliases: &[String],
+        resource: Bytes,
+        reason: &Rejected,
+    ) -> MeshChange {
+        let mut refused = Refused {
+            name: Arc::from(name),
+            addresses: Vec::new(),
+            ranges: Vec::new(),
+            reason: Arc::from(reason.to_string()),
+        };
+        match wire::Address::decode(resource).ok().and_then(|address| address.r#type) {
+            Some(wire::address::Type::Workload(workload)) => self.refused_workload(&workload, &mut refused),
+            Some(wire::address::Type::Service(service)) => self.refused_service(&service, &mut refused),
+            None => {}
+        }
+        for alias in aliases {
+            let Some((network, ip)) = alias.rsplit_once('/') else { continue };
+            let Ok(ip) = ip.parse().map(canonical_ip) else { continue };
+            refused.addresses.push(NetworkAddress { network: self.interner.text(network), ip });
+        }
+        refused.addresses.sort_unstable();
+        refused.addresses.dedup();
+        MeshChange::Refuse(Arc::new(refused))
     }
 
     /// The removal of an `istio.workload.Address` by its name.

@@ -89,6 +89,7 @@ pub(super) struct Counts {
     messages: [AtomicU64; Kind::ALL.len()],
     bytes: [AtomicU64; Kind::ALL.len()],
     rejected: [AtomicU64; Kind::ALL.len()],
+    refused: AtomicU64,
     unknown_values: AtomicU64,
     connected: AtomicBool,
     cache_loads: [AtomicU64; Loaded::ALL.len()],
@@ -110,6 +111,10 @@ impl Counts {
 
     pub(super) fn rejected(&self, kind: Kind, resources: usize) {
         self.rejected[kind as usize].fetch_add(resources as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn refused(&self, resources: usize) {
+        self.refused.store(resources as u64, Ordering::Relaxed);
     }
 
     pub(super) fn unknown_values(&self, total: u64) {
@@ -163,6 +168,9 @@ impl Source for Counts {
         by_type("istio_xds_message_bytes", "Their size in bytes.", &self.bytes)?;
         let help = "Resources that were rejected.";
         by_type("ztunnel_xds_rejected_resources", help, &self.rejected)?;
+        let help = "Workloads and services of which no version could be taken: they are not dialled.";
+        let value = self.refused.load(Ordering::Relaxed) as f64;
+        families.gauge("ztunnel_xds_refused_resources", help, &[Sample { labels: &[], value }])?;
         let help = "Values in accepted resources that this version does not know.";
         let value = self.unknown_values.load(Ordering::Relaxed);
         families.counter("ztunnel_xds_unknown_values", help, &[Sample { labels: &[], value }])?;

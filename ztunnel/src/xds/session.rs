@@ -1,6 +1,7 @@
 //! What is said on a discovery stream: event in, action out. Knows no network and no clock.
 
 use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::vec;
 
@@ -54,6 +55,8 @@ pub struct Session {
     converter: Converter,
     /// For each kind the names of what was accepted, with the versions.
     held: [HashMap<Box<str>, Box<str>>; 2],
+    /// The names of workloads and services of which no version was accepted.
+    refused: HashSet<Box<str>>,
     accepted: [bool; 2],
     keeping: bool,
     on_demand: bool,
@@ -134,11 +137,12 @@ impl Session {
     /// A session of `node` that has received nothing.
     pub fn new(node: Node) -> Self {
         let (converter, held) = (Converter::default(), Default::default());
-        Self { node, converter, held, accepted: [false; 2], keeping: false, on_demand: false }
+        let refused = HashSet::new();
+        Self { node, converter, held, refused, accepted: [false; 2], keeping: false, on_demand: false }
     }
 
-    /// From now on only those workloads and services are wanted that are asked for. What the control plane sends of them
-    /// of its own accord is taken too; the first response of that type is not waited for.
+    /// From now on only those workloads and services are wanted that are asked for. What the control plane sends of
+    /// them of its own accord is taken too; the first response of that type is not waited for.
     pub fn on_demand(&mut self) {
         self.on_demand = true;
         self.accepted[Kind::Address as usize] = true;
@@ -158,7 +162,9 @@ impl Session {
     /// them if that is kept.
     pub fn let_go(&mut self, names: &[Box<str>]) -> (Vec<MeshChange>, Vec<Accepted>) {
         let held = &mut self.held[Kind::Address as usize];
-        let gone = names.iter().filter(|name| held.remove(&***name).is_some());
+        let refused = &mut self.refused;
+        // Both are to be forgotten, and it is in one.
+        let gone = names.iter().filter(|name| held.remove(&***name).is_some() || refused.remove(&***name));
         let gone: Vec<_> = gone.map(|name| Accepted { name: name.clone(), resource: None }).collect();
         let changes = names.iter().map(|name| self.converter.removed_address(name)).collect();
         (changes, if self.keeping { gone } else { Vec::new() })
@@ -188,11 +194,14 @@ impl Session {
     fn open_with_held(&self) -> [DeltaDiscoveryRequest; 2] {
         Kind::ALL.map(|kind| {
             let held = self.held[kind as usize].iter();
+            let held = held.map(|(name, version)| (name.to_string(), version.to_string()));
+            // Without a version they are sent again; without the name nobody would say that they are gone.
+            let refused = self.refused.iter().filter(|_| kind == Kind::Address);
             DeltaDiscoveryRequest {
                 node: Some(self.node.clone()),
                 type_url: kind.type_url().to_owned(),
                 initial_resource_versions: held
-                    .map(|(name, version)| (name.to_string(), version.to_string()))
+                    .chain(refused.map(|name| (name.to_string(), String::new())))
                     .collect(),
                 ..DeltaDiscoveryRequest::default()
             }
@@ -234,8 +243,18 @@ impl Session {
         }
     }
 
+    /// Whether no version of this resource is held.
+    pub fn has_none(&self, kind: Kind, name: &str) -> bool {
+        !self.held[kind as usize].contains_key(name)
+    }
+
+    /// How many workloads and services are there of which no version was accepted.
+    pub fn refused(&self) -> usize {
+        self.refused.len()
+    }
+
     /// The changes that the next resources of a response make, of `limit` of them at most. What is rejected leaves what
-    /// was there before in place.
+    /// was there before in place. If that is nothing it is refused from then on, and not unknown.
     pub fn advance(&mut self, push: &mut Push, limit: usize) -> Vec<MeshChange> {
         let mut changes = Vec::with_capacity(limit.min(push.resources.len() + push.removed.len()));
         let kind = push.kind;
@@ -244,7 +263,7 @@ impl Session {
         let mut left = limit;
         for Resource { name, version, resource, aliases, .. } in push.resources.by_ref().take(left) {
             left -= 1;
-            let value = resource.as_ref().filter(|_| self.keeping).map(|any| any.value.clone());
+            let value = resource.as_ref().map(|any| any.value.clone());
             let converted = match resource {
                 Some(any) if any.type_url != kind.type_url() => {
                     Err(Rejected::Unsupported("a resource of another type than the response's"))
@@ -262,17 +281,36 @@ impl Session {
                         push.told.push(Told::There(name.clone(), aliases));
                     }
                     let (name, version) = (name.into_boxed_str(), version.into_boxed_str());
-                    if let Some(value) = value {
+                    if let Some(value) = value.filter(|_| self.keeping) {
                         let resource = Some((version.clone(), value));
                         push.accepted.push(Accepted { name: name.clone(), resource });
                     }
+                    if kind == Kind::Address {
+                        self.refused.remove(&name);
+                    }
                     held.insert(name, version);
                 }
-                Err(reason) => push.rejected.push((name, reason)),
+                Err(reason) => {
+                    if kind == Kind::Address && !name.is_empty() && !held.contains_key(&*name) {
+                        let value = value.unwrap_or_default();
+                        changes.push(self.converter.refused_address(&name, &aliases, value.clone(), &reason));
+                        if telling {
+                            push.told.push(Told::There(name.clone(), aliases));
+                        }
+                        let name = name.clone().into_boxed_str();
+                        if self.keeping {
+                            let resource = Some((Box::default(), value));
+                            push.accepted.push(Accepted { name: name.clone(), resource });
+                        }
+                        self.refused.insert(name);
+                    }
+                    push.rejected.push((name, reason));
+                }
             }
         }
         for name in push.removed.by_ref().take(left) {
-            if held.remove(name.as_str()).is_some() && self.keeping {
+            let was_refused = kind == Kind::Address && self.refused.remove(name.as_str());
+            if (held.remove(name.as_str()).is_some() || was_refused) && self.keeping {
                 push.accepted.push(Accepted { name: Box::from(name.as_str()), resource: None });
             }
             match kind {

@@ -64,6 +64,25 @@ impl Serialize for Staged<'_> {
     }
 }
 
+/// All that could not be understood.
+pub struct Refusals<'a>(pub &'a Mesh);
+
+impl Serialize for Refusals<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut all: Vec<_> = self.0.refused().collect();
+        all.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        serializer.collect_seq(all.into_iter().map(|refused| {
+            let addresses = refused.addresses.iter().map(ToString::to_string);
+            let ranges = refused.ranges.iter().map(|cidr| format!("{}/{}", cidr.network, cidr.range));
+            api::RefusedResource {
+                name: &refused.name,
+                addresses: addresses.chain(ranges).collect(),
+                reason: &refused.reason,
+            }
+        }))
+    }
+}
+
 /// All policies of a mesh, one view at a time.
 pub struct Policies<'a>(pub &'a Mesh);
 

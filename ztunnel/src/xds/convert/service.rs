@@ -8,6 +8,7 @@ use ztunnel_proto::workload::load_balancing;
 
 use crate::model::addr::NetworkAddress;
 use crate::model::addr::NetworkCidr;
+use crate::model::refused::Refused;
 use crate::model::service::BalanceMode;
 use crate::model::service::BalanceScope;
 use crate::model::service::HealthPolicy;
@@ -25,6 +26,12 @@ use crate::xds::convert::workload::ip;
 use crate::xds::convert::workload::port;
 use crate::xds::convert::workload::port_or_zero;
 
+/// Where a service is found.
+enum Vip {
+    One(NetworkAddress),
+    Range(NetworkCidr),
+}
+
 impl Converter {
     pub(super) fn service(&mut self, from: &wire::Service) -> Result<Service, Rejected> {
         let name = format!("{}/{}", from.namespace, from.hostname);
@@ -32,16 +39,9 @@ impl Converter {
         let hostname = self.interner.text(key.hostname());
         let (mut vips, mut cidr_vips) = (Distinct::with_capacity(0), Distinct::with_capacity(0));
         for address in &from.addresses {
-            let network = self.interner.text(&address.network);
-            let ip = ip(&address.address)?;
-            let bits = if ip.is_ipv4() { 32 } else { 128 };
-            match address.length {
-                Some(length) if length > bits => return Err(Rejected::Prefix(length)),
-                Some(length) if length < bits => {
-                    let range = IpNet::new(ip, length as u8).map_err(|_| Rejected::Prefix(length))?.trunc();
-                    cidr_vips.push(NetworkCidr { network, range });
-                }
-                _ => vips.push(NetworkAddress { network, ip }),
+            match self.vip(address)? {
+                Vip::One(address) => vips.push(address),
+                Vip::Range(range) => cidr_vips.push(range),
             }
         }
         let mut ports = Vec::with_capacity(from.ports.len());
@@ -94,6 +94,31 @@ impl Converter {
             canonical: from.canonical,
             visibility,
         })
+    }
+
+    fn vip(&mut self, from: &wire::NetworkAddress) -> Result<Vip, Rejected> {
+        let network = self.interner.text(&from.network);
+        let ip = ip(&from.address)?;
+        let bits = if ip.is_ipv4() { 32 } else { 128 };
+        Ok(match from.length {
+            Some(length) if length > bits => return Err(Rejected::Prefix(length)),
+            Some(length) if length < bits => {
+                let range = IpNet::new(ip, length as u8).map_err(|_| Rejected::Prefix(length))?.trunc();
+                Vip::Range(NetworkCidr { network, range })
+            }
+            _ => Vip::One(NetworkAddress { network, ip }),
+        })
+    }
+
+    /// Where a service is that was rejected.
+    pub(super) fn refused_service(&mut self, from: &wire::Service, refused: &mut Refused) {
+        for address in &from.addresses {
+            match self.vip(address) {
+                Ok(Vip::One(address)) => refused.addresses.push(address),
+                Ok(Vip::Range(range)) => refused.ranges.push(range),
+                Err(_) => {}
+            }
+        }
     }
 
     fn balancing(&mut self, from: &wire::LoadBalancing) -> Result<LoadBalancing, Rejected> {

@@ -169,8 +169,8 @@ fn what_is_wrong_is_rejected_with_a_reason() {
             "the destination of a gateway is missing",
         ),
         (
-            wire::Workload { waypoint: gateway(by_name("", "x"), 1), ..pod() },
-            "\"/x\" is not of the form namespace/name",
+            wire::Workload { waypoint: gateway(by_name("a", ""), 1), ..pod() },
+            "\"a/\" is not of the form namespace/name",
         ),
         (
             wire::Workload { network_gateway: gateway(by_name("a", "x"), 70_000), ..pod() },
@@ -238,6 +238,58 @@ fn what_is_wrong_is_rejected_with_a_reason() {
     assert!(matches!(converter.address(Bytes::from_static(&[0xff])), Err(Rejected::Decode(_))));
     let nameless = security::Authorization { namespace: "shop".into(), ..Default::default() };
     assert!(matches!(converter.authorization(encoded(nameless)), Err(Rejected::Name(_))));
+}
+
+#[test]
+fn what_istiod_may_send_is_taken() {
+    let taken = |from| match take(&mut Converter::default(), Type::Workload(from)) {
+        Ok(MeshChange::Workload(it)) => it,
+        other => panic!("{other:?}"),
+    };
+    let shouted = taken(wire::Workload { trust_domain: "Corp.Example".into(), ..pod() });
+    assert!(shouted.identity.as_str().starts_with("spiffe://Corp.Example/ns/"), "{}", shouted.identity);
+    let anywhere = taken(wire::Workload { network_gateway: gateway(by_name("", "gw.example"), 0), ..pod() });
+    let gateway = anywhere.network_gateway.clone().unwrap();
+    assert_eq!((gateway.destination.to_string(), gateway.hbone_port), ("/gw.example".to_owned(), 15008));
+}
+
+#[test]
+fn what_is_rejected_is_known_to_be_there() {
+    let refused = |resource, aliases: &[&str]| {
+        let aliases: Vec<String> = aliases.iter().map(|alias| (*alias).to_owned()).collect();
+        let why = Rejected::Missing("something");
+        match Converter::default().refused_address("the/name", &aliases, resource, &why) {
+            MeshChange::Refuse(refused) => refused,
+            other => panic!("{other:?}"),
+        }
+    };
+    let of = |it: Type| encoded(wire::Address { r#type: Some(it) });
+    let addresses = |resource, aliases: &[&str]| {
+        let refused = refused(resource, aliases);
+        assert_eq!((&*refused.name, &*refused.reason), ("the/name", "something is missing"));
+        let ranges = refused.ranges.iter().map(|it| format!("{}/{}", it.network, it.range));
+        refused.addresses.iter().map(ToString::to_string).chain(ranges).collect::<Vec<_>>()
+    };
+    let workload = wire::Workload {
+        addresses: vec![vec![10, 0, 0, 1].into(), vec![1, 2, 3].into()],
+        network: "n".into(),
+        ..wire::Workload::default()
+    };
+    assert_eq!(addresses(of(Type::Workload(workload.clone())), &[]), ["n/10.0.0.1"]);
+    assert_eq!(
+        addresses(of(Type::Workload(workload.clone())), &["n/10.0.0.1", "n/fd00::1", "x"]),
+        ["n/10.0.0.1", "n/fd00::1"]
+    );
+    let of_node = wire::Workload { network_mode: 1, ..workload };
+    assert_eq!(addresses(of(Type::Workload(of_node)), &[]), [""; 0]);
+    let vips = vec![net(&[10, 9, 0, 1], None), net(&[10, 8, 0, 0], Some(16)), net(&[1], None)];
+    let service = wire::Service { addresses: vips, ..wire::Service::default() };
+    let network = net(&[], None).network;
+    assert_eq!(
+        addresses(of(Type::Service(service)), &[]),
+        [format!("{network}/10.9.0.1"), format!("{network}/10.8.0.0/16")]
+    );
+    assert_eq!(addresses(Bytes::from_static(&[0xff]), &["/10.0.0.1"]), ["/10.0.0.1"]);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use ztunnel_proto::workload as wire;
 use crate::model::addr::HBONE_PORT;
 use crate::model::addr::NetworkAddress;
 use crate::model::addr::canonical_ip;
+use crate::model::refused::Refused;
 use crate::model::service::GatewayAddress;
 use crate::model::service::GatewayDestination;
 use crate::model::service::ServiceKey;
@@ -102,6 +103,16 @@ impl Converter {
             services,
             policies,
         })
+    }
+
+    /// Where a workload is that was rejected. In its node's network it is not found by its address.
+    pub(super) fn refused_workload(&mut self, from: &wire::Workload, refused: &mut Refused) {
+        if from.network_mode == i32::from(wire::NetworkMode::HostNetwork) {
+            return;
+        }
+        let network = self.interner.text(&from.network);
+        let readable = from.addresses.iter().filter_map(|bytes| ip(bytes).ok());
+        refused.addresses.extend(readable.map(|ip| NetworkAddress { network: Arc::clone(&network), ip }));
     }
 
     fn memberships(&mut self, from: &wire::Workload) -> Result<Box<[Membership]>, Rejected> {

@@ -149,9 +149,43 @@ fn what_is_bad_is_named_and_harms_nothing_else() {
     assert_eq!(&*mesh.workload("a").unwrap().node, "x", "the version before stays");
     let held = session.open([])[0].initial_resource_versions.clone();
     assert_eq!(held["a"], "1");
-    assert!(!held.contains_key("b"));
+    assert_eq!(held["b"], "", "what is refused is sent again, or said to be gone");
     take(&mut session, &mut mesh, response(Kind::Address, "n3", vec![], &[]), 2);
     assert!(session.is_synced());
+}
+
+#[test]
+fn what_has_no_good_version_is_refused_until_it_has_one_or_goes() {
+    let (mut session, mut mesh) = (session(), Mesh::default());
+    session.keep_accepted();
+    // Its port is none, and its address can be read.
+    let odd = |name: &str, last: u8| {
+        let workload = wire::Workload {
+            uid: name.to_owned(),
+            namespace: "shop".to_owned(),
+            addresses: vec![vec![10, 0, 0, last].into()],
+            tunnel_protocol: 2,
+            ..wire::Workload::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Workload(workload)) };
+        resource(Kind::Address, name, "1", address)
+    };
+    let names = |mesh: &Mesh| {
+        let mut names: Vec<_> = mesh.refused().map(|refused| refused.name.to_string()).collect();
+        names.sort_unstable();
+        names
+    };
+    let network = Arc::from("");
+    let push =
+        response(Kind::Address, "n1", vec![pod("a", "1", "x"), odd("a", 1), odd("b", 2), odd("c", 3)], &[]);
+    take(&mut session, &mut mesh, push, 9);
+    assert_eq!(names(&mesh), ["b", "c"], "of one there is a good version");
+    assert!(mesh.refused_at(&network, [10, 0, 0, 2].into(), None).is_some());
+    assert_eq!((session.refused(), session.has_none(Kind::Address, "b")), (2, true));
+    take(&mut session, &mut mesh, response(Kind::Address, "n2", vec![pod("b", "2", "x")], &["c"]), 9);
+    assert_eq!((names(&mesh), session.refused()), (vec![], 0));
+    assert!(mesh.refused_at(&network, [10, 0, 0, 2].into(), None).is_none());
+    assert_eq!(mesh.workloads().len(), 2);
 }
 
 #[test]
@@ -187,19 +221,24 @@ fn on_demand_only_what_is_wanted_is_asked_for_and_what_is_said_of_it_is_told() {
     let push = response(Kind::Address, "n2", vec![bad("b"), found], &["n/10.0.0.2"]);
     let Received::Push(mut push) = session.receive(push) else { panic!("a push") };
     session.advance(&mut push, 9);
-    let told = [Told::There("a".into(), vec!["n/10.0.0.1".into()]), Told::Gone("n/10.0.0.2".into())];
-    assert_eq!(push.take_told(), told, "of what was rejected nothing is known");
-    assert_eq!(push.take_accepted().len(), 1, "what was not held needs no removal");
+    let told = [
+        Told::There("b".into(), vec![]),
+        Told::There("a".into(), vec!["n/10.0.0.1".into()]),
+        Told::Gone("n/10.0.0.2".into()),
+    ];
+    assert_eq!(push.take_told(), told, "what was rejected is there");
+    assert_eq!(push.take_accepted().len(), 2, "what was not held needs no removal");
     let asked = session.subscribe(vec!["n/10.0.0.3".into()], vec![]);
     assert_eq!((asked.type_url.as_str(), asked.node), (Kind::Address.type_url(), None));
     assert_eq!(asked.resource_names_subscribe, ["n/10.0.0.3"]);
     let [addresses, _] = session.open(["n/10.0.0.3"]);
-    let held = [("a".to_owned(), "1".to_owned()), ("n/10.0.0.3".to_owned(), String::new())];
+    let held = [("a", "1"), ("b", ""), ("n/10.0.0.3", "")];
+    let held = held.map(|(name, version)| (name.to_owned(), version.to_owned()));
     assert_eq!(addresses.initial_resource_versions, held.into());
     // What is let go is not told of to the next stream; of what was not there nothing is kept.
-    let (changes, kept) = session.let_go(&[Box::from("a"), Box::from("b")]);
-    assert_eq!(changes, ["a", "b"].map(|name| MeshChange::RemoveAddress(Arc::from(name))));
-    assert_eq!(kept, [Accepted { name: Box::from("a"), resource: None }]);
+    let (changes, kept) = session.let_go(&["a", "b", "c"].map(Box::from));
+    assert_eq!(changes, ["a", "b", "c"].map(|name| MeshChange::RemoveAddress(Arc::from(name))));
+    assert_eq!(kept, ["a", "b"].map(|name| Accepted { name: Box::from(name), resource: None }));
     assert!(session.open([])[0].initial_resource_versions.is_empty());
 }
 

@@ -1,7 +1,8 @@
 //! A control plane that serves a mesh as istiod does: what is new or gone, to each who asks, by what it holds.
 //!
-//! It runs on a thread of its own, so that it can be told from anywhere. For a control plane that says exactly what a
-//! test wants, see [`crate::control_plane`].
+//! It runs on a thread of its own, so that it can be told from anywhere. What is told one by one is sent one by one;
+//! what belongs together ([`Istiod::push`]) is sent as istiod does, workloads and services in one response and then
+//! policies in another. For a control plane that says exactly what a test wants, see [`crate::control_plane`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -9,7 +10,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rustls::ServerConfig;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -21,6 +22,7 @@ use crate::agent;
 use crate::ca::Keys;
 use crate::control_plane::{ControlPlane, Served};
 use crate::mesh::MESHED;
+use crate::poll::{PATIENCE, eventually};
 use crate::topology::Pod;
 
 /// The type of workloads and services.
@@ -46,6 +48,53 @@ struct Entry {
     revision: u64,
 }
 
+/// One thing of the mesh that changes.
+#[derive(Debug, Clone)]
+pub struct Change {
+    type_url: &'static str,
+    name: String,
+    /// Nothing where it goes.
+    value: Option<Any>,
+}
+
+impl Change {
+    /// This workload is there.
+    pub fn workload(workload: workload::Workload) -> Self {
+        let name = workload.uid.clone();
+        let address = workload::Address { r#type: Some(workload::address::Type::Workload(workload)) };
+        Self::put(ADDRESS, name, &address)
+    }
+
+    /// This service is there.
+    pub fn service(service: workload::Service) -> Self {
+        let name = format!("{}/{}", service.namespace, service.hostname);
+        let address = workload::Address { r#type: Some(workload::address::Type::Service(service)) };
+        Self::put(ADDRESS, name, &address)
+    }
+
+    /// This policy is there.
+    pub fn policy(policy: security::Authorization) -> Self {
+        let name = format!("{}/{}", policy.namespace, policy.name);
+        Self::put(AUTHORIZATION, name, &policy)
+    }
+
+    /// What has this name goes.
+    pub fn remove(type_url: &'static str, name: &str) -> Self {
+        Self { type_url, name: name.to_owned(), value: None }
+    }
+
+    /// This is there, whatever it is.
+    pub fn put(type_url: &'static str, name: String, message: &impl Message) -> Self {
+        let value = message.encode_to_vec().into();
+        Self { type_url, name, value: Some(Any { type_url: type_url.to_owned(), value }) }
+    }
+
+    /// Whether it is a policy, which istiod sends after the rest.
+    pub fn is_policy(&self) -> bool {
+        self.type_url == AUTHORIZATION
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     held: BTreeMap<(&'static str, String), Entry>,
@@ -53,6 +102,8 @@ struct State {
     opened: Vec<Opened>,
     /// What clients said was wrong.
     rejected: Vec<String>,
+    /// By the number of a stream that is open, the last change of which everything was answered.
+    answered: BTreeMap<usize, u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -125,28 +176,33 @@ impl Istiod {
 
     /// Adds or replaces a workload.
     pub fn workload(&self, workload: workload::Workload) {
-        let name = workload.uid.clone();
-        let address = workload::Address { r#type: Some(workload::address::Type::Workload(workload)) };
-        self.put(ADDRESS, name, &address);
+        self.make(&[Change::workload(workload)]);
     }
 
     /// Adds or replaces a service.
     pub fn service(&self, service: workload::Service) {
-        let name = format!("{}/{}", service.namespace, service.hostname);
-        let address = workload::Address { r#type: Some(workload::address::Type::Service(service)) };
-        self.put(ADDRESS, name, &address);
+        self.make(&[Change::service(service)]);
     }
 
     /// Adds or replaces a policy.
     pub fn policy(&self, policy: security::Authorization) {
-        let name = format!("{}/{}", policy.namespace, policy.name);
-        self.put(AUTHORIZATION, name, &policy);
+        self.make(&[Change::policy(policy)]);
     }
 
     /// Removes what has this name.
     pub fn remove(&self, type_url: &'static str, name: &str) {
-        self.shared.state().held.remove(&(type_url, name.to_owned()));
-        self.shared.changed.send_modify(|change| *change += 1);
+        self.make(&[Change::remove(type_url, name)]);
+    }
+
+    /// Makes all of these changes at once, and waits until every client has answered what it was sent of them.
+    pub fn push(&self, changes: &[Change]) -> Result<()> {
+        let change = self.make(changes);
+        eventually(PATIENCE, || {
+            let state = self.shared.state();
+            let late = state.answered.iter().find(|(_, answered)| **answered < change);
+            ensure!(late.is_none(), "a client has not answered: {late:?}");
+            Ok(())
+        })
     }
 
     /// Who has opened streams so far.
@@ -159,16 +215,24 @@ impl Istiod {
         self.shared.state().rejected.clone()
     }
 
-    fn put(&self, type_url: &'static str, name: String, message: &impl Message) {
+    /// Makes these changes, whose number is told.
+    fn make(&self, changes: &[Change]) -> u64 {
         let mut state = self.shared.state();
-        state.revisions += 1;
-        let revision = state.revisions;
-        let version = if type_url == ADDRESS { format!("v{revision}") } else { String::new() };
-        let any = Any { type_url: type_url.to_owned(), value: message.encode_to_vec().into() };
-        let resource = Resource { name: name.clone(), version, resource: Some(any), ..Resource::default() };
-        state.held.insert((type_url, name), Entry { resource, revision });
-        drop(state);
+        for Change { type_url, name, value } in changes {
+            let Some(any) = value else {
+                state.held.remove(&(*type_url, name.clone()));
+                continue;
+            };
+            state.revisions += 1;
+            let revision = state.revisions;
+            let version = if *type_url == ADDRESS { format!("v{revision}") } else { String::new() };
+            let (name, resource) = (name.clone(), Some(any.clone()));
+            let resource = Resource { name: name.clone(), version, resource, ..Resource::default() };
+            state.held.insert((*type_url, name), Entry { resource, revision });
+        }
+        // While nobody looks, so that a number stands for all that is there.
         self.shared.changed.send_modify(|change| *change += 1);
+        *self.shared.changed.borrow()
     }
 }
 
@@ -236,7 +300,8 @@ async fn stream_of(stream: Served, shared: Shared) {
     });
     // By type what the client has: the version it says it has, or the revision it was sent.
     let mut clients: HashMap<&'static str, HashMap<String, Has>> = HashMap::new();
-    let mut nonce = 0_u64;
+    let (mut nonce, mut answered) = (0_u64, 0_u64);
+    let _open = Open { shared: shared.clone(), number };
     loop {
         let mut first = None;
         tokio::select! {
@@ -245,6 +310,7 @@ async fn stream_of(stream: Served, shared: Shared) {
                 if let Some(error) = &request.error_detail {
                     shared.state().rejected.push(error.message.clone());
                 }
+                answered = request.response_nonce.parse().unwrap_or(answered);
                 let kind = [ADDRESS, AUTHORIZATION].into_iter().find(|kind| *kind == request.type_url);
                 let Some(kind) = kind else { continue };
                 if !clients.contains_key(kind) {
@@ -257,18 +323,36 @@ async fn stream_of(stream: Served, shared: Shared) {
             }
             _ = changed.changed() => {}
         }
-        for (kind, has) in &mut clients {
+        let change = *changed.borrow_and_update();
+        let mut unanswered = nonce > answered;
+        for kind in [ADDRESS, AUTHORIZATION] {
+            let Some(has) = clients.get_mut(kind) else { continue };
             let response = what_is_new(&shared, kind, has);
-            if first != Some(*kind) && response.resources.is_empty() && response.removed_resources.is_empty()
-            {
+            if first != Some(kind) && response.resources.is_empty() && response.removed_resources.is_empty() {
                 continue;
             }
             nonce += 1;
             let response = DeltaDiscoveryResponse { nonce: nonce.to_string(), ..response };
+            unanswered = true;
             if answers.send(Ok(response)).await.is_err() {
                 return;
             }
         }
+        if !unanswered {
+            shared.state().answered.insert(number, change);
+        }
+    }
+}
+
+/// A stream that is open.
+struct Open {
+    shared: Shared,
+    number: usize,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.shared.state().answered.remove(&self.number);
     }
 }
 

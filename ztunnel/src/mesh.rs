@@ -5,9 +5,11 @@
 //! The writer does not know where changes come from: a mesh file and a control plane both end here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::mesh::demand::Demand;
 use crate::mesh::index::Mesh;
@@ -20,6 +22,7 @@ use crate::model::workload::Workload;
 
 pub mod demand;
 pub mod endpoints;
+pub mod gap;
 pub mod index;
 pub mod lookup;
 pub mod map;
@@ -58,15 +61,9 @@ pub enum MeshChange {
 pub fn mesh() -> (MeshWriter, MeshReader) {
     let current = Arc::new(ArcSwap::from_pointee(Mesh::default()));
     let (changed, version) = watch::channel(0);
-    let (authorization, authorization_version) = watch::channel(0);
-    let writer = MeshWriter {
-        current: Arc::clone(&current),
-        draft: Mesh::default(),
-        changed,
-        authorization,
-        retired: Vec::new(),
-    };
-    let reader = MeshReader { current, version, authorization: authorization_version, demand: None };
+    let writer =
+        MeshWriter { current: Arc::clone(&current), draft: Mesh::default(), changed, retired: Vec::new() };
+    let reader = MeshReader { current, version, demand: None };
     (writer, reader)
 }
 
@@ -77,7 +74,6 @@ pub struct MeshWriter {
     /// What is published, once more: copying it shares everything.
     draft: Mesh,
     changed: watch::Sender<u64>,
-    authorization: watch::Sender<u64>,
     /// Versions that a reader had when they were replaced. They are dropped here, as freeing what only they have may
     /// take a while, which must not be a reader's.
     retired: Vec<Arc<Mesh>>,
@@ -87,6 +83,8 @@ impl MeshWriter {
     /// Publishes `mesh` as a unit in the place of all there was: readers see all of it or none of it.
     pub fn publish(&mut self, mut mesh: Mesh) {
         mesh.succeed(&self.draft);
+        mesh.is_whole = true;
+        mesh.arrival = self.draft.arrival;
         self.draft = mesh;
         self.release();
     }
@@ -99,12 +97,19 @@ impl MeshWriter {
 
     /// Applies `changes` that belong together with others: readers see none of them before [`Self::release`].
     pub fn draft(&mut self, changes: impl IntoIterator<Item = MeshChange>) {
+        self.draft.is_whole = false;
         changes.into_iter().for_each(|change| self.draft.apply(change));
     }
 
     /// What was published last, with what was drafted since.
     pub fn mesh(&self) -> &Mesh {
         &self.draft
+    }
+
+    /// Publishes what was drafted, of which nothing is missing.
+    pub fn release_whole(&mut self) {
+        self.draft.is_whole = true;
+        self.release();
     }
 
     /// Publishes what was drafted.
@@ -115,10 +120,7 @@ impl MeshWriter {
         if Arc::strong_count(&old) > 1 {
             self.retired.push(old);
         }
-        let authorization = self.draft.authorization_version();
         self.changed.send_modify(|version| *version += 1);
-        self.authorization
-            .send_if_modified(|version| std::mem::replace(version, authorization) != authorization);
     }
 }
 
@@ -127,7 +129,6 @@ impl MeshWriter {
 pub struct MeshReader {
     current: Arc<ArcSwap<Mesh>>,
     version: watch::Receiver<u64>,
-    authorization: watch::Receiver<u64>,
     demand: Option<Demand>,
 }
 
@@ -158,9 +159,34 @@ impl MeshReader {
         self.version.changed().await.is_ok()
     }
 
-    /// Like [`Self::changed`], for changes of the policies, or of which policies a workload has: what else changes
-    /// may change often, and makes no decision about an open connection another one.
-    pub async fn authorization_changed(&mut self) -> bool {
-        self.authorization.changed().await.is_ok()
+    /// What `ask` finds in the mesh as it is, or becomes within `patience`: what others name may come after them.
+    pub async fn find_within<T>(
+        &self,
+        patience: Duration,
+        mut ask: impl FnMut(&Arc<Mesh>) -> Option<T>,
+    ) -> Option<T> {
+        if let Some(found) = ask(&self.snapshot()) {
+            return Some(found);
+        }
+        // A handle of its own remembers from when on it looks: no version falls between.
+        let mut mesh = self.clone();
+        let wait = async {
+            loop {
+                mesh.version.mark_unchanged();
+                if let Some(found) = ask(&mesh.snapshot()) {
+                    return Some(found);
+                }
+                if !mesh.changed().await {
+                    return None;
+                }
+            }
+        };
+        timeout(patience, wait).await.ok().flatten()
+    }
+
+    /// From now on [`Self::changed`] means another mesh than this one.
+    pub fn latest(&mut self) -> Arc<Mesh> {
+        self.version.mark_unchanged();
+        self.snapshot()
     }
 }

@@ -13,7 +13,6 @@ use bytes::Bytes;
 use ztunnel::mesh::MeshChange;
 use ztunnel::model::identity::SpiffeId;
 use ztunnel::model::policy::Policy;
-use ztunnel::model::policy::PolicyKey;
 use ztunnel::policy::authorize::Denial;
 use ztunnel::policy::authorize::Inbound;
 use ztunnel::policy::authorize::authorize;
@@ -118,7 +117,7 @@ fn says(policy: &wire::Authorization, about: &Inbound<'_>) -> Known {
 }
 
 fn check(wire: &wire::Authorization, policy: &Arc<Policy>, understood: bool, about: &Inbound<'_>) {
-    let decided = authorize(Ok::<_, &PolicyKey>(std::iter::once(policy)), about);
+    let decided = authorize(std::iter::once(policy), None, about).last();
     let said = says(wire, about);
     let what =
         || format!("{wire:?}\nof {about:?}\nsays {said:?}, became {policy:?}\nand decided {decided:?}");

@@ -48,6 +48,7 @@ impl Model {
             MeshChange::Workload(it) => drop(self.workloads.insert(it.uid.to_string(), Arc::clone(it))),
             MeshChange::Service(it) => drop(self.services.insert(it.key.to_string(), Arc::clone(it))),
             MeshChange::Policy(it) => drop(self.policies.insert(it.key.to_string(), Arc::clone(it))),
+            MeshChange::Refuse(_) => {}
             MeshChange::RemoveWorkload(uid) => drop(self.workloads.remove(&**uid)),
             MeshChange::RemoveService(key) => drop(self.services.remove(key.as_str())),
             MeshChange::RemoveAddress(name) => {
@@ -72,9 +73,10 @@ pub fn seen(mesh: &Mesh) -> Vec<String> {
 }
 
 fn policies_of(mesh: &Mesh, workload: &Workload) -> std::result::Result<BTreeSet<String>, String> {
-    match mesh.policies_of(workload) {
-        Ok(policies) => Ok(policies.map(|it| format!("{it:?}")).collect()),
-        Err(missing) => Err(missing.to_string()),
+    let policies = mesh.policies_of(workload);
+    match policies.missing() {
+        None => Ok(policies.known().map(|it| format!("{it:?}")).collect()),
+        Some(missing) => Err(missing.to_string()),
     }
 }
 
@@ -254,6 +256,7 @@ fn is_plain(changes: &[MeshChange]) -> bool {
             MeshChange::Workload(it) => it.uid.to_string(),
             MeshChange::Service(it) => it.key.to_string(),
             MeshChange::Policy(it) => it.key.to_string(),
+            MeshChange::Refuse(it) => it.name.to_string(),
             MeshChange::RemoveWorkload(name) | MeshChange::RemoveAddress(name) => name.to_string(),
             MeshChange::RemoveService(key) => key.to_string(),
             MeshChange::RemovePolicy(key) => key.to_string(),
@@ -282,7 +285,9 @@ pub fn run(data: &[u8]) {
         }
         let rejected = push.rejected().to_vec();
         let named = removed.iter().filter(|name| kind == Kind::Address || is_policy_name(name)).count();
-        assert_eq!(changes.len(), brought - rejected.len() + named, "each is taken or rejected");
+        let refused = changes.iter().filter(|change| matches!(change, MeshChange::Refuse(_))).count();
+        assert!(refused <= rejected.len());
+        assert_eq!(changes.len() - refused, brought - rejected.len() + named, "each is taken or rejected");
         let answer = session.finish(push);
         assert_eq!(answer.response_nonce, nonce);
         assert_eq!(answer.error_detail.is_some(), !rejected.is_empty());

@@ -207,17 +207,10 @@ impl Mesh {
     }
 
     /// The policies that apply to `workload`: those of the whole mesh, those of its namespace, and those it
-    /// names. A name that no policy has is an error in the mesh, which fails closed.
-    pub fn policies_of<'a>(
-        &'a self,
-        workload: &'a Workload,
-    ) -> Result<impl Iterator<Item = &'a Arc<Policy>>, &'a PolicyKey> {
-        let mut selected = Vec::with_capacity(workload.policies.len());
-        for key in &workload.policies {
-            selected.push(self.policies.get(key).ok_or(key)?);
-        }
+    /// names.
+    pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> PoliciesOf<'a> {
         let namespaced = self.by_namespace.get(&workload.namespace).map(|list| &list[..]).unwrap_or_default();
-        Ok(self.global.iter().chain(namespaced).chain(selected))
+        PoliciesOf { mesh: self, namespaced, named: &workload.policies }
     }
 
     /// Whether any policy is on trial only.
@@ -228,6 +221,11 @@ impl Mesh {
     /// A number that is another one after a change of what any workload's policies are, if it is the same mesh.
     pub fn authorization_version(&self) -> u64 {
         self.authorization
+    }
+
+    /// Whether it was made as a whole. What was changed piece by piece may lack a part that is still to come.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     fn network(&self, name: &str) -> Option<&Network> {
@@ -336,6 +334,8 @@ impl Mesh {
 
     fn remove_workload(&mut self, uid: &str) -> bool {
         let Some(old) = self.workloads.remove(uid) else { return false };
+        // It may come back without them.
+        self.authorization += u64::from(!old.policies.is_empty());
         for membership in &old.services {
             self.remove_endpoint(&membership.service, uid);
         }

@@ -6,9 +6,8 @@ use std::sync::PoisonError;
 use std::sync::Weak;
 use std::time::Duration;
 
-use tokio::time::timeout;
-
 use crate::mesh::MeshReader;
+use crate::mesh::gap::NEW_WITHIN;
 use crate::mesh::index::Mesh;
 use crate::model::workload::Named;
 
@@ -17,7 +16,7 @@ use crate::model::workload::Named;
 #[error("failed to fetch information about local workload: {0}")]
 pub struct UnknownWorkload(pub Named);
 
-/// A connection waits no longer for its pod to become known to the mesh.
+/// A connection waits no longer for its pod to become known to the mesh, of which a node agent knows first.
 const LOOKUP_WITHIN: Duration = Duration::from_secs(5);
 
 /// Finds a pod's workload, and remembers which it is.
@@ -45,31 +44,20 @@ impl Lookup {
         &self.named
     }
 
-    /// The unique name of the workload. Waits a little for a mesh that does not know it yet.
+    /// The unique name of the workload. Waits a little for a mesh that does not know it (yet).
     pub async fn find(&self, mesh: &MeshReader) -> Result<Arc<str>, UnknownWorkload> {
-        if let Some(uid) = self.find_in(&mesh.snapshot()) {
-            return Ok(uid);
-        }
-        // A handle of its own remembers from when on it looks: no version falls between.
-        let mut mesh = mesh.clone();
-        let wait = async {
-            loop {
-                if let Some(uid) = self.find_in(&mesh.snapshot()) {
-                    return Some(uid);
-                }
-                if !mesh.changed().await {
-                    return None;
-                }
-            }
+        let patience = match self.named {
+            Named::Uid(_) => NEW_WITHIN,
+            Named::Pod { .. } => LOOKUP_WITHIN,
         };
-        let found = timeout(LOOKUP_WITHIN, wait).await.ok().flatten();
+        let found = mesh.find_within(patience, |mesh| self.find_in(mesh)).await;
         found.ok_or_else(|| UnknownWorkload(self.named.clone()))
     }
 
     /// The unique name of the workload, if `mesh` knows it.
     pub fn find_in(&self, mesh: &Arc<Mesh>) -> Option<Arc<str>> {
         if let Named::Uid(uid) = &self.named {
-            return Some(Arc::clone(uid));
+            return mesh.workload(uid).map(|_| Arc::clone(uid));
         }
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(uid) = &found.uid

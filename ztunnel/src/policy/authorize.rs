@@ -61,6 +61,47 @@ fn meaning(policy: &PolicyKey) -> &'static str {
     }
 }
 
+/// What the policies make of a connection, as far as they are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// It may proceed.
+    Permitted(Permit),
+    /// It may not.
+    Denied(Denial),
+    /// The policies that are known do not refuse it, and this one is named by the workload and not known (yet): it may
+    /// be one that denies.
+    Undecided(PolicyKey),
+}
+
+impl Decision {
+    /// The decision when no more is waited for: what is undecided is refused.
+    pub fn last(self) -> Result<Permit, Denial> {
+        match self {
+            Self::Permitted(permit) => Ok(permit),
+            Self::Denied(denial) => Err(denial),
+            Self::Undecided(missing) => Err(Denial::UnknownPolicy(missing)),
+        }
+    }
+}
+
+/// Whether a decision holds at once that was made amid changes: `now` is what the newest version of the mesh says, and
+/// `before` what the last one said of which all parts had come, if it knew the workload.
+///
+/// Changes that belong together come in several parts and in any order, and what is decided between two of them is
+/// nobody's wish: a policy that is replaced by another is gone for a moment, and so is one that comes to apply in
+/// another way. What both versions agree on holds; with what they do not, or with a workload that is new amid changes,
+/// the last part is waited for.
+pub fn is_settled(before: Option<&Decision>, now: &Decision) -> bool {
+    match (before, now) {
+        (_, Decision::Undecided(_)) | (None, _) => false,
+        (Some(Decision::Undecided(_)), _)
+        | (Some(Decision::Permitted(_)), Decision::Permitted(_))
+        | (Some(Decision::Denied(_)), Decision::Denied(_)) => true,
+        (Some(Decision::Permitted(_)), Decision::Denied(_))
+        | (Some(Decision::Denied(_)), Decision::Permitted(_)) => false,
+    }
+}
+
 /// What would have become of a connection if the policies on trial had decided, too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trial {
@@ -70,27 +111,33 @@ pub enum Trial {
     LetIn(Option<PolicyKey>),
 }
 
-/// Decides whether `inbound` may proceed. `policies` is what
-/// [`Mesh::policies_of`](crate::mesh::index::Mesh::policies_of) answers for the destination.
+/// Decides whether `inbound` may proceed. `policies` and `missing` are what
+/// [`Mesh::policies_of`](crate::mesh::index::Mesh::policies_of) answers for the destination: the policies that the mesh
+/// has, and the first one that it should have and has not.
 ///
 /// A policy on trial (`dry_run`) decides nothing: [`rehearse`] tells what it would have done. Any matching deny policy
-/// refuses. Without allow policies everybody else is let in; with them, those whom one of them matches.
+/// refuses, whatever is missing. Without allow policies everybody else is let in; with them, those whom one of them
+/// matches.
 pub fn authorize<'a>(
-    policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
+    policies: impl Iterator<Item = &'a Arc<Policy>>,
+    missing: Option<&PolicyKey>,
     inbound: &Inbound<'_>,
-) -> Result<Permit, Denial> {
-    let policies = policies.map_err(|unknown| Denial::UnknownPolicy(unknown.clone()))?;
-    decide(policies.filter(|policy| !policy.dry_run), inbound).map(|rule| Permit { rule: rule.cloned() })
+) -> Decision {
+    match (decide(policies.filter(|policy| !policy.dry_run), inbound), missing) {
+        (Err(denial @ Denial::Denied(_)), _) | (Err(denial), None) => Decision::Denied(denial),
+        (_, Some(missing)) => Decision::Undecided(missing.clone()),
+        (Ok(rule), None) => Decision::Permitted(Permit { rule: rule.cloned() }),
+    }
 }
 
 /// What the policies on trial among `policies` would have made of `inbound`, which was `let_in` or not; nothing if that
 /// is no difference.
 pub fn rehearse<'a>(
-    policies: Result<impl Iterator<Item = &'a Arc<Policy>>, &PolicyKey>,
+    policies: impl Iterator<Item = &'a Arc<Policy>>,
     inbound: &Inbound<'_>,
     let_in: bool,
 ) -> Option<Trial> {
-    match decide(policies.ok()?, inbound) {
+    match decide(policies, inbound) {
         Err(denial) if let_in => Some(Trial::Refused(denial)),
         Ok(rule) if !let_in => Some(Trial::LetIn(rule.cloned())),
         _ => None,

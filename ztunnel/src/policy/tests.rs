@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
-use std::iter;
 use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,11 +20,13 @@ use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::ServiceAccountMatch;
 use crate::model::policy::StringMatch;
+use crate::policy::authorize::Decision;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Inbound;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::Trial;
 use crate::policy::authorize::authorize;
+use crate::policy::authorize::is_settled;
 use crate::policy::authorize::rehearse;
 
 fn policy(name: &str, action: Action, rules: Vec<Rule>) -> Arc<Policy> {
@@ -39,7 +40,7 @@ fn simple(name: &str, action: Action, wanted: Match) -> Arc<Policy> {
 }
 
 fn decide(policies: &[Arc<Policy>], inbound: &Inbound<'_>) -> Result<Permit, Denial> {
-    authorize(Ok(policies.iter()), inbound)
+    authorize(policies.iter(), None, inbound).last()
 }
 
 fn id(text: &str) -> SpiffeId {
@@ -76,7 +77,7 @@ fn a_policy_on_trial_decides_nothing_and_what_it_would_have_done_is_known() {
     let deny = simple("no", Action::Deny, to(8080));
     let check = |policies: &[Arc<Policy>], let_in: bool, trial: Option<Trial>| {
         assert_eq!(decide(policies, &anonymous()).is_ok(), let_in);
-        assert_eq!(rehearse(Ok(policies.iter()), &anonymous(), let_in), trial);
+        assert_eq!(rehearse(policies.iter(), &anonymous(), let_in), trial);
     };
     let refused = |policy: &Policy| Some(Trial::Refused(Denial::Denied(policy.key.clone())));
     check(&[on_trial(Arc::clone(&deny))], true, refused(&deny));
@@ -90,8 +91,6 @@ fn a_policy_on_trial_decides_nothing_and_what_it_would_have_done_is_known() {
     check(&[on_trial(Arc::clone(&allow))], true, None);
     check(&[Arc::clone(&deny), on_trial(Arc::clone(&allow))], false, None);
     check(&[Arc::clone(&allow), on_trial(other)], true, None);
-    let missing = allow.key.clone();
-    assert_eq!(rehearse(Err::<std::slice::Iter<'_, _>, _>(&missing), &anonymous(), false), None);
 }
 
 #[test]
@@ -114,10 +113,45 @@ fn denials_read_as_istio_words_them() {
 }
 
 #[test]
-fn a_selected_policy_that_does_not_exist_lets_nobody_in() {
+fn while_a_selected_policy_is_missing_only_a_refusal_is_certain() {
     let missing = PolicyKey { namespace: "shop".into(), name: "gone".into() };
-    let unknown = authorize(Err::<iter::Empty<_>, _>(&missing), &anonymous());
-    assert_eq!(unknown, Err(Denial::UnknownPolicy(missing)));
+    let (here, elsewhere) = (port(8080), port(9));
+    let undecided = Decision::Undecided(missing.clone());
+    for (what, policies, expect) in [
+        ("nothing else", vec![], undecided.clone()),
+        ("one that allows", vec![simple("yes", Action::Allow, here.clone())], undecided.clone()),
+        ("one that allows others", vec![simple("yes", Action::Allow, elsewhere.clone())], undecided.clone()),
+        ("one that denies others", vec![simple("no", Action::Deny, elsewhere)], undecided.clone()),
+    ] {
+        assert_eq!(authorize(policies.iter(), Some(&missing), &anonymous()), expect, "{what}");
+    }
+    let deny = simple("no", Action::Deny, here);
+    let denied = Decision::Denied(Denial::Denied(deny.key.clone()));
+    assert_eq!(authorize([&deny].into_iter(), Some(&missing), &anonymous()), denied);
+    assert_eq!(undecided.last(), Err(Denial::UnknownPolicy(missing)), "in the end nobody is let in");
+}
+
+#[test]
+fn between_two_parts_of_a_change_only_what_both_versions_say_holds() {
+    let decide = |policies: &[Arc<Policy>]| authorize(policies.iter(), None, &anonymous());
+    let (permitted, denied) = (decide(&[]), decide(&[simple("no", Action::Deny, port(8080))]));
+    let undecided = Decision::Undecided(PolicyKey { namespace: "shop".into(), name: "gone".into() });
+    for (before, now, expect) in [
+        (None, &permitted, false),
+        (None, &denied, false),
+        (None, &undecided, false),
+        (Some(&undecided), &permitted, true),
+        (Some(&undecided), &denied, true),
+        (Some(&undecided), &undecided, false),
+        (Some(&permitted), &permitted, true),
+        (Some(&permitted), &denied, false),
+        (Some(&permitted), &undecided, false),
+        (Some(&denied), &permitted, false),
+        (Some(&denied), &denied, true),
+        (Some(&denied), &undecided, false),
+    ] {
+        assert_eq!(is_settled(before, now), expect, "{before:?}, then {now:?}");
+    }
 }
 
 /// Whether an allow policy of this one match lets the connection in.

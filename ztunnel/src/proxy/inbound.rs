@@ -25,6 +25,7 @@ use crate::hbone::server::Refusal;
 use crate::hbone::server::ServeError;
 use crate::hbone::stream::StreamError;
 use crate::identity::worker::Unavailable;
+use crate::mesh::gap::NEW_WITHIN;
 use crate::mesh::index::Mesh;
 use crate::mesh::lookup::UnknownWorkload;
 use crate::model::addr::Authority;
@@ -41,7 +42,7 @@ use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
 use crate::proxy::ending::told;
-use crate::proxy::live;
+use crate::proxy::live::Admission;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
 use crate::proxy::live::TunnelId;
@@ -442,22 +443,24 @@ fn source(
     })
 }
 
-/// Decides where it goes. What the mesh does not have is asked for if it can be: a service that the pod is behind.
+/// Decides where it goes. A service that the pod is behind and that the mesh does not have is asked for if it can be,
+/// and waited for.
 async fn arrival(shard: &Shard, uid: &str, asked: &Asked<'_>) -> Result<Arrival, StreamFailure> {
-    let arrive = || {
-        let mesh = shard.mesh.snapshot();
+    let arrive = |mesh: &Mesh| {
         let unknown = || StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::from(uid))));
         let workload = mesh.workload(uid).ok_or_else(unknown)?;
-        arrive(&mesh, workload, asked).map_err(StreamFailure::NotHere)
+        arrive(mesh, workload, asked).map_err(StreamFailure::NotHere)
     };
-    let arrived = arrive();
-    if let (Err(StreamFailure::NotHere(NotHere::UnknownService(name))), Some(demand)) =
-        (&arrived, shard.mesh.demand())
-        && demand.look_up(name).await.is_ok()
-    {
-        return arrive();
+    let arrived = arrive(&shard.mesh.snapshot());
+    let Err(StreamFailure::NotHere(NotHere::UnknownService(name))) = &arrived else { return arrived };
+    if let Some(demand) = shard.mesh.demand() {
+        let _unanswered = demand.look_up(name).await;
     }
-    arrived
+    let known = shard.mesh.find_within(NEW_WITHIN, |mesh| match arrive(mesh) {
+        Err(StreamFailure::NotHere(NotHere::UnknownService(_))) => None,
+        arrived => Some(arrived),
+    });
+    known.await.unwrap_or(arrived)
 }
 
 /// Decides and dials. `asked` is what was asked for, if that makes sense. What it came to when it came to nothing has
@@ -507,12 +510,11 @@ pub(super) async fn admit(
         destination: to,
     };
     let mut registered = shard.live.register(facts.clone(), caller.tunnel);
-    let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&uid).cloned() else {
+    let Some(admission) = shard.live.admit(&shard.mesh, &facts).await else {
         let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
         return refuse(Some(authority), unknown);
     };
-    let permit = live::admit(&mesh, &workload, &facts);
+    let Admission { mesh, workload, decided: permit } = admission;
     let parties = Parties {
         reporter: Reporter::Destination,
         source: source(&mesh, shard.config.network_of(&workload), &workload, &facts, asker),

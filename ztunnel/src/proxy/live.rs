@@ -2,6 +2,10 @@
 //!
 //! A connection is registered before its own first check, and that check uses a snapshot taken after. So no
 //! change falls between the two: either the check sees it, or the watch does.
+//!
+//! The mesh changes piece by piece. A decision that only hangs on a piece that has not come is put off: a new
+//! connection waits, and is refused at the end of its patience; an open one stays, and is cut at the end of it. How
+//! long that is says [`crate::mesh::gap`].
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -13,8 +17,13 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
 use tokio::sync::oneshot;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio::time::sleep_until;
 
 use crate::mesh::MeshReader;
+use crate::mesh::gap::NEW_WITHIN;
+use crate::mesh::gap::OPEN_WITHIN;
 use crate::mesh::index::Mesh;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Workload;
@@ -22,8 +31,15 @@ use crate::policy::authorize::Denial;
 use crate::policy::authorize::Inbound;
 use crate::policy::authorize::Permit;
 use crate::policy::authorize::Trial;
-use crate::policy::authorize::authorize;
 use crate::policy::authorize::rehearse;
+use crate::proxy::live::settling::Settling;
+use crate::proxy::live::settling::Verdict;
+use crate::proxy::live::settling::judge;
+
+mod settling;
+
+#[cfg(test)]
+mod tests;
 
 /// Connections judged before others get a turn on the thread.
 const BATCH: usize = 256;
@@ -48,28 +64,38 @@ impl Facts {
     }
 }
 
-/// Decides whether a new connection may proceed to `workload`, and tells if policies on trial would have decided
-/// otherwise.
-pub fn admit(mesh: &Mesh, workload: &Workload, facts: &Facts) -> Result<Permit, Denial> {
-    let decided = authorize(mesh.policies_of(workload), &facts.inbound());
-    if mesh.has_policies_on_trial()
-        && let Some(trial) = rehearse(mesh.policies_of(workload), &facts.inbound(), decided.is_ok())
-    {
-        let (source, destination) = (facts.source, facts.destination);
-        let identity = facts.identity.as_ref().map_or("", SpiffeId::as_str);
-        let workload = &*facts.workload;
-        match trial {
-            Trial::Refused(denial) => {
-                tracing::info!(%source, identity, %destination, workload, reason = %denial, "dry run: would be refused");
-            }
-            Trial::LetIn(policy) => {
-                let policy = policy.map(|policy| policy.to_string());
-                let policy = policy.as_deref().unwrap_or_default();
-                tracing::info!(%source, identity, %destination, workload, policy, "dry run: would be allowed");
-            }
+/// A new connection, decided.
+#[derive(Debug)]
+pub struct Admission {
+    /// The mesh that decided.
+    pub mesh: Arc<Mesh>,
+    /// The workload it is for.
+    pub workload: Arc<Workload>,
+    /// Whether it may proceed.
+    pub decided: Result<Permit, Denial>,
+}
+
+/// Tells if policies on trial would have decided otherwise.
+fn tell_trial(admission: &Admission, facts: &Facts) {
+    let Admission { mesh, workload, decided } = admission;
+    let policies = mesh.policies_of(workload);
+    if !mesh.has_policies_on_trial() || policies.missing().is_some() {
+        return;
+    }
+    let (source, destination) = (facts.source, facts.destination);
+    let identity = facts.identity.as_ref().map_or("", SpiffeId::as_str);
+    let workload = &*facts.workload;
+    match rehearse(policies.known(), &facts.inbound(), decided.is_ok()) {
+        None => {}
+        Some(Trial::Refused(denial)) => {
+            tracing::info!(%source, identity, %destination, workload, reason = %denial, "dry run: would be refused");
+        }
+        Some(Trial::LetIn(policy)) => {
+            let policy = policy.map(|policy| policy.to_string());
+            let policy = policy.as_deref().unwrap_or_default();
+            tracing::info!(%source, identity, %destination, workload, policy, "dry run: would be allowed");
         }
     }
-    decided
 }
 
 /// The connection was permitted and no longer is.
@@ -88,13 +114,19 @@ pub enum Cut {
 pub struct TunnelId(u64);
 
 /// The open inbound connections of one thread.
-#[derive(Debug, Clone, Default)]
-pub struct Live(Arc<Mutex<Entries>>);
+#[derive(Debug, Clone)]
+pub struct Live {
+    entries: Arc<Mutex<Entries>>,
+    /// The last version of the mesh of which all parts had come. Written by [`Self::watch`].
+    settled: Arc<watch::Sender<Arc<Mesh>>>,
+}
 
 #[derive(Debug, Default)]
 struct Entries {
     next: u64,
     open: HashMap<u64, Entry>,
+    /// Those of which the mesh has not decided yet what becomes of them. Few, and none as a rule.
+    pending: HashMap<u64, Pending>,
 }
 
 #[derive(Debug)]
@@ -105,9 +137,69 @@ struct Entry {
     cut: oneshot::Sender<Cut>,
 }
 
+/// What a connection waits for that is not decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    /// A policy, until then.
+    Policy(Instant),
+    /// Something that comes by itself, or never will: then the connection stays.
+    Mesh,
+}
+
+impl Entries {
+    fn forget(&mut self, key: u64) -> Option<Entry> {
+        self.pending.remove(&key);
+        self.open.remove(&key)
+    }
+
+    fn cut(&mut self, key: u64, denial: Denial) {
+        if let Some(entry) = self.forget(key) {
+            let _ended = entry.cut.send(Cut::Policy(denial));
+        }
+    }
+
+    /// Judges the connection, if it is still open.
+    fn judge(&mut self, key: u64, settled: &Mesh, mesh: &Mesh, now: Instant) {
+        let Some(entry) = self.open.get(&key) else { return };
+        match judge(settled, mesh, &entry.facts) {
+            Verdict::Permitted(_) => {
+                self.pending.remove(&key);
+            }
+            Verdict::Denied(denial) => self.cut(key, denial),
+            Verdict::Unsettled(_) | Verdict::Gone => {
+                self.pending.insert(key, Pending::Mesh);
+            }
+            Verdict::Missing(missing) => {
+                let until = match self.pending.get(&key) {
+                    Some(Pending::Policy(until)) => *until,
+                    Some(Pending::Mesh) | None => now + OPEN_WITHIN,
+                };
+                if until <= now {
+                    return self.cut(key, Denial::UnknownPolicy(missing));
+                }
+                self.pending.insert(key, Pending::Policy(until));
+            }
+        }
+    }
+
+    /// When the patience with the first of them ends.
+    fn due(&self) -> Option<Instant> {
+        let policies = self.pending.values().filter_map(|pending| match pending {
+            Pending::Policy(until) => Some(*until),
+            Pending::Mesh => None,
+        });
+        policies.min()
+    }
+}
+
 impl Live {
+    /// No connection is open. `mesh` counts as it is.
+    pub fn new(mesh: Arc<Mesh>) -> Self {
+        Self { entries: Arc::default(), settled: Arc::new(watch::Sender::new(mesh)) }
+    }
+
     fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Registers a connection. Only then take the snapshot for its first check.
@@ -129,7 +221,10 @@ impl Live {
 
     /// Cuts every connection that came by a tunnel whose peer's certificate was revoked.
     pub fn revoke(&self, tunnel: TunnelId) {
-        for (_, entry) in self.entries().open.extract_if(|_, entry| entry.tunnel == Some(tunnel)) {
+        let mut entries = self.entries();
+        let Entries { open, pending, .. } = &mut *entries;
+        for (key, entry) in open.extract_if(|_, entry| entry.tunnel == Some(tunnel)) {
+            pending.remove(&key);
             let _ended = entry.cut.send(Cut::Revoked);
         }
     }
@@ -144,36 +239,97 @@ impl Live {
         self.len() == 0
     }
 
-    /// Judges all again after every change of what policies a workload has, until nothing can change it any more.
-    pub(super) async fn watch(&self, mut mesh: MeshReader) {
-        while mesh.authorization_changed().await {
-            self.judge(&mesh.snapshot()).await;
+    /// Decides whether a registered connection may proceed, as soon as that can be decided, and tells if policies on
+    /// trial would have decided otherwise. `None` if the mesh does not know the workload.
+    pub async fn admit(&self, mesh: &MeshReader, facts: &Facts) -> Option<Admission> {
+        let admission = match self.try_admit(mesh.snapshot(), facts) {
+            Ok(admission) => admission,
+            Err(_undecided) => self.admit_later(mesh.clone(), facts).await?,
+        };
+        tell_trial(&admission, facts);
+        Some(admission)
+    }
+
+    async fn admit_later(&self, mut mesh: MeshReader, facts: &Facts) -> Option<Admission> {
+        let mut settled = self.settled.subscribe();
+        let until = Instant::now() + NEW_WITHIN;
+        loop {
+            settled.mark_unchanged();
+            let last = match self.try_admit(mesh.latest(), facts) {
+                Ok(admission) => return Some(admission),
+                Err(last) => last,
+            };
+            let changed = async {
+                tokio::select! {
+                    true = mesh.changed() => {}
+                    Ok(()) = settled.changed() => {}
+                    else => std::future::pending().await,
+                }
+            };
+            if tokio::time::timeout_at(until, changed).await.is_err() {
+                return last;
+            }
         }
     }
 
-    async fn judge(&self, mesh: &Mesh) {
-        let keys: Vec<u64> = self.entries().open.keys().copied().collect();
-        for batch in keys.chunks(BATCH) {
-            {
-                let mut entries = self.entries();
-                for key in batch {
-                    let Some(entry) = entries.open.get(key) else { continue };
-                    if let Err(denial) = judge(mesh, &entry.facts)
-                        && let Some(entry) = entries.open.remove(key)
-                    {
-                        let _ended = entry.cut.send(Cut::Policy(denial));
-                    }
+    /// What is decided of the connection; else what is if nothing more comes.
+    fn try_admit(&self, mesh: Arc<Mesh>, facts: &Facts) -> Result<Admission, Option<Admission>> {
+        let Some(workload) = mesh.workload(&facts.workload).cloned() else { return Err(None) };
+        let (decided, is_final) = match judge(&self.settled.borrow(), &mesh, facts) {
+            Verdict::Gone => return Err(None),
+            Verdict::Permitted(permit) => (Ok(permit), true),
+            Verdict::Denied(denial) => (Err(denial), true),
+            Verdict::Missing(missing) => (Err(Denial::UnknownPolicy(missing)), false),
+            Verdict::Unsettled(newest) => (newest, false),
+        };
+        let admission = Admission { mesh, workload, decided };
+        if is_final { Ok(admission) } else { Err(Some(admission)) }
+    }
+
+    /// Judges all again after every change of what policies a workload has, and those that are not decided after every
+    /// change and at the end of the patience with them. Until nothing can change any more.
+    pub(super) async fn watch(&self, mut mesh: MeshReader) {
+        let mut settling = Settling::new(Arc::clone(&self.settled.borrow()));
+        let mut goes_on = true;
+        loop {
+            let newest = mesh.latest();
+            let now = Instant::now();
+            let changed = settling.observe(&newest, now);
+            let settled = Arc::clone(settling.settled());
+            self.settled.send_replace(Arc::clone(&settled));
+            let keys: Vec<u64> = {
+                let entries = self.entries();
+                if changed {
+                    entries.open.keys().copied().collect()
+                } else {
+                    entries.pending.keys().copied().collect()
                 }
+            };
+            for batch in keys.chunks(BATCH) {
+                {
+                    let mut entries = self.entries();
+                    batch.iter().for_each(|key| entries.judge(*key, &settled, &newest, now));
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
+            let due = settling.due().into_iter().chain(self.entries().due()).min();
+            if due.is_none() && !goes_on {
+                return;
+            }
+            tokio::select! {
+                there = mesh.changed(), if goes_on => goes_on = there,
+                () = at(due) => {}
+            }
         }
     }
 }
 
-/// A workload that is gone from the mesh says nothing about its connections: a withdrawn pod keeps them.
-fn judge(mesh: &Mesh, facts: &Facts) -> Result<(), Denial> {
-    let Some(workload) = mesh.workload(&facts.workload) else { return Ok(()) };
-    authorize(mesh.policies_of(workload), &facts.inbound()).map(|_permit| ())
+/// Waits until then; for ever if there is no such time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// A registered connection; no longer one when dropped.
@@ -198,6 +354,6 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.live.entries().open.remove(&self.key);
+        self.live.entries().forget(self.key);
     }
 }

@@ -39,6 +39,7 @@ use crate::identity::worker::Unavailable;
 use crate::mesh::MeshReader;
 use crate::mesh::demand::Demand;
 use crate::mesh::demand::NoAnswer;
+use crate::mesh::gap::NEW_WITHIN;
 use crate::mesh::lookup::UnknownWorkload;
 use crate::model::addr::Authority;
 use crate::model::addr::ClientAddr;
@@ -336,6 +337,8 @@ async fn establish(
         (Some(demand), planned) => resolve(demand, &shard.mesh, &source, dst, planned).await,
         (None, planned) => planned,
     };
+    let planned =
+        if is_missing(&planned) { later(&shard.mesh, &uid, dst, roll, planned).await } else { planned };
     let planned = match planned {
         Ok(Plan::Named { destination, port, service }) => {
             let host = &destination.hostname;
@@ -496,6 +499,26 @@ async fn resolve(
         demand.used(&dialled.uid);
     }
     planned
+}
+
+/// Whether a plan lacks a waypoint or gateway that the mesh names. It may not have come yet.
+fn is_missing(planned: &Result<Plan, OutboundError>) -> bool {
+    matches!(planned, Err(OutboundError::NoRoute(NoRoute::UnknownWaypoint(_) | NoRoute::UnknownGateway(_))))
+}
+
+/// Waits for what `planned` lacks.
+async fn later(
+    mesh: &MeshReader,
+    source: &str,
+    dst: OriginalDst,
+    roll: u64,
+    planned: Result<Plan, OutboundError>,
+) -> Result<Plan, OutboundError> {
+    let complete = mesh.find_within(NEW_WITHIN, |mesh| {
+        let planned = plan(mesh, mesh.workload(source)?, dst, roll).map_err(OutboundError::NoRoute);
+        (!is_missing(&planned)).then_some(planned)
+    });
+    complete.await.unwrap_or(planned)
 }
 
 async fn dial(shard: &Shard, pod: &Pod, to: SocketAddr) -> Result<tokio::net::TcpStream, OutboundError> {

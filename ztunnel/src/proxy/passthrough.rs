@@ -23,7 +23,7 @@ use crate::policy::authorize::Permit;
 use crate::proxy::accept::Counted;
 use crate::proxy::ending::Ending;
 use crate::proxy::ending::Tally;
-use crate::proxy::live;
+use crate::proxy::live::Admission;
 use crate::proxy::live::Cut;
 use crate::proxy::live::Facts;
 use crate::proxy::live::Registered;
@@ -169,11 +169,10 @@ async fn establish(
     let facts =
         Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
     let mut registered = shard.live.register(facts.clone(), None);
-    let mesh = shard.mesh.snapshot();
-    let Some(workload) = mesh.workload(&uid).cloned() else {
+    let Some(admission) = shard.live.admit(&shard.mesh, &facts).await else {
         return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
-    let permit = live::admit(&mesh, &workload, &facts);
+    let Admission { mesh, workload, decided: permit } = admission;
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
     let parties = Parties {
         source,

@@ -77,7 +77,7 @@ impl Shard {
     ) -> Self {
         Self {
             pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
-            live: Live::default(),
+            live: Live::new(mesh.snapshot()),
             listing: Listing::default(),
             names: Names::default(),
             turn: AtomicUsize::new(0),

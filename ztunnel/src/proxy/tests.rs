@@ -43,6 +43,7 @@ use crate::mesh::MeshWriter;
 use crate::mesh::demand;
 use crate::mesh::index::Mesh;
 use crate::mesh::mesh;
+use crate::model::addr::HBONE_PORT;
 use crate::model::addr::HbonePeer;
 use crate::model::addr::NetworkAddress;
 use crate::model::addr::OriginalDst;
@@ -57,6 +58,8 @@ use crate::model::policy::PolicyKey;
 use crate::model::policy::Rule;
 use crate::model::policy::Scope;
 use crate::model::policy::StringMatch;
+use crate::model::service::GatewayAddress;
+use crate::model::service::GatewayDestination;
 use crate::model::service::Service;
 use crate::model::service::ServicePort;
 use crate::model::workload::Membership;
@@ -537,6 +540,66 @@ async fn open_connections_are_cut_when_policy_turns_against_them() {
     assert_reset(&mut client).await;
     assert_reset(&mut server).await;
     node.logged(&["direction=\"inbound\"", "dst.hbone_addr", "connection closed due to policy change"]).await;
+}
+
+/// The server, with something else of it.
+fn server_with(change: impl FnOnce(&mut Workload)) -> MeshChange {
+    let mut server = Arc::unwrap_or_clone(workload("server", SERVER));
+    change(&mut server);
+    MeshChange::Workload(Arc::new(server))
+}
+
+#[tokio::test]
+async fn a_policy_that_comes_after_the_workload_that_names_it_is_waited_for() {
+    let mut node = Node::start().await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"before").await;
+    let mut plain = TcpStream::connect(node.inbound).await.unwrap();
+    let (mut plain_server, _) = node.app.accept().await.unwrap();
+    let policy = Policy { scope: Scope::WorkloadSelector, ..allow_only("cluster.local/ns/test/sa/client") };
+    node.mesh.apply([server_with(|server| server.policies.push(policy.key.clone()))]);
+    let mut waiting = TcpStream::connect(node.outbound).await.unwrap();
+    say(&mut client, &mut server, b"meanwhile").await;
+    say(&mut plain, &mut plain_server, b"meanwhile").await;
+    let delivered = timeout(Duration::from_millis(50), node.app.accept()).await;
+    assert!(delivered.is_err(), "it is not known yet whether it may");
+    node.mesh.apply([MeshChange::Policy(Arc::new(policy))]);
+    let (mut waited, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+    say(&mut waiting, &mut waited, b"after").await;
+    say(&mut client, &mut server, b"after").await;
+    assert_reset(&mut plain).await;
+    assert_reset(&mut plain_server).await;
+    // One that never comes.
+    let never = PolicyKey { namespace: "test".into(), name: "never".into() };
+    node.mesh.apply([server_with(|server| server.policies.push(never))]);
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"inbound\"", "policy test/never, which the mesh does not have"]).await;
+}
+
+#[tokio::test]
+async fn a_waypoint_that_comes_after_what_names_it_is_waited_for() {
+    let mut node = Node::start().await;
+    let front = Service::sample("test", "front");
+    let destination = GatewayDestination::Hostname(front.key.clone());
+    let gateway = Arc::new(GatewayAddress { destination, hbone_port: HBONE_PORT });
+    let behind = |server: &mut Workload| server.waypoint = Some(Arc::clone(&gateway));
+    node.mesh.apply([server_with(behind)]);
+    let mut client = TcpStream::connect(node.outbound).await.unwrap();
+    let delivered = timeout(Duration::from_millis(50), node.app.accept()).await;
+    assert!(delivered.is_err(), "nobody knows the waypoint");
+    // Its service, and only then who serves it: the server itself, for once.
+    node.mesh.apply([MeshChange::Service(Arc::new(front.clone()))]);
+    let serves = Membership { service: front.key.clone(), ports: Arc::new([(HBONE_PORT, HBONE_PORT)]) };
+    node.mesh.apply([server_with(|server| {
+        behind(server);
+        server.services = Box::new([serves]);
+    })]);
+    let (mut server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+    say(&mut client, &mut server, b"through it").await;
+    // It goes, and does not come back.
+    node.mesh.apply([MeshChange::RemoveService(front.key.clone())]);
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "unknown waypoint test/front.test"]).await;
 }
 
 #[tokio::test]

@@ -47,8 +47,8 @@ pub enum Plan {
         /// The service the application dialled, if it dialled one.
         service: Option<Arc<Service>>,
     },
-    /// Through a tunnel to the gateway of another network, and in that one to whoever serves the service there. That one
-    /// must prove to be one of the service's own identities ([`Service::identities`]: there is one).
+    /// Through a tunnel to the gateway of another network, and in that one to whoever serves the service there. That
+    /// one must prove to be one of the service's own identities ([`Service::identities`]: there is one).
     Beyond {
         /// Whom to dial: the gateway.
         gateway: HbonePeer,
@@ -61,8 +61,8 @@ pub enum Plan {
         /// The destination, or the waypoint in front of it, as far as this network knows it.
         destination: Arc<Workload>,
     },
-    /// To an endpoint that has no address, but a name ([`Workload::hostname`]): [`named`] makes the plan, once it is known
-    /// what that stands for.
+    /// To an endpoint that has no address, but a name ([`Workload::hostname`]): [`named`] makes the plan, once it is
+    /// known what that stands for.
     Named {
         /// The destination.
         destination: Arc<Workload>,

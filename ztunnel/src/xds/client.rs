@@ -404,7 +404,7 @@ impl Client {
             self.writer.draft(changes.by_ref().take(SLICE));
             tokio::task::yield_now().await;
         }
-        self.writer.release();
+        self.writer.release_whole();
         self.tell(told);
         Ok(())
     }
@@ -563,6 +563,10 @@ impl Client {
         tracing::debug!(kind = kind.type_url(), resources, removed, rejected, bytes, "response applied");
         let answer = self.session.finish(push);
         let synced = self.session.is_synced();
+        if synced && !self.status.borrow().synced {
+            // The first mesh: there was nothing between whose parts anybody could decide.
+            self.writer.release_whole();
+        }
         if let Some(cache) = self.cache.as_ref().filter(|_| synced) {
             cache.settle();
         }

@@ -1,5 +1,5 @@
-//! Wire messages → changes of the mesh. A resource is taken as a whole or rejected with a reason, and a bad one harms no
-//! other.
+//! Wire messages → changes of the mesh. A resource is taken as a whole or rejected with a reason, and a bad one harms
+//! no other.
 //!
 //! What is wrong is rejected: addresses that are none, ports out of range, names without their parts. What is only
 //! newer than this version (an enumerator it does not know) is taken with the most careful meaning and counted, so that

@@ -360,7 +360,7 @@ fn lets_in(policy: &Policy) -> bool {
     let destination: SocketAddr = "10.0.0.2:80".parse().unwrap();
     let inbound = Inbound { identity: Some(&identity), source: "10.0.0.1".parse().unwrap(), destination };
     let policies = [Arc::new(policy.clone())];
-    authorize(Ok(policies.iter()), &inbound).is_ok()
+    authorize(policies.iter(), None, &inbound).last().is_ok()
 }
 
 const ALLOW: i32 = 0;

@@ -1,0 +1,95 @@
+//! Which version of the mesh was the last of which all parts had come, and what becomes of a connection between two of
+//! those. Pure: time comes in.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::mesh::gap::SETTLED_AFTER;
+use crate::mesh::gap::SETTLED_WITHIN;
+use crate::mesh::index::Mesh;
+use crate::model::policy::PolicyKey;
+use crate::policy::authorize::Decision;
+use crate::policy::authorize::Denial;
+use crate::policy::authorize::Permit;
+use crate::policy::authorize::authorize;
+use crate::policy::authorize::is_settled;
+use crate::proxy::live::Facts;
+
+/// Follows the versions of the mesh.
+#[derive(Debug)]
+pub(super) struct Settling {
+    settled: Arc<Mesh>,
+    /// The newest version's, of what workloads' policies are.
+    newest: u64,
+    /// When that began to change, and changed last, since it was settled.
+    changing: Option<(Instant, Instant)>,
+}
+
+impl Settling {
+    /// Begins with a mesh that counts as it is.
+    pub(super) fn new(mesh: Arc<Mesh>) -> Self {
+        Self { newest: mesh.authorization_version(), settled: mesh, changing: None }
+    }
+
+    /// The last version of which all parts had come.
+    pub(super) fn settled(&self) -> &Arc<Mesh> {
+        &self.settled
+    }
+
+    /// `mesh` is the newest version at `now`. Says whether anything has changed by which connections are judged.
+    pub(super) fn observe(&mut self, mesh: &Arc<Mesh>, now: Instant) -> bool {
+        let version = mesh.authorization_version();
+        let changed = version != self.newest;
+        if changed {
+            self.newest = version;
+            let first = self.changing.map_or(now, |(first, _)| first);
+            self.changing = Some((first, now));
+        }
+        let due = self.due().is_none_or(|due| due <= now);
+        if due || mesh.is_whole() {
+            let settled = self.changing.take().is_some();
+            self.settled = Arc::clone(mesh);
+            return changed || settled;
+        }
+        changed
+    }
+
+    /// When the newest version will be settled, if nothing changes any more. `None` if it is.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.changing.map(|(first, last)| (last + SETTLED_AFTER).min(first + SETTLED_WITHIN))
+    }
+}
+
+/// What becomes of a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It may go on.
+    Permitted(Permit),
+    /// It may not.
+    Denied(Denial),
+    /// The workload names a policy that the mesh does not have (yet).
+    Missing(PolicyKey),
+    /// The newest version and the settled one do not say the same: the newest says this.
+    Unsettled(Result<Permit, Denial>),
+    /// The mesh does not have the workload (any more), and so says nothing of its connections.
+    Gone,
+}
+
+/// Judges a connection by the newest version of the mesh and the settled one.
+pub(super) fn judge(settled: &Mesh, mesh: &Mesh, facts: &Facts) -> Verdict {
+    let Some(now) = decide(mesh, facts) else { return Verdict::Gone };
+    let is_same = settled.authorization_version() == mesh.authorization_version();
+    let is_settled = is_same || is_settled(decide(settled, facts).as_ref(), &now);
+    match now {
+        Decision::Undecided(missing) => Verdict::Missing(missing),
+        now if !is_settled => Verdict::Unsettled(now.last()),
+        Decision::Permitted(permit) => Verdict::Permitted(permit),
+        Decision::Denied(denial) => Verdict::Denied(denial),
+    }
+}
+
+fn decide(mesh: &Mesh, facts: &Facts) -> Option<Decision> {
+    let policies = mesh.policies_of(mesh.workload(&facts.workload)?);
+    Some(authorize(policies.known(), policies.missing(), &facts.inbound()))
+}

@@ -1,0 +1,344 @@
+//! Whatever comes in whatever order: who may stay stays, who may not get in does not.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::future::pending;
+use std::rc::Rc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tokio::task::LocalSet;
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use super::*;
+use crate::mesh::MeshChange;
+use crate::mesh::MeshWriter;
+use crate::mesh::gap::SETTLED_WITHIN;
+use crate::mesh::mesh;
+use crate::model::policy::Action;
+use crate::model::policy::Clause;
+use crate::model::policy::Match;
+use crate::model::policy::Policy;
+use crate::model::policy::PolicyKey;
+use crate::model::policy::Rule;
+use crate::model::policy::Scope;
+use crate::model::policy::StringMatch;
+
+/// Who dials: three with an identity, and one without.
+const CLIENTS: usize = 4;
+
+fn principal(client: usize) -> Option<SpiffeId> {
+    (client + 1 < CLIENTS).then(|| format!("spiffe://cluster.local/ns/shop/sa/c{client}").parse().unwrap())
+}
+
+fn facts(client: usize) -> Facts {
+    Facts {
+        workload: "server".into(),
+        identity: principal(client),
+        source: [10, 0, 0, 1].into(),
+        destination: ([10, 0, 0, 2], 80).into(),
+    }
+}
+
+fn key(name: usize) -> PolicyKey {
+    PolicyKey { namespace: "shop".into(), name: format!("p{name}").into() }
+}
+
+/// What a policy says of the clients, one bit each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rules {
+    scope: Scope,
+    action: Action,
+    clients: u8,
+}
+
+fn policy(name: usize, rules: Rules) -> MeshChange {
+    let Rules { scope, action, clients } = rules;
+    let who = |client: &usize| clients & (1 << client) != 0;
+    let matches = (0..CLIENTS).filter(who).map(|client| match principal(client) {
+        Some(id) => Match { principals: vec![StringMatch::Exact(id.principal().into())], ..Match::default() },
+        None => Match { not_principals: vec![StringMatch::Presence], ..Match::default() },
+    });
+    let clauses = vec![Clause { matches: matches.collect() }];
+    // A clause without matches would match everybody.
+    let rules = if clients == 0 { vec![] } else { vec![Rule { clauses }] };
+    MeshChange::Policy(Arc::new(Policy { key: key(name), scope, action, dry_run: false, rules }))
+}
+
+fn server(policies: Vec<PolicyKey>) -> MeshChange {
+    MeshChange::Workload(Arc::new(Workload { policies, ..Workload::sample("shop", "server") }))
+}
+
+/// A mesh that somebody has asked for: the workload names the policies that select it.
+type State = BTreeMap<usize, Rules>;
+
+fn named(state: &State) -> Vec<PolicyKey> {
+    let selected = state.iter().filter(|(_, rules)| rules.scope == Scope::WorkloadSelector);
+    selected.map(|(name, _)| key(*name)).collect()
+}
+
+/// Whether all policies together let the client in.
+fn lets_in(state: &State, client: usize) -> bool {
+    let of = |action| state.values().filter(move |rules| rules.action == action);
+    let hit = |rules: &Rules| rules.clients & (1 << client) != 0;
+    !of(Action::Deny).any(hit) && (of(Action::Allow).next().is_none() || of(Action::Allow).any(hit))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Waiting,
+    Refused,
+    Open,
+    Cut,
+}
+
+/// The open connections of a thread, and what feeds them.
+struct Thread {
+    writer: MeshWriter,
+    reader: MeshReader,
+    live: Live,
+}
+
+impl Thread {
+    /// Begins with `state`. Only within a [`LocalSet`].
+    fn start(state: &State) -> Self {
+        let (mut writer, reader) = mesh();
+        writer.apply(state.iter().map(|(name, rules)| policy(*name, *rules)).chain([server(named(state))]));
+        let live = Live::new(reader.snapshot());
+        let (watching, mesh) = (live.clone(), reader.clone());
+        spawn_local(async move { watching.watch(mesh).await });
+        Self { writer, reader, live }
+    }
+
+    fn connect(&self, client: usize) -> Rc<RefCell<Outcome>> {
+        let outcome = Rc::new(RefCell::new(Outcome::Waiting));
+        let (told, live, mesh) = (Rc::clone(&outcome), self.live.clone(), self.reader.clone());
+        spawn_local(async move {
+            let facts = facts(client);
+            let mut registered = live.register(facts.clone(), None);
+            let admitted = live.admit(&mesh, &facts).await.is_some_and(|admission| admission.decided.is_ok());
+            if !admitted {
+                *told.borrow_mut() = Outcome::Refused;
+                return;
+            }
+            *told.borrow_mut() = Outcome::Open;
+            let Err(_cut) = registered.run(pending::<()>()).await else { return };
+            *told.borrow_mut() = Outcome::Cut;
+        });
+        outcome
+    }
+}
+
+/// Time is nobody's: it goes on when all wait.
+fn run(test: impl Future<Output = ()>) {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    LocalSet::new().block_on(&runtime, test);
+}
+
+async fn moment() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+const PLAIN: usize = CLIENTS - 1;
+const ALL: u8 = (1 << CLIENTS) - 1;
+const STRICT: Rules = Rules { scope: Scope::WorkloadSelector, action: Action::Deny, clients: 1 << PLAIN };
+const ALLOW_ALL: Rules = Rules { scope: Scope::WorkloadSelector, action: Action::Allow, clients: ALL };
+
+#[test]
+fn a_policy_may_come_after_the_workload_that_names_it() {
+    for (rules, plain) in [(STRICT, Outcome::Cut), (ALLOW_ALL, Outcome::Open)] {
+        run(async {
+            let mut thread = Thread::start(&State::new());
+            let (open, open_plain) = (thread.connect(0), thread.connect(PLAIN));
+            moment().await;
+            thread.writer.apply([server(vec![key(0)])]);
+            let (new, new_plain) = (thread.connect(0), thread.connect(PLAIN));
+            sleep(Duration::from_millis(1_900)).await;
+            assert_eq!((*open.borrow(), *open_plain.borrow()), (Outcome::Open, Outcome::Open));
+            assert_eq!((*new.borrow(), *new_plain.borrow()), (Outcome::Waiting, Outcome::Waiting));
+            thread.writer.apply([policy(0, rules)]);
+            sleep(SETTLED_WITHIN).await;
+            assert_eq!((*open.borrow(), *open_plain.borrow()), (Outcome::Open, plain));
+            let refused = if plain == Outcome::Cut { Outcome::Refused } else { plain };
+            assert_eq!((*new.borrow(), *new_plain.borrow()), (Outcome::Open, refused));
+        });
+    }
+}
+
+#[test]
+fn a_policy_may_go_before_the_workload_stops_to_name_it() {
+    run(async {
+        let mut thread = Thread::start(&State::from([(0, STRICT)]));
+        let open = thread.connect(0);
+        moment().await;
+        thread.writer.apply([MeshChange::RemovePolicy(key(0))]);
+        let (new, plain) = (thread.connect(0), thread.connect(PLAIN));
+        sleep(Duration::from_millis(1_900)).await;
+        assert_eq!(
+            (*open.borrow(), *new.borrow(), *plain.borrow()),
+            (Outcome::Open, Outcome::Waiting, Outcome::Waiting)
+        );
+        thread.writer.apply([server(vec![])]);
+        moment().await;
+        assert_eq!(
+            (*open.borrow(), *new.borrow(), *plain.borrow()),
+            (Outcome::Open, Outcome::Open, Outcome::Open)
+        );
+    });
+}
+
+#[test]
+fn a_policy_that_never_comes_is_waited_for_only_so_long() {
+    run(async {
+        let mut thread = Thread::start(&State::new());
+        let open = thread.connect(0);
+        moment().await;
+        thread.writer.apply([server(vec![key(0)])]);
+        moment().await;
+        let new = thread.connect(0);
+        sleep(NEW_WITHIN - Duration::from_millis(10)).await;
+        assert_eq!(*new.borrow(), Outcome::Waiting);
+        sleep(Duration::from_millis(20)).await;
+        assert_eq!(*new.borrow(), Outcome::Refused);
+        sleep(OPEN_WITHIN - NEW_WITHIN - Duration::from_millis(100)).await;
+        assert_eq!(*open.borrow(), Outcome::Open);
+        // What else changes meanwhile gives it no more time.
+        thread.writer.apply([MeshChange::Workload(Arc::new(Workload::sample("shop", "other")))]);
+        sleep(Duration::from_millis(200)).await;
+        assert_eq!(*open.borrow(), Outcome::Cut);
+        assert!(thread.live.is_empty());
+    });
+}
+
+#[test]
+fn a_workload_that_goes_and_comes_is_judged_when_it_comes() {
+    run(async {
+        let mut thread = Thread::start(&State::new());
+        let (open, plain) = (thread.connect(0), thread.connect(PLAIN));
+        moment().await;
+        thread.writer.apply([MeshChange::RemoveWorkload("server".into())]);
+        let new = thread.connect(0);
+        moment().await;
+        // It concerns all of the namespace, and nobody is there.
+        thread.writer.apply([policy(0, Rules { scope: Scope::Namespace, ..STRICT })]);
+        sleep(Duration::from_millis(1_500)).await;
+        assert_eq!(
+            (*open.borrow(), *plain.borrow(), *new.borrow()),
+            (Outcome::Open, Outcome::Open, Outcome::Waiting)
+        );
+        thread.writer.apply([server(vec![])]);
+        sleep(SETTLED_WITHIN).await;
+        assert_eq!(
+            (*open.borrow(), *plain.borrow(), *new.borrow()),
+            (Outcome::Open, Outcome::Cut, Outcome::Open)
+        );
+    });
+}
+
+#[test]
+fn what_is_made_as_a_whole_counts_at_once() {
+    run(async {
+        let mut thread = Thread::start(&State::new());
+        let open = thread.connect(PLAIN);
+        moment().await;
+        let mut whole = thread.reader.snapshot().as_ref().clone();
+        whole.apply(policy(0, Rules { scope: Scope::Global, ..STRICT }));
+        thread.writer.publish(whole);
+        let new = thread.connect(PLAIN);
+        moment().await;
+        assert_eq!((*open.borrow(), *new.borrow()), (Outcome::Cut, Outcome::Refused));
+    });
+}
+
+fn some_rules() -> impl Strategy<Value = Rules> {
+    let scope = prop_oneof![Just(Scope::Global), Just(Scope::Namespace), Just(Scope::WorkloadSelector)];
+    let action = prop_oneof![Just(Action::Allow), Just(Action::Deny)];
+    (scope, action, 0..=ALL).prop_map(|(scope, action, clients)| Rules { scope, action, clients })
+}
+
+fn some_state() -> impl Strategy<Value = State> {
+    prop::collection::btree_map(0..4_usize, some_rules(), 0..4)
+}
+
+/// All that has to be said to make one of the other, in the order in which istiod says it: workloads, then policies.
+fn changes(from: &State, to: &State) -> Vec<MeshChange> {
+    let mut changes = Vec::new();
+    if named(from) != named(to) {
+        changes.push(server(named(to)));
+    }
+    let new = to.iter().filter(|(name, rules)| from.get(name) != Some(rules));
+    changes.extend(new.map(|(name, rules)| policy(*name, *rules)));
+    let gone = from.keys().filter(|name| !to.contains_key(name));
+    changes.extend(gone.map(|name| MeshChange::RemovePolicy(key(*name))));
+    changes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// From one mesh to another in all orders, in one piece or in many, with a pause after each. The workload itself
+    /// may go in the midst of it and come back.
+    #[test]
+    fn no_order_cuts_who_may_stay_or_lets_in_who_may_not(
+        from in some_state(),
+        to in some_state(),
+        order in prop::collection::vec(any::<prop::sample::Index>(), 6),
+        splits in prop::collection::vec(any::<bool>(), 6),
+        pauses in prop::collection::vec(0..140_u64, 7),
+        goes in prop::option::weighted(0.2, 0..6_usize),
+    ) {
+        let mut left = changes(&from, &to);
+        let mut pieces: Vec<Vec<MeshChange>> = vec![Vec::new()];
+        for at in 0.. {
+            if left.is_empty() { break }
+            let next = order[at % order.len()].index(left.len());
+            if splits[at % splits.len()] { pieces.push(Vec::new()) }
+            if let Some(piece) = pieces.last_mut() { piece.push(left.remove(next)) }
+        }
+        if let Some(at) = goes && at < pieces.len() {
+            pieces.insert(at, vec![MeshChange::RemoveWorkload("server".into())]);
+            pieces.push(vec![server(named(&to))]);
+        }
+        let wrong = Rc::new(RefCell::new(BTreeSet::new()));
+        let found = Rc::clone(&wrong);
+        run(async {
+            let mut thread = Thread::start(&from);
+            let mut connections = Vec::new();
+            let mut connect = |thread: &Thread, when: String| {
+                for client in 0..CLIENTS {
+                    connections.push((when.clone(), client, thread.connect(client)));
+                }
+            };
+            connect(&thread, "before".to_owned());
+            moment().await;
+            for (at, piece) in pieces.iter().enumerate() {
+                thread.writer.apply(piece.iter().cloned());
+                connect(&thread, format!("at {at}"));
+                sleep(Duration::from_millis(pauses[at % pauses.len()])).await;
+                connect(&thread, format!("after {at}"));
+                moment().await;
+            }
+            sleep(NEW_WITHIN + SETTLED_WITHIN).await;
+            connect(&thread, "in the end".to_owned());
+            moment().await;
+            for (when, client, outcome) in connections {
+                let outcome = *outcome.borrow();
+                let right = match (lets_in(&from, client), lets_in(&to, client), &*when) {
+                    (_, false, "in the end") | (false, false, _) => outcome == Outcome::Refused,
+                    (_, true, "in the end") | (true, true, _) => outcome == Outcome::Open,
+                    (true, false, "before") => outcome == Outcome::Cut,
+                    (true, false, _) => matches!(outcome, Outcome::Cut | Outcome::Refused),
+                    (false, true, "before") => outcome == Outcome::Refused,
+                    (false, true, _) => matches!(outcome, Outcome::Open | Outcome::Refused),
+                };
+                if !right {
+                    found.borrow_mut().insert(format!("c{client} {when}: {outcome:?}"));
+                }
+            }
+        });
+        prop_assert!(wrong.borrow().is_empty(), "{:?} with {pieces:?}", wrong.borrow());
+    }
+}

@@ -216,7 +216,7 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
             let vouched = |(id, held): (&SpiffeId, Option<_>)| {
                 held.is_some() || shard.identities.is_authority_silent(id)
             };
-            let one_domain = route.source.identity.trust_domain() == identity.trust_domain();
+            let one_domain = route.source.identity.shares_domain(&identity);
             (one_domain && known.into_iter().all(vouched)).then_some(())?;
         }
     }

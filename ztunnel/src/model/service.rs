@@ -24,19 +24,17 @@ impl ServiceKey {
     /// Reads the name of a gateway, whose namespace may be left out: any service or workload of that name is meant
     /// then.
     pub fn parse_gateway(text: Arc<str>) -> Option<Self> {
-        let (_namespace, hostname) = text.split_once('/')?;
-        let valid = !hostname.is_empty() && !hostname.contains('/');
-        valid.then_some(Self(text))
-    }
-
-    /// Reads `namespace/hostname`; `None` if it is not of that form.
-    pub fn parse(text: Arc<str>) -> Option<Self> {
         let (namespace, hostname) = text.split_once('/')?;
-        let valid = !namespace.is_empty() && !hostname.is_empty() && !hostname.contains('/');
+        let valid = !hostname.is_empty() && !hostname.contains('/');
         valid.then(|| match lower(hostname) {
             Cow::Borrowed(_) => Self(Arc::clone(&text)),
             Cow::Owned(hostname) => Self(Arc::from(format!("{namespace}/{hostname}"))),
         })
+    }
+
+    /// Reads `namespace/hostname`; `None` if it is not of that form.
+    pub fn parse(text: Arc<str>) -> Option<Self> {
+        Self::parse_gateway(text).filter(|key| !key.namespace().is_empty())
     }
 
     /// The whole name.

@@ -23,6 +23,7 @@ use crate::model::addr::canonical_ip;
 use crate::model::identity::InvalidSpiffeId;
 use crate::model::policy::PolicyKey;
 use crate::model::refused::Refused;
+use crate::model::service::ServiceKey;
 use crate::xds::intern::Interner;
 
 mod authorization;
@@ -110,7 +111,13 @@ impl Converter {
         };
         match wire::Address::decode(resource).ok().and_then(|address| address.r#type) {
             Some(wire::address::Type::Workload(workload)) => self.refused_workload(&workload, &mut refused),
-            Some(wire::address::Type::Service(service)) => self.refused_service(&service, &mut refused),
+            Some(wire::address::Type::Service(service)) => {
+                // As a good version would be named.
+                if let Some(key) = ServiceKey::parse(Arc::from(name)) {
+                    refused.name = Arc::from(key.as_str());
+                }
+                self.refused_service(&service, &mut refused);
+            }
             None => {}
         }
         for alias in aliases {

@@ -161,6 +161,7 @@ impl Named {
             namespace: Arc::clone(&workload.namespace),
             service_account: Arc::from(workload.service_account()),
             node: Arc::clone(&workload.node),
+            cluster: Arc::clone(&workload.cluster),
         }
     }
 

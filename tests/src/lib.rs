@@ -27,6 +27,7 @@ pub mod binaries;
 pub mod ca;
 pub mod certificates;
 pub mod cgroup;
+pub mod combinations;
 pub mod control_plane;
 pub mod daemon;
 pub mod enclosure;

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ztunnel_tests::peer::{crowd, enclosed, first, hold, load, open, serve};
+use ztunnel_tests::peer::{act, crowd, enclosed, first, hold, load, open, serve};
 
 const USAGE: &str = "ztunnel-peer serve <port> | hold <address> | load <rate> <address>... \
      | open <address> <path> <rate> <connections> <seconds> | crowd <address> <path> <connections> \
-     | first <address> <path> <seconds> | enclosed <name>";
+     | first <address> <path> <seconds> | enclosed <name> | act";
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,6 +33,7 @@ fn main() -> Result<()> {
             first::first(to.parse().context("the address")?, path, period(seconds)?)
         }
         ["enclosed", name] => enclosed::enclosed(name),
+        ["act"] => act::act(),
         _ => bail!(USAGE),
     }
 }

@@ -15,6 +15,8 @@
 //! * [`relay`]: moving bytes between an application and a stream.
 //! * [`live`]: inbound connections are judged again when the mesh changes.
 //! * [`listing`]: which connections are open, for those who ask.
+//! * [`bounds`]: how much all of it may be.
+//! * [`handshakes`], [`tunnels`]: how peers share a pod's.
 //! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
 
 use std::collections::BTreeMap;
@@ -45,10 +47,12 @@ use crate::mesh::MeshReader;
 use crate::model::addr::PodUid;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::budget::Budget;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::redirected::RedirectedPod;
 use crate::net::redirected::Settings;
+use crate::net::reserve;
 use crate::net::socket::CapturedPod;
 use crate::net::socket::Keepalive;
 use crate::net::socket::LOCAL_CONGESTION;
@@ -68,8 +72,10 @@ use crate::shutdown::Trigger;
 use crate::telemetry::Telemetry;
 
 pub mod accept;
+pub mod bounds;
 pub mod double;
 pub mod ending;
+pub mod handshakes;
 pub mod inbound;
 pub mod listing;
 pub mod live;
@@ -80,6 +86,7 @@ pub mod passthrough;
 pub mod pod;
 pub mod relay;
 pub mod shard;
+pub mod tunnels;
 
 #[cfg(test)]
 mod tests;
@@ -99,11 +106,15 @@ pub struct Config {
     pub linger: Duration,
     /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
     pub pod_connections_max: usize,
-    /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset.
+    /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset. One identity
+    /// may have a part of them ([`tunnels`]).
     pub pod_tunnels_max: usize,
-    /// TLS handshakes in progress with one pod as the server. Further connections to its HBONE port are reset:
-    /// peers dial again, and whoever only connects and says nothing keeps nobody else's memory.
+    /// TLS handshakes in progress with one pod as the server. One source may have a part of them; the oldest make room
+    /// for others ([`handshakes`]), or further connections to its HBONE port are reset: peers dial again.
     pub pod_handshakes_max: usize,
+    /// Bytes that all pods together may make the daemon hold: what peers and applications do not take, and what
+    /// connections and tunnels cost themselves. When it is used up, those who hold most are closed.
+    pub buffer_memory: usize,
     /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
     pub handover_max: usize,
     /// Whether connections between two pods of this daemon are handed over inside the process, see [`near`].
@@ -141,6 +152,7 @@ impl Default for Config {
             pod_connections_max: 20_000,
             pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
+            buffer_memory: 256 << 20,
             handover_max: 1024,
             near: true,
             keepalive: Keepalive::default(),
@@ -273,6 +285,7 @@ pub struct DataPlane {
     apart: Mutex<Apart>,
     neighbours: Arc<Neighbours>,
     count: Arc<Count>,
+    budget: Budget,
     started: AtomicUsize,
     /// Ends the accepting of all pods, as a drain does, without one.
     handover: Trigger,
@@ -318,6 +331,8 @@ impl DataPlane {
             threads.push(thread);
         }
         let (handover, handing_over) = shutdown::channel();
+        let budget = Budget::new(config.buffer_memory);
+        reserve::keep();
         Ok(Self {
             config,
             bypass,
@@ -328,6 +343,7 @@ impl DataPlane {
             apart: Mutex::default(),
             neighbours,
             count,
+            budget,
             started: AtomicUsize::new(0),
             handover,
             handing_over,
@@ -379,7 +395,9 @@ impl DataPlane {
         prepare_listener(&hbone, &self.config.keepalive)?;
         self.set_congestion(&hbone);
         let (stop, stopped) = shutdown::channel();
-        let pod = Pod::new(spec, id, network, stopped, None, self.handing_over.clone()).owned(own);
+        let share = self.budget.share(spec.uid.to_string());
+        let handing_over = self.handing_over.clone();
+        let pod = Pod::new(spec, id, network, stopped, None, handing_over, share).owned(own);
         let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
         self.apart_locked().add(&served);
         *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
@@ -405,7 +423,9 @@ impl DataPlane {
         self.set_congestion(&listeners.hbone);
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
-        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, self.handing_over.clone()));
+        let share = self.budget.share(uid.to_string());
+        let handing_over = self.handing_over.clone();
+        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, handing_over, share));
         let listeners = [
             (accept::Kind::Outbound, listeners.outbound),
             (accept::Kind::Inbound, listeners.inbound),
@@ -533,6 +553,11 @@ impl DataPlane {
             started,
             stopped: started.saturating_sub(pods),
         }
+    }
+
+    /// What the pods make the daemon hold, and what they may.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
     }
 
     /// Who asked what names of endpoints stand for, and how often.

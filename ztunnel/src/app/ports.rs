@@ -217,8 +217,17 @@ fn proxy_metrics(families: &mut Families<'_>, data_plane: &DataPlane, pending: u
     families.counter("workload_manager_proxies_started", help, &alone(live.started))?;
     let help = "Pods whose connections were taken and no longer are.";
     families.counter("workload_manager_proxies_stopped", help, &alone(live.stopped))?;
-    let help = "Connections and streams turned away because their pod had too many.";
+    let help = "Connections and streams turned away, as their pod had too many or the process no descriptor.";
     families.counter("ztunnel_connections_turned_away", help, &alone(live.turned_away))?;
+    let budget = data_plane.budget();
+    let help =
+        "Connections, streams and tunnels closed as those that held most when the buffer memory was used up.";
+    families.counter("ztunnel_connections_shed", help, &alone(budget.shed() as usize))?;
+    let alone = |value: usize| [Sample { labels: &[], value: value as f64 }];
+    let help = "Bytes that connections and tunnels hold: what is not taken, and what they cost themselves.";
+    families.gauge("ztunnel_buffer_bytes", help, &alone(budget.used()))?;
+    let help = "Bytes that connections and tunnels may hold (--buffer-memory).";
+    families.gauge("ztunnel_buffer_limit_bytes", help, &alone(budget.limit()))?;
 
     let asked = data_plane.names_asked();
     let or_unknown =

@@ -27,6 +27,7 @@ use crate::telemetry::logging::Filter;
 use crate::tls::configs::Compliance;
 
 pub mod control_plane;
+pub mod memory;
 pub mod proxy_config;
 pub mod reader;
 pub mod threads;
@@ -424,6 +425,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
 fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
     let mut config = proxy::Config { threads: threads::read(reader, cores), ..proxy::Config::default() };
+    config.buffer_memory = memory::read(reader);
     let probes = Keepalive::default();
     config.keepalive = Keepalive {
         enabled: reader.flag("KEEPALIVE_ENABLED", probes.enabled),

@@ -15,6 +15,7 @@ use clap::ValueEnum;
 use clap::parser::ValueSource;
 
 use crate::api::Setting;
+use crate::config::env::memory;
 
 /// The node proxy of an ambient mesh: pods' TCP, captured with eBPF, carried over mutual TLS.
 ///
@@ -237,6 +238,13 @@ pub struct Run {
     /// Data-plane threads [default: half the cores, two at least if there are two cores]
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// How much memory connections and tunnels may hold, such as 256Mi
+    ///
+    /// What applications and peers do not take is held for them, up to this for all pods together and half of it for
+    /// one; beyond, those who hold most are closed. By default half of the memory limit of the control group, or
+    /// without one a quarter of the machine's memory, 1Gi at most.
+    #[arg(long, env = "ZTUNNEL_BUFFER_MEMORY", value_name = "SIZE", value_parser = memory::flag)]
+    pub buffer_memory: Option<usize>,
     /// Carry connections between two pods of this node over mutual TLS too
     ///
     /// Otherwise they never leave the daemon: it hands their bytes over from one pod's socket to the other's,

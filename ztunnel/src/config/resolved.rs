@@ -16,6 +16,7 @@ use crate::capture;
 use crate::config::env;
 use crate::config::env::Settings;
 use crate::config::env::Surroundings;
+use crate::config::env::memory;
 use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
 use crate::config::raw;
@@ -348,6 +349,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     };
     let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
     proxy.threads = typed.threads.unwrap_or(proxy.threads);
+    proxy.buffer_memory = typed.buffer_memory.unwrap_or_else(memory::default);
     proxy.hbone.congestion = Some(typed.tunnel_congestion.clone()).filter(|name| name != "system");
     if let Some(name) = &proxy.hbone.congestion {
         check_congestion(name)?;
@@ -355,7 +357,11 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
-    let completed = [("--node", places.node.to_string()), ("--threads", proxy.threads.to_string())];
+    let completed = [
+        ("--node", places.node.to_string()),
+        ("--threads", proxy.threads.to_string()),
+        ("--buffer-memory", proxy.buffer_memory.to_string()),
+    ];
     for (name, value) in completed {
         if settings.iter().all(|setting| setting.name != name) {
             settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });

@@ -22,8 +22,6 @@ use http::Request;
 use http::StatusCode;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::AsyncRead;
-use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio::time::timeout;
@@ -31,20 +29,27 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::TlsStream;
 
 use crate::hbone::Config;
+use crate::hbone::DATA_FRAME_BUDGET;
 use crate::hbone::address::Authority;
 use crate::hbone::address::Forwarded;
 use crate::hbone::address::NETWORK;
 use crate::hbone::address::TraceParent;
+use crate::hbone::flow::Flow;
+use crate::hbone::flow::Piece;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::hbone::stream::TunnelError;
 use crate::hbone::through::Through;
 use crate::hbone::transport::ALPN;
+use crate::hbone::transport::Carrier;
 use crate::hbone::transport::Keepalive;
 use crate::hbone::transport::defer;
+use crate::hbone::window::Windows;
 use crate::model::addr::HbonePeer;
 use crate::model::identity::SpiffeId;
+use crate::net::budget::Holder;
+use crate::net::budget::Shed;
 use crate::net::buffer::ReadAhead;
 use crate::net::socket::Dial;
 use crate::tls::trust::Side;
@@ -157,7 +162,7 @@ pub async fn handshake_within(
     }
 }
 
-async fn shake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+async fn shake<S: Carrier + Send + 'static>(
     socket: S,
     peer: HbonePeer,
     tls: Arc<ClientConfig>,
@@ -175,21 +180,26 @@ async fn shake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     }
     // Always there after a handshake; without, there is nothing that could be revoked.
     let verified = trust.verified_peer(tls.get_ref().1).ok();
-    let (io, backlog) = defer(TlsStream::Client(tls));
+    let flow = Flow::new(config.tunnel_send_buffer);
+    let (io, backlog) = defer(TlsStream::Client(tls), Arc::clone(&flow));
+    let streams_max = u32::try_from(config.client_streams_max).unwrap_or(u32::MAX);
     let handshake = h2::client::Builder::new()
         .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
+        .initial_connection_window_size(config.tunnel_window(streams_max))
         .max_frame_size(config.frame_max)
         .max_header_list_size(config.response_headers_max)
         .initial_max_send_streams(config.client_streams_max)
         .max_send_buffer_size(config.send_buffer)
+        .data_frame_budget(DATA_FRAME_BUDGET)
+        .max_local_error_reset_streams(None)
         .enable_push(false)
-        .handshake::<_, Bytes>(io);
+        .handshake::<_, Piece>(io);
     let (sender, mut connection) =
         backlog.drive(handshake).await.map_err(|_| DialError::NotHttp2 { peer })?;
     let tunnel = Arc::new(Tunnel {
         streams_max: config.client_streams_max,
         peer: verified.as_ref().map(|verified| verified.id().clone()),
+        flow: Arc::clone(&flow),
         state: Mutex::new(State {
             sender: Some(sender),
             streams: 0,
@@ -202,7 +212,12 @@ async fn shake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     let mut keepalive = connection.ping_pong().map(|pings| Keepalive::new(pings, config));
     let (idle_timeout, idle) = (config.idle_timeout, Arc::downgrade(&tunnel));
     let mut idle_check = Box::pin(tokio::time::sleep(idle_timeout));
+    let mut windows = Windows::new(config.stream_window);
     let run = poll_fn(move |cx| {
+        if let Poll::Ready(shed) = flow.poll_shed(cx) {
+            return Poll::Ready(Err(TunnelEnd::Shed(shed)));
+        }
+        windows.adapt(flow.pressure(), |size| connection.set_initial_window_size(size).is_ok());
         while idle_check.as_mut().poll(cx).is_ready() {
             let Some(tunnel) = idle.upgrade() else { break };
             idle_check.as_mut().reset(tunnel.retire_if_idle(idle_timeout));
@@ -215,6 +230,9 @@ async fn shake<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         let ended = Pin::new(&mut connection).poll(cx).map_err(TunnelEnd::Http2);
         if let Some(tunnel) = idle.upgrade() {
             tunnel.retire_if_told(cx);
+        }
+        if backlog.is_flooded(cx) {
+            return Poll::Ready(Err(TunnelEnd::Flooded));
         }
         if let Poll::Ready(Err(error)) = backlog.poll_drain(cx)
             && ended.is_pending()
@@ -264,6 +282,12 @@ pub enum TunnelEnd {
     /// The peer is no longer who it was.
     #[error("a certificate of the peer was revoked")]
     Revoked,
+    /// The peer sent too many frames that carry nothing.
+    #[error("the peer sent too many frames that carry nothing")]
+    Flooded,
+    /// It had to give way.
+    #[error(transparent)]
+    Shed(Shed),
 }
 
 /// Moves a tunnel's bytes. Resolves when the tunnel is closed; dropping it breaks the tunnel.
@@ -283,13 +307,14 @@ pub struct Tunnel {
     streams_max: usize,
     /// Who the peer proved to be.
     peer: Option<SpiffeId>,
+    flow: Arc<Flow>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     /// `None` once retired; the connection closes when the last clone and the last stream are gone.
-    sender: Option<SendRequest<Bytes>>,
+    sender: Option<SendRequest<Piece>>,
     streams: usize,
     idle_since: Instant,
     /// Whether it ever had a stream.
@@ -319,6 +344,16 @@ impl Tunnel {
     /// Whether new streams may be tried.
     pub fn is_open(&self) -> bool {
         self.state().sender.is_some()
+    }
+
+    /// Charges `holder` for what waits on the tunnel to be sent, and for what came of it and is in no stream yet.
+    pub fn charge_to(&self, holder: Holder) {
+        self.flow.charge_to(holder);
+    }
+
+    /// Whether the peer has taken nothing any more for a while, on any stream: further ones would wait, too.
+    pub fn is_exhausted(&self) -> bool {
+        self.flow.is_exhausted()
     }
 
     /// How many streams are open or about to be.
@@ -391,7 +426,7 @@ impl Tunnel {
 #[derive(Debug)]
 pub struct Lease {
     tunnel: Arc<Tunnel>,
-    sender: Option<SendRequest<Bytes>>,
+    sender: Option<SendRequest<Piece>>,
 }
 
 impl Drop for Lease {
@@ -446,7 +481,8 @@ impl Lease {
         let refused = |_| StreamError::NotTaken;
         poll_fn(|cx| sender.poll_ready(cx)).await.map_err(refused)?;
         let (answer, send) = sender.send_request(request(connect)?, false).map_err(refused)?;
-        Ok(Opening { send: SendHalf::new(send), answer: Answer(answer) })
+        let send = SendHalf::new(send, Arc::clone(&self.tunnel.flow));
+        Ok(Opening { send, answer: Answer(answer) })
     }
 }
 

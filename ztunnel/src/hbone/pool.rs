@@ -2,7 +2,8 @@
 //!
 //! One pool per data-plane thread. A tunnel belongs to a [`Key`]: nothing else may be on it. One dial at a time
 //! per key: who comes meanwhile waits for it and shares its failure. A tunnel takes streams while it has room,
-//! and again when some have ended; when all are full another is dialled beside them.
+//! and again when some have ended; when all are full another is dialled beside them. One is as good as full while its
+//! peer takes nothing any more on any stream, as what waits on some may hold up all others there.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -53,6 +54,9 @@ pub trait Dialer: Sync {
     /// network namespace alive.
     fn over(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
+
+/// Tunnels that a peer may have let run full before further streams share them nevertheless.
+pub const EXHAUSTED_MAX: usize = 8;
 
 /// How often one request may find that others were quicker before it gives up.
 const ROUNDS_MAX: usize = 16;
@@ -114,12 +118,20 @@ impl Pool {
                     reused = false;
                     // The sender is dropped only with the runtime, and this future with it.
                     if let Ok(Err(error)) = dialled.await {
-                        return Err(error);
+                        // One on which nothing moves for now is better than none.
+                        return match self.any(key) {
+                            Some(lease) => Ok(Leased { lease, reused: true }),
+                            None => Err(error),
+                        };
                     }
                 }
             }
         }
         Err(Arc::new(DialError::NoRoom { peer: key.peer }))
+    }
+
+    fn any(&self, key: &Key) -> Option<Lease> {
+        self.peers().get(key)?.tunnels.iter().find_map(|(_, tunnel)| tunnel.lease())
     }
 
     fn next(&self, key: &Key, dialer: &dyn Dialer) -> Next {
@@ -136,7 +148,14 @@ impl Pool {
             tunnel.is_open()
         });
         // The first with room, so that those that are not needed run empty and can be closed.
-        if let Some(lease) = peer.tunnels.iter().find_map(|(_, tunnel)| tunnel.lease()) {
+        let exhausted = peer.tunnels.iter().filter(|(_, tunnel)| tunnel.is_exhausted()).count();
+        let mut fit = peer.tunnels.iter().filter(|(_, tunnel)| !tunnel.is_exhausted());
+        if let Some(lease) = fit.find_map(|(_, tunnel)| tunnel.lease()) {
+            return Next::Leased(lease);
+        }
+        if exhausted >= EXHAUSTED_MAX
+            && let Some(lease) = peer.tunnels.iter().find_map(|(_, tunnel)| tunnel.lease())
+        {
             return Next::Leased(lease);
         }
         let (sender, receiver) = oneshot::channel();
@@ -212,7 +231,8 @@ impl Pool {
                 return;
             }
             // The one the next stream would take stays.
-            let next = peer.tunnels.iter().position(|(_, tunnel)| tunnel.has_room());
+            let next =
+                peer.tunnels.iter().position(|(_, tunnel)| tunnel.has_room() && !tunnel.is_exhausted());
             for (index, (_, tunnel)) in peer.tunnels.iter().enumerate() {
                 if next.is_some_and(|next| next != index) {
                     tunnel.retire_if_idle(self.spare_timeout);
@@ -242,5 +262,16 @@ impl Pool {
     /// How many tunnels there are.
     pub fn tunnels(&self) -> usize {
         self.peers().values().map(|peer| peer.tunnels.len()).sum()
+    }
+}
+
+#[cfg(test)]
+impl Pool {
+    /// The tunnel, where there is one.
+    pub(crate) fn only_tunnel(&self) -> Arc<Tunnel> {
+        let peers = self.peers();
+        let mut all = peers.values().flat_map(|peer| &peer.tunnels);
+        let (Some((_, only)), None) = (all.next(), all.next()) else { panic!("not one tunnel") };
+        Arc::clone(only)
     }
 }

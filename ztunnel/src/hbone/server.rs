@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Context;
@@ -21,14 +22,22 @@ use http::StatusCode;
 use rustls::CommonState;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio::time::Sleep;
+use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::hbone::Config;
+use crate::hbone::DATA_FRAME_BUDGET;
 use crate::hbone::address::Authority;
 use crate::hbone::address::Forwarded;
 use crate::hbone::address::NETWORK;
 use crate::hbone::address::TraceParent;
+use crate::hbone::flow::Flow;
+use crate::hbone::flow::Piece;
+use crate::hbone::flow::Stream;
+use crate::hbone::frames::PASS_FRAMES_MAX;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
@@ -36,6 +45,9 @@ use crate::hbone::transport::ALPN;
 use crate::hbone::transport::Keepalive;
 use crate::hbone::transport::Tls;
 use crate::hbone::transport::defer;
+use crate::hbone::window::Windows;
+use crate::net::budget::Holder;
+use crate::net::budget::Shed;
 use crate::net::buffer::ReadAhead;
 
 /// Why a connection to the HBONE port became no tunnel, or why a tunnel ended.
@@ -59,15 +71,70 @@ pub enum ServeError {
     /// The connection broke.
     #[error("the connection broke")]
     Io(#[source] io::Error),
+    /// The client sent too many frames that carry nothing.
+    #[error("the client sent too many frames that carry nothing")]
+    Flooded,
+    /// It had to give way.
+    #[error(transparent)]
+    Shed(Shed),
 }
 
 /// A connection with a completed TLS handshake.
-pub struct Accepted(Tls);
+pub struct Accepted {
+    tls: Tls,
+    flow: Arc<Flow>,
+}
 
 impl Accepted {
     /// What TLS knows of the client.
     pub fn tls(&self) -> &CommonState {
-        self.0.get_ref().1
+        self.tls.get_ref().1
+    }
+
+    /// What is going on on the tunnel.
+    pub fn activity(&self) -> Activity {
+        Activity(Arc::clone(&self.flow))
+    }
+
+    /// Charges `holder` for what waits on the tunnel to be sent, and for what came of it and is in no stream yet.
+    pub fn charge_to(&self, holder: Holder) {
+        self.flow.charge_to(holder);
+    }
+}
+
+/// What is going on on a tunnel, for those who have to choose one to close.
+#[derive(Debug, Clone)]
+pub struct Activity(Arc<Flow>);
+
+impl Activity {
+    /// Since when the client has had no streams; `None` while it has.
+    pub fn idle_since(&self) -> Option<Instant> {
+        self.0.idle_since()
+    }
+
+    /// Closes the tunnel: the client is told to open no more streams (GOAWAY), and has a moment to do so.
+    pub fn retire(&self) {
+        self.0.retire();
+    }
+}
+
+#[cfg(test)]
+impl Activity {
+    /// Of a tunnel without streams.
+    pub(crate) fn idle() -> Self {
+        Self(Flow::new(0))
+    }
+
+    /// Of one with a stream.
+    pub(crate) fn used() -> Self {
+        let activity = Self::idle();
+        std::mem::forget(activity.0.stream());
+        activity
+    }
+
+    /// Whether it is being closed.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.0.is_retired(&Context::from_waker(futures_util::task::noop_waker_ref()))
     }
 }
 
@@ -85,8 +152,11 @@ pub async fn accept(
     if tls.get_ref().1.alpn_protocol() != Some(ALPN) {
         return Err(ServeError::NotHttp2);
     }
-    Ok(Accepted(tls.into()))
+    Ok(Accepted { tls: tls.into(), flow: Flow::new(config.tunnel_send_buffer) })
 }
+
+/// A client whose tunnel is closed because it does not use it has so long to close it, too.
+const RETIRED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Serves a tunnel until it is closed. Each request is handed to `on_request`, which must not block.
 ///
@@ -98,27 +168,50 @@ pub async fn serve(
     drain: impl Future<Output = ()>,
     mut on_request: impl FnMut(Incoming),
 ) -> Result<(), ServeError> {
-    let (io, backlog) = defer(accepted.0);
+    let flow = accepted.flow;
+    let (io, backlog) = defer(accepted.tls, Arc::clone(&flow));
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
+        .initial_connection_window_size(config.tunnel_window(config.server_streams_max))
         .max_frame_size(config.frame_max)
         .max_header_list_size(config.request_headers_max)
         .max_concurrent_streams(config.server_streams_max)
-        .max_send_buffer_size(config.send_buffer);
+        .max_send_buffer_size(config.send_buffer)
+        .data_frame_budget(DATA_FRAME_BUDGET)
+        .max_local_error_reset_streams(None)
+        .max_pending_accept_reset_streams(PASS_FRAMES_MAX as usize);
     let limit = config.handshake_timeout;
-    let mut connection = timeout(limit, backlog.drive(builder.handshake::<_, Bytes>(io)))
+    let mut connection = timeout(limit, backlog.drive(builder.handshake::<_, Piece>(io)))
         .await
         .map_err(|_elapsed| ServeError::Stalled(limit))?
         .map_err(ServeError::Http2)?;
     let mut keepalive = connection.ping_pong().map(|pings| Keepalive::new(pings, config));
     let mut drain = pin!(drain);
     let mut draining = false;
+    let mut given_up: Option<Pin<Box<Sleep>>> = None;
+    let mut windows = Windows::new(config.stream_window);
     poll_fn(|cx| {
-        if !draining && drain.as_mut().poll(cx).is_ready() {
+        if let Poll::Ready(shed) = flow.poll_shed(cx) {
+            return Poll::Ready(Err(ServeError::Shed(shed)));
+        }
+        windows.adapt(flow.pressure(), |size| connection.set_initial_window_size(size).is_ok());
+        let idle = flow.idle_since();
+        // Pings see to it that this is looked at now and then.
+        let unused = idle.is_some_and(|since| since.elapsed() >= config.server_idle_timeout);
+        let is_retired = flow.is_retired(cx) || unused;
+        if !draining && (is_retired || drain.as_mut().poll(cx).is_ready()) {
             draining = true;
             connection.graceful_shutdown();
+            if is_retired {
+                given_up = Some(Box::pin(sleep(RETIRED_WITHIN)));
+            }
+        }
+        if let Some(given_up) = &mut given_up
+            && idle.is_some()
+            && given_up.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Ok(()));
         }
         if let Some(keepalive) = &mut keepalive
             && keepalive.poll_dead(cx).is_ready()
@@ -127,12 +220,17 @@ pub async fn serve(
         }
         let ended = loop {
             match connection.poll_accept(cx) {
-                Poll::Ready(Some(Ok((request, respond)))) => on_request(Incoming::new(request, respond)),
+                Poll::Ready(Some(Ok((request, respond)))) => {
+                    on_request(Incoming::new(request, respond, Arc::clone(&flow)));
+                }
                 Poll::Ready(Some(Err(error))) => break Poll::Ready(Err(ServeError::Http2(error))),
                 Poll::Ready(None) => break Poll::Ready(Ok(())),
                 Poll::Pending => break Poll::Pending,
             }
         };
+        if backlog.is_flooded(cx) {
+            return Poll::Ready(Err(ServeError::Flooded));
+        }
         if let Poll::Ready(Err(error)) = backlog.poll_drain(cx)
             && ended.is_pending()
         {
@@ -165,20 +263,27 @@ impl Refusal {
     }
 }
 
+/// What a header costs besides its text.
+const HEADER_COST: usize = 64;
+
 /// A request nobody has answered yet. Dropping it resets its stream.
 pub struct Incoming {
     method: Method,
     authority: Option<http::uri::Authority>,
     headers: HeaderMap,
-    body: RecvStream,
-    respond: SendResponse<Bytes>,
+    body: RecvHalf,
+    respond: SendResponse<Piece>,
+    flow: Arc<Flow>,
+    counted: Stream,
 }
 
 impl Incoming {
-    fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Self {
+    fn new(request: Request<RecvStream>, respond: SendResponse<Piece>, flow: Arc<Flow>) -> Self {
         let (parts, body) = request.into_parts();
         let authority = parts.uri.into_parts().authority;
-        Self { method: parts.method, authority, headers: parts.headers, body, respond }
+        let body = RecvHalf::new(body);
+        let counted = flow.stream();
+        Self { method: parts.method, authority, headers: parts.headers, body, respond, flow, counted }
     }
 
     /// Where the client wants to be connected to; `None` if it is not a CONNECT to anything that makes sense.
@@ -213,10 +318,17 @@ impl Incoming {
     /// counts against the stream's window until the stream's half releases it.
     pub fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         match self.body.poll_data(cx) {
-            Poll::Ready(Some(said)) => Some(said.map_err(StreamError::from)),
+            Poll::Ready(Some(said)) => Some(said),
             // The stream's half finds the end again.
             Poll::Ready(None) | Poll::Pending => None,
         }
+    }
+
+    /// How many bytes of it are kept until it is answered: its headers, and what it said meanwhile.
+    pub fn kept(&mut self, cx: &mut Context<'_>) -> usize {
+        let headers =
+            self.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER_COST);
+        headers.sum::<usize>() + self.body.pull(cx)
     }
 
     /// Waits for the client to give up. For while the application is being dialled.
@@ -234,7 +346,7 @@ impl Incoming {
             response.headers_mut().insert("baggage", baggage);
         }
         let send = self.respond.send_response(response, false)?;
-        Ok((SendHalf::new(send), RecvHalf::new(self.body)))
+        Ok((SendHalf::new(send, self.flow).counted(self.counted), self.body))
     }
 
     /// Answers with an error, no body. What the client sent meanwhile is thrown away unread.
@@ -250,6 +362,6 @@ impl Incoming {
 impl Incoming {
     /// Waits for what the client says before it is answered.
     pub(crate) async fn first_data(&mut self) {
-        let _data = self.body.data().await;
+        let _data = poll_fn(|cx| self.body.poll_data(cx)).await;
     }
 }

@@ -4,11 +4,17 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
 
 use bytes::Bytes;
+use bytes::BytesMut;
+
+use crate::hbone::flow::Flow;
+use crate::hbone::flow::Piece;
+use crate::hbone::flow::Stream;
 
 /// Why a stream ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -103,13 +109,61 @@ pub const BULK_SIZE: usize = 16 * 16 * 1024 - 9;
 /// Where a stream's data is put.
 #[derive(Debug)]
 pub struct SendHalf {
-    inner: h2::SendStream<Bytes>,
+    inner: h2::SendStream<Piece>,
+    flow: Arc<Flow>,
     ended: bool,
+    /// Whether it counts as one that the peer has opened.
+    counted: bool,
 }
 
 impl SendHalf {
-    pub(super) fn new(inner: h2::SendStream<Bytes>) -> Self {
-        Self { inner, ended: false }
+    pub(super) fn new(inner: h2::SendStream<Piece>, flow: Arc<Flow>) -> Self {
+        Self { inner, flow, ended: false, counted: false }
+    }
+
+    /// The same, of a stream that the peer has opened.
+    pub(super) fn counted(mut self, stream: Stream) -> Self {
+        self.counted = true;
+        stream.goes_on();
+        self
+    }
+
+    /// How many bytes may be sent now, of `wanted`: at least one. Pending while the peer's windows allow none, or as much
+    /// as may waits on the stream or the tunnel already. What is not sent then must be given back.
+    pub fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<Result<usize, StreamError>> {
+        loop {
+            let room = self.flow.room(cx).min(wanted);
+            if room == 0 {
+                // Its waker is the same, so that a reset is noticed as well.
+                return match self.poll_reset(cx) {
+                    Poll::Ready(error) => Poll::Ready(Err(error)),
+                    Poll::Pending => Poll::Pending,
+                };
+            }
+            self.inner.reserve_capacity(room);
+            let capacity = self.inner.capacity();
+            if capacity > 0 {
+                return Poll::Ready(Ok(capacity.min(room)));
+            }
+            match ready!(self.inner.poll_capacity(cx)) {
+                Some(more) => {
+                    more?;
+                }
+                // Closed for sending: the reason, if there is one, is what the stream was reset with.
+                None => {
+                    return match self.inner.poll_reset(cx) {
+                        Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
+                        Poll::Ready(Ok(reason)) => Poll::Ready(Err(reset(reason))),
+                        Poll::Pending => Poll::Ready(Err(StreamError::Finished)),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Leaves to the tunnel's other streams what [`Self::poll_room`] said and was not used.
+    pub fn give_back(&mut self) {
+        self.inner.reserve_capacity(0);
     }
 
     /// Takes from the front of `data` what the peer's windows allow, and says how many bytes that was: at
@@ -117,29 +171,14 @@ impl SendHalf {
     pub fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<usize, StreamError>> {
         let mut taken = 0;
         while !data.is_empty() {
-            self.inner.reserve_capacity(data.len());
-            let mut room = self.inner.capacity();
-            if room == 0 {
-                if taken > 0 {
-                    break;
-                }
-                room = match ready!(self.inner.poll_capacity(cx)) {
-                    Some(room) => room?,
-                    // Closed for sending: the reason, if there is one, is what the stream was reset with.
-                    None => {
-                        return match self.inner.poll_reset(cx) {
-                            Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
-                            Poll::Ready(Ok(reason)) => Poll::Ready(Err(reset(reason))),
-                            Poll::Pending => Poll::Ready(Err(StreamError::Finished)),
-                        };
-                    }
-                };
-            }
-            let piece = data.split_to(room.min(data.len()));
-            taken += piece.len();
-            if !piece.is_empty() {
-                self.inner.send_data(piece, false)?;
-            }
+            let room = match self.poll_room(cx, data.len()) {
+                Poll::Ready(room) => room?,
+                Poll::Pending if taken > 0 => break,
+                Poll::Pending => return Poll::Pending,
+            };
+            let piece = data.split_to(room);
+            taken += room;
+            self.inner.send_data(self.flow.piece(piece), false)?;
         }
         Poll::Ready(Ok(taken))
     }
@@ -147,7 +186,7 @@ impl SendHalf {
     /// Ends this direction; the other one goes on.
     pub fn finish(&mut self) -> Result<(), StreamError> {
         self.ended = true;
-        Ok(self.inner.send_data(Bytes::new(), true)?)
+        Ok(self.inner.send_data(self.flow.piece(Bytes::new()), true)?)
     }
 
     /// Ends both directions at once, losing what is under way (CANCEL).
@@ -170,6 +209,9 @@ impl Drop for SendHalf {
         if !self.ended {
             self.inner.send_reset(h2::Reason::CANCEL);
         }
+        if self.counted {
+            self.flow.stream_ended();
+        }
     }
 }
 
@@ -185,15 +227,20 @@ fn reset(reason: h2::Reason) -> StreamError {
 #[derive(Debug)]
 pub struct RecvHalf {
     inner: h2::RecvStream,
+    /// What was pulled and comes first: few have any.
+    ahead: Option<Box<BytesMut>>,
 }
 
 impl RecvHalf {
     pub(super) fn new(inner: h2::RecvStream) -> Self {
-        Self { inner }
+        Self { inner, ahead: None }
     }
 
     /// The next piece; `None` at the end. It counts against the window until it is released.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, StreamError>>> {
+        if let Some(ahead) = self.ahead.take() {
+            return Poll::Ready(Some(Ok(ahead.freeze())));
+        }
         self.inner.poll_data(cx).map(|piece| match piece? {
             Ok(piece) => Some(Ok(piece)),
             Err(error) => match StreamError::from(error) {
@@ -201,6 +248,17 @@ impl RecvHalf {
                 error => Some(Err(error)),
             },
         })
+    }
+
+    /// Takes what has come and is not asked for yet out of HTTP/2, which keeps each frame of it apart, and says how
+    /// many bytes wait so. An end, or an error, is found again by [`Self::poll_data`].
+    pub fn pull(&mut self, cx: &mut Context<'_>) -> usize {
+        while let Poll::Ready(Some(Ok(piece))) = self.inner.poll_data(cx) {
+            if !piece.is_empty() {
+                self.ahead.get_or_insert_default().extend_from_slice(&piece);
+            }
+        }
+        self.ahead.as_ref().map_or(0, |ahead| ahead.len())
     }
 
     /// Lets the peer send as many bytes again as were delivered.

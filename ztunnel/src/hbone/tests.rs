@@ -59,6 +59,8 @@ use crate::tls::configs::Credentials;
 use crate::tls::trust::Trust;
 use crate::tls::verify::verified_peer;
 
+mod stalled;
+
 /// Longer than anything takes, on whatever machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 

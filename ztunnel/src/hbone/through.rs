@@ -22,6 +22,7 @@ use tokio::io::ReadBuf;
 use crate::hbone::stream::RecvHalf;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
+use crate::hbone::transport::Carrier;
 
 /// What one write takes at most: as much as four records of TLS.
 const WRITE_MAX: usize = 64 * 1024;
@@ -74,6 +75,12 @@ fn broken(error: StreamError) -> io::Error {
     match error {
         StreamError::Reset(_) => io::Error::new(io::ErrorKind::ConnectionReset, error),
         error => io::Error::other(error),
+    }
+}
+
+impl Carrier for Through {
+    fn kept(&mut self, cx: &mut Context<'_>) -> usize {
+        self.ahead.len() + lock(&self.recv).pull(cx)
     }
 }
 

@@ -28,10 +28,14 @@ use tokio::time::Sleep;
 use tokio_rustls::TlsStream;
 
 use crate::hbone::Config;
+use crate::hbone::flow::Flow;
+use crate::hbone::frames::CALM;
+use crate::hbone::frames::Frames;
+use crate::hbone::frames::step_aside;
 use crate::net::buffer::ReadAhead;
 
 /// Bytes that gather before a write waits for the socket.
-const BACKLOG_MAX: usize = 256 * 1024;
+pub(crate) const BACKLOG_MAX: usize = 256 * 1024;
 
 /// Bytes read before the streams get their turn with what has come: while it is still in the cache, and so that they
 /// begin to write while the peer sends on.
@@ -47,9 +51,16 @@ const PIECES_MAX: usize = 64;
 pub type Tls<S = ReadAhead> = TlsStream<S>;
 
 /// What TLS goes over.
-pub(super) trait Carrier: AsyncRead + AsyncWrite + Unpin {}
+pub(super) trait Carrier: AsyncRead + AsyncWrite + Unpin {
+    /// How many bytes it keeps that TLS has not read yet.
+    fn kept(&mut self, cx: &mut Context<'_>) -> usize;
+}
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Carrier for S {}
+impl Carrier for ReadAhead {
+    fn kept(&mut self, _cx: &mut Context<'_>) -> usize {
+        Self::kept(self)
+    }
+}
 
 /// The ALPN name of HTTP/2: both sides must have agreed on it.
 pub const ALPN: &[u8] = b"h2";
@@ -62,9 +73,20 @@ struct Inner<S> {
     encrypted: usize,
     /// What was read in this pass.
     read: usize,
+    frames: Frames,
+    flow: Arc<Flow>,
 }
 
 impl<S: Carrier> Inner<S> {
+    /// What the tunnel holds besides what its streams have put on it.
+    fn held(&mut self, cx: &mut Context<'_>) -> usize {
+        let kept = match &mut self.tls {
+            TlsStream::Client(tls) => tls.get_mut().0.kept(cx),
+            TlsStream::Server(tls) => tls.get_mut().0.kept(cx),
+        };
+        self.encrypted + self.tail.capacity() + self.frames.partial() + kept
+    }
+
     /// Full records are made of it at once, out of where it lies; the rest waits for more, or for the drain.
     fn append(&mut self, cx: &mut Context<'_>, data: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         if self.encrypted >= BACKLOG_MAX {
@@ -141,13 +163,19 @@ pub(super) struct Deferred<S>(Arc<Mutex<Inner<S>>>);
 pub(super) struct Backlog<S>(Arc<Mutex<Inner<S>>>);
 
 /// Puts a deferring writer on `tls`.
-pub(super) fn defer<S>(mut tls: Tls<S>) -> (Deferred<S>, Backlog<S>) {
+pub(super) fn defer<S>(mut tls: Tls<S>, flow: Arc<Flow>) -> (Deferred<S>, Backlog<S>) {
     // What gathers is bounded here.
-    match &mut tls {
-        TlsStream::Client(tls) => tls.get_mut().1.set_buffer_limit(None),
-        TlsStream::Server(tls) => tls.get_mut().1.set_buffer_limit(None),
-    }
-    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0, read: 0 }));
+    let frames = match &mut tls {
+        TlsStream::Client(tls) => {
+            tls.get_mut().1.set_buffer_limit(None);
+            Frames::of_server()
+        }
+        TlsStream::Server(tls) => {
+            tls.get_mut().1.set_buffer_limit(None);
+            Frames::of_client()
+        }
+    };
+    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0, read: 0, frames, flow }));
     (Deferred(Arc::clone(&inner)), Backlog(inner))
 }
 
@@ -157,11 +185,32 @@ fn lock<S>(inner: &Mutex<Inner<S>>) -> MutexGuard<'_, Inner<S>> {
 }
 
 impl<S: Carrier> Backlog<S> {
-    /// Writes what has gathered. Pending when the socket takes no more for now.
+    /// Ends a pass: writes what has gathered, and charges for what is left. Pending when the socket takes no more for
+    /// now.
     pub(super) fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut inner = lock(&self.0);
         inner.read = 0;
-        inner.drain(cx)
+        let (widened, earned) = (inner.frames.take_widened(), inner.flow.take_earned());
+        inner.frames.pass(earned);
+        if widened > 0 {
+            inner.flow.widen(widened);
+        }
+        let drained = inner.drain(cx);
+        let held = inner.held(cx);
+        inner.flow.settle(held);
+        drained
+    }
+
+    /// Whether the peer has sent more than it had reason to. It is told so, and nothing is read any more.
+    pub(super) fn is_flooded(&self, cx: &mut Context<'_>) -> bool {
+        let mut inner = lock(&self.0);
+        if !inner.frames.is_flooded() {
+            return false;
+        }
+        // Whether it takes it or not.
+        let _told = inner.append(cx, &[IoSlice::new(&CALM)]);
+        let _drained = inner.drain(cx);
+        true
     }
 
     /// Drives `future`, which uses the other end, and drains after each of its passes.
@@ -179,13 +228,17 @@ impl<S: Carrier> Backlog<S> {
 
 impl<S: Carrier> AsyncRead for Deferred<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let mut inner = lock(&self.0);
+        let inner = &mut *lock(&self.0);
         if inner.read >= PASS_MAX {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
+        if inner.frames.is_pass_over() {
+            step_aside(cx);
+            return Poll::Pending;
+        }
         let before = out.filled().len();
-        let read = Pin::new(&mut inner.tls).poll_read(cx, out);
+        let read = inner.frames.poll_read(&mut inner.tls, cx, out);
         inner.read += out.filled().len() - before;
         read
     }
@@ -304,7 +357,7 @@ mod tests {
     #[tokio::test]
     async fn what_waits_for_a_full_socket_keeps_no_more_than_a_record() {
         let [near, _far] = tls().await;
-        let (deferred, backlog) = defer(near);
+        let (deferred, backlog) = defer(near, Flow::new(1 << 20));
         let data = [7; RECORD_MAX + 100];
         poll_fn(|cx| {
             loop {

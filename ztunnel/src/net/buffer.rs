@@ -20,6 +20,8 @@ use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
 
+use crate::net::budget::Pressure;
+
 /// How much one read takes at most, unless more is asked for.
 pub const READ_SIZE: usize = 64 * 1024;
 
@@ -27,8 +29,9 @@ pub const READ_SIZE: usize = 64 * 1024;
 const BULK_SIZE: usize = 256 * 1024;
 
 /// What is read in pieces up to this share of the thread's buffer is copied out of it. Beyond, the piece keeps the
-/// whole buffer alive until it is sent: one that nobody takes keeps so many times its size at most.
-const COPY_SHARE: usize = 8;
+/// whole buffer alive until it is sent: one that nobody takes keeps so many times its size at most, and no more than its
+/// size once memory gets short.
+const COPY_SHARE: usize = 4;
 
 /// Spare buffers a thread keeps for the next that asks; more are given back to the allocator.
 const SPARE_MAX: usize = 4;
@@ -60,19 +63,19 @@ impl Scratch {
     }
 }
 
-/// Reads what `socket` has, at most [`READ_SIZE`]. Empty at the end of the stream.
-/// While there is nothing to read, no buffer is held.
-pub fn poll_read_chunk(socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
-    poll_read_up_to(READ_SIZE, socket, cx)
-}
-
-/// [`poll_read_chunk`] of another size.
-pub fn poll_read_up_to(size: usize, socket: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+/// Reads what `socket` has, at most `size`, to where it takes the memory that there is under this pressure. Empty at the
+/// end of the stream. While there is nothing to read, no buffer is held.
+pub fn poll_read_up_to(
+    size: usize,
+    pressure: Pressure,
+    socket: &mut TcpStream,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Bytes>> {
     ready!(socket.poll_read_ready(cx))?;
     SCRATCH.with_borrow_mut(|scratch| {
         let room = scratch.reserve(size);
         let length = ready!(pin!(socket.take(size as u64).read_buf(room)).poll(cx))?;
-        Poll::Ready(Ok(if length <= scratch.size / COPY_SHARE {
+        Poll::Ready(Ok(if length <= scratch.size / COPY_SHARE || pressure > Pressure::None {
             Bytes::copy_from_slice(&scratch.room[..length])
         } else {
             scratch.room.split().freeze()
@@ -121,6 +124,11 @@ impl ReadAhead {
     /// The socket.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
+    }
+
+    /// How much memory it takes for what was read ahead.
+    pub fn kept(&self) -> usize {
+        self.ahead.as_ref().map_or(0, |ahead| ahead.buffer.capacity())
     }
 }
 
@@ -201,13 +209,14 @@ mod tests {
         let (mut far, _) = listener.accept().await.unwrap();
         let mut kept = Vec::new();
         for (size, length) in
-            [(READ_SIZE, 9), (READ_SIZE, 5), (BULK_SIZE, 50), (BULK_SIZE, 9), (READ_SIZE, 9)]
+            [(READ_SIZE, 17), (READ_SIZE, 9), (BULK_SIZE, 90), (BULK_SIZE, 9), (READ_SIZE, 17)]
         {
             let length = length * 1024;
             near.write_all(&vec![7; length]).await.unwrap();
             // All of it comes in one piece.
             while far.peek(&mut vec![0; length]).await.unwrap() < length {}
-            let piece = poll_fn(|cx| poll_read_up_to(size, &mut far, cx)).await.unwrap();
+            let read = poll_fn(|cx| poll_read_up_to(size, Pressure::None, &mut far, cx));
+            let piece = read.await.unwrap();
             assert_eq!(piece, vec![7; length]);
             // The thread's buffer is shared with the thread.
             let copied = piece.is_unique();
@@ -217,6 +226,10 @@ mod tests {
                 assert!(length * COPY_SHARE > whole, "{length} of {whole}");
             }
         }
-        assert_eq!(kept, [(9, false), (5, true), (50, false), (9, true), (9, true)]);
+        assert_eq!(kept, [(17, false), (9, true), (90, false), (9, true), (17, true)]);
+        near.write_all(&[7; READ_SIZE / 2]).await.unwrap();
+        while far.peek(&mut [0; READ_SIZE]).await.unwrap() < READ_SIZE / 2 {}
+        let read = poll_fn(|cx| poll_read_up_to(READ_SIZE, Pressure::Some, &mut far, cx));
+        assert!(read.await.unwrap().is_unique(), "nothing is kept but what is in it");
     }
 }

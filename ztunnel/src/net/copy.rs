@@ -1,7 +1,8 @@
 //! Moving bytes between two sockets: each direction on its own, ends passed on as ends, resets as resets.
 //!
 //! There is no idle timeout: how long a connection may be silent is for its two ends to say. What each side
-//! buffers is bounded: a direction reads on only when what it read is written.
+//! buffers is bounded: a direction reads on only when what it read is written, and what is not is charged to whose
+//! connection it is ([`crate::net::budget`]).
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -22,8 +23,11 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use crate::net::budget::Holder;
+use crate::net::budget::Pressure;
+use crate::net::budget::Shed;
 use crate::net::buffer::READ_SIZE;
-use crate::net::buffer::poll_read_chunk;
+use crate::net::buffer::poll_read_up_to;
 use crate::net::socket::reset_on_close;
 use crate::net::splice::Pipe;
 use crate::net::splice::cannot_splice;
@@ -45,13 +49,18 @@ pub enum CopyError {
     /// The side that was dialled.
     #[error("the server's connection broke before all data was sent")]
     Server(#[source] io::Error),
+    /// It had to give way.
+    #[error(transparent)]
+    Shed(Shed),
 }
 
 impl CopyError {
     /// Whether one of the two sides reset the connection, as applications do.
     pub fn is_reset(&self) -> bool {
-        let (Self::Client(error) | Self::Server(error)) = self;
-        is_reset(error)
+        match self {
+            Self::Client(error) | Self::Server(error) => is_reset(error),
+            Self::Shed(_) => false,
+        }
     }
 }
 
@@ -70,14 +79,58 @@ pub struct Relay<M> {
     up: Direction,
     down: Direction,
     watch: Watch,
+    holders: Holders,
     meter: M,
+}
+
+/// Who is charged for what a relay holds.
+#[derive(Debug)]
+pub enum Holders {
+    /// One for all of it.
+    One(Holder),
+    /// Each for what it does not take.
+    Both {
+        /// For what is to be written to the client.
+        client: Holder,
+        /// For what is to be written to the server.
+        server: Holder,
+    },
+}
+
+impl Holders {
+    fn set(&self, up: usize, down: usize) {
+        match self {
+            Self::One(holder) => holder.set(up + down),
+            Self::Both { client, server } => {
+                server.set(up);
+                client.set(down);
+            }
+        }
+    }
+
+    fn poll_shed(&self, cx: &Context<'_>) -> Poll<Shed> {
+        match self {
+            Self::One(holder) => holder.poll_shed(cx),
+            Self::Both { client, server } => match client.poll_shed(cx) {
+                Poll::Pending => server.poll_shed(cx),
+                shed => shed,
+            },
+        }
+    }
+
+    fn pressure(&self) -> Pressure {
+        match self {
+            Self::One(holder) => holder.share().pressure(),
+            Self::Both { client, server } => client.share().pressure().max(server.share().pressure()),
+        }
+    }
 }
 
 impl<M: Meter> Relay<M> {
     /// Joins who dialled and who was dialled.
-    pub fn new(client: ResetUnlessDone, server: ResetUnlessDone, meter: M) -> Self {
+    pub fn new(client: ResetUnlessDone, server: ResetUnlessDone, holders: Holders, meter: M) -> Self {
         let (up, down) = (Direction::default(), Direction::default());
-        Self { client, server, up, down, watch: Watch::default(), meter }
+        Self { client, server, up, down, watch: Watch::default(), holders, meter }
     }
 
     /// What counted; the rest is dropped.
@@ -86,21 +139,29 @@ impl<M: Meter> Relay<M> {
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
-        let Self { client, server, up, down, watch, meter } = self;
+        let Self { client, server, up, down, watch, holders, meter } = self;
+        if let Poll::Ready(shed) = holders.poll_shed(cx) {
+            return Poll::Ready(Err(CopyError::Shed(shed)));
+        }
+        let pressure = holders.pressure();
         let (client, server) = (&mut client.socket, &mut server.socket);
         let up_done =
-            up.poll(client, server, cx, |bytes| meter.up(bytes)).map_err(|broken| match broken {
-                Broken::From(error) => CopyError::Client(error),
-                Broken::To(error) => CopyError::Server(error),
-            })?;
-        let down_done =
-            down.poll(server, client, cx, |bytes| meter.down(bytes)).map_err(|broken| match broken {
+            up.poll(client, server, pressure, cx, |bytes| meter.up(bytes)).map_err(
+                |broken| match broken {
+                    Broken::From(error) => CopyError::Client(error),
+                    Broken::To(error) => CopyError::Server(error),
+                },
+            )?;
+        let down_done = down.poll(server, client, pressure, cx, |bytes| meter.down(bytes)).map_err(
+            |broken| match broken {
                 Broken::From(error) => CopyError::Server(error),
                 Broken::To(error) => CopyError::Client(error),
-            })?;
+            },
+        )?;
         if up_done.is_ready() && down_done.is_ready() {
             return Poll::Ready(Ok(()));
         }
+        holders.set(up.held(), down.held());
         if watch.is_due(!up.is_reading() || !down.is_reading(), cx) {
             if let Ok(Some(error)) = client.take_error() {
                 return Poll::Ready(Err(CopyError::Client(error)));
@@ -198,10 +259,7 @@ struct Direction {
     pipe: Option<Pipe>,
 }
 
-/// A piece is large if it fills what one read takes.
-const LARGE: usize = READ_SIZE;
-
-/// Large pieces in a row after which bytes are spliced.
+/// Large pieces in a row, each of which filled what one read takes, after which bytes are spliced.
 const BULK_AFTER: u8 = 4;
 
 /// Bytes a direction moves before the other one, and then other connections, have their turn.
@@ -225,17 +283,27 @@ impl Direction {
     }
 
     /// Takes what the source has, and says how much: it is in `outflow` or `pipe` then, or the source has ended.
-    fn poll_take(&mut self, from: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    fn poll_take(
+        &mut self,
+        from: &mut TcpStream,
+        pressure: Pressure,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let size = match pressure {
+            Pressure::None => READ_SIZE,
+            Pressure::Some => READ_SIZE / 2,
+            Pressure::Much => READ_SIZE / 4,
+        };
         let taken = match self.poll_splice(from, cx) {
             Some(spliced) => ready!(spliced)?,
             None => {
-                let chunk = ready!(poll_read_chunk(from, cx))?;
+                let chunk = ready!(poll_read_up_to(size, pressure, from, cx))?;
                 let taken = chunk.len();
                 self.outflow.push(chunk);
                 taken
             }
         };
-        self.large = if taken >= LARGE { self.large.saturating_add(1) } else { 0 };
+        self.large = if taken >= size { self.large.saturating_add(1) } else { 0 };
         if taken == 0 {
             self.state = State::Ending;
         }
@@ -259,10 +327,16 @@ impl Direction {
         }
     }
 
+    /// What was taken and nobody has taken on.
+    fn held(&self) -> usize {
+        self.outflow.len() + self.pipe.as_ref().map_or(0, Pipe::len)
+    }
+
     fn poll(
         &mut self,
         from: &mut TcpStream,
         to: &mut TcpStream,
+        pressure: Pressure,
         cx: &mut Context<'_>,
         mut count: impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
@@ -285,7 +359,7 @@ impl Direction {
                         cx.waker().wake_by_ref();
                         return Poll::Pending;
                     }
-                    turn += ready!(self.poll_take(from, cx)).map_err(Broken::From)?.max(TURN_MIN);
+                    turn += ready!(self.poll_take(from, pressure, cx)).map_err(Broken::From)?.max(TURN_MIN);
                 }
                 State::Ending => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(Broken::To)?;
@@ -308,8 +382,8 @@ const JOIN_MAX: usize = 4096;
 #[derive(Debug, Default)]
 pub struct Outflow {
     pieces: VecDeque<Bytes>,
-    /// What comes after `pieces`, joined.
-    tail: BytesMut,
+    /// What comes after `pieces`, joined: few have any.
+    tail: Option<Box<BytesMut>>,
     bytes: usize,
 }
 
@@ -336,16 +410,30 @@ impl Outflow {
         }
         self.bytes += piece.len();
         if self.is_full() && piece.len() < JOIN_MAX {
-            self.tail.extend_from_slice(&piece);
+            self.tail.get_or_insert_default().extend_from_slice(&piece);
             return;
         }
         self.push_tail();
         self.pieces.push_back(piece);
     }
 
+    /// Keeps small pieces in no more memory than they need, as nobody takes them for now: each may be all that is left of
+    /// much else that was received with it.
+    pub fn settle(&mut self) {
+        if self.bytes < self.pieces.len() * JOIN_MAX {
+            let mut all = BytesMut::with_capacity(self.bytes);
+            self.pieces.drain(..).for_each(|piece| all.extend_from_slice(&piece));
+            if let Some(tail) = self.tail.take() {
+                all.extend_from_slice(&tail);
+            }
+            self.tail = Some(Box::new(all));
+            self.pieces = VecDeque::new();
+        }
+    }
+
     fn push_tail(&mut self) {
-        if !self.tail.is_empty() {
-            self.pieces.push_back(std::mem::take(&mut self.tail).freeze());
+        if let Some(tail) = self.tail.take() {
+            self.pieces.push_back(tail.freeze());
         }
     }
 
@@ -448,7 +536,9 @@ mod tests {
 
     /// Relays between two plain sockets.
     async fn relayed(client: TcpStream, server: TcpStream, count: &Count) -> Result<(), CopyError> {
-        Relay::new(ResetUnlessDone::new(client), ResetUnlessDone::new(server), count).await
+        let holders =
+            Holders::One(crate::net::budget::Budget::new(usize::MAX).share(String::new()).holder(0));
+        Relay::new(ResetUnlessDone::new(client), ResetUnlessDone::new(server), holders, count).await
     }
 
     async fn pair() -> (TcpStream, TcpStream) {

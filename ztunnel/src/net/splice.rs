@@ -89,6 +89,11 @@ impl Pipe {
         self.bytes == 0
     }
 
+    /// How many bytes are in it.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
     /// Takes what `from` has, into an empty pipe. 0 where there is nothing that could be spliced, which says nothing of
     /// the stream: splice(2) stops at urgent data, before the end and after it. Only reading tells, and goes past it.
     /// What is no fault of the connection ([`cannot_splice`]) has left it as it was.

@@ -12,6 +12,8 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::model::addr::ClientAddr;
+use crate::net::reserve::is_out_of_descriptors;
+use crate::net::reserve::refuse;
 use crate::net::socket::Acceptor;
 use crate::net::socket::accept;
 use crate::net::socket::prefer_later;
@@ -29,8 +31,12 @@ use crate::telemetry::events::Reporter;
 /// Connections taken from one listener before others get a turn.
 const BATCH: usize = 64;
 
-/// How long to wait when the process has no descriptors or memory for another connection. They stay queued.
+/// How long to wait when the kernel has no memory for another connection. They stay queued.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// The same when the process has no descriptor for another connection, nor one to refuse it with, as another thread
+/// is doing just that.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long listeners of a removed pod go on accepting, as a part of the drain's linger: a second, if that is three.
 /// Nothing new arrives by then, but handshakes in progress end in a connection, which a closed listener would reset.
@@ -114,9 +120,19 @@ impl Listener {
         loop {
             tokio::select! {
                 () = &mut end => break,
-                taken = self.acceptor.accepting(take) => if let Err(error) = taken {
-                    tracing::warn!(pod = %pod.uid, %error, "cannot accept connections for now");
-                    sleep(EXHAUSTED_PAUSE).await;
+                taken = self.acceptor.accepting(take) => match taken {
+                    Ok(()) => {}
+                    Err(error) if is_out_of_descriptors(&error) => {
+                        let refused = refuse(self.acceptor.listener());
+                        shard.count.refuse(refused, &pod.uid);
+                        if refused == 0 {
+                            sleep(REFUSAL_PAUSE).await;
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(pod = %pod.uid, %error, "cannot accept connections for now");
+                        sleep(EXHAUSTED_PAUSE).await;
+                    }
                 },
             }
             tokio::task::yield_now().await;

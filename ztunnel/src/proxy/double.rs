@@ -34,6 +34,7 @@ use crate::net::copy::ResetUnlessDone;
 use crate::proxy::outbound;
 use crate::proxy::outbound::Asked;
 use crate::proxy::outbound::OutboundError;
+use crate::proxy::outbound::REFUSALS_MAX;
 use crate::proxy::outbound::TRIES_MAX;
 use crate::proxy::outbound::TunnelDialer;
 use crate::proxy::outbound::ask;
@@ -100,6 +101,7 @@ pub(super) async fn open(
     let trust = shard.identities.trust();
     let shaken = handshake_within(through, route.gateway, tls, &config.hbone, trust).await;
     let (tunnel, driver) = shaken.map_err(beyond)?;
+    tunnel.charge_to(route.pod.tunnel_holder());
     let gateway = route.gateway.0;
     shutdown::spawn(async move {
         match driver.await {
@@ -148,7 +150,7 @@ async fn reach(
         expect: route.expect.clone(),
     };
     let after = shard.config.answer_timeout;
-    let mut tries = 0;
+    let (mut tries, mut refused) = (0, 0);
     loop {
         tries += 1;
         let mut leased = shard.pool.lease(&key, dialer).await.map_err(OutboundError::Dial)?;
@@ -159,7 +161,11 @@ async fn reach(
             Asked::Unanswered(source) => source,
         };
         let again = match source {
-            StreamError::NotTaken => true,
+            StreamError::NotTaken if leased.reused => true,
+            StreamError::NotTaken => {
+                refused += 1;
+                refused < REFUSALS_MAX
+            }
             StreamError::Tunnel(_) => leased.reused,
             StreamError::Finished | StreamError::Reset(_) => false,
         };

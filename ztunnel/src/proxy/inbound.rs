@@ -34,6 +34,8 @@ use crate::model::addr::canonical;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::budget::Holder;
+use crate::net::budget::Shed;
 use crate::net::copy::ResetUnlessDone;
 use crate::net::proxy_header;
 use crate::policy::authorize::Permit;
@@ -58,6 +60,7 @@ use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
+use crate::proxy::tunnels;
 use crate::route::arrival::Arrival;
 use crate::route::arrival::Asked;
 use crate::route::arrival::NotHere;
@@ -82,8 +85,14 @@ enum NoTunnel {
     Identity(Unavailable),
     #[error("the pod already has {0} tunnels, the most it may have")]
     TooManyTunnels(usize),
-    #[error("the pod already has {0} handshakes in progress, the most it may have")]
+    #[error("the pod has {0} handshakes in progress, the most it may have, or the client its part of them")]
     TooManyHandshakes(usize),
+    #[error(
+        "the handshake made room for others: the pod may have {0} in progress, and the client a part of them"
+    )]
+    HandshakeTaken(usize),
+    #[error("the client already has its part of the {0} tunnels the pod may have")]
+    TooManyOfOne(usize),
     #[error(transparent)]
     Serve(ServeError),
     #[error("the client proved no identity")]
@@ -92,7 +101,7 @@ enum NoTunnel {
 
 /// A tunnel, as its streams see it.
 pub(super) struct Tunnel {
-    _admitted: Admitted,
+    _admitted: (Admitted, tunnels::Place),
     client: ClientAddr,
     /// The address of the pod that was dialled, with the HBONE port.
     local: SocketAddr,
@@ -176,9 +185,33 @@ async fn accept(
         return turn_away(socket, NoTunnel::TooManyTunnels, limit);
     };
     let limit = shard.config.pod_handshakes_max;
-    let Some(_handshake) = pod.admit_handshake(limit) else {
+    let Some(mut handshake) = pod.handshakes.enter(client.0.ip(), limit) else {
         return turn_away(socket, NoTunnel::TooManyHandshakes, limit);
     };
+    let shaken = tokio::select! {
+        biased;
+        () = handshake.taken() => {
+            shard.count.turn_away();
+            return Err(NoTunnel::HandshakeTaken(limit));
+        }
+        shaken = shake(shard, pod, socket) => shaken,
+    };
+    let (accepted, peer) = shaken?;
+    let limit = shard.config.pod_tunnels_max;
+    let Some(place) = pod.peers.enter(peer.id(), accepted.activity(), limit) else {
+        shard.count.turn_away();
+        return Err(NoTunnel::TooManyOfOne(limit));
+    };
+    let id = shard.live.tunnel();
+    Ok((Tunnel { _admitted: (admitted, place), client, local, peer, id }, accepted))
+}
+
+async fn shake(
+    shard: &Shard,
+    pod: &Arc<Pod>,
+    socket: tokio::net::TcpStream,
+) -> Result<(server::Accepted, VerifiedPeer), NoTunnel> {
+    let holder = pod.tunnel_holder();
     let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
     let identity = match pod.identity() {
         Some(own) => own.clone(),
@@ -194,7 +227,8 @@ async fn accept(
         .await
         .map_err(NoTunnel::Serve)?;
     let peer = shard.identities.trust().verified_peer(accepted.tls()).map_err(NoTunnel::NoIdentity)?;
-    Ok((Tunnel { _admitted: admitted, client, local, peer, id: shard.live.tunnel() }, accepted))
+    accepted.charge_to(holder);
+    Ok((accepted, peer))
 }
 
 /// An error with its causes, and what they mean to whoever runs the mesh.
@@ -249,6 +283,9 @@ pub enum StreamFailure {
     /// It broke later.
     #[error(transparent)]
     Relay(RelayError),
+    /// It had to give way while the application was being dialled.
+    #[error(transparent)]
+    Shed(Shed),
 }
 
 impl StreamFailure {
@@ -271,6 +308,7 @@ impl StreamFailure {
             | Self::NotOffered(_)
             | Self::TooMany(_)
             | Self::UnknownWorkload(_)
+            | Self::Shed(_)
             | Self::Delivery(DeliveryError::Connect { .. } | DeliveryError::Timeout { .. }) => {
                 Some(Refusal::Unavailable)
             }
@@ -286,7 +324,7 @@ impl Ending for StreamFailure {
             Self::NotHere(_) | Self::NotOffered(_) | Self::TooMany(_) | Self::UnknownWorkload(_) => {
                 ResponseFlag::Connect
             }
-            Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) => ResponseFlag::None,
+            Self::BadRequest | Self::Abandoned(_) | Self::Relay(_) | Self::Shed(_) => ResponseFlag::None,
         }
     }
 
@@ -299,7 +337,8 @@ impl Ending for StreamFailure {
             | Self::NotHere(_)
             | Self::NotOffered(_)
             | Self::TooMany(_)
-            | Self::UnknownWorkload(_) => false,
+            | Self::UnknownWorkload(_)
+            | Self::Shed(_) => false,
         }
     }
 }
@@ -347,12 +386,12 @@ async fn establish(
             return None;
         }
     };
-    let Delivered { application, first, workload, tally, registered, admitted } = delivered;
+    let Delivered { application, first, workload, tally, registered, admitted, holder } = delivered;
     let baggage = shard.config.response_baggage.then(|| pod.baggage(&workload));
     match incoming.connect(baggage) {
         Ok(halves) => {
             let application = (application, Application::Server);
-            let relay = Relay::new(application, halves, Read::default(), tally).after(first);
+            let relay = Relay::new(application, halves, Read::default(), holder, tally).after(first);
             Some(Connected { relay, registered, admitted })
         }
         Err(error) => {
@@ -376,6 +415,8 @@ pub(super) struct Delivered {
     pub(super) registered: Registered,
     /// Its place among the pod's connections.
     pub(super) admitted: Admitted,
+    /// Charged for what it holds.
+    pub(super) holder: Holder,
 }
 
 /// A caller, while the application is being dialled for it.
@@ -397,6 +438,11 @@ pub(super) trait Asker {
     /// What it has said without waiting for the answer: nothing, or a piece, or that it is gone.
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>>;
 
+    /// How many bytes of what it has said are kept.
+    fn kept(&mut self, _cx: &mut Context<'_>) -> usize {
+        0
+    }
+
     /// Waits for it to give up.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError>;
 }
@@ -416,6 +462,10 @@ impl Asker for Incoming {
 
     fn first_words(&mut self, cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         Self::first_words(self, cx)
+    }
+
+    fn kept(&mut self, cx: &mut Context<'_>) -> usize {
+        Self::kept(self, cx)
     }
 
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
@@ -483,6 +533,7 @@ pub(super) async fn admit(
         shard.count.turn_away();
         return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
+    let holder = pod.connection_holder();
     let uid = match pod.workload(&shard.mesh).await {
         Ok(uid) => uid,
         Err(unknown) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
@@ -531,7 +582,7 @@ pub(super) async fn admit(
     let door = Door::new(&shard.config, &caller, to, announce);
     let delivered = match permit {
         Ok(permit) => registered
-            .run(dial(permit, shard, pod, door, (asker, &mut first)))
+            .run(dial(permit, shard, pod, door, (asker, &mut first), &holder))
             .await
             .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
         Err(denial) => Err(DeliveryError::from(denial).into()),
@@ -539,7 +590,7 @@ pub(super) async fn admit(
     match delivered {
         Ok(application) => {
             let application = ResetUnlessDone::new(application);
-            Ok(Delivered { application, first, workload, tally, registered, admitted })
+            Ok(Delivered { application, first, workload, tally, registered, admitted, holder })
         }
         Err(failure) => {
             let refusal = failure.refusal();
@@ -581,6 +632,7 @@ async fn dial(
     pod: &Pod,
     door: Door,
     (asker, first): (&mut impl Asker, &mut Received),
+    holder: &Holder,
 ) -> Result<tokio::net::TcpStream, StreamFailure> {
     // Policy has spoken: from here on the caller's words may be looked at.
     if let Some(said) = poll_fn(|cx| Poll::Ready(asker.first_words(cx))).await {
@@ -596,6 +648,10 @@ async fn dial(
         poll_fn(|cx| {
             if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
                 return Poll::Ready(dialled.map_err(StreamFailure::from));
+            }
+            holder.set(all + asker.kept(cx));
+            if let Poll::Ready(shed) = holder.poll_shed(cx) {
+                return Poll::Ready(Err(StreamFailure::Shed(shed)));
             }
             asker.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
         })

@@ -34,7 +34,9 @@ use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::budget::Holder;
 use crate::net::copy::CopyError;
+use crate::net::copy::Holders;
 use crate::net::copy::Meter;
 use crate::net::copy::Relay;
 use crate::net::copy::ResetUnlessDone;
@@ -255,10 +257,12 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Joins both ends.
-    pub(super) fn new(application: ResetUnlessDone, source: Tally, opened: Opened) -> Self {
+    pub(super) fn new(application: ResetUnlessDone, client: Holder, source: Tally, opened: Opened) -> Self {
         let Opened { delivered, cut, counted } = opened;
-        let Delivered { application: server, tally: destination, registered, admitted, .. } = delivered;
-        let relay = Relay::new(application, server, Both { source, destination });
+        let Delivered { application: to, tally: destination, registered, admitted, holder: server, .. } =
+            delivered;
+        let both = Both { source, destination };
+        let relay = Relay::new(application, to, Holders::Both { client, server }, both);
         Self { relay, registered, admitted, ended: Ok(()), cut, counted }
     }
 

@@ -51,6 +51,7 @@ use crate::model::workload::Named;
 use crate::model::workload::Workload;
 use crate::net::copy;
 use crate::net::copy::CopyError;
+use crate::net::copy::Holders;
 use crate::net::copy::ResetUnlessDone;
 use crate::proxy::accept::Counted;
 use crate::proxy::double;
@@ -62,6 +63,7 @@ use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
 use crate::proxy::relay::Application;
+use crate::proxy::relay::EARLY_MAX;
 use crate::proxy::relay::Early;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
@@ -318,6 +320,9 @@ async fn establish(
         shard.count.turn_away();
         return refuse(dst, &TooMany(shard.config.pod_connections_max));
     };
+    let holder = pod.connection_holder();
+    // What the application says before it is connected.
+    holder.set(EARLY_MAX);
     // What is captured never goes to the pod itself, so this dialled the listener.
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
@@ -380,7 +385,7 @@ async fn establish(
             if let Some(to) = neighbour {
                 match near::open(&shard, &to, &route, &mut application).await {
                     Ok(opened) => {
-                        let connection = Box::new(near::Connection::new(application, tally, opened));
+                        let connection = Box::new(near::Connection::new(application, holder, tally, opened));
                         return Some(Connected::Near { connection, admitted });
                     }
                     Err(error) => tally.close(Err(error)),
@@ -391,7 +396,7 @@ async fn establish(
                 Ok(Opened { lease, halves, early }) => {
                     tally.0.received(early.bytes() as u64);
                     let application = (application, Application::Client);
-                    let relay = Relay::new(application, halves, early.into_read(), tally);
+                    let relay = Relay::new(application, halves, early.into_read(), holder, tally);
                     return Some(Connected::Tunnelled { relay, lease, around: None, admitted });
                 }
                 Err(error) => tally.close(Err(error)),
@@ -428,7 +433,7 @@ async fn establish(
                     tally.0.began(began);
                     tally.0.received(early.bytes() as u64);
                     let application = (application, Application::Client);
-                    let relay = Relay::new(application, halves, early.into_read(), tally);
+                    let relay = Relay::new(application, halves, early.into_read(), holder, tally);
                     let around = Some(Box::new(around));
                     return Some(Connected::Tunnelled { relay, lease, around, admitted });
                 }
@@ -446,7 +451,12 @@ async fn establish(
                 told(Parties { source, destination, destination_identity, service, ..unknown }, to, None);
             match dial(&shard, &pod, to).await {
                 Ok(server) => {
-                    let relay = copy::Relay::new(application, ResetUnlessDone::new(server), tally);
+                    let relay = copy::Relay::new(
+                        application,
+                        ResetUnlessDone::new(server),
+                        Holders::One(holder),
+                        tally,
+                    );
                     return Some(Connected::Plain { relay, admitted });
                 }
                 Err(error) => tally.close(Err(error)),
@@ -553,6 +563,9 @@ pub(super) struct Opened {
 /// met before the news of it.
 pub(super) const TRIES_MAX: usize = 16;
 
+/// How many tunnels that were dialled for a stream may refuse it before it is given up.
+pub(super) const REFUSALS_MAX: usize = 3;
+
 /// Opens a stream. Again on another tunnel if one did not take it, or if one that was there before broke before
 /// anything of the application's was put on it: never if the peer may already have delivered some.
 async fn open(
@@ -580,7 +593,7 @@ async fn open(
     };
     let dialer = TunnelDialer { shard, pod: &route.pod, peer, expect: &route.expect, first: credentials };
     let mut early = Early::default();
-    let mut tries = 0;
+    let (mut tries, mut refused) = (0, 0);
     loop {
         tries += 1;
         let mut leased = shard.pool.lease(&key, &dialer).await.map_err(OutboundError::Dial)?;
@@ -594,7 +607,12 @@ async fn open(
             Asked::Unanswered(source) => source,
         };
         let again = match source {
-            StreamError::NotTaken => true,
+            StreamError::NotTaken if leased.reused => true,
+            // One that was dialled for this. A peer that refuses so many takes none at all for now.
+            StreamError::NotTaken => {
+                refused += 1;
+                refused < REFUSALS_MAX
+            }
             StreamError::Tunnel(_) => leased.reused && !early.is_taken(),
             StreamError::Finished | StreamError::Reset(_) => false,
         };
@@ -683,9 +701,12 @@ impl Dialer for TunnelDialer<'_> {
         let (peer, config) = (self.peer, Arc::clone(&self.shard.config));
         let trust = self.shard.identities.trust().clone();
         let (dial, tls) = (self.pod.network.tunnel(peer.0), credentials.client_config(self.expect));
+        let holder = self.pod.tunnel_holder();
         Box::pin(async move {
             let socket = connect(dial, peer, config.connect_timeout).await?;
-            handshake(socket, peer, tls, &config.hbone, &trust).await
+            let (tunnel, driver) = handshake(socket, peer, tls, &config.hbone, &trust).await?;
+            tunnel.charge_to(holder);
+            Ok((tunnel, driver))
         })
     }
 

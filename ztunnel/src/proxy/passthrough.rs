@@ -16,6 +16,7 @@ use crate::model::addr::OriginalDst;
 use crate::model::workload::Named;
 use crate::net::copy;
 use crate::net::copy::CopyError;
+use crate::net::copy::Holders;
 use crate::net::copy::ResetUnlessDone;
 use crate::net::socket::Delivery;
 use crate::policy::authorize::Denial;
@@ -159,6 +160,7 @@ async fn establish(
         shard.count.turn_away();
         return refuse(dst, &TooMany(shard.config.pod_connections_max));
     };
+    let holder = pod.connection_holder();
     if RESERVED_PORTS.contains(&dst.0.port()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
@@ -194,7 +196,8 @@ async fn establish(
     };
     match delivered {
         Ok(application) => {
-            let relay = copy::Relay::new(front, ResetUnlessDone::new(application), tally);
+            let relay =
+                copy::Relay::new(front, ResetUnlessDone::new(application), Holders::One(holder), tally);
             Some(Connected { relay, registered, admitted })
         }
         Err(error) => {

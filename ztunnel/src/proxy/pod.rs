@@ -18,8 +18,14 @@ use crate::model::addr::PodUid;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::budget::Holder;
+use crate::net::budget::Share;
 use crate::net::socket::PodNetwork;
 use crate::proxy::PodSpec;
+use crate::proxy::bounds::CONNECTION_COST;
+use crate::proxy::bounds::TUNNEL_COST;
+use crate::proxy::handshakes::Handshakes;
+use crate::proxy::tunnels::Tunnels;
 use crate::shutdown::Signal;
 
 /// A pod whose connections are taken. It lives as long as one of them.
@@ -40,14 +46,19 @@ pub struct Pod {
     handing_over: Signal,
     connections: AtomicUsize,
     tunnels: AtomicUsize,
-    handshakes: AtomicUsize,
+    /// Handshakes of peers.
+    pub handshakes: Handshakes,
+    /// Tunnels of peers, by who they are.
+    pub peers: Tunnels,
+    /// What it makes this process hold.
+    share: Arc<Share>,
     /// Rendered once per version of the workload, not once per connection.
     baggage: Mutex<Option<(Arc<Workload>, HeaderValue)>>,
 }
 
 impl Pod {
     /// `stopped` drains when the pod is removed, `handing_over` when another process takes over; `cut` closes when a
-    /// removed pod's connections are to end.
+    /// removed pod's connections are to end; `share` is charged for what is held for it.
     pub(super) fn new(
         spec: PodSpec,
         netns: (u64, u64),
@@ -55,6 +66,7 @@ impl Pod {
         stopped: Signal,
         cut: Option<Signal>,
         handing_over: Signal,
+        share: Arc<Share>,
     ) -> Self {
         Self {
             uid: spec.uid,
@@ -68,7 +80,9 @@ impl Pod {
             handing_over,
             connections: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
-            handshakes: AtomicUsize::new(0),
+            handshakes: Handshakes::default(),
+            peers: Tunnels::default(),
+            share,
             baggage: Mutex::new(None),
         }
     }
@@ -139,14 +153,19 @@ impl Pod {
         Admitted::new(self, |pod| &pod.connections, max)
     }
 
+    /// Who is charged for one more connection or stream.
+    pub fn connection_holder(&self) -> Holder {
+        self.share.holder(CONNECTION_COST)
+    }
+
+    /// Who is charged for one more tunnel.
+    pub fn tunnel_holder(&self) -> Holder {
+        self.share.holder(TUNNEL_COST)
+    }
+
     /// One more tunnel to the pod, unless `max` are open.
     pub fn admit_tunnel(self: &Arc<Self>, max: usize) -> Option<Admitted> {
         Admitted::new(self, |pod| &pod.tunnels, max)
-    }
-
-    /// One more handshake, unless `max` are in progress.
-    pub fn admit_handshake(self: &Arc<Self>, max: usize) -> Option<Admitted> {
-        Admitted::new(self, |pod| &pod.handshakes, max)
     }
 
     /// The `baggage` of the pod's `workload`.

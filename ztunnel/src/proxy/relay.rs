@@ -24,8 +24,10 @@ use crate::hbone::stream::ResetCode;
 use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::hbone::stream::TunnelError;
+use crate::net::budget::Holder;
+use crate::net::budget::Pressure;
+use crate::net::budget::Shed;
 use crate::net::buffer::READ_SIZE;
-use crate::net::buffer::poll_read_chunk;
 use crate::net::buffer::poll_read_up_to;
 use crate::net::copy::Meter;
 use crate::net::copy::Outflow;
@@ -42,6 +44,9 @@ pub enum RelayError {
     /// The tunnel's side.
     #[error("the tunnel's stream ended before all data was written")]
     Stream(#[source] StreamError),
+    /// It had to give way.
+    #[error(transparent)]
+    Shed(Shed),
 }
 
 impl RelayError {
@@ -54,6 +59,7 @@ impl RelayError {
             Self::Stream(StreamError::Reset(_) | StreamError::Finished) => true,
             Self::Stream(StreamError::Tunnel(TunnelError::Io(error))) => is_closed(error),
             Self::Stream(StreamError::Tunnel(TunnelError::Protocol(_)) | StreamError::NotTaken) => false,
+            Self::Shed(_) => false,
         }
     }
 }
@@ -82,15 +88,19 @@ pub struct Relay<M> {
     role: Application,
     send: SendHalf,
     recv: RecvHalf,
-    /// What was read and not yet sent. While there is any, nothing more is read.
+    /// What was read and not yet sent. While there is any, nothing more is read; and nothing is read that may not be
+    /// sent.
     chunk: Bytes,
     /// Whether there was much to read the last time.
     bulk: bool,
+    /// Whether there is something to read that may not be sent.
+    blocked: bool,
     from: From,
     /// What was received and not yet written; bounded by the stream's window, as it is released only then.
     outflow: Outflow,
     to: To,
     watch: Watch,
+    holder: Holder,
     meter: M,
 }
 
@@ -129,11 +139,13 @@ pub struct Received {
 }
 
 impl<M: Meter> Relay<M> {
-    /// Joins an application and a stream. `read` was taken from the application before, and counted.
+    /// Joins an application and a stream. `read` was taken from the application before, and counted. `holder` is
+    /// charged for what the application does not take; for what the peer does not, the tunnel is.
     pub fn new(
         (application, role): (ResetUnlessDone, Application),
         (send, recv): (SendHalf, RecvHalf),
         read: Read,
+        holder: Holder,
         meter: M,
     ) -> Self {
         Self {
@@ -143,10 +155,12 @@ impl<M: Meter> Relay<M> {
             recv,
             chunk: read.unsent,
             bulk: false,
+            blocked: false,
             from: if read.ended { From::Ending } else { From::Reading },
             outflow: Outflow::default(),
             to: To::Receiving,
             watch: Watch::default(),
+            holder,
             meter,
         }
     }
@@ -199,8 +213,23 @@ impl<M: Meter> Relay<M> {
                         return Poll::Pending;
                     }
                     let size = if self.bulk { BULK_SIZE } else { READ_SIZE };
-                    let read = ready!(poll_read_up_to(size, &mut self.application.socket, cx));
+                    let socket = &mut self.application.socket;
+                    self.blocked = false;
+                    // Not before there is something to send: what is reserved for one stream others cannot use.
+                    ready!(socket.poll_read_ready(cx)).map_err(RelayError::Application)?;
+                    self.blocked = true;
+                    let room = ready!(self.send.poll_room(cx, size)).map_err(RelayError::Stream)?;
+                    self.blocked = false;
+                    let read = poll_read_up_to(room, self.holder.share().pressure(), socket, cx);
+                    let Poll::Ready(read) = read else {
+                        self.send.give_back();
+                        return Poll::Pending;
+                    };
                     self.chunk = read.map_err(RelayError::Application)?;
+                    // Sending reserves no more than what is sent.
+                    if self.chunk.is_empty() {
+                        self.send.give_back();
+                    }
                     self.bulk = self.chunk.len() >= READ_SIZE;
                     passed += self.chunk.len();
                     self.count_read(self.chunk.len());
@@ -238,6 +267,7 @@ impl<M: Meter> Relay<M> {
                 }
             }
             if stalled {
+                self.outflow.settle();
                 return Poll::Pending;
             }
             if !self.outflow.is_empty() {
@@ -299,6 +329,15 @@ impl<M: Meter> Relay<M> {
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
+        if let Poll::Ready(shed) = self.holder.poll_shed(cx) {
+            return Poll::Ready(Err(RelayError::Shed(shed)));
+        }
+        let moved = self.poll_moved(cx);
+        self.holder.set(self.outflow.len() + self.chunk.len());
+        moved
+    }
+
+    fn poll_moved(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {
         let to = self.poll_to(cx)?;
         if matches!(self.to, To::Broken(_)) {
             // Nobody waits for what the application says, and it may take its time, but not for ever.
@@ -324,7 +363,7 @@ impl<M: Meter> Relay<M> {
                 error => Err(RelayError::Stream(error)),
             });
         }
-        let unread = self.from != From::Reading || !self.chunk.is_empty();
+        let unread = self.from != From::Reading || !self.chunk.is_empty() || self.blocked;
         if self.watch.is_due(unread, cx)
             && let Ok(Some(error)) = self.application.socket.take_error()
         {
@@ -343,11 +382,14 @@ impl<M: Meter + Unpin> Future for Relay<M> {
             Ok(()) => self.application.done(),
             // Also where this side's end was sent before: the other side must not wait for more.
             Err(RelayError::Application(_)) => self.send.reset(),
-            Err(RelayError::Stream(_)) => {}
+            Err(RelayError::Stream(_) | RelayError::Shed(_)) => {}
         }
         Poll::Ready(ended)
     }
 }
+
+/// How much of it is kept until it is answered.
+pub const EARLY_MAX: usize = 16 * 1024;
 
 /// What an application says while a stream for it is being opened: at most one chunk is taken, sent before the
 /// answer, and kept so that it can be sent again over another tunnel.
@@ -383,7 +425,7 @@ impl Early {
         cx: &mut Context<'_>,
     ) -> Poll<io::Error> {
         if self.kept.is_none() && !self.ended {
-            match poll_read_chunk(application, cx) {
+            match poll_read_up_to(EARLY_MAX, Pressure::Some, application, cx) {
                 Poll::Ready(Ok(chunk)) if chunk.is_empty() => self.ended = true,
                 Poll::Ready(Ok(chunk)) => {
                     self.unsent = chunk.clone();

@@ -3,18 +3,23 @@
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::hbone::pool::Pool;
 use crate::identity::worker::Identities;
 use crate::mesh::MeshReader;
 use crate::model::addr::Authority;
 use crate::model::addr::OriginalDst;
+use crate::model::addr::PodUid;
 use crate::proxy::Config;
 use crate::proxy::accept::Arrival;
 use crate::proxy::ending::Tally;
@@ -174,8 +179,13 @@ pub struct Count {
     connections: AtomicUsize,
     tunnels: AtomicUsize,
     turned_away: AtomicUsize,
+    /// When it was last told that there are no descriptors, and how many connections were refused since.
+    refused: Mutex<(Option<Instant>, usize)>,
     left: Notify,
 }
+
+/// How often is told that there are no descriptors.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
 
 impl Count {
     /// One more listener.
@@ -197,6 +207,20 @@ impl Count {
     /// One connection more that its pod had no room for.
     pub fn turn_away(&self) {
         self.turned_away.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many connections to `pod` were refused as the process has no descriptor for them.
+    pub fn refuse(&self, count: usize, pod: &PodUid) {
+        if count == 0 {
+            return;
+        }
+        self.turned_away.fetch_add(count, Ordering::Relaxed);
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.1 += count;
+        if refused.0.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
+            tracing::warn!(%pod, refused = refused.1, "out of descriptors: new connections are reset");
+            *refused = (Some(Instant::now()), 0);
+        }
     }
 
     /// How many connections were turned away.

@@ -67,6 +67,7 @@ use crate::model::workload::Named;
 use crate::model::workload::Reach;
 use crate::model::workload::Workload;
 use crate::model::workload::WorkloadKind;
+use crate::net::budget::Budget;
 use crate::net::bypass::Bypass;
 use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
@@ -90,6 +91,7 @@ use crate::tls::trust::Trust;
 
 mod beyond;
 mod labels;
+mod stalled;
 
 /// Longer than anything takes, on whatever machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -197,7 +199,8 @@ pub(super) fn pod(name: &str, addresses: &[&str]) -> Arc<Pod> {
     let (trigger, signal) = shutdown::channel();
     // A trigger that is gone means the end.
     std::mem::forget(trigger);
-    Arc::new(Pod::new(spec, (0, 0), Arc::new(TestPod(net.into())), signal.clone(), None, signal))
+    let share = Budget::new(usize::MAX).share(name.to_owned());
+    Arc::new(Pod::new(spec, (0, 0), Arc::new(TestPod(net.into())), signal.clone(), None, signal, share))
 }
 
 pub(super) fn workload(name: &str, address: &str) -> Arc<Workload> {

@@ -1,0 +1,123 @@
+//! Applications and peers that do not take what they asked for, on every path.
+
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+
+use tokio::net::TcpSocket;
+use tokio_rustls::TlsAcceptor;
+
+use super::*;
+
+/// All that may be held.
+const MEMORY: usize = 8 << 20;
+
+/// Connections of which nobody reads anything.
+const STALLED: usize = 60;
+
+/// Connects with as little room for what comes as there can be.
+async fn connect_narrow(to: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(to).await.unwrap()
+}
+
+/// Clients read nothing of what servers send without end: no more is held than may be, some may have to give way, and
+/// others are served.
+async fn stalled_downloads(node: Node, at: SocketAddr, shed_in: Option<&str>) {
+    let mut clients = Vec::new();
+    for _ in 0..STALLED {
+        clients.push(connect_narrow(at).await);
+        let (mut server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+        shutdown::spawn(async move { while server.write_all(&[7; 64 * 1024]).await.is_ok() {} });
+    }
+    let budget = node.plane.budget();
+    let filled = async {
+        while budget.used() < 1 << 20 || (shed_in.is_some() && budget.shed() == 0) {
+            assert!(budget.used() < MEMORY + (4 << 20), "{budget:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, filled).await.expect("more is asked for than may be held");
+    if let Some(direction) = shed_in {
+        node.logged(&["the memory for what peers do not take is used up, and it held", direction]).await;
+    }
+    let mut client = TcpStream::connect(at).await.unwrap();
+    let (mut server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
+    say(&mut client, &mut server, b"question").await;
+    say(&mut server, &mut client, b"answer").await;
+    assert!(budget.used() < MEMORY + (4 << 20), "{budget:?}");
+    drop((client, server, clients));
+    let none = async {
+        // What is left is tunnels.
+        while budget.used() > 1 << 20 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, none).await.expect("what is gone holds nothing");
+}
+
+fn config() -> Config {
+    Config { threads: 1, buffer_memory: MEMORY, ..Config::default() }
+}
+
+#[tokio::test]
+async fn what_nobody_reads_of_a_tunnel_is_bounded() {
+    let node = Node::start_with(config()).await;
+    let at = node.outbound;
+    stalled_downloads(node, at, Some("direction=\"outbound\"")).await;
+}
+
+#[tokio::test]
+async fn what_nobody_reads_on_the_same_node_is_bounded() {
+    let node = Node::start_near(config()).await;
+    let at = node.outbound;
+    stalled_downloads(node, at, Some("direction=\"outbound\"")).await;
+}
+
+#[tokio::test]
+async fn what_nobody_reads_in_clear_is_bounded() {
+    let node = Node::start_with(config()).await;
+    let at = node.inbound;
+    // Less is read at a time once memory gets short, and so little is kept of each.
+    stalled_downloads(node, at, None).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_refuses_every_stream_is_dialled_three_times() {
+    let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    let tls = TlsAcceptor::from(node.ca.certify(&id("server")).server_config());
+    let dials = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&dials);
+    shutdown::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let tls = tls.clone();
+            shutdown::spawn(async move {
+                let mut serving = h2::server::handshake(tls.accept(socket).await.unwrap()).await.unwrap();
+                while let Some(Ok((_request, mut respond))) = serving.accept().await {
+                    respond.send_reset(h2::Reason::REFUSED_STREAM);
+                }
+            });
+        }
+    });
+    node.refused(node.outbound).await;
+    node.logged(&["direction=\"outbound\"", "the peer did not take the stream"]).await;
+    assert_eq!(dials.load(Ordering::Relaxed), crate::proxy::outbound::REFUSALS_MAX);
+}
+
+#[tokio::test]
+async fn handshakes_that_are_not_finished_keep_nobody_out() {
+    let node = Node::start_with(Config { pod_handshakes_max: 32, ..Config::default() }).await;
+    let mut idle = Vec::new();
+    for _ in 0..20 {
+        idle.push(TcpStream::connect(node.hbone).await.unwrap());
+    }
+    // All come from one address, of which four may be in progress: the oldest is closed for the next, after a second.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"question").await;
+    node.logged(&["connection failed", "the handshake made room for others"]).await;
+    drop(idle);
+}

@@ -108,7 +108,12 @@ impl Machine {
         for line in sh("ip", &["-o", "addr", "show", "dev", "lo"])?.lines() {
             things.insert(format!("lo {}", line.split_whitespace().nth(3).unwrap_or_default()));
         }
-        for key in ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv4/ip_forward"] {
+        for key in [
+            "net/ipv4/tcp_fwmark_accept",
+            "net/ipv4/fwmark_reflect",
+            "net/ipv6/fwmark_reflect",
+            "net/ipv4/ip_forward",
+        ] {
             let value = fs::read_to_string(Path::new("/proc/sys").join(key)).unwrap_or_default();
             things.insert(format!("sysctl {key}={}", value.trim()));
         }

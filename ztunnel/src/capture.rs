@@ -37,6 +37,7 @@ pub mod rules;
 pub mod selftest;
 mod shut;
 mod sys;
+mod sysctls;
 pub mod uninstall;
 mod vouch;
 

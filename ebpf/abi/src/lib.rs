@@ -160,8 +160,9 @@ pub struct Record {
     pub uid_len: u16,
     /// Bytes of `netns` in use.
     pub netns_len: u16,
-    /// Zero.
-    pub padding: u32,
+    /// What `fwmark_reflect` was before: a byte for IPv4, one for IPv6, then which of them are known (bits 0 and 1).
+    /// Zero where a daemon that leaves it alone made the record.
+    pub fwmark_reflect: u32,
     /// The pod's UID.
     pub uid: [u8; TEXT_MAX],
     /// Path that opened the namespace.

@@ -21,7 +21,10 @@ const DAMAGE: [(&str, Damage); 4] = [
     ("all of it", |netns| {
         flush_rules(netns)?;
         flush_table(netns)?;
-        netns.set_sysctl("ipv4/tcp_fwmark_accept", "0")
+        for setting in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+            netns.set_sysctl(setting, "0")?;
+        }
+        Ok(())
     }),
 ];
 

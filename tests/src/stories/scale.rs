@@ -14,11 +14,11 @@ use crate::world::{On, World, http};
 const PODS: usize = 200;
 /// What a pod may cost the daemon, in bytes of resident memory and in descriptors.
 const MEMORY_PER_POD: u64 = 60_000;
-const DESCRIPTORS_PER_POD: usize = 8;
+const DESCRIPTORS_PER_POD: usize = 10;
 /// Generous, to notice a quadratic step: how long it takes depends on what else the machine does.
 const ENROLLED_WITHIN: Duration = Duration::from_secs(300);
 /// For how long the daemon is watched while nothing happens, and the system calls it may make meanwhile: at each of its
-/// passes, every other second, it makes seven for each pod, to see that its namespace and pins are there. Looking into
+/// passes, every other second, it makes eight for each pod, to see that its namespace, settings and pins are there. Looking into
 /// every pod would be several times as many. How much processor time they take depends on the machine.
 const IDLE: Duration = Duration::from_secs(10);
 const IDLE_CALLS: u64 = 50 * PODS as u64;

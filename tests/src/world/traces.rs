@@ -30,7 +30,9 @@ impl Traces {
                 }
             }
         }
-        found.insert(format!("tcp_fwmark_accept={}", netns.sysctl("ipv4/tcp_fwmark_accept")?));
+        for key in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+            found.insert(format!("{key}={}", netns.sysctl(key)?));
+        }
         let tc = |args: &[&str]| {
             let mut all = vec!["-n", netns.name()];
             all.extend_from_slice(args);

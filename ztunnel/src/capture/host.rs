@@ -58,6 +58,14 @@ pub(super) fn add_probe_addresses(host: &Netns) -> io::Result<Vec<IpAddr>> {
     })?
 }
 
+/// The probe addresses to which a pod has no route: it cannot answer what comes from there. Runs in its namespace.
+pub(super) fn unanswered(pod: &[IpAddr]) -> io::Result<Vec<IpAddr>> {
+    let mut netlink = Netlink::open()?;
+    let has_family = |probe: &IpAddr| pod.iter().any(|ip| ip.is_ipv4() == probe.is_ipv4());
+    let probes = PROBE_ADDRESSES.into_iter().filter(has_family);
+    Ok(probes.filter(|probe| !routes::leads_to(&mut netlink, *probe)).collect())
+}
+
 /// Takes the probe addresses away.
 pub(super) fn remove_probe_addresses(host: &Netns) -> io::Result<()> {
     host.run(|| {

@@ -19,7 +19,8 @@ use super::node::uid_of;
 use super::pins::{Pins, gone};
 use super::reconcile::Watched;
 use super::sys::{self, Attach, Ensured, Wanted};
-use super::{Captured, Enrolled, Links, Node, PodSpec, listeners, programs, routes};
+use super::sysctls::{self, Former};
+use super::{Captured, Enrolled, Links, Node, PodSpec, host, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
 use crate::net::netns::Netns;
 
@@ -31,11 +32,11 @@ impl Node {
         }
         let entered = |source| EnrolError::Netns { path: pod.netns.clone(), source };
         let netns = Arc::new(Netns::open(&pod.netns).map_err(entered)?);
-        let (listeners, cookie, accepts_marks) = netns
-            .run(|| Ok((listeners::bind()?, listeners::current_netns_cookie()?, routes::accepts_marks()?)))
+        let (listeners, cookie, former) = netns
+            .run(|| Ok((listeners::bind()?, listeners::current_netns_cookie()?, Former::look()?)))
             .map_err(entered)?
             .map_err(EnrolError::Listen)?;
-        let slot = match self.reserve(pod, &netns, cookie, accepts_marks) {
+        let slot = match self.reserve(pod, &netns, cookie, &former) {
             Err(EnrolError::Full) => {
                 self.shut_without_slot(&pod.uid, &netns, cookie);
                 return Err(EnrolError::Full);
@@ -71,13 +72,16 @@ impl Node {
         pod: &PodSpec,
         netns: &Netns,
         cookie: u64,
-        accepts_marks: u32,
+        former: &Former,
     ) -> Result<u32, EnrolError> {
         for (slot, record) in self.maps.recorded() {
             if uid_of(&record) != pod.uid {
                 continue;
             }
             if record.cookie == cookie {
+                if let Some(record) = former.missing_in(&record) {
+                    self.maps.records.insert(slot, record, 0).map_err(EnrolError::step("the record"))?;
+                }
                 return Ok(slot);
             }
             self.pods.remove(&pod.uid);
@@ -86,14 +90,15 @@ impl Node {
         let slot = self.maps.free_slot().ok_or(EnrolError::Full)?;
         let (uid, uid_len) = pack(pod.uid.0.as_bytes()).ok_or(EnrolError::TooLong)?;
         let (path, netns_len) = pack(pod.netns.as_os_str().as_bytes()).ok_or(EnrolError::TooLong)?;
+        let (fwmark_accept, fwmark_reflect) = former.packed();
         let record = Record {
             netns_inode: netns.id().1,
             cookie,
-            fwmark_accept: accepts_marks,
+            fwmark_accept,
             withdrawn: 0,
             uid_len,
             netns_len,
-            padding: 0,
+            fwmark_reflect,
             uid,
             netns: path,
         };
@@ -131,6 +136,7 @@ impl Node {
         }
         // It has a slot by now, and what kept it closed is no longer needed.
         self.unslotted.remove(&pod.uid);
+        warn_of_unanswered_probes(pod, captured);
         Ok(())
     }
 
@@ -160,7 +166,7 @@ impl Node {
         let inside = netns
             .run(|| inside(spec))
             .map_err(entered)?
-            .map_err(EnrolError::step("rules, routes and the tcp_fwmark_accept setting"))?;
+            .map_err(EnrolError::step("rules, routes and settings"))?;
         let mut found = Found::default();
         found.repaired.extend(inside.added.iter().map(|what| format!("{what} was missing")));
         if inside.unknown > 0 && !*crowded {
@@ -336,7 +342,7 @@ impl Node {
         if let Some(netns) = self.netns_of(record) {
             let undone = netns.run(|| {
                 routes::remove(&mut Netlink::open()?)?;
-                routes::accept_marks(record.fwmark_accept)
+                Former::of(record).restore()
             });
             undone.and_then(|result| result).map_err(WithdrawError::step("rules and routes"))?;
         }
@@ -359,6 +365,20 @@ impl Node {
         let netns = Netns::open(path).ok()?;
         let cookie = netns.run(listeners::current_netns_cookie).ok()?.ok()?;
         (cookie == record.cookie).then(|| Arc::new(netns))
+    }
+}
+
+/// Without a mesh a pod needs no more than a route to its node. From inside the mesh it sees the node at an address of
+/// its own, to which it needs one, too.
+fn warn_of_unanswered_probes(pod: &PodSpec, captured: &Captured) {
+    let found = captured.netns.run(|| host::unanswered(&pod.addresses)).and_then(|found| found);
+    for from in found.unwrap_or_default() {
+        tracing::warn!(
+            pod = %pod.uid,
+            %from,
+            "the node's own connections to the pod come from an address to which the pod has no route: kubelet's probes of \
+             it will fail; give the pod a default route, or one to that address"
+        );
     }
 }
 
@@ -386,7 +406,7 @@ struct Inside {
     devices: Vec<routes::Device>,
 }
 
-/// Rules, routes, the sysctl; and a look at addresses and devices. Runs in the pod's namespace.
+/// Rules, routes, the sysctls; and a look at addresses and devices. Runs in the pod's namespace.
 fn inside(pod: &PodSpec) -> io::Result<Inside> {
     let mut netlink = Netlink::open()?;
     let ensured = routes::ensure(&mut netlink, &routes::families(&pod.addresses));
@@ -398,10 +418,7 @@ fn inside(pod: &PodSpec) -> io::Result<Inside> {
         ),
         _ => error,
     })?;
-    if routes::accepts_marks()? != 1 {
-        routes::accept_marks(1)?;
-        added.push("the tcp_fwmark_accept setting");
-    }
+    added.extend(sysctls::ensure()?);
     let (own, unknown) = own_addresses(&pod.addresses, routes::addresses(&mut netlink)?);
     Ok(Inside { added, own, unknown, devices: routes::devices(&mut netlink)? })
 }

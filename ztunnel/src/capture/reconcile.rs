@@ -5,7 +5,7 @@
 //! * the kernel has announced a change of its devices, addresses, rules or routes (see `changes`);
 //! * the path of its namespace leads elsewhere, or the directory of its pins has changed;
 //! * one of its programs is detached;
-//! * its `tcp_fwmark_accept` is off;
+//! * its `tcp_fwmark_accept` is off, or its `fwmark_reflect` (of one family in each glance);
 //! * its turn has come: what is left, entries of maps, closes a pod when it is missing.
 //!
 //! A pod of which something is announced need not wait for that: [`Node::announcements`] tells when, and
@@ -14,7 +14,6 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -24,7 +23,8 @@ use std::time::{Duration, Instant};
 use super::changes::{Changes, Heard};
 use super::error::EnrolError;
 use super::sys::{self, Attach};
-use super::{Enrolled, Node, host, routes};
+use super::sysctls::Opened;
+use super::{Enrolled, Node, host};
 use crate::model::addr::PodUid;
 use crate::net::netns::Netns;
 
@@ -59,8 +59,8 @@ enum Listening {
 pub(super) struct Watched {
     /// The number by which changes in its namespace are announced.
     number: Option<i32>,
-    /// Its `tcp_fwmark_accept`: to open it anew each time costs more than all the rest of a glance.
-    accepts_marks: Option<File>,
+    /// Its settings: to open them anew each time costs more than all the rest of a glance.
+    settings: Option<Opened>,
     /// The directory of its pins when all was in order; `None` asks for a close look.
     pins: Option<Stamp>,
     /// Something was announced of it since the last look.
@@ -237,9 +237,9 @@ impl Node {
                 .inspect_err(|error| tracing::debug!(pod = %uid, %error, "cannot listen for changes"))
                 .ok();
         }
-        if known.watched.accepts_marks.is_none() {
-            let opened = known.netns.run(routes::open_accepts_marks);
-            known.watched.accepts_marks = opened.and_then(|file| file).ok();
+        if known.watched.settings.is_none() {
+            let opened = known.netns.run(Opened::open);
+            known.watched.settings = opened.and_then(|opened| opened).ok();
         }
         known.watched.number.and_then(|_| Stamp::of(&self.pins.pod(known.slot)))
     }
@@ -268,7 +268,7 @@ impl Node {
                 .here
                 .iter()
                 .all(|(index, link)| attached(link.as_fd(), Attach::TcxEgress, u64::from(*index)))
-            || !known.watched.accepts_marks.as_ref().is_some_and(routes::reads_one)
+            || !known.watched.settings.as_ref().is_some_and(|settings| settings.are_on(self.watch.call))
     }
 
     fn reconcile_node(&mut self, repairs: &mut Vec<Repair>) {

@@ -2,10 +2,8 @@
 //!
 //! Everything here works in the namespace of the calling thread.
 
-use std::fs::File;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::FileExt as _;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
@@ -21,8 +19,6 @@ use super::netlink::Netlink;
 
 /// The loopback device of every namespace.
 const LOOPBACK: u32 = 1;
-/// Where the old value is restored when the pod is withdrawn.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 
 /// One address family of a pod and its primary address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -198,25 +194,22 @@ fn absent(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Whether accepted sockets take the mark of their connection here.
-pub(super) fn accepts_marks() -> io::Result<u32> {
-    Ok(std::fs::read_to_string(FWMARK_ACCEPT)?.trim().parse().unwrap_or(0))
-}
-
-/// Opens what says so, to be asked again and again from wherever.
-pub(super) fn open_accepts_marks() -> io::Result<File> {
-    File::open(FWMARK_ACCEPT)
-}
-
-/// Whether a sysctl that was opened is 1 now.
-pub(super) fn reads_one(sysctl: &File) -> bool {
-    let mut value = [0; 4];
-    sysctl.read_at(&mut value, 0).is_ok_and(|length| value.get(..length) == Some(b"1\n"))
-}
-
-/// Sets that; on a withdrawal to what it was.
-pub(super) fn accept_marks(value: u32) -> io::Result<()> {
-    std::fs::write(FWMARK_ACCEPT, value.to_string())
+/// Whether what is sent to `ip` has a way out of here. What cannot be found out is taken to have one.
+pub(super) fn leads_to(netlink: &mut Netlink, ip: IpAddr) -> bool {
+    let mut message = RouteMessage::default();
+    message.header.address_family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
+    message.attributes = vec![RouteAttribute::Destination(RouteAddress::from(ip))];
+    match netlink.get(RouteNetlinkMessage::GetRoute(message)) {
+        Ok(RouteNetlinkMessage::NewRoute(route)) => {
+            !matches!(route.header.kind, RouteType::Unreachable | RouteType::BlackHole | RouteType::Prohibit)
+        }
+        Ok(_) => true,
+        Err(error) => !matches!(
+            error.raw_os_error(),
+            Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+        ),
+    }
 }
 
 /// A device of the pod that leads out of it.

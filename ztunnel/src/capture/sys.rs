@@ -1,9 +1,9 @@
-//! The few `bpf(2)` commands aya does not offer in the form needed here: links by descriptor, one map update without
-//! allocation, and a file system for pins that nobody else sees.
+//! System calls without a wrapper: the few `bpf(2)` commands aya does not offer in the form needed here (links by
+//! descriptor, one map update without allocation), and mounts that nobody else sees.
 
-#![expect(unsafe_code, reason = "the bpf system call")]
+#![expect(unsafe_code, reason = "system calls without a wrapper")]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -107,6 +107,16 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
 /// Makes a bpf file system that is mounted nowhere. What is pinned below [`inside`] of it lives as long as the
 /// descriptor, so no longer than this process, whatever becomes of that.
 pub(super) fn private_bpffs() -> io::Result<OwnedFd> {
+    private_mount(c"bpf")
+}
+
+/// Makes a proc file system that is mounted nowhere. What it shows of the network is that of the namespace of whoever
+/// looks.
+pub(super) fn private_proc() -> io::Result<OwnedFd> {
+    private_mount(c"proc")
+}
+
+fn private_mount(kind: &CStr) -> io::Result<OwnedFd> {
     const CREATE: libc::c_long = 6;
     const CLOSE_ON_EXEC: libc::c_long = 1;
     let nothing = std::ptr::null::<libc::c_char>();
@@ -116,7 +126,7 @@ pub(super) fn private_bpffs() -> io::Result<OwnedFd> {
         let made = |result: libc::c_long| {
             if result < 0 { Err(io::Error::last_os_error()) } else { Ok(descriptor(result)) }
         };
-        let context = made(libc::syscall(libc::SYS_fsopen, c"bpf".as_ptr(), CLOSE_ON_EXEC))?;
+        let context = made(libc::syscall(libc::SYS_fsopen, kind.as_ptr(), CLOSE_ON_EXEC))?;
         if libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), CREATE, nothing, nothing, 0) < 0 {
             return Err(io::Error::last_os_error());
         }

@@ -11,6 +11,7 @@ pub mod conntrack;
 pub mod copy;
 pub mod netns;
 pub mod origdst;
+pub mod ports;
 pub mod proxy_header;
 pub mod redirected;
 pub mod reserve;

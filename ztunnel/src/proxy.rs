@@ -356,6 +356,7 @@ impl DataPlane {
         let id = netns.id();
         let network = CapturedPod::new(
             netns,
+            pod.addresses.clone(),
             Arc::clone(&self.bypass),
             self.config.keepalive.clone(),
             self.config.hbone.congestion.clone(),

@@ -17,6 +17,7 @@ use ztunnel_ebpf_abi::{
 use crate::maps::{
     ADDRESSES, NODE, POD_IPS, PODS, count, is_link_local, is_loopback, is_served, ownership, set_ownership,
 };
+use crate::ports;
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -27,6 +28,7 @@ const AF_INET6: u16 = 10;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
 const SO_MARK: i32 = 36;
+const EADDRNOTAVAIL: i32 = 99;
 const ECONNREFUSED: i32 = 111;
 /// How deep in the kernel's cgroups a node's own root may be.
 const NODE_DEPTH_MAX: u32 = 8;
@@ -81,15 +83,20 @@ fn connect(ctx: *mut bpf_sock_addr, to: &Address, family: u16) -> i32 {
     let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     // SAFETY: the value is read at once; the daemon replaces entries, it does not write into them.
     match unsafe { PODS.get(&cookie) } {
-        Some(pod) => from_pod(ctx, pod.slot, to),
+        Some(pod) => from_pod(ctx, pod.slot, to, family),
         None => from_elsewhere(ctx, cookie, to, family),
     }
 }
 
 #[inline(always)]
-fn from_pod(ctx: *mut bpf_sock_addr, slot: u32, to: &Address) -> i32 {
+fn from_pod(ctx: *mut bpf_sock_addr, slot: u32, to: &Address, family: u16) -> i32 {
     let own = SlotAddress { slot, address: *to };
     if is_loopback(to) || ADDRESSES.get_ptr(&own).is_some() {
+        if ports::is_met(ctx, to, family == AF_INET) {
+            // SAFETY: the helper takes a number: what the kernel says of a connection that is there already.
+            unsafe { bpf_set_retval(-EADDRNOTAVAIL) };
+            return REFUSE;
+        }
         count(Counter::ConnectLocal);
         return ALLOW;
     }
@@ -151,7 +158,8 @@ fn from_elsewhere(ctx: *mut bpf_sock_addr, cookie: u64, to: &Address, family: u1
     ALLOW
 }
 
-/// Keeps pods off the probe address and lets multipath listeners lose the mark `create` gave them.
+/// Keeps pods off the probe address, lets multipath listeners lose the mark `create` gave them, and applications bind
+/// beside the daemon's connections.
 #[inline(always)]
 fn bind(ctx: *mut bpf_sock_addr, address: &Address) -> i32 {
     if !is_tcp(ctx) {
@@ -166,6 +174,7 @@ fn bind(ctx: *mut bpf_sock_addr, address: &Address) -> i32 {
         if get_mark(ctx, &mut mark) && mark & MARK_MASK == CAPTURE && ownership(sk) == 0 {
             set_mark(ctx, mark & !MARK_MASK);
         }
+        ports::share(ctx);
         return ALLOW;
     }
     let Some(node) = NODE.get(0) else { return ALLOW };

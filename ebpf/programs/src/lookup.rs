@@ -21,6 +21,8 @@ static SLOT: u32 = 0;
 const TCP: u32 = 6;
 const AF_INET: u32 = 2;
 const LOOPBACK_DEVICE: u32 = 1;
+/// There is no packet: a program asks who would be met.
+const NO_DEVICE: u32 = 0;
 
 #[sk_lookup]
 pub fn steer(ctx: SkLookupContext) -> u32 {
@@ -36,6 +38,9 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
     let own_local = ADDRESSES.get_ptr(&SlotAddress { slot, address: local }).is_some();
     // SAFETY: as above.
     let device = unsafe { (&raw const (*lookup).ingress_ifindex).read_volatile() };
+    if device == NO_DEVICE {
+        return SK_PASS;
+    }
     if device == LOOPBACK_DEVICE {
         // To itself, or the daemon's dial to the application.
         if own_local || is_loopback(&local) {

@@ -12,6 +12,7 @@ mod guard;
 mod leave;
 mod lookup;
 mod maps;
+mod ports;
 mod record;
 
 #[panic_handler]

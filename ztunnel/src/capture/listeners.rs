@@ -3,6 +3,9 @@
 //! They take connections only through the lookup program: each is bound to an address that nobody has, so a
 //! packet cannot reach them by address and port, and a dial to a pod's own port 65535 does not end in the
 //! daemon. The port only has to be free of the application's wildcard binds.
+//!
+//! What they accept has the port that was dialled, in the pod's own port space. So that an application can bind that
+//! port meanwhile, these sockets allow their address to be used again (SO_REUSEADDR, which accepted ones inherit).
 
 #![expect(unsafe_code, reason = "socket options without a wrapper")]
 
@@ -55,6 +58,7 @@ fn listen_on(last: u8, port: u16) -> io::Result<TcpListener> {
         Err(error) => return Err(error),
     };
     option(&socket, libc::SOL_IP, libc::IP_TRANSPARENT)?;
+    socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_keepalive(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);

@@ -13,8 +13,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::SockRef;
@@ -24,12 +22,19 @@ use socket2::Type;
 use crate::model::addr::OriginalDst;
 use crate::net::netns::Netns;
 use crate::net::origdst::redirected_dst;
+use crate::net::ports::Fronted;
+use crate::net::ports::Ports;
+use crate::net::ports::Tries;
+use crate::net::socket::Begun;
 use crate::net::socket::Delivery;
 use crate::net::socket::Dial;
 use crate::net::socket::Keepalive;
 use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
+use crate::net::socket::connect_at_once;
+use crate::net::socket::connecting;
 use crate::net::socket::dial;
+use crate::net::socket::insisting;
 use crate::net::socket::set_congestion;
 
 /// Whether applications see the client's own address.
@@ -69,6 +74,8 @@ impl Settings {
             socket.set_mark(self.mark)?;
         }
         socket.set_tcp_nodelay(true)?;
+        // An application that allows it, too, can then bind the port of this one.
+        socket.set_reuse_address(true)?;
         self.keepalive.apply(SockRef::from(socket))
     }
 }
@@ -78,17 +85,27 @@ static HIDDEN: AtomicBool = AtomicBool::new(false);
 
 /// A redirected pod: its sockets live in its network namespace.
 pub struct RedirectedPod {
+    maker: Maker,
+    tunnel_congestion: Option<String>,
+    ports: Arc<Ports>,
+}
+
+/// Makes its sockets.
+#[derive(Clone)]
+struct Maker {
     netns: Arc<Netns>,
     settings: Arc<Settings>,
-    tunnel_congestion: Option<String>,
 }
 
 impl RedirectedPod {
     /// The pod whose namespace is `netns`. Tunnels get `tunnel_congestion`, where it is to differ from the system's.
     pub fn new(netns: Arc<Netns>, settings: Arc<Settings>, tunnel_congestion: Option<String>) -> Self {
-        Self { netns, settings, tunnel_congestion }
+        let ports = Arc::new(Ports::of(&netns));
+        Self { maker: Maker { netns, settings }, tunnel_congestion, ports }
     }
+}
 
+impl Maker {
     fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
         let create = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP));
         let socket = self.netns.run(create)??;
@@ -96,16 +113,18 @@ impl RedirectedPod {
         Ok(socket)
     }
 
-    fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
+    fn delivering(&self, client: IpAddr, to: SocketAddr, tries: &mut Tries) -> io::Result<Socket> {
         let socket = self.leaving(to)?;
         set_congestion(&socket, LOCAL_CONGESTION);
         // A pod that calls itself is its own client.
         if client == to.ip() || self.settings.client_address == ClientAddress::Hidden {
             return Ok(socket);
         }
-        match (assume(&socket, client), self.settings.client_address) {
+        match (assume(&socket, client, tries), self.settings.client_address) {
             (Ok(()), _) => Ok(socket),
             (Err(error), ClientAddress::Required) => Err(error),
+            // All of its ports are in use: another address would not be its own.
+            (Err(error), _) if error.kind() == io::ErrorKind::AddrNotAvailable => Err(error),
             (Err(error), _) => {
                 if !HIDDEN.swap(true, Ordering::Relaxed) {
                     tracing::warn!(%client, %error, "applications do not see their clients' addresses");
@@ -117,8 +136,29 @@ impl RedirectedPod {
     }
 }
 
+/// Deliveries to one application on behalf of one client.
+struct Delivering {
+    maker: Maker,
+    tries: Tries,
+    client: IpAddr,
+    to: SocketAddr,
+}
+
+impl Delivering {
+    /// Begins a connection, from a port that is free.
+    fn dial(&mut self) -> io::Result<Begun> {
+        loop {
+            let socket = self.maker.delivering(self.client, self.to, &mut self.tries)?;
+            match connect_at_once(socket, self.to, &mut Bytes::new()) {
+                Err(error) if self.tries.again(&error) => {}
+                begun => return begun,
+            }
+        }
+    }
+}
+
 /// Makes what `socket` dials come from `client`, whose address nobody here has.
-fn assume(socket: &Socket, client: IpAddr) -> io::Result<()> {
+fn assume(socket: &Socket, client: IpAddr, tries: &mut Tries) -> io::Result<()> {
     if client.is_ipv4() {
         socket.set_ip_transparent_v4(true)?;
         socket.set_freebind_v4(true)?;
@@ -126,9 +166,7 @@ fn assume(socket: &Socket, client: IpAddr) -> io::Result<()> {
         socket.set_ip_transparent_v6(true)?;
         socket.set_freebind_v6(true)?;
     }
-    // The port is chosen at connect, per destination, so that clients do not run out of ports.
-    setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
-    socket.bind(&SocketAddr::new(client, 0).into())
+    tries.bind(socket)
 }
 
 impl PodNetwork for RedirectedPod {
@@ -137,20 +175,33 @@ impl PodNetwork for RedirectedPod {
     }
 
     fn leave(&self, to: SocketAddr) -> Dial {
-        dial(self.leaving(to), to)
+        dial(self.maker.leaving(to), to)
     }
 
     fn tunnel(&self, to: SocketAddr) -> Dial {
-        let socket = self.leaving(to);
+        let socket = self.maker.leaving(to);
         if let (Ok(socket), Some(congestion)) = (&socket, &self.tunnel_congestion) {
             set_congestion(socket, congestion);
         }
         dial(socket, to)
     }
 
+    fn fronted(&self, client: SocketAddr, port: u16) -> Option<Fronted> {
+        Some(self.ports.fronted(client, port))
+    }
+
     /// Nothing is said with the dial: it says itself how it went.
     fn deliver(&self, client: IpAddr, to: SocketAddr, _first: &mut Bytes) -> io::Result<Delivery> {
-        Ok(Delivery::Waiting(dial(self.delivering(client, to), to)))
+        let (maker, tries) = (self.maker.clone(), self.ports.tries(client, to));
+        let bound = client != to.ip() && maker.settings.client_address != ClientAddress::Hidden;
+        let mut delivering = Delivering { maker, tries, client, to };
+        Ok(match delivering.dial()? {
+            Begun::Connected(application) => Delivery::Connected(application),
+            Begun::Waiting(socket) if bound => {
+                Delivery::Waiting(Box::pin(insisting(socket, move || delivering.dial())))
+            }
+            Begun::Waiting(socket) => Delivery::Waiting(Box::pin(connecting(socket))),
+        })
     }
 }
 
@@ -178,7 +229,8 @@ mod tests {
         let local = |client_address| {
             let settings = Arc::new(Settings { client_address, ..Settings::default() });
             let pod = RedirectedPod::new(Arc::new(Netns::current().unwrap()), settings, None);
-            let socket = pod.delivering(client, to).expect("needs CAP_NET_ADMIN");
+            let mut tries = pod.ports.tries(client, to);
+            let socket = pod.maker.delivering(client, to, &mut tries).expect("needs CAP_NET_ADMIN");
             socket.local_addr().unwrap().as_socket().unwrap().ip()
         };
         assert_eq!(local(ClientAddress::Preferred), client);

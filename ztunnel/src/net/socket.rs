@@ -2,6 +2,9 @@
 //!
 //! A delivery does not leave the machine: its handshake is over when `connect` returns, so that what there is to
 //! say can be said at once, and nothing has to be waited for. Its socket is made ahead, with others.
+//!
+//! All of these sockets are in the pod's own port space. They allow their address to be used again, so that they keep
+//! no application that allows it, too, from binding a port (captured pods' applications always do).
 #![expect(unsafe_code, reason = "accept4(2) has no safe wrapper that reports the peer and sets both flags")]
 
 use std::io;
@@ -45,6 +48,9 @@ use crate::model::addr::canonical;
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
 use crate::net::origdst::original_dst;
+use crate::net::ports::Fronted;
+use crate::net::ports::Ports;
+use crate::net::ports::Tries;
 use crate::shutdown;
 
 /// Probes that find dead peers of idle connections.
@@ -232,6 +238,12 @@ pub trait PodNetwork: Send + Sync {
         self.leave(to)
     }
 
+    /// `client` has a plain connection to `port` of the pod, for as long as the answer lives: no delivery is then given
+    /// the same source port. `None` where the kernel sees to that.
+    fn fronted(&self, _client: SocketAddr, _port: u16) -> Option<Fronted> {
+        None
+    }
+
     /// Dials the pod's application, which sees `client` as its peer. What there is to say to it is in `first`: it
     /// may be sent with the dial, and what was sent is taken from the front.
     fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery>;
@@ -254,38 +266,70 @@ pub struct CapturedPod {
     bypass: Arc<dyn Bypass>,
     keepalive: Keepalive,
     tunnel_congestion: Option<String>,
+    addresses: Vec<IpAddr>,
     spares: Arc<Spares>,
+    ports: Arc<Ports>,
 }
 
 impl CapturedPod {
-    /// The pod whose namespace is `netns`; `bypass` lets the daemon's sockets out of it. Tunnels get
-    /// `tunnel_congestion`, where it is to differ from the system's.
+    /// The pod whose namespace is `netns` and which has `addresses`; `bypass` lets the daemon's sockets out of it. Tunnels
+    /// get `tunnel_congestion`, where it is to differ from the system's.
     pub fn new(
         netns: Arc<Netns>,
+        addresses: Vec<IpAddr>,
         bypass: Arc<dyn Bypass>,
         keepalive: Keepalive,
         tunnel_congestion: Option<String>,
     ) -> Self {
         let spares = Arc::new(Spares::new(Arc::clone(&netns)));
-        Self { netns, bypass, keepalive, tunnel_congestion, spares }
+        let ports = Arc::new(Ports::of(&netns));
+        Self { netns, bypass, keepalive, tunnel_congestion, addresses, spares, ports }
     }
 
     fn leaving(&self, to: SocketAddr) -> io::Result<Socket> {
         let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
         socket.set_tcp_nodelay(true)?;
+        socket.set_reuse_address(true)?;
         self.keepalive.apply(SockRef::from(&socket))?;
         socket.set_mark(BYPASS)?;
         self.bypass.vouch(socket.as_fd())?;
         Ok(socket)
     }
 
-    fn delivering(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
-        let socket = self.spares.take(to.is_ipv6())?;
-        // A pod that calls itself is its own client: its address needs no binding.
-        if client != to.ip() {
+    /// A pod that calls itself is its own client: nothing has to be kept from leaving it then. Bound to the loopback
+    /// device such a connection would not be found by its answers, which come, says the kernel, from the device that has
+    /// the address.
+    fn to_itself(&self, client: IpAddr, to: SocketAddr) -> io::Result<Socket> {
+        let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_reuse_address(true)?;
+        set_congestion(&socket, LOCAL_CONGESTION);
+        if client != to.ip() && client.is_ipv4() == to.is_ipv4() {
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(client, 0).into())?;
         }
         Ok(socket)
+    }
+}
+
+/// Deliveries to one application on behalf of one client.
+struct Delivering {
+    spares: Arc<Spares>,
+    tries: Tries,
+    to: SocketAddr,
+}
+
+impl Delivering {
+    /// Connects from a port that is free, and says `first`.
+    fn dial(&mut self, first: &mut Bytes) -> io::Result<Begun> {
+        loop {
+            let socket = self.spares.take(self.to.is_ipv6())?;
+            self.tries.bind(&socket)?;
+            match connect_at_once(socket, self.to, first) {
+                Err(error) if self.tries.again(&error) => {}
+                begun => return begun,
+            }
+        }
     }
 }
 
@@ -306,8 +350,7 @@ fn prepare_delivery(socket: &Socket, ipv6: bool) -> io::Result<()> {
     } else {
         socket.set_ip_transparent_v4(true)?;
     }
-    // The port is chosen at connect, per destination, so that clients do not run out of ports.
-    Ok(setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?)
+    socket.set_reuse_address(true)
 }
 
 /// The most sockets made ahead at once, and so the most that wait.
@@ -413,7 +456,21 @@ impl PodNetwork for CapturedPod {
     }
 
     fn deliver(&self, client: IpAddr, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery> {
-        connect_at_once(self.delivering(client, to)?, to, first)
+        if client == to.ip() || self.addresses.contains(&client) {
+            return Ok(match connect_at_once(self.to_itself(client, to)?, to, first)? {
+                Begun::Connected(application) => Delivery::Connected(application),
+                Begun::Waiting(socket) => Delivery::Waiting(Box::pin(connecting(socket))),
+            });
+        }
+        let mut delivering =
+            Delivering { spares: Arc::clone(&self.spares), tries: self.ports.tries(client, to), to };
+        Ok(match delivering.dial(first)? {
+            Begun::Connected(application) => Delivery::Connected(application),
+            // It has said nothing yet.
+            Begun::Waiting(socket) => {
+                Delivery::Waiting(Box::pin(insisting(socket, move || delivering.dial(&mut Bytes::new()))))
+            }
+        })
     }
 }
 
@@ -421,8 +478,16 @@ pub(super) fn dial(socket: io::Result<Socket>, to: SocketAddr) -> Dial {
     Box::pin(async move { TcpSocket::from_std_stream(socket?.into()).connect(to).await })
 }
 
+/// A connection on this machine that was begun.
+pub(super) enum Begun {
+    /// The application has taken it.
+    Connected(tokio::net::TcpStream),
+    /// It has not yet, and was told nothing.
+    Waiting(Socket),
+}
+
 /// Connects on this machine and says `first`.
-fn connect_at_once(socket: Socket, to: SocketAddr, first: &mut Bytes) -> io::Result<Delivery> {
+pub(super) fn connect_at_once(socket: Socket, to: SocketAddr, first: &mut Bytes) -> io::Result<Begun> {
     let speaks = !first.is_empty();
     if speaks {
         // The last packet of the handshake then waits for `first` to go with, which spares the application a
@@ -450,18 +515,45 @@ fn connect_at_once(socket: Socket, to: SocketAddr, first: &mut Bytes) -> io::Res
         Ok(()) => {}
         Err(error) => match error.raw_os_error() {
             Some(libc::EAGAIN | libc::EALREADY | libc::EINPROGRESS | libc::EINTR) => {
-                return Ok(Delivery::Waiting(Box::pin(connecting(socket))));
+                return Ok(Begun::Waiting(socket));
             }
             // It had taken the connection, and reset it: that is for whoever moves bytes to find.
             Some(libc::ECONNRESET | libc::EPIPE) => {}
             _ => return Err(error),
         },
     }
-    tokio::net::TcpStream::from_std(socket.into()).map(Delivery::Connected)
+    tokio::net::TcpStream::from_std(socket.into()).map(Begun::Connected)
+}
+
+/// An application on this machine answers at once, or its queue is full, or the kernel has taken the first packet for one
+/// of another connection: one that was open before the pod was enrolled, say, or that another daemon has. After so long
+/// it is tried from another port, so many times.
+const INSIST_AFTER: Duration = Duration::from_millis(100);
+const INSIST: usize = 2;
+
+/// Waits for a connection that has begun, and begins it anew if that takes long.
+pub(super) async fn insisting(
+    socket: Socket,
+    mut again: impl FnMut() -> io::Result<Begun>,
+) -> io::Result<tokio::net::TcpStream> {
+    let mut waiting = Box::pin(connecting(socket));
+    for _ in 0..INSIST {
+        if let Ok(connected) = tokio::time::timeout(INSIST_AFTER, &mut waiting).await {
+            return connected;
+        }
+        match again() {
+            Ok(Begun::Connected(application)) => return Ok(application),
+            Ok(Begun::Waiting(socket)) => waiting = Box::pin(connecting(socket)),
+            // There is no other port.
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => break,
+            Err(error) => return Err(error),
+        }
+    }
+    waiting.await
 }
 
 /// Waits for a connection that has begun.
-async fn connecting(socket: Socket) -> io::Result<tokio::net::TcpStream> {
+pub(super) async fn connecting(socket: Socket) -> io::Result<tokio::net::TcpStream> {
     let socket = tokio::net::TcpStream::from_std(socket.into())?;
     socket.writable().await?;
     match socket.take_error()? {
@@ -573,7 +665,7 @@ mod tests {
                 let (listener, to) = listening(8);
                 let mut first = Bytes::from_static(words.as_bytes());
                 let dialled = connect_at_once(tcp_socket(Domain::IPV4).unwrap(), to, &mut first).unwrap();
-                let Delivery::Connected(dialled) = dialled else { return None };
+                let Begun::Connected(dialled) = dialled else { return None };
                 assert!(first.is_empty());
                 // Taken before anything else is done here.
                 let taken = listener.accept();
@@ -604,11 +696,11 @@ mod tests {
         let _queued = TcpStream::connect(to).unwrap();
         let mut first = Bytes::from_static(b"hello");
         let dialled = connect_at_once(tcp_socket(Domain::IPV4).unwrap(), to, &mut first).unwrap();
-        let Delivery::Waiting(dial) = dialled else { panic!("it was taken") };
+        let Begun::Waiting(dial) = dialled else { panic!("it was taken") };
         assert_eq!(first.len(), 5);
         let (_taken, _) = listener.accept().unwrap();
         // The kernel tries again after a second.
-        tokio::time::timeout(Duration::from_secs(60), dial).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(60), connecting(dial)).await.unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -18,6 +18,7 @@ use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::Holders;
 use crate::net::copy::ResetUnlessDone;
+use crate::net::ports::Fronted;
 use crate::net::socket::Delivery;
 use crate::policy::authorize::Denial;
 use crate::policy::authorize::Permit;
@@ -117,6 +118,8 @@ struct Connected {
     relay: copy::Relay<Tally>,
     registered: Registered,
     admitted: Admitted,
+    /// Keeps its source port from deliveries.
+    fronted: Option<Fronted>,
 }
 
 /// Serves one plain connection to `pod`. `counted` lives as long.
@@ -135,7 +138,7 @@ pub(super) async fn serve(
     };
     // What was cut is dropped here, and so reset.
     connected.relay.into_meter().close(ended);
-    drop((connected.registered, connected.admitted, counted));
+    drop((connected.registered, connected.admitted, connected.fronted, counted));
 }
 
 /// Decides and dials. `None` when it came to nothing, which has been told then.
@@ -164,6 +167,7 @@ async fn establish(
     if RESERVED_PORTS.contains(&dst.0.port()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
+    let fronted = pod.network.fronted(client.0, dst.0.port());
     let uid = match pod.workload(&shard.mesh).await {
         Ok(uid) => uid,
         Err(unknown) => return refuse(dst, &unknown),
@@ -198,7 +202,7 @@ async fn establish(
         Ok(application) => {
             let relay =
                 copy::Relay::new(front, ResetUnlessDone::new(application), Holders::One(holder), tally);
-            Some(Connected { relay, registered, admitted })
+            Some(Connected { relay, registered, admitted, fronted })
         }
         Err(error) => {
             tally.close(Err(error));

@@ -171,6 +171,16 @@ fn is_neighbour(asked: &Asked<'_>, to: &Pod) -> Result<(), Far> {
     Ok(())
 }
 
+/// The pod itself, if its connection leads back to it: it has dialled a service, say, that it serves. There is never a
+/// tunnel then, which would be one to itself: nothing is on any wire, nobody has to be believed, and without a mesh the
+/// connection would not leave the pod either. So it is handed over whatever is true of certificates, also while another
+/// daemon takes over, and where pods of one node are to have tunnels between them. Its policies hold.
+fn itself(route: &Route) -> Option<&Arc<Pod>> {
+    let (peer, target) = (route.peer.0, route.target);
+    let here = peer.port() == HBONE_PORT && peer.ip() == target.ip() && route.pod.has(target.ip());
+    here.then_some(&route.pod)
+}
+
 /// Whether two pods' certificates would be accepted in a handshake between them at `now`: both are valid, of one
 /// trust domain, and vouched for by the same roots, to which each is known to lead.
 fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), Far> {
@@ -197,6 +207,9 @@ fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), 
 /// While the authority says nothing at all, neither yes nor no, the mesh alone says who the two pods are: it is the same
 /// that tells whose certificates are to be asked for, and nothing of the connection leaves this process.
 pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
+    if let Some(pod) = itself(route) {
+        return Some(Arc::clone(pod));
+    }
     if !shard.config.near || shard.signal.is_draining() {
         return None;
     }
@@ -434,6 +447,21 @@ mod tests {
         check("a made up source", from("10.0.0.7:4000"), &server, Err(Far::ForeignSource));
         check("the server's own as source", from("10.0.0.2:4000"), &server, Err(Far::ForeignSource));
         check("families", at("[fd00::2]:15008", "[fd00::2]:80"), &server, Err(Far::OtherFamily));
+    }
+
+    #[test]
+    fn what_leads_back_to_the_pod_is_handed_over_to_itself() {
+        let at = |peer: &str, target: &str| {
+            let route =
+                Route { peer: HbonePeer(peer.parse().unwrap()), target: target.parse().unwrap(), ..route() };
+            itself(&route).is_some()
+        };
+        assert!(at("10.0.0.1:15008", "10.0.0.1:80"));
+        assert!(at("[fd00::1]:15008", "[fd00::1]:80"));
+        assert!(!at("10.0.0.2:15008", "10.0.0.2:80"), "another pod");
+        // It is a waypoint or a gateway, which is asked for somebody else.
+        assert!(!at("10.0.0.1:15008", "10.0.0.2:80"));
+        assert!(!at("10.0.0.1:15009", "10.0.0.1:80"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::route::balance::Picked;
 use crate::route::balance::Purpose;
 use crate::route::balance::Request;
 use crate::route::gateway::Gateway;
+use crate::route::gateway::is_before;
 use crate::route::gateway::is_gateway;
 use crate::route::gateway::resolve;
 
@@ -155,7 +156,7 @@ pub enum NoRoute {
 ///
 /// A service's virtual address comes before a workload's own; what neither is passes through untouched. A waypoint in
 /// front of what was dialled gets the connection in its place: that of the service if a virtual address was dialled,
-/// that of the workload if its own was.
+/// that of the workload if its own was. One that dials what it is itself in front of is not sent to itself.
 pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Result<Plan, NoRoute> {
     let wanted = canonical(dst.0);
     if RESERVED_PORTS.contains(&wanted.port()) && is_own(source, wanted.ip()) {
@@ -166,8 +167,10 @@ pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Resu
     }
     if let Some(service) = mesh.service_at(&source.network, wanted.ip(), Some(&source.namespace)) {
         return match balance::front(service, roll) {
-            Front::Waypoint(gateway) => to_waypoint(mesh, source, gateway, wanted, Some(service), roll),
-            Front::Nothing => to_service(mesh, source, service, wanted, roll),
+            Front::Waypoint(gateway) if !is_before(mesh, source, service) => {
+                to_waypoint(mesh, source, gateway, wanted, Some(service), roll)
+            }
+            Front::Waypoint(_) | Front::Nothing => to_service(mesh, source, service, wanted, roll),
             Front::Nobody => Err(NoRoute::NoWaypoint { hostname: Arc::clone(&service.hostname) }),
         };
     }

@@ -214,6 +214,34 @@ fn an_endpoint_in_its_nodes_network_is_reached_through_its_service_only() {
     assert_eq!(outcome(&mesh, "10.0.0.7:80", LOW), "plain 10.0.0.7:80");
 }
 
+#[test]
+fn a_waypoint_goes_on_to_what_it_is_in_front_of_and_not_to_itself() {
+    let gateway = |ip: &str| {
+        Arc::new(GatewayAddress { destination: GatewayDestination::Address(vip(ip)), hbone_port: 15008 })
+    };
+    let guarded = |name: &str, ip: &str, by: &str| {
+        Arc::new(Service { waypoint: Some(gateway(by)), ..service(name, &[ip]) })
+    };
+    let services = [
+        guarded("own", "10.9.0.1", "10.0.0.1"),
+        guarded("itself", "10.9.0.2", "10.0.0.1"),
+        guarded("other", "10.9.0.3", "10.0.0.9"),
+    ];
+    let workloads = [
+        behind(client(), &[("itself", &[])]),
+        behind(workload("in", &["10.0.0.2"], Reach::Hbone), &[("own", &[]), ("other", &[])]),
+        behind(workload("way", &["10.0.0.9"], Reach::Hbone), &[]),
+    ];
+    let mesh = Mesh::new(TrustDomain::default(), workloads, services, []);
+    for (to, expect) in [
+        ("10.9.0.1:80", "hbone 10.0.0.2:15008 10.0.0.2:8080 in of own"),
+        ("10.9.0.2:80", "hbone 10.0.0.1:15008 10.0.0.1:8080 client of itself"),
+        ("10.9.0.3:80", "hbone 10.0.0.9:15008 10.9.0.3:80 way of other"),
+    ] {
+        assert_eq!(outcome(&mesh, to, LOW), expect, "{to}");
+    }
+}
+
 /// In the network `west`: the gateway `gate` (10.0.0.9), `far` without an address here, and the waypoint `way`.
 fn two_networks() -> Mesh {
     let gateway = |ip: &str| {

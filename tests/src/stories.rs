@@ -14,6 +14,7 @@ pub mod probes;
 pub mod repair;
 pub mod restart;
 pub mod scale;
+pub mod sockets;
 pub mod tunnel;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use nix::mount::MsFlags;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -21,6 +22,7 @@ use ztunnel::capture::selftest::self_test;
 use ztunnel::capture::uninstall::uninstall;
 use ztunnel::capture::{Captured, Config, Listeners, Node, PodSpec};
 use ztunnel::model::addr::{PodUid, canonical};
+use ztunnel::net::socket::{CapturedPod, Delivery, Keepalive, PodNetwork as _};
 use ztunnel_ebpf_abi::{BYPASS, Counter, REPLY};
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::raw_netns::{Net, Ns, Pod, run};
@@ -189,6 +191,21 @@ struct Sniffer {
 
 impl Sniffer {
     fn start(net: &Net, pod: &Pod) -> Self {
+        let (v4, v6) = (pod.v4, pod.v6);
+        Self::start_for(net, pod, move |frame| suspicious(frame, v4, v6))
+    }
+
+    /// Watches for any TCP from this port of the pod.
+    fn start_from_port(net: &Net, pod: &Pod, port: u16) -> Self {
+        let (v4, v6) = (pod.v4, pod.v6);
+        Self::start_for(net, pod, move |frame| {
+            let (source, at) = tcp_of(frame)?;
+            let from = u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]);
+            ((source == v4 || source == v6) && from == port).then(|| format!("{source}:{from}"))
+        })
+    }
+
+    fn start_for(net: &Net, pod: &Pod, look: impl Fn(&[u8]) -> Option<String> + Send + 'static) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let socket = net.node.enter(|| {
             let all = Protocol::from(i32::from(0x0003_u16.to_be()));
@@ -198,13 +215,13 @@ impl Sniffer {
         });
         let link = net.node.ip(&format!("-o link show dev {}", pod.veth));
         let index: u32 = link.split(':').next().and_then(|n| n.trim().parse().ok()).expect("index");
-        let (halt, v4, v6) = (Arc::clone(&stop), pod.v4, pod.v6);
+        let halt = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let mut found = Vec::new();
             let mut buffer = vec![0u8; 65536];
             loop {
                 match receive(&socket, &mut buffer) {
-                    Some((n, from)) if from == index => found.extend(suspicious(&buffer[..n], v4, v6)),
+                    Some((n, from)) if from == index => found.extend(look(&buffer[..n])),
                     Some(_) => {}
                     // What was there when it was told to end has been looked at.
                     None if halt.load(Ordering::Relaxed) => return found,
@@ -248,21 +265,26 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> Option<(usize, u32)> {
 
 /// A TCP packet from the pod that has SYN without ACK, or the secret in it.
 fn suspicious(frame: &[u8], v4: IpAddr, v6: IpAddr) -> Option<String> {
-    let (source, at): (IpAddr, usize) = match *frame.get(12..14)? {
-        [0x08, 0x00] if frame.get(23) == Some(&6) => {
-            let octets: [u8; 4] = frame.get(26..30)?.try_into().ok()?;
-            (octets.into(), 14 + usize::from(frame[14] & 15) * 4)
-        }
-        [0x86, 0xdd] if frame.get(20) == Some(&6) => {
-            let octets: [u8; 16] = frame.get(22..38)?.try_into().ok()?;
-            (octets.into(), 54)
-        }
-        _ => return None,
-    };
+    let (source, at) = tcp_of(frame)?;
     let flags = *frame.get(at + 13)?;
     let secret = frame.windows(SECRET.len()).any(|window| window == SECRET);
     let ours = source == v4 || source == v6;
     (ours && (flags & 0x12 == 0x02 || secret)).then(|| format!("{source} flags {flags:#x} secret {secret}"))
+}
+
+/// Where a TCP packet comes from, and where in the frame its header begins.
+fn tcp_of(frame: &[u8]) -> Option<(IpAddr, usize)> {
+    match *frame.get(12..14)? {
+        [0x08, 0x00] if frame.get(23) == Some(&6) => {
+            let octets: [u8; 4] = frame.get(26..30)?.try_into().ok()?;
+            Some((octets.into(), 14 + usize::from(frame[14] & 15) * 4))
+        }
+        [0x86, 0xdd] if frame.get(20) == Some(&6) => {
+            let octets: [u8; 16] = frame.get(22..38)?.try_into().ok()?;
+            Some((octets.into(), 54))
+        }
+        _ => None,
+    }
 }
 
 /// One enrolled pod (10.99.0.2), one that is not (10.99.0.3).
@@ -322,11 +344,18 @@ impl Drop for World {
         assert!(!self.net.pins.exists(), "the pin directory is left");
         let rules = self.enrolled.ns.ip("rule") + &self.enrolled.ns.ip("-6 rule");
         assert!(!rules.contains("0x53"), "rules are left: {rules}");
-        let accept = self.enrolled.ns.sh("cat /proc/sys/net/ipv4/tcp_fwmark_accept");
-        assert_eq!(accept.trim(), "0", "tcp_fwmark_accept is left");
+        assert_eq!(settings(&self.enrolled), [0, 0, 0], "a setting is left");
         let addresses = self.net.node.ip("addr show dev lo");
         assert!(!addresses.contains("7.127") && !addresses.contains("7127"), "{addresses}");
     }
+}
+
+/// The settings of a pod that capture changes.
+fn settings(pod: &Pod) -> [u32; 3] {
+    ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"].map(|name| {
+        let text = pod.ns.sh(&format!("cat /proc/sys/net/{name}"));
+        text.trim().parse().unwrap_or_else(|_| panic!("{name}: {text}"))
+    })
 }
 
 /// Waits until something was counted at all.
@@ -396,6 +425,14 @@ fn the_daemon_dials_the_application_as_the_client() {
 }
 
 fn transparent_dial(client: IpAddr, to: SocketAddr) -> TcpStream {
+    try_transparent_dial(client, to).expect("reaches the application")
+}
+
+fn try_transparent_dial(client: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    transparent_dial_from(at(client, 0), to)
+}
+
+fn transparent_dial_from(client: SocketAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("socket");
     socket.bind_device(Some(b"lo")).expect("device");
     let (level, name) = if to.is_ipv4() {
@@ -406,9 +443,216 @@ fn transparent_dial(client: IpAddr, to: SocketAddr) -> TcpStream {
     set(&socket, level, name);
     set(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT);
     socket.set_mark(REPLY).expect("mark");
-    socket.bind(&at(client, 0).into()).expect("binds the client's address");
-    socket.connect_timeout(&to.into(), CONNECTED_WITHIN).expect("reaches the application");
-    socket.into()
+    socket.bind(&client.into()).expect("binds the client's address");
+    socket.connect_timeout(&to.into(), CONNECTED_WITHIN)?;
+    Ok(socket.into())
+}
+
+#[test]
+fn a_delivery_is_not_made_from_a_port_at_which_its_client_has_a_connection_open() {
+    let world = World::new();
+    let _seen = application(&world.enrolled, 8080);
+    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+        let front = world.plain.ns.enter(|| {
+            let socket = Socket::new(Domain::for_address(at(own, 8080)), Type::STREAM, None).expect("socket");
+            socket.bind(&at(client, 61_500).into()).expect("binds");
+            socket.connect_timeout(&at(own, 8080).into(), CONNECTED_WITHIN).expect("connects");
+            TcpStream::from(socket)
+        });
+        assert_eq!(greeting(&front), "inbound");
+        let dial = |port| world.enrolled.ns.enter(|| transparent_dial_from(at(client, port), at(own, 8080)));
+        let met = dial(61_500).expect_err("its end would be the client's");
+        assert_eq!(met.kind(), ErrorKind::AddrNotAvailable);
+        echo(&front, b"still there").expect("echoes");
+        let other = dial(61_501).expect("connects");
+        assert_eq!(greeting(&other), "app");
+        // What is over is in nobody's way.
+        drop((front, other));
+        let free = eventually(PATIENCE, || Ok(dial(61_500)?)).expect("connects");
+        assert_eq!(greeting(&free), "app");
+    }
+}
+
+#[test]
+fn where_nobody_listens_the_daemon_is_refused_at_once_and_nothing_leaves_the_pod() {
+    let world = World::new();
+    assert_eq!(settings(&world.enrolled), [1, 1, 1]);
+    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+        let sniffer = Sniffer::start_from_port(&world.net, &world.enrolled, 7001);
+        let begun = Instant::now();
+        let refused = world.enrolled.ns.enter(|| try_transparent_dial(client, at(own, 7001)));
+        assert_eq!(refused.expect_err("nobody listens").kind(), ErrorKind::ConnectionRefused);
+        // The kernel tries again after a second.
+        assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+        sniffer.nothing_seen();
+    }
+}
+
+#[test]
+fn a_connection_that_an_application_does_not_know_any_more_is_reset_at_once() {
+    let world = World::new();
+    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+        let listener = world.enrolled.ns.enter(|| TcpListener::bind(at(own, 7002)).expect("binds"));
+        let mut stream = world.enrolled.ns.enter(|| transparent_dial(client, at(own, 7002)));
+        let (accepted, _) = listener.accept().expect("accepts");
+        let sniffer = Sniffer::start_from_port(&world.net, &world.enrolled, 7002);
+        // Closed in this state it is gone without a word.
+        set(&accepted.into(), libc::SOL_TCP, libc::TCP_REPAIR);
+        stream.set_read_timeout(Some(Duration::from_millis(900))).expect("timeout");
+        stream.write_all(b"hello").expect("it does not know yet");
+        let reset = stream.read(&mut [0]).expect_err("there is nobody");
+        assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
+        sniffer.nothing_seen();
+    }
+}
+
+#[test]
+fn what_the_settings_of_a_pod_were_is_restored_also_after_a_daemon_that_knew_less_of_them() {
+    let mut world = World::new();
+    world.node.withdraw(&world.uid()).expect("withdraws");
+    world.node.forget(&world.uid()).expect("forgets");
+    for before in [[0, 1, 0], [1, 0, 1], [0, 0, 0]] {
+        let [accept, v4, v6] = before;
+        world.enrolled.ns.sh(&format!(
+            "sysctl -qw net.ipv4.tcp_fwmark_accept={accept} net.ipv4.fwmark_reflect={v4} net.ipv6.fwmark_reflect={v6}"
+        ));
+        let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
+        world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
+        assert_eq!(settings(&world.enrolled), [1, 1, 1]);
+        // Another daemon takes over, which finds them as this one has set them.
+        let mut next = Node::open(config(&world.net)).expect("opens");
+        next.bind(&spec(&world.enrolled)).expect("binds");
+        next.withdraw(&world.uid()).expect("withdraws");
+        assert_eq!(settings(&world.enrolled), [1, 1, 1], "open connections go on");
+        next.forget(&world.uid()).expect("forgets");
+        assert_eq!(settings(&world.enrolled), before);
+        world.node = next;
+    }
+}
+
+/// What an application that is told nothing of the mesh does: no option is set.
+#[test]
+fn an_application_binds_a_port_that_captured_connections_were_dialled_at() {
+    let world = World::new();
+    for plain in ["PLAIN4", "PLAIN6"] {
+        for reuse in ["", "SO_REUSEADDR", "SO_REUSEPORT"] {
+            let said = world.python(&format!(
+                "
+def listen(port, address='::', reuse='{reuse}'):
+    s = socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET)
+    if reuse: s.setsockopt(socket.SOL_SOCKET, getattr(socket, reuse), 1)
+    s.bind((address, port))
+    s.listen()
+    return s
+held = [socket.create_connection(({plain}, 5432)) for _ in range(3)]
+for address in ['::', '0.0.0.0']:
+    server = listen(5432, address)
+    client = socket.create_connection(('::1' if address == '::' else '127.0.0.1', 5432))
+    accepted, _ = server.accept()
+    # It restarts, which a plain server can while nothing of its own is left.
+    client.close(); accepted.close(); server.close()
+for c in held:
+    c.sendall(b'x')
+    while c.recv(1) != b'x': pass
+print('fine')
+"
+            ));
+            assert_eq!(said.trim(), "fine", "{plain} {reuse}");
+        }
+    }
+}
+
+#[test]
+fn two_applications_do_not_listen_on_one_port() {
+    let world = World::new();
+    let said = world.python(
+        "
+import errno
+def bound(address='0.0.0.0'):
+    s = socket.socket()
+    s.bind((address, 5433))
+    return s
+def fails(f):
+    try: f()
+    except OSError as e: assert e.errno == errno.EADDRINUSE, e
+    else: assert False, 'it may'
+held = socket.create_connection((PLAIN4, 5433))
+first = bound()
+first.listen()
+for address in ['0.0.0.0', '127.0.0.1']:
+    fails(lambda: bound(address))
+first.close()
+# Bound and not yet listening: here the second is told when it listens.
+first, second = bound(), bound()
+first.listen()
+fails(second.listen)
+print('fine')
+",
+    );
+    assert_eq!(said.trim(), "fine");
+}
+
+#[test]
+fn an_application_binds_the_source_port_of_a_delivery_or_of_a_tunnel() {
+    let world = World::new();
+    let _seen = application(&world.enrolled, 8080);
+    let _far = application(&world.plain, 9090);
+    let netns = Arc::clone(&world.captured.as_ref().expect("captured").netns);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let pod = CapturedPod::new(
+        netns,
+        vec![world.enrolled.v4, world.enrolled.v6],
+        world.node.vouch(),
+        Keepalive::default(),
+        None,
+    );
+    runtime.block_on(async {
+        for (plain, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+            let delivered = match pod.deliver(plain, at(own, 8080), &mut bytes::Bytes::new()) {
+                Ok(Delivery::Connected(stream)) => stream,
+                Ok(Delivery::Waiting(dial)) => dial.await.expect("reaches the application"),
+                Err(error) => panic!("{error}"),
+            };
+            assert_eq!(delivered.local_addr().expect("has one").ip(), plain);
+            let tunnel = pod.tunnel(at(plain, 9090)).await.expect("leaves the pod");
+            for ours in [delivered, tunnel] {
+                let port = ours.local_addr().expect("has one").port();
+                let address = if own.is_ipv4() { "0.0.0.0" } else { "::" };
+                let said = world.python(&format!(
+                    "s = socket.socket(socket.AF_INET6 if ':' in '{address}' else socket.AF_INET)
+s.bind(('{address}', {port})); s.listen(); print('fine')"
+                ));
+                assert_eq!(said.trim(), "fine", "{ours:?}");
+            }
+        }
+    });
+}
+
+/// As in a container, where settings can be read and not written.
+#[test]
+fn a_pod_is_captured_and_let_go_where_settings_are_mounted_for_reading_only() {
+    let mut world = World::new();
+    world.node.withdraw(&world.uid()).expect("withdraws");
+    world.node.forget(&world.uid()).expect("forgets");
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+            let none = None::<&str>;
+            let mount = |from, kind| nix::mount::mount(from, "/proc/sys", none, kind, none).expect("mounts");
+            nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private");
+            mount(Some("/proc/sys"), MsFlags::MS_BIND);
+            mount(none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+            let written = std::fs::write("/proc/sys/net/ipv4/tcp_fwmark_accept", "0");
+            assert_eq!(written.expect_err("for reading only").raw_os_error(), Some(libc::EROFS));
+            let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
+            world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
+            assert_eq!(settings(&world.enrolled), [1, 1, 1]);
+            world.node.withdraw(&spec(&world.enrolled).uid).expect("withdraws");
+            world.node.forget(&spec(&world.enrolled).uid).expect("forgets");
+            assert_eq!(settings(&world.enrolled), [0, 0, 0]);
+        });
+        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
 }
 
 #[expect(unsafe_code, reason = "socket options without a wrapper")]
@@ -841,7 +1085,7 @@ fn what_others_break_stays_closed_and_is_repaired() {
     let to = at(world.plain.v4, 9090);
     assert_eq!(world.node.reconcile(), vec![], "nothing to repair at first");
     let pins = world.net.pins.join("v1");
-    let attacks: [(&str, Attack, &str); 7] = [
+    let attacks: [(&str, Attack, &str); 9] = [
         (
             "rules flushed",
             Box::new(|w| drop(w.enrolled.ns.sh("ip rule flush; ip rule add pref 32766 lookup main"))),
@@ -863,6 +1107,16 @@ fn what_others_break_stays_closed_and_is_repaired() {
             "sysctl reset",
             Box::new(|w| drop(w.enrolled.ns.sh("sysctl -qw net.ipv4.tcp_fwmark_accept=0"))),
             "tcp_fwmark_accept",
+        ),
+        (
+            "refusals unmarked",
+            Box::new(|w| drop(w.enrolled.ns.sh("sysctl -qw net.ipv4.fwmark_reflect=0"))),
+            "the fwmark_reflect",
+        ),
+        (
+            "IPv6 refusals unmarked",
+            Box::new(|w| drop(w.enrolled.ns.sh("sysctl -qw net.ipv6.fwmark_reflect=0"))),
+            "the IPv6 fwmark_reflect",
         ),
         (
             "pins removed",

@@ -15,7 +15,7 @@ use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::poll::{PATIENCE, eventually, throughout};
 use ztunnel_tests::redirect::{self, Backend, PROBES};
 use ztunnel_tests::stories::outage::{self, nothing_in_clear};
-use ztunnel_tests::stories::{Story, near, policy, restart, tunnel};
+use ztunnel_tests::stories::{Story, near, policy, restart, sockets, tunnel};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
 
@@ -139,6 +139,14 @@ fn pods_of_two_nodes_talk_through_rules_of_legacy_iptables() {
 #[test]
 fn pods_of_two_nodes_talk_through_rules_of_nftables() {
     in_redirected("nftables", &BOTH, Backend::Nft, everything);
+}
+
+/// What the daemon's own sockets in a pod change for those who use its network.
+#[test]
+fn sockets_of_the_daemon_are_in_nobodys_way() {
+    const STORIES: [Story; 4] =
+        [sockets::CLOSED_PORT, sockets::FEW_SOURCE_PORTS, sockets::MANY_CONNECTIONS, sockets::ITSELF];
+    in_redirected("sockets", &BOTH, Backend::IptablesNft, |world| tell(world, &STORIES));
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod common;
 
 use common::tell;
 use ztunnel_tests::stories::{
-    basics, closed, cost, enrolment, near, outage, policy, probes, repair, restart, scale, tunnel,
+    basics, closed, cost, enrolment, near, outage, policy, probes, repair, restart, scale, sockets, tunnel,
 };
 
 macro_rules! stories {
@@ -43,5 +43,9 @@ stories! {
     a_new_connection_costs_a_bounded_number_of_system_calls => cost::NEW_CONNECTIONS;
     a_request_costs_six_system_calls => cost::REQUESTS;
     a_megabyte_costs_few_system_calls => cost::BULK;
+    a_closed_port_is_refused_at_once => sockets::CLOSED_PORT;
+    a_client_uses_all_of_its_few_source_ports => sockets::FEW_SOURCE_PORTS;
+    a_client_holds_thousands_of_connections => sockets::MANY_CONNECTIONS;
+    a_pod_is_a_client_of_itself => sockets::ITSELF;
     two_hundred_pods_on_one_node => scale::TWO_HUNDRED_PODS;
 }

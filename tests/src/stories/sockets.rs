@@ -1,0 +1,221 @@
+//! What the daemon's own sockets in a pod change for those who use its network: nothing.
+
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Story;
+use super::basics::cluster_ips;
+use crate::binaries;
+use crate::netns::Netns;
+use crate::poll::PATIENCE;
+use crate::process::Log;
+use crate::topology::{Pod, in_url};
+use crate::wire::Watch;
+use crate::world::{HTTP, On, curl, lines_at};
+
+/// A port on which nobody listens.
+const CLOSED: u16 = 7009;
+/// The kernel repeats what is not answered after a second.
+const AT_ONCE: Duration = Duration::from_millis(900);
+
+/// A server that is not there.
+pub const CLOSED_PORT: Story = Story {
+    name: "a port on which nobody listens is refused at once, and nothing of the refusal leaves the pod but by the mesh",
+    tell: |world| {
+        let mut evidence = Vec::new();
+        for (how, from, to) in [
+            ("by tunnel", &world.client, &world.server),
+            ("on one node", &world.client, &world.near),
+            ("plain", &world.outsider, &world.server),
+            ("plain, on one node", &world.outsider, &world.near),
+        ] {
+            let watch = Watch::start(
+                &to.place,
+                "eth0",
+                &format!("closed-{}-{}", from.name, to.name),
+                &format!("tcp port {CLOSED}"),
+            )?;
+            let mut took = Duration::ZERO;
+            for address in to.addresses() {
+                let elapsed = turned_away(&from.place.netns, SocketAddr::new(address, CLOSED))
+                    .with_context(|| format!("{how}, {address}"))?;
+                took = took.max(elapsed);
+            }
+            // Between a client that has dialled and the pod there may be packets if there is no tunnel, and no others.
+            let seen = watch.finish()?.segments;
+            let dialled: Vec<_> = seen.iter().filter(|it| it.opens).map(|it| it.from).collect();
+            let foreign = seen.iter().find(|it| !dialled.contains(&it.from) && !dialled.contains(&it.to));
+            ensure!(foreign.is_none(), "{how}: on the pod's device: {foreign:?}");
+            ensure!(how.starts_with("plain") || seen.is_empty(), "{how}: in clear: {:?}", seen[0]);
+            evidence.push(format!("{how}: {} ms", took.as_millis()));
+        }
+        Ok(evidence.join(", "))
+    },
+};
+
+/// Dials, and returns how long it took to be turned away. A machine that stands still for as long as
+/// the kernel waits does not do so twice.
+fn turned_away(netns: &Netns, to: SocketAddr) -> Result<Duration> {
+    let attempt = || {
+        netns.enter(|| {
+            let begun = Instant::now();
+            let mut stream = match TcpStream::connect_timeout(&to, PATIENCE) {
+                Ok(stream) => stream,
+                // It may be turned away while it is still being told that it was taken.
+                Err(error) if is_refusal(&error) => return Ok(begun.elapsed()),
+                Err(error) => return Err(error).context("cannot connect"),
+            };
+            stream.set_read_timeout(Some(PATIENCE))?;
+            match stream.read(&mut [0]) {
+                Ok(0) => {}
+                Ok(_) => bail!("somebody answered"),
+                Err(error) if is_refusal(&error) => {}
+                Err(error) => return Err(error).context("it was left waiting"),
+            }
+            Ok(begun.elapsed())
+        })
+    };
+    let first = attempt()?;
+    let took = if first < AT_ONCE { first } else { attempt()? };
+    ensure!(took < AT_ONCE, "it took {took:?}, twice");
+    Ok(took)
+}
+
+fn is_refusal(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
+}
+
+/// Of 32 ports that clients and servers choose from, this many are held open at once.
+const FEW_PORTS: (u16, u16, usize) = (40_000, 40_031, 32);
+
+/// Clients that have few ports to choose from.
+pub const FEW_SOURCE_PORTS: Story = Story {
+    name: "a client without a mesh opens as many connections to a pod as it has source ports, and all work",
+    tell: |world| {
+        let (low, high, count) = FEW_PORTS;
+        let narrowed = [&world.outsider, &world.server];
+        let set = |range: &str| -> Result<Vec<String>> {
+            let each = narrowed.iter().map(|pod| {
+                let netns = &pod.place.netns;
+                let before = netns.sysctl("ipv4/ip_local_port_range")?;
+                netns.set_sysctl("ipv4/ip_local_port_range", range)?;
+                Ok(before)
+            });
+            each.collect()
+        };
+        let before = set(&format!("{low} {high}"))?;
+        let opened = world.server.addresses().into_iter().map(|address| {
+            hold(&world.outsider, lines_at(address), count).with_context(|| format!("to {address}"))
+        });
+        let opened = opened.collect::<Result<Vec<_>>>();
+        set(&before[0])?;
+        let slowest = opened?.into_iter().max().unwrap_or_default();
+        Ok(format!("{count} connections of each family; the slowest took {} ms", slowest.as_millis()))
+    },
+};
+
+/// Opens connections and uses each; then uses each once more. Returns how long the slowest took to open.
+fn hold(from: &Pod, to: SocketAddr, count: usize) -> Result<Duration> {
+    let own: IpAddr = if to.is_ipv4() { from.v4.into() } else { from.v6.into() };
+    from.place.netns.enter(|| {
+        let (mut held, mut slowest) = (Vec::new(), Duration::ZERO);
+        for number in 0..count {
+            let begun = Instant::now();
+            let open = || -> Result<BufReader<TcpStream>> {
+                let stream = TcpStream::connect_timeout(&to, PATIENCE).context("cannot connect")?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                let mut stream = BufReader::new(stream);
+                exchange(&mut stream, own, "first")?;
+                Ok(stream)
+            };
+            held.push(open().with_context(|| format!("connection {number} of {count}"))?);
+            slowest = slowest.max(begun.elapsed());
+        }
+        for (number, stream) in held.iter_mut().enumerate() {
+            exchange(stream, own, "again").with_context(|| format!("connection {number}, later"))?;
+        }
+        Ok(slowest)
+    })
+}
+
+fn exchange(stream: &mut BufReader<TcpStream>, own: IpAddr, word: &str) -> Result<()> {
+    stream.get_mut().write_all(format!("{word}\n").as_bytes())?;
+    let mut answer = String::new();
+    stream.read_line(&mut answer).context("no answer")?;
+    ensure!(answer == format!("{own} {word}\n"), "the answer is {answer:?}");
+    Ok(())
+}
+
+/// Of the ports that a client chooses first there are 14,114.
+const CROWD: usize = 5000;
+
+/// A client with very many connections.
+pub const MANY_CONNECTIONS: Story = Story {
+    name: "a client without a mesh holds thousands of connections to one pod",
+    tell: |world| {
+        let mut command = world.outsider.place.command(binaries::peer()?)?;
+        let to = SocketAddr::new(world.server.v4.into(), HTTP);
+        command.args(["crowd", &to.to_string(), "/", &CROWD.to_string()]);
+        let log = Log::at(world.outsider.place.logs.join("crowd.log"));
+        let mark = log.mark();
+        let begun = Instant::now();
+        let mut crowd = world.outsider.place.start_with("crowd", command, Stdio::piped())?;
+        let limit = 10 * PATIENCE;
+        crate::poll::eventually(limit, || {
+            let said = log.since(mark);
+            if !said.contains("open") {
+                crowd.must_run().with_context(|| said.clone())?;
+            }
+            ensure!(said.contains("open"), "{CROWD} connections are not open after {limit:?}: {said}");
+            Ok(())
+        })?;
+        let took = begun.elapsed();
+        crowd.close_stdin();
+        crowd.wait(PATIENCE)?;
+        Ok(format!("{CROWD} connections, opened in {} ms, each with a request", took.as_millis()))
+    },
+};
+
+/// A pod that is a client of its own service.
+pub const ITSELF: Story = Story {
+    name: "a pod that dials a service which it serves itself is connected to itself, and nothing leaves it",
+    tell: |world| {
+        let mut evidence = Vec::new();
+        for encrypted in [false, true] {
+            if encrypted {
+                let mut setting = world.setting(On::B).clone();
+                setting.further.push("--encrypt-same-node".to_owned());
+                let mut next = setting.start()?;
+                next.wait_ready()?;
+                let mut first = world.replace_daemon(On::B, next).context("no first daemon")?;
+                first.ended().context("the first daemon was to drain")?;
+            }
+            let watch = Watch::start(&world.server.place, "eth0", &format!("itself-{encrypted}"), "tcp")?;
+            for cluster_ip in cluster_ips()? {
+                let own: IpAddr =
+                    if cluster_ip.is_ipv4() { world.server.v4.into() } else { world.server.v6.into() };
+                for _ in 0..3 {
+                    let answer = curl(&world.server.place, &[&format!("http://{}/", in_url(cluster_ip))])
+                        .with_context(|| format!("itself by {cluster_ip}, encrypted: {encrypted}"))?;
+                    let expected = format!("pod=server client={own} ");
+                    ensure!(answer.body.contains(&expected), "{}", answer.body);
+                    ensure!(answer.remote == cluster_ip.to_string(), "{answer:?}");
+                }
+                curl(&world.server.place, &[&format!("http://{}:{HTTP}/", in_url(own))])
+                    .with_context(|| format!("itself by {own}"))?;
+                evidence.push(cluster_ip.to_string());
+            }
+            let seen = watch.finish()?.segments;
+            let own = |at: SocketAddr| world.server.addresses().contains(&at.ip());
+            let service = |at: SocketAddr| cluster_ips().is_ok_and(|all| all.contains(&at.ip()));
+            let left =
+                seen.iter().find(|it| (own(it.from) && own(it.to)) || service(it.from) || service(it.to));
+            ensure!(left.is_none(), "on the pod's device: {left:?}");
+        }
+        Ok(format!("answered at {}", evidence.join(", ")))
+    },
+};

@@ -224,7 +224,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     let socket = run_dir.join(CONTROL_SOCKET);
     let inherited = certificates::inherited(&socket, config.cert_cache.as_deref()).await;
     let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
-    certificates::look_after(&config, &identities, &ready, &signal);
+    ready.certificates(identities.clone());
     let left = identities.clone();
     let (writer, reader) = mesh::mesh();
     let pods_pending = ready.block("workload proxy manager");
@@ -278,8 +278,9 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         version: version::version("unknown"),
     };
     let console = Console::new(sources, levels, telemetry.clone(), quit, reloader);
-    let admin = match ports.serve(&telemetry, &ready, console, signal.clone()) {
-        Ok(admin) => admin,
+    let serve_admin = |ports: Ports| ports.serve(&telemetry, &ready, console.clone(), signal.clone());
+    let mut admin = match serve_admin(ports) {
+        Ok(admin) => Some(admin),
         Err(error) => {
             before.restore_from(&mut control, &kernel, predecessor.is_some()).await;
             return Err(error);
@@ -289,14 +290,18 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let legacy = Box::new(move || inheritance::encode(&left.usable()));
-    let successors = match Successors::listen(&socket, legacy) {
+    let listen = || {
+        let left = left.clone();
+        Successors::listen(&socket, Box::new(move || inheritance::encode(&left.usable())))
+    };
+    let mut successors = match listen() {
         Ok(successors) => successors,
         Err(source) => {
             before.restore_from(&mut control, &kernel, false).await;
             return Err(RunError::Path { what: "the control socket", path: socket, source });
         }
     };
+    let mut kept = Some(certificates::keep(&config, &left));
     control.own(departing.is_some()).await;
     control.serving(started);
 
@@ -304,109 +309,157 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
     let mut descriptors = Descriptors::new(&ready);
-    let end = loop {
-        tokio::select! {
-            next = changes.next() => match next {
-                Some(Next::Apply(loaded)) => control.apply(*loaded).await,
-                Some(Next::Confirmed) => control.confirm().await,
-                None => break End::Signal,
-            },
-            event = control.next() => control.step(event).await,
-            _ = reconcile.tick() => match kernel.reconcile().await {
-                Reconciled::Repaired { repairs, lost } => {
-                    housekeeping.look(RECONCILE_EVERY);
-                    control.reconciled(repairs, lost).await;
-                    descriptors.look();
+    // Connections that go on after a hand-over are served until this daemon's own end; and if the daemon that took over
+    // dies before, so is everything else again.
+    let (mut told, mut until, mut held) = (false, None, Vec::new());
+    loop {
+        let end = loop {
+            tokio::select! {
+                next = changes.next() => match next {
+                    Some(Next::Apply(loaded)) => control.apply(*loaded).await,
+                    Some(Next::Confirmed) => control.confirm().await,
+                    None => break End::Signal,
+                },
+                event = control.next() => control.step(event).await,
+                _ = reconcile.tick() => match kernel.reconcile().await {
+                    Reconciled::Repaired { repairs, lost } => {
+                        housekeeping.look(RECONCILE_EVERY);
+                        control.reconciled(repairs, lost).await;
+                        descriptors.look();
+                    }
+                    Reconciled::Superseded => break End::Superseded,
+                },
+                () = announcements.next() => match kernel.reconcile_announced().await {
+                    (Reconciled::Repaired { repairs, lost }, again) => {
+                        announcements.answered(again);
+                        control.reconciled(repairs, lost).await;
+                    }
+                    (Reconciled::Superseded, _) => break End::Superseded,
+                },
+                () = gone(&mut departing) => {
+                    departing = None;
+                    control.sweep().await;
                 }
-                Reconciled::Superseded => break End::Superseded,
-            },
-            () = announcements.next() => match kernel.reconcile_announced().await {
-                (Reconciled::Repaired { repairs, lost }, again) => {
-                    announcements.answered(again);
-                    control.reconciled(repairs, lost).await;
-                }
-                (Reconciled::Superseded, _) => break End::Superseded,
-            },
-            () = gone(&mut departing) => {
-                departing = None;
-                control.sweep().await;
-            }
-            mut claim = successors.next() => {
-                kernel.yield_node().await;
-                match claimed(&mut claim, &mut control, &mut changes, &mut signals).await {
-                    Outcome::Done => break End::HandedOver(claim),
-                    // Another successor has come and gone by since then, or rather has stayed.
-                    Outcome::Abandoned if !successors.is_current() => break End::Superseded,
-                    Outcome::Abandoned => {
-                        tracing::warn!("the daemon that was taking over is gone; this one goes on");
-                        // It must not be told that all is well should it wake up.
-                        drop(claim);
-                        if let Err(error) = kernel.reclaim().await {
-                            tracing::error!(%error, "some pods could not be taken back, trying again");
+                mut claim = successors.next() => {
+                    kernel.yield_node().await;
+                    match claimed(&mut claim, &mut control, &mut changes, &mut signals).await {
+                        Outcome::Done => break End::HandedOver(claim),
+                        // Another successor has come and gone by since then, or rather has stayed.
+                        Outcome::Abandoned if !successors.is_current() => break End::Superseded,
+                        Outcome::Abandoned => {
+                            tracing::warn!("the daemon that was taking over is gone; this one goes on");
+                            // It must not be told that all is well should it wake up.
+                            drop(claim);
+                            if let Err(error) = kernel.reclaim().await {
+                                tracing::error!(%error, "some pods could not be taken back, trying again");
+                            }
                         }
                     }
                 }
+                () = signals.next() => break End::Signal,
+                () = at(until) => break End::Signal,
             }
-            () = signals.next() => break End::Signal,
-        }
-    };
-    drop(admin);
-    let mut told = matches!(end, End::Signal);
-    let closed = told;
-    // Held to the end of the process: see `Claim::bye`.
-    let mut held = None;
-    match end {
-        End::Signal => {
-            tracing::info!("stopping: captured pods are closed until a daemon is back");
-            kernel.close().await;
-        }
-        End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
-        End::HandedOver(mut claim) => {
-            tracing::info!("stopping: the node is handed over");
-            claim.bye().await;
-            held = Some(claim);
-        }
-    }
-    // The data plane has its own hold on the listeners, and lets go of them after its linger.
-    kernel.end().await;
-    trigger.drain();
-    match closed {
-        // Nobody comes any more: what is queued is taken, and that is all.
-        true => data_plane.hand_over_sockets(),
-        false => data_plane.stop_accepting(),
-    }
-    let deadline = tokio::time::sleep(config.drain_deadline);
-    tokio::pin!(deadline);
-    loop {
-        tokio::select! {
-            () = data_plane.drained() => break,
-            () = &mut deadline => {
-                tracing::warn!(open = data_plane.live().connections, "the drain deadline has passed; closing what is open");
-                break;
+        };
+        drop(admin.take());
+        drop(kept.take());
+        let (mut claim, closed) = (None, matches!(end, End::Signal));
+        match end {
+            End::Signal => {
+                told = true;
+                tracing::info!("stopping: captured pods are closed until a daemon is back");
+                if let Some(departing) = &mut departing {
+                    departing.leave().await;
+                }
+                kernel.close().await;
             }
-            // Whoever is still connected stays under the newest policy.
-            next = changes.next() => if let Some(Next::Apply(loaded)) = next { control.publish(*loaded) },
-            // A daemon that starts now learns that this one still has connections.
-            mut claim = successors.next() => {
-                shutdown::spawn(async move {
-                    if claim.outcome(&[]).await == Outcome::Done {
-                        claim.bye().await;
-                        // Held to the end of the process.
-                        std::future::pending::<()>().await;
+            End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
+            End::HandedOver(mut taken) => {
+                tracing::info!("stopping: the node is handed over");
+                taken.bye().await;
+                // The data plane has its own hold on the listeners, and lets go of them after its linger.
+                kernel.let_go().await;
+                claim = Some(taken);
+            }
+        }
+        if claim.is_none() {
+            kernel.end().await;
+            trigger.drain();
+        }
+        match closed {
+            // Nobody comes any more: what is queued is taken, and that is all.
+            true => data_plane.hand_over_sockets(),
+            false => data_plane.stop_accepting(),
+        }
+        let deadline = until.unwrap_or_else(|| Instant::now() + config.drain_deadline);
+        // Whether another daemon than the one that took over has called since.
+        let mut called = false;
+        let is_orphan = {
+            let orphaned = orphaned(claim.as_mut(), &successors, &socket);
+            tokio::pin!(orphaned);
+            loop {
+                tokio::select! {
+                    () = data_plane.drained() => break false,
+                    () = tokio::time::sleep_until(deadline) => {
+                        tracing::warn!(open = data_plane.live().connections, "the drain deadline has passed; closing what is open");
+                        break false;
                     }
-                });
+                    () = &mut orphaned, if !called => break true,
+                    // Whoever is still connected stays under the newest policy.
+                    next = changes.next() => if let Some(Next::Apply(loaded)) = next { control.publish(*loaded) },
+                    // A daemon that starts now learns that this one still has connections.
+                    mut claim = successors.next() => {
+                        called = true;
+                        shutdown::spawn(async move {
+                            if claim.outcome(&[]).await == Outcome::Done {
+                                claim.bye().await;
+                                // Held to the end of the process.
+                                std::future::pending::<()>().await;
+                            }
+                        });
+                    }
+                    () = signals.next() => {
+                        if told {
+                            tracing::warn!("told twice to stop; closing what is open");
+                            break false;
+                        }
+                        // Whoever replaced this daemon stops it now: that is no reason to cut connections off.
+                        told = true;
+                        tracing::info!("told to stop: stopping already, once the open connections have ended");
+                    }
+                }
             }
-            () = signals.next() => {
-                if told {
-                    tracing::warn!("told twice to stop; closing what is open");
+        };
+        // To the end of the process: see `Claim::bye`.
+        held.extend(claim);
+        if !is_orphan {
+            break;
+        }
+        tracing::warn!("the daemon that had taken over has died; taking the node back");
+        // First the place where others ask: who starts now is to find this one.
+        if !successors.is_current() {
+            match listen() {
+                Ok(again) => successors = again,
+                Err(error) => {
+                    tracing::error!(error = &error as &dyn std::error::Error, "the node stays closed");
                     break;
                 }
-                // Whoever replaced this daemon stops it now: that is no reason to cut connections off.
-                told = true;
-                tracing::info!("told to stop: stopping already, once the open connections have ended");
             }
         }
+        until = told.then_some(deadline);
+        control.take_back(departing.is_some()).await;
+        match Ports::bind(&config).and_then(&serve_admin) {
+            Ok(again) => admin = Some(again),
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "nobody is answered at the admin port"
+                );
+            }
+        }
+        kept = Some(certificates::keep(&config, &left));
     }
+    kernel.end().await;
+    trigger.drain();
     trigger.close();
     if tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await.is_err() {
         tracing::debug!("who asked to stop was not answered in time");
@@ -416,6 +469,9 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     if departing.is_some() && tokio::time::timeout(config.drain_deadline, gone(&mut departing)).await.is_err()
     {
         tracing::warn!("the daemon before this one is still there");
+    }
+    if let Some(departing) = &mut departing {
+        departing.leave().await;
     }
     drop((held, successors));
     tracing::info!("stopped");
@@ -514,6 +570,27 @@ async fn claimed(
             // Told to stop in the middle: the successor has what it has, and takes the rest.
             () = signals.next() => return Outcome::Done,
         }
+    }
+}
+
+/// Waits until the daemon that took over has died, and nobody is in its place. For ever if that was not so then, or if
+/// there is none.
+async fn orphaned(claim: Option<&mut Claim>, successors: &Successors, socket: &Path) {
+    let died = match claim {
+        Some(claim) => claim.died().await,
+        None => std::future::pending().await,
+    };
+    // It may have died before it had a place of its own; then this is the one where others ask.
+    if !died || (!successors.is_current() && handover::is_served(socket).await) {
+        std::future::pending().await
+    }
+}
+
+/// Waits for that time, if there is one.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

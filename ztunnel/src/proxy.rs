@@ -104,6 +104,9 @@ pub struct Config {
     pub answer_timeout: Duration,
     /// How long listeners go on accepting once the drain has begun: who has begun to connect gets through.
     pub linger: Duration,
+    /// How long a removed pod is served as before, by whoever still believes that it is there: peers and connections
+    /// that have already begun. What arrives later is refused.
+    pub fade: Duration,
     /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
     pub pod_connections_max: usize,
     /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset. One identity
@@ -149,6 +152,7 @@ impl Default for Config {
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(15),
             linger: Duration::from_secs(3),
+            fade: Duration::from_secs(5),
             pod_connections_max: 20_000,
             pod_tunnels_max: 10_000,
             pod_handshakes_max: 1024,
@@ -198,7 +202,7 @@ impl Leaving {
     }
 }
 
-/// How long the connections of a removed pod whose traffic was redirected may go on: peers get to know of it first.
+/// How long the connections of a removed pod whose traffic was redirected may go on once it takes no new ones.
 const CUT_AFTER: Duration = Duration::from_secs(1);
 
 /// A pod whose connections are taken.
@@ -206,8 +210,9 @@ struct Served {
     home: runtime::Handle,
     pod: Arc<Pod>,
     stop: Trigger,
-    /// Where what is open ends soon after the pod's removal.
-    cut: Option<Trigger>,
+    /// Where what is open ends soon after the pod's removal; also what it had open before it was handed over and taken
+    /// back.
+    cuts: Vec<Trigger>,
     /// What its workload was known by when it came: the mesh may forget it before its last connection has ended.
     workload: Named,
 }
@@ -217,19 +222,31 @@ impl Served {
         ServedPod { uid: self.pod.uid.clone(), workload: self.workload.clone() }
     }
 
-    /// Takes no new connections. Peers are told to open no new streams.
-    fn leave(self) -> Leaving {
-        self.stop.drain();
+    /// Takes no new connections after `fade`, or once `hurry` says so. Peers are told to open no new streams then.
+    fn leave(self, fade: impl Future<Output = ()> + Send + 'static) -> Leaving {
         let leaving = Leaving(Arc::downgrade(&self.pod));
-        if let Some(cut) = self.cut {
-            // Tasks go to the runtime whose context this is: the home thread's.
-            let _context = self.home.enter();
-            shutdown::spawn(async move {
+        let Self { home, pod, stop, cuts, workload: _ } = self;
+        // Nobody redirects for it any more: see `Pod::unrouted`.
+        cuts.iter().for_each(Trigger::drain);
+        // Tasks go to the runtime whose context this is: the home thread's.
+        let _context = home.enter();
+        shutdown::spawn(async move {
+            fade.await;
+            stop.drain();
+            // Only its connections keep it from here on.
+            drop(pod);
+            if !cuts.is_empty() {
                 tokio::time::sleep(CUT_AFTER).await;
-                cut.close();
-            });
-        }
+                cuts.iter().for_each(Trigger::close);
+            }
+        });
         leaving
+    }
+
+    /// Takes no new connections.
+    fn leave_now(self) -> Leaving {
+        self.stop.drain();
+        self.leave(std::future::ready(()))
     }
 }
 
@@ -280,6 +297,8 @@ pub struct DataPlane {
     shards: Vec<Arc<Shard>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, Served>>,
+    /// Removed pods that are still served for now: who is dropped here is no longer.
+    fading: Mutex<HashMap<PodUid, Trigger>>,
     /// This proxy's own pod, which is none of those.
     own: Mutex<Option<Served>>,
     apart: Mutex<Apart>,
@@ -287,9 +306,8 @@ pub struct DataPlane {
     count: Arc<Count>,
     budget: Budget,
     started: AtomicUsize,
-    /// Ends the accepting of all pods, as a drain does, without one.
-    handover: Trigger,
-    handing_over: Signal,
+    /// Ends the accepting of all pods that were added so far, as a drain does, without one.
+    handover: Mutex<(Trigger, Signal)>,
 }
 
 impl DataPlane {
@@ -330,7 +348,6 @@ impl DataPlane {
                 .spawn(move || runtime.block_on(shard.run(arrivals)))?;
             threads.push(thread);
         }
-        let (handover, handing_over) = shutdown::channel();
         let budget = Budget::new(config.buffer_memory);
         reserve::keep();
         Ok(Self {
@@ -339,19 +356,19 @@ impl DataPlane {
             shards,
             threads: Mutex::new(threads),
             pods: Mutex::default(),
+            fading: Mutex::default(),
             own: Mutex::default(),
             apart: Mutex::default(),
             neighbours,
             count,
             budget,
             started: AtomicUsize::new(0),
-            handover,
-            handing_over,
+            handover: Mutex::new(shutdown::channel()),
         })
     }
 
     /// Takes the pod's connections from now on. A pod of the same UID is replaced: its listeners close, its
-    /// connections go on, unless its traffic was redirected ([`Self::add_redirected_pod`]).
+    /// connections go on, unless its traffic was redirected ([`Self::add_redirected_pod`]) in another network namespace.
     pub fn add_pod(&self, pod: PodSpec, listeners: Listeners, netns: Arc<Netns>) -> io::Result<()> {
         let id = netns.id();
         let network = CapturedPod::new(
@@ -397,7 +414,7 @@ impl DataPlane {
         self.set_congestion(&hbone);
         let (stop, stopped) = shutdown::channel();
         let share = self.budget.share(spec.uid.to_string());
-        let handing_over = self.handing_over.clone();
+        let handing_over = self.handing_over();
         let pod = Pod::new(spec, id, network, stopped, None, handing_over, share).owned(own);
         let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
         self.apart_locked().add(&served);
@@ -425,7 +442,7 @@ impl DataPlane {
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
         let share = self.budget.share(uid.to_string());
-        let handing_over = self.handing_over.clone();
+        let handing_over = self.handing_over();
         let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, handing_over, share));
         let listeners = [
             (accept::Kind::Outbound, listeners.outbound),
@@ -433,10 +450,20 @@ impl DataPlane {
             (accept::Kind::Hbone, listeners.hbone),
         ];
         let served = self.take(pod, listeners, stop, cut)?;
-        match self.pods().insert(uid, served) {
+        self.fading().remove(&uid);
+        let mut pods = self.pods();
+        match pods.insert(uid.clone(), served) {
+            // What is open goes on under the same rules.
+            Some(replaced) if replaced.pod.netns == netns => {
+                self.apart_locked().add(&replaced);
+                replaced.stop.drain();
+                if let Some(served) = pods.get_mut(&uid) {
+                    served.cuts.extend(replaced.cuts);
+                }
+            }
             Some(replaced) => {
                 self.apart_locked().add(&replaced);
-                replaced.leave();
+                replaced.leave_now();
             }
             None => {
                 self.started.fetch_add(1, Ordering::Relaxed);
@@ -453,9 +480,7 @@ impl DataPlane {
         stop: Trigger,
         cut: Option<Trigger>,
     ) -> io::Result<Served> {
-        let mut hasher = DefaultHasher::new();
-        pod.uid.hash(&mut hasher);
-        let home = &self.shards[hasher.finish() as usize % self.shards.len()];
+        let home = &self.shards[self.home_of(&pod)];
         // Tasks go to the runtime whose context this is: the home thread's.
         let _context = home.runtime.enter();
         for (kind, listener) in listeners {
@@ -467,7 +492,8 @@ impl DataPlane {
             Named::Pod { .. } => None,
         };
         let workload = known.unwrap_or_else(|| pod.named().clone());
-        Ok(Served { home: home.runtime.clone(), pod, stop, cut, workload })
+        let cuts = cut.into_iter().collect();
+        Ok(Served { home: home.runtime.clone(), pod, stop, cuts, workload })
     }
 
     /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
@@ -490,10 +516,10 @@ impl DataPlane {
         self.neighbours.clear();
     }
 
-    /// Takes no new connections of the pod but those that are being made, which no longer are redirected here once
-    /// they begin, and lets those that are open go on until their end: of a redirected pod for a moment only
-    /// ([`Self::add_redirected_pod`]). Peers are told to open no new streams on their tunnels to it; its own tunnels
-    /// close with their last stream.
+    /// The pod's traffic is redirected here no longer. Who does not know that yet, peers above all, is served as before
+    /// for [`Config::fade`]. Then it takes no new connections, and lets those that are open go on until their end: of a
+    /// redirected pod for a moment only ([`Self::add_redirected_pod`]). Peers are told to open no new streams on their
+    /// tunnels to it; its own tunnels close with their last stream.
     pub fn remove_pod(&self, uid: &PodUid) -> Option<Leaving> {
         self.neighbours.remove(uid);
         let mut pods = self.pods();
@@ -501,7 +527,34 @@ impl DataPlane {
         // Before it can be missed among the others.
         self.apart_locked().add(&served);
         drop(pods);
-        Some(served.leave())
+        let (until, mut hurry) = (self.config.fade, shutdown::channel());
+        let mut fading = self.fading();
+        fading.retain(|_, trigger| trigger.is_heard());
+        fading.insert(uid.clone(), hurry.0);
+        Some(served.leave(async move {
+            let _either = tokio::time::timeout(until, hurry.1.draining()).await;
+        }))
+    }
+
+    /// Takes tunnels to the pod here as well, until it is removed: where the sockets are not redirected to any more that
+    /// were given with it.
+    pub fn take_tunnels(&self, uid: &PodUid, hbone: Arc<TcpListener>) -> io::Result<()> {
+        prepare_listener(&hbone, &self.config.keepalive)?;
+        self.set_congestion(&hbone);
+        let pods = self.pods();
+        let Some(served) = pods.get(uid) else { return Ok(()) };
+        let home = &self.shards[self.home_of(&served.pod)];
+        let _context = home.runtime.enter();
+        let listener = Listener::new(accept::Kind::Hbone, hbone)?;
+        shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&served.pod), self.count.listener()));
+        Ok(())
+    }
+
+    /// The thread on which the pod's listeners are.
+    fn home_of(&self, pod: &Pod) -> usize {
+        let mut hasher = DefaultHasher::new();
+        pod.uid.hash(&mut hasher);
+        hasher.finish() as usize % self.shards.len()
     }
 
     /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
@@ -509,7 +562,7 @@ impl DataPlane {
     /// finish. The drain signal does the same.
     pub fn stop_accepting(&self) {
         self.neighbours.clear();
-        self.handover.drain();
+        self.handover().0.drain();
     }
 
     /// Hands over to another process that has the same listening sockets: stops accepting at once, as whatever is
@@ -518,9 +571,15 @@ impl DataPlane {
         self.neighbours.clear();
         // Its listener is not one of those: the other process may be in another pod, or share the port.
         if let Some(own) = self.own.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            own.leave();
+            own.leave_now();
         }
-        self.handover.close();
+        self.handover().0.close();
+    }
+
+    /// Takes connections again after [`Self::stop_accepting`] or [`Self::hand_over_sockets`]: of pods that are added from
+    /// now on, those from before among them. What those had open goes on to its end.
+    pub fn serve_again(&self) {
+        *self.handover() = shutdown::channel();
     }
 
     /// Waits until no connection and no tunnel to a pod is open and no listener accepts. Only a drain, [`Self::stop_accepting`] or the
@@ -596,6 +655,18 @@ impl DataPlane {
 
     fn apart_locked(&self) -> MutexGuard<'_, Apart> {
         self.apart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handover(&self) -> MutexGuard<'_, (Trigger, Signal)> {
+        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handing_over(&self) -> Signal {
+        self.handover().1.clone()
+    }
+
+    fn fading(&self) -> MutexGuard<'_, HashMap<PodUid, Trigger>> {
+        self.fading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {

@@ -39,6 +39,11 @@ impl Trigger {
         });
     }
 
+    /// Whether anybody still listens.
+    pub fn is_heard(&self) -> bool {
+        self.0.receiver_count() > 0
+    }
+
     /// From here on what is still open is dropped.
     pub fn close(&self) {
         self.0.send_replace(Phase::Closing);

@@ -17,6 +17,7 @@ use crate::identity::worker::Identities;
 use crate::model::identity::TrustDomain;
 use crate::shutdown;
 use crate::shutdown::Signal;
+use crate::shutdown::Trigger;
 use crate::standalone::authority::Authority;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::Families;
@@ -102,12 +103,15 @@ pub fn kept_at(path: &Path) -> Vec<Credentials> {
     }
 }
 
-/// From now on certificates are kept where they are to be, and readiness tells if they are missing.
-pub fn look_after(config: &Run, identities: &Identities, ready: &Readiness, signal: &Signal) {
-    ready.certificates(identities.clone());
+/// From now on certificates are kept where they are to be, until what is returned is dropped: then they are the next
+/// daemon's.
+#[must_use]
+pub fn keep(config: &Run, identities: &Identities) -> Trigger {
+    let (until, signal) = shutdown::channel();
     if let Some(path) = &config.cert_cache {
-        kept::keep(path.clone(), identities.clone(), signal.clone());
+        kept::keep(path.clone(), identities.clone(), signal);
     }
+    until
 }
 
 fn register(telemetry: &Telemetry, trust: Trust, status: Arc<crl::Status>) {

@@ -16,6 +16,7 @@ use crate::enrol::loss::Census;
 use crate::enrol::loss::Change;
 use crate::enrol::loss::Verdict;
 use crate::enrol::pod::Awaited;
+use crate::enrol::pod::LocalPod;
 use crate::enrol::pods::Action;
 use crate::enrol::pods::Event;
 use crate::enrol::pods::Pods;
@@ -63,6 +64,8 @@ pub struct Control {
     identities: Identities,
     kernel: Kernel,
     pods: Pods,
+    /// Those that the newest version of the mesh wants.
+    desired: Vec<LocalPod>,
     /// The pods that are not captured yet, for those who ask.
     waiting: watch::Sender<Arc<[Awaited]>>,
     events: mpsc::Sender<Event>,
@@ -100,6 +103,7 @@ impl Control {
             identities,
             kernel,
             pods: Pods::default(),
+            desired: Vec::new(),
             waiting: watch::Sender::new(Arc::default()),
             events,
             answers,
@@ -268,7 +272,23 @@ impl Control {
     pub fn publish(&mut self, loaded: Loaded) {
         if self.accepts(&loaded) {
             self.writer.publish(loaded.mesh);
+            (self.desired, self.census) = (loaded.pods, loaded.census);
         }
+    }
+
+    /// Takes the node back from a daemon that served it and died; `departing` as for [`Self::own`]. What the mesh has
+    /// wanted since then is carried out.
+    pub async fn take_back(&mut self, departing: bool) {
+        let failed = self.kernel.take_back().await.unwrap_or_else(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "the node cannot be taken back");
+            Vec::new()
+        });
+        for uid in failed {
+            self.step(Event::Lost(uid)).await;
+        }
+        self.settling = true;
+        self.step(Event::Desired(self.desired.clone())).await;
+        self.own(departing).await;
     }
 
     /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
@@ -290,6 +310,7 @@ impl Control {
         self.census = loaded.census;
         tracing::info!(workloads, services, policies, local, "mesh applied");
         self.settling = true;
+        self.desired.clone_from(&loaded.pods);
         self.step(Event::Desired(loaded.pods)).await;
     }
 

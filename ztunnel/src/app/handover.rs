@@ -9,6 +9,7 @@
 //!     │   swaps its sockets in, pod by pod │
 //!     │ ── "done" ───────────────────────▶ │  closes its ports, drains, exits
 //!     │ ◀───────────────────────── "bye" ──│
+//!     │ ── "watch" ──────────────────────▶ │  drains, and takes the node back should the successor die
 //!     │ ◀───────────────────── (closes) ───│  its process is gone
 //! ```
 //!
@@ -28,7 +29,8 @@
 //! closes the connection.
 //!
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
-//! while it starts costs nothing. A predecessor that does not answer in time is overruled: the generation in the
+//! while it starts costs nothing. Nor does one that dies later, for as long as the predecessor drains: a successor
+//! that ends on purpose says `leave` before. A predecessor that does not answer in time is overruled: the generation in the
 //! pinned maps tells it that it is no longer the owner (see [`crate::capture`]). Its successor stays connected all
 //! the same, so that when it wakes up it does not take the node back.
 
@@ -90,6 +92,9 @@ const POD_MAX: usize = 1200;
 const POD_DESCRIPTORS: usize = 4;
 /// With the pairs for DNS of both families.
 const POD_DESCRIPTORS_MAX: usize = POD_DESCRIPTORS + 4;
+/// How soon after its "done" a successor says "watch". One that goes away before has died; later, it is of a version that
+/// does not know the word, and nothing is known of why it ended.
+const WATCH_WITHIN: Duration = Duration::from_secs(5);
 /// Pods that are taken over. A predecessor that names more is not believed.
 const PODS_MAX: usize = 4096;
 
@@ -108,6 +113,11 @@ pub struct HandedPod {
 const CREDENTIALS: &str = "credentials 1";
 /// More than the certificates of all pods a node can have.
 const CREDENTIALS_MAX: u64 = 32 << 20;
+
+/// What a successor says once it serves: that it will say [`LEAVE`] before it ends.
+const WATCH: &str = "watch";
+/// What a successor says that ends on purpose.
+const LEAVE: &str = "leave";
 
 /// What a daemon leaves to its successor: made when asked for, and overwritten when sent.
 pub type Legacy = Box<dyn Fn() -> Zeroizing<Vec<u8>> + Send>;
@@ -318,6 +328,8 @@ impl Predecessor {
         if let Err(error) = bye {
             tracing::warn!(%error, "the daemon before this one did not say goodbye");
         }
+        // One that is gone, or of another version, does not hear it.
+        let _unheard = self.line.write(WATCH).await;
         Departing(self.line)
     }
 }
@@ -331,6 +343,11 @@ impl Departing {
     pub async fn gone(&mut self) {
         // It holds its end of the connection for as long as it lives.
         while self.0.read().await.is_ok() {}
+    }
+
+    /// Says that this daemon ends on purpose: the predecessor does not take the node back.
+    pub async fn leave(&mut self) {
+        let _gone = self.0.write(LEAVE).await;
     }
 }
 
@@ -377,7 +394,7 @@ impl Successors {
             let mut line = Line(BufReader::new(stream));
             let Ok(Ok(hello)) = timeout(HELLO_WITHIN, line.read()).await else { continue };
             if hello == format!("yield {VERSION}") {
-                return Claim(line);
+                return Claim(line, false);
             }
             if hello == CREDENTIALS && is_ours(line.0.get_ref()) {
                 let bytes = (self.legacy)();
@@ -403,9 +420,18 @@ fn inode(path: &Path) -> io::Result<u64> {
     Ok(std::fs::symlink_metadata(path)?.ino())
 }
 
-/// A successor that has asked this daemon to yield.
+/// A successor that has asked this daemon to yield; and whether it was given all pods.
 #[derive(Debug)]
-pub struct Claim(Line);
+pub struct Claim(Line, bool);
+
+/// How a successor that serves the node ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// On purpose, or for reasons that are not known.
+    Left,
+    /// It died.
+    Died,
+}
 
 /// How a claim ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -432,8 +458,37 @@ impl Claim {
         loop {
             match &*self.0.read().await? {
                 "done" => return Ok(()),
-                "pods" | "next" => self.0.write_pod(left.next()).await?,
+                "pods" | "next" => {
+                    let pod = left.next();
+                    self.1 |= pod.is_none();
+                    self.0.write_pod(pod).await?;
+                }
                 _ => return Err(io::ErrorKind::InvalidData.into()),
+            }
+        }
+    }
+
+    /// Whether the successor was given all pods, with their sockets.
+    pub fn has_all_pods(&self) -> bool {
+        self.1
+    }
+
+    /// Waits for the end of a successor that serves the node. Whether it died, without having said that it ends.
+    pub async fn died(&mut self) -> bool {
+        self.fate().await == Fate::Died
+    }
+
+    async fn fate(&mut self) -> Fate {
+        let said = tokio::time::Instant::now();
+        let mut watched = false;
+        loop {
+            match self.0.read().await.as_deref() {
+                Ok(WATCH) => watched = true,
+                Ok(LEAVE) => return Fate::Left,
+                // Words of a later version.
+                Ok(_) => {}
+                Err(_gone) if watched || said.elapsed() < WATCH_WITHIN => return Fate::Died,
+                Err(_gone) => return Fate::Left,
             }
         }
     }
@@ -525,6 +580,58 @@ mod tests {
         drop(old);
         assert!(path.exists(), "the old daemon removed its successor's socket");
         drop(new);
+    }
+
+    /// What becomes of a successor that does `then` after it has taken over.
+    async fn fate_after(then: impl AsyncFnOnce(Departing)) -> Fate {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path, nothing()).unwrap();
+        let successor = async {
+            let Found::Yielded(predecessor) = ask(&path).await else { panic!("not yielded") };
+            then(predecessor.done().await).await;
+        };
+        let predecessor = async {
+            let mut claim = old.next().await;
+            assert_eq!(claim.outcome(&[]).await, Outcome::Done);
+            claim.bye().await;
+            claim.fate().await
+        };
+        tokio::join!(successor, predecessor).1
+    }
+
+    #[tokio::test]
+    async fn a_successor_that_dies_after_the_take_over_is_told_from_one_that_leaves() {
+        assert_eq!(fate_after(async |departing| drop(departing)).await, Fate::Died);
+        let later = async |departing| {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            drop(departing);
+        };
+        assert_eq!(fate_after(later).await, Fate::Died);
+        let leaves = async |mut departing: Departing| departing.leave().await;
+        assert_eq!(fate_after(leaves).await, Fate::Left);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_successor_that_does_not_know_how_to_leave_is_not_taken_for_dead() {
+        for (after, fate) in [(0, Fate::Died), (60, Fate::Left)] {
+            let (_dir, path) = socket();
+            let old = Successors::listen(&path, nothing()).unwrap();
+            let successor = async {
+                let mut line = Line(BufReader::new(UnixStream::connect(&path).await.unwrap()));
+                line.write("yield 1").await.unwrap();
+                line.read().await.unwrap();
+                line.write("done").await.unwrap();
+                assert_eq!(line.read().await.unwrap(), "bye");
+                tokio::time::sleep(Duration::from_secs(after)).await;
+            };
+            let predecessor = async {
+                let mut claim = old.next().await;
+                assert_eq!(claim.outcome(&[]).await, Outcome::Done);
+                claim.bye().await;
+                claim.fate().await
+            };
+            assert_eq!(tokio::join!(successor, predecessor).1, fate);
+        }
     }
 
     fn handed(uid: &str) -> HandedPod {

@@ -23,6 +23,7 @@ use crate::app::LAST_ANSWER;
 use crate::app::RunError;
 use crate::app::Signals;
 use crate::app::TAKE_OVER_WITHIN;
+use crate::app::at;
 use crate::app::certificates;
 use crate::app::descriptors::Descriptors;
 use crate::app::gone;
@@ -161,7 +162,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     let socket = run_dir.join(CONTROL_SOCKET);
     let inherited = certificates::inherited(&socket, config.cert_cache.as_deref()).await;
     let identities = identity::worker::start_with(authority, trust, inherited, signal.clone());
-    certificates::look_after(&config, &identities, &readiness, &signal);
+    readiness.certificates(identities.clone());
     let pins = &config.places.capture.pin_dir;
     if pins.exists() {
         let path = pins.display();
@@ -187,13 +188,11 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         }
         None => None,
     };
-    let agent = Agent::new(
-        zds,
-        Arc::clone(&config.places.node),
-        Arc::clone(&data_plane),
-        dns.clone(),
-        readiness.source(),
-    );
+    let new_agent = || {
+        let (node, data_plane) = (Arc::clone(&config.places.node), Arc::clone(&data_plane));
+        Agent::new(zds.clone(), node, data_plane, dns.clone(), readiness.source())
+    };
+    let agent = new_agent();
     ports::register_source(&telemetry, readiness.source());
     ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
     let sources = Sources {
@@ -207,16 +206,14 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         version: version::version("unknown"),
     };
     let console = Console::new(sources, levels, telemetry.clone(), quit, reloader);
-    let serve_admin = || reserved.serve(&telemetry, &readiness, console, signal.clone());
+    let serve_admin = |ports: Ports| ports.serve(&telemetry, &readiness, console.clone(), signal.clone());
     let own = config.own.clone();
     let mut node = Node { world, agent, identities: identities.clone(), own, ready };
 
     // Who waits for a control plane says so; its ports are not those of the daemon before it, which is another pod.
-    let mut serve_admin = Some(serve_admin);
-    let mut start_admin = || serve_admin.take().map(|serve| serve()).transpose();
-    let mut admin = match &config.mesh {
-        Source::Istiod { .. } | Source::Nothing => start_admin()?,
-        Source::File { .. } => None,
+    let (mut admin, mut reserved) = match &config.mesh {
+        Source::Istiod { .. } | Source::Nothing => (Some(serve_admin(reserved)?), None),
+        Source::File { .. } => (None, Some(reserved)),
     };
     if !first_mesh(&mut node.world, Some(&socket), &mut signals).await {
         tracing::info!("stopping: told to, before there was a mesh");
@@ -258,24 +255,35 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
             tracing::warn!("no snapshot of the node agent yet; its pods are those of the daemon before");
         }
     }
-    if admin.is_none() {
-        admin = start_admin()?;
+    if let Some(reserved) = reserved.take() {
+        admin = Some(serve_admin(reserved)?);
     }
-    if let Some(own) = &config.own
-        && let Err(error) = own::serve(own, &config, &data_plane)
-    {
-        tracing::warn!(error = &*error, "metrics are not to be had through a tunnel (HBONE), but directly");
-    }
+    let serve_own = || {
+        if let Some(own) = &config.own
+            && let Err(error) = own::serve(own, &config, &data_plane)
+        {
+            tracing::warn!(
+                error = &*error,
+                "metrics are not to be had through a tunnel (HBONE), but directly"
+            );
+        }
+    };
+    serve_own();
     let mut departing = match predecessor {
         Some(predecessor) => Some(predecessor.done().await),
         None => None,
     };
-    let legacy = Box::new(move || inheritance::encode(&identities.usable()));
-    let successors = Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
-        what: "the control socket",
-        path: socket.clone(),
-        source,
-    })?;
+    let listen = || {
+        let left = identities.clone();
+        let legacy = Box::new(move || inheritance::encode(&left.usable()));
+        Successors::listen(&socket, legacy).map_err(|source| RunError::Path {
+            what: "the control socket",
+            path: socket.clone(),
+            source,
+        })
+    };
+    let mut successors = listen()?;
+    let mut kept = Some(certificates::keep(&config, &identities));
     tracing::info!(pods = node.agent.captured(), after = ?started.elapsed(), "serving");
     node.retain_identities();
     node.ready.follow(&node.agent);
@@ -284,55 +292,116 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut housekeeping = Housekeeping::default();
     let mut descriptors = Descriptors::new(&readiness);
-    let end = loop {
-        tokio::select! {
-            more = node.next() => if !more {
-                break End::Signal;
-            },
-            _ = look.tick() => {
-                housekeeping.look(LOOK_EVERY);
-                descriptors.look();
-            }
-            () = gone(&mut departing) => departing = None,
-            mut claim = successors.next() => {
-                let pods = node.agent.handed();
-                match claimed(&mut claim, &pods, &mut node, &mut signals).await {
-                    Outcome::Done => break End::HandedOver(claim),
-                    Outcome::Abandoned if !successors.is_current() => break End::Superseded,
-                    Outcome::Abandoned => {
-                        tracing::warn!("the daemon that was taking over is gone; this one goes on");
-                        drop(claim);
-                        // What the agent has told that one, it must tell this one.
-                        node.agent.reconnect();
+    // Connections that go on after a hand-over are served until this daemon's own end; and if the daemon that took over
+    // dies before, so is everything else again.
+    let (mut told, mut until, mut held) = (false, None, Vec::new());
+    loop {
+        let end = loop {
+            tokio::select! {
+                more = node.next() => if !more {
+                    break End::Signal;
+                },
+                _ = look.tick() => {
+                    housekeeping.look(LOOK_EVERY);
+                    descriptors.look();
+                }
+                () = gone(&mut departing) => departing = None,
+                mut claim = successors.next() => {
+                    let pods = node.agent.handed();
+                    match claimed(&mut claim, &pods, &mut node, &mut signals).await {
+                        Outcome::Done => break End::HandedOver(claim, pods),
+                        Outcome::Abandoned if !successors.is_current() => break End::Superseded,
+                        Outcome::Abandoned => {
+                            tracing::warn!("the daemon that was taking over is gone; this one goes on");
+                            drop(claim);
+                            // What the agent has told that one, it must tell this one.
+                            node.agent.reconnect();
+                        }
                     }
                 }
+                () = signals.next() => break End::Signal,
+                () = at(until) => break End::Signal,
             }
-            () = signals.next() => break End::Signal,
+        };
+        drop(admin.take());
+        drop(kept.take());
+        // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
+        node.agent = new_agent();
+        // A daemon that starts from now on finds nobody who would not answer it, and has ports of its own.
+        drop(successors);
+        let (mut claim, mut handed) = (None, Vec::new());
+        match end {
+            // Until the linger is over the listeners share their ports with whoever else has them.
+            End::Signal => {
+                told = true;
+                tracing::info!("stopping: pods are refused until a daemon is back");
+                if let Some(departing) = &mut departing {
+                    departing.leave().await;
+                }
+            }
+            End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
+            End::HandedOver(mut taken, pods) => {
+                tracing::info!("stopping: the node is handed over");
+                // Before anybody is told that the node's streams are to go elsewhere.
+                data_plane.hand_over_sockets();
+                dns.iter().for_each(|dns| dns.hand_over_sockets());
+                taken.bye().await;
+                if taken.has_all_pods() {
+                    // Should the other daemon die, what connects meanwhile waits at the sockets that both have.
+                    handed = pods;
+                }
+                claim = Some(taken);
+            }
         }
-    };
-    drop(admin);
-    // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
-    let Node { world, agent, .. } = node;
-    drop(agent);
-    // A daemon that starts from now on finds nobody who would not answer it, and has ports of its own.
-    drop(successors);
-    let mut told = matches!(end, End::Signal);
-    // Held to the end of the process: see `Claim::bye`.
-    let mut held = None;
-    match end {
-        // Until the linger is over the listeners share their ports with whoever else has them.
-        End::Signal => tracing::info!("stopping: pods are refused until a daemon is back"),
-        End::Superseded => tracing::warn!("stopping: another daemon owns the node"),
-        End::HandedOver(mut claim) => {
-            tracing::info!("stopping: the node is handed over");
-            // Before anybody is told that the node's streams are to go elsewhere.
-            data_plane.hand_over_sockets();
-            dns.iter().for_each(|dns| dns.hand_over_sockets());
-            claim.bye().await;
-            held = Some(claim);
+        if handed.is_empty() {
+            trigger.drain();
         }
+        let deadline = until.unwrap_or_else(|| Instant::now() + config.drain_deadline);
+        let watched = claim.as_mut().filter(|_| !handed.is_empty());
+        let drained = drained(
+            (&data_plane, dns.as_deref()),
+            (&mut node.world, &mut signals, &mut told),
+            deadline,
+            orphaned(watched, &mut handed, &socket),
+        );
+        let is_orphan = matches!(drained.await, Drained::Orphaned);
+        // To the end of the process: see `Claim::bye`.
+        held.extend(claim);
+        if !is_orphan {
+            break;
+        }
+        tracing::warn!("the daemon that had taken over has died; taking the node back");
+        // First the place where others ask: who starts now is to find this one.
+        match listen() {
+            Ok(again) => successors = again,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the pods stay refused");
+                break;
+            }
+        }
+        until = told.then_some(deadline);
+        data_plane.serve_again();
+        dns.iter().for_each(|dns| dns.serve_again());
+        node.agent.inherit(handed);
+        node.agent.settled(INHERIT_WITHIN).await;
+        node.retain_identities();
+        node.ready.follow(&node.agent);
+        serve_own();
+        match Ports::bind(&config).and_then(&serve_admin) {
+            Ok(again) => admin = Some(again),
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "nobody is answered at the admin port"
+                );
+            }
+        }
+        kept = Some(certificates::keep(&config, &identities));
     }
-    drain(&config, (&data_plane, dns.as_deref()), &trigger, world, &mut signals, &mut told).await;
+    close((&data_plane, dns.as_deref()), &trigger, &mut signals).await;
+    if let Some(departing) = &mut departing {
+        departing.leave().await;
+    }
     drop((held, departing));
     if config.kept_running && !told {
         stay(&socket, &mut signals).await;
@@ -345,42 +414,66 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
 /// stop already, and whether it is then.
 async fn drain(
     config: &Run,
-    (data_plane, dns): (&DataPlane, Option<&Dns>),
+    planes: (&DataPlane, Option<&Dns>),
     trigger: &Trigger,
     mut world: World,
     signals: &mut Signals,
     told: &mut bool,
 ) {
     trigger.drain();
-    let deadline = tokio::time::sleep(config.drain_deadline);
-    tokio::pin!(deadline);
+    let deadline = Instant::now() + config.drain_deadline;
+    drained(planes, (&mut world, signals, told), deadline, std::future::pending()).await;
+    close(planes, trigger, signals).await;
+}
+
+/// How a drain ended.
+enum Drained {
+    /// Nothing is open any more, or not for longer.
+    Over,
+    /// The daemon that had taken over is gone, and nobody is in its place.
+    Orphaned,
+}
+
+/// Lets what is open end, until `deadline` at most, or until `orphaned` says that somebody has to serve again.
+async fn drained(
+    (data_plane, dns): (&DataPlane, Option<&Dns>),
+    (world, signals, told): (&mut World, &mut Signals, &mut bool),
+    deadline: Instant,
+    orphaned: impl Future<Output = ()>,
+) -> Drained {
     let drained = async {
         data_plane.drained().await;
         if let Some(dns) = dns {
             dns.drained().await;
         }
     };
-    tokio::pin!(drained);
+    tokio::pin!(drained, orphaned);
     loop {
         tokio::select! {
-            () = &mut drained => break,
-            () = &mut deadline => {
+            () = &mut drained => return Drained::Over,
+            () = &mut orphaned => return Drained::Orphaned,
+            () = sleep_until(deadline) => {
                 let open = data_plane.live().connections;
                 tracing::warn!(open, "the drain deadline has passed; closing what is open");
-                break;
+                return Drained::Over;
             }
             // Whoever is still connected stays under the newest policy.
             true = world.next() => {}
             () = signals.next() => {
                 if *told {
                     tracing::warn!("told twice to stop; closing what is open");
-                    break;
+                    return Drained::Over;
                 }
                 *told = true;
                 tracing::info!("told to stop: stopping already, once the open connections have ended");
             }
         }
     }
+}
+
+/// Ends the data plane, with whatever is still open.
+async fn close((data_plane, dns): (&DataPlane, Option<&Dns>), trigger: &Trigger, signals: &mut Signals) {
+    trigger.drain();
     trigger.close();
     if tokio::time::timeout(LAST_ANSWER, signals.quit.answered()).await.is_err() {
         tracing::debug!("who asked to stop was not answered in time");
@@ -391,14 +484,28 @@ async fn drain(
     }
 }
 
+/// Waits until the daemon that took over has died, and nobody is in its place. For ever if that was not so then, or if
+/// there is none.
+async fn orphaned(claim: Option<&mut Claim>, handed: &mut Vec<HandedPod>, socket: &Path) {
+    let died = match claim {
+        Some(claim) => claim.died().await,
+        None => std::future::pending().await,
+    };
+    if !died || handover::is_served(socket).await {
+        // Nobody here will accept what waits at these sockets.
+        handed.clear();
+        std::future::pending().await
+    }
+}
+
 /// Why the daemon stops serving.
 enum End {
     /// It was told to, and nobody has taken over.
     Signal,
     /// Another daemon has its place at the control socket.
     Superseded,
-    /// Another daemon took over, and waits for the ports.
-    HandedOver(Claim),
+    /// Another daemon took over, and waits for the ports; with what it could have of this one.
+    HandedOver(Claim, Vec<HandedPod>),
 }
 
 /// Kubernetes starts what has ended again, and that would take the node back from the daemon it was handed to. Waits to

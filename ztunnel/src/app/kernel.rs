@@ -44,6 +44,8 @@ enum Command {
     Sweep(HashSet<PodUid>),
     Yield(oneshot::Sender<()>),
     Reclaim(oneshot::Sender<Result<(), EnrolError>>),
+    LetGo(oneshot::Sender<()>),
+    TakeBack(oneshot::Sender<Result<Vec<PodUid>, EnrolError>>),
     Close(oneshot::Sender<()>),
     End,
 }
@@ -145,6 +147,17 @@ impl Kernel {
         self.ask(Command::Reclaim).await.unwrap_or(Ok(()))
     }
 
+    /// Lets the listeners of all pods go, once a successor serves them.
+    pub async fn let_go(&self) {
+        let _ended = self.ask(Command::LetGo).await;
+    }
+
+    /// Takes the node back from a successor that served it and died, with new listeners in every pod. Returns the pods
+    /// for which that failed.
+    pub async fn take_back(&self) -> Result<Vec<PodUid>, EnrolError> {
+        self.ask(Command::TakeBack).await.unwrap_or(Ok(Vec::new()))
+    }
+
     /// Redirects new connections to nobody: they are refused until a daemon is back.
     pub async fn close(&self) {
         let _ended = self.ask(Command::Close).await;
@@ -184,8 +197,8 @@ enum CaptureError {
 struct Worker {
     node: Node,
     data_plane: Arc<DataPlane>,
-    /// Captured pods, with what a reclaim needs to bring their traffic back.
-    pods: HashMap<PodUid, (PodSpec, Captured)>,
+    /// Captured pods, with what a reclaim needs to bring their traffic back; of those that a successor serves, nothing.
+    pods: HashMap<PodUid, (LocalPod, PodSpec, Option<Captured>)>,
     /// Withdrawn pods with connections that are still open.
     leaving: HashMap<PodUid, Leaving>,
     /// Pods whose last capture failed, and how: the same failure is not logged at every try.
@@ -265,6 +278,15 @@ impl Worker {
                 Command::Reclaim(answer) => {
                     let _gone = answer.send(self.reclaim());
                 }
+                Command::LetGo(answer) => {
+                    self.yielded = true;
+                    self.node.let_go();
+                    self.pods.values_mut().for_each(|(_, _, captured)| *captured = None);
+                    let _gone = answer.send(());
+                }
+                Command::TakeBack(answer) => {
+                    let _gone = answer.send(self.take_back());
+                }
                 Command::End => return,
                 Command::Close(answer) => {
                     self.yielded = true;
@@ -306,7 +328,7 @@ impl Worker {
         self.node.capture(&spec, &captured)?;
         self.data_plane.neighbour(&pod.uid);
         self.leaving.remove(&pod.uid);
-        self.pods.insert(pod.uid.clone(), (spec, captured));
+        self.pods.insert(pod.uid.clone(), (pod.clone(), spec, Some(captured)));
         Ok(())
     }
 
@@ -327,6 +349,12 @@ impl Worker {
     /// New connections are plain from here on; open ones go on, and what they need in the kernel stays.
     fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
         self.data_plane.no_neighbour(uid);
+        let late =
+            self.node.listen_for_the_late(uid).and_then(|hbone| self.data_plane.take_tunnels(uid, hbone));
+        if let Err(error) = late {
+            // The application has the port, say, or the pod is gone.
+            tracing::debug!(pod = %uid, %error, "peers that do not know yet that the pod is released are refused");
+        }
         match self.node.withdraw(uid) {
             // Nothing of it is in the kernel.
             Ok(()) | Err(WithdrawError::Unknown(_)) => {}
@@ -391,7 +419,8 @@ impl Worker {
         self.node.reclaim()?;
         self.yielded = false;
         let mut result = Ok(());
-        for (spec, captured) in self.pods.values() {
+        for (spec, captured) in self.pods.values().filter_map(|(_, spec, held)| Some((spec, held.as_ref()?)))
+        {
             // One pod that fails must not keep the others closed.
             match self.node.capture(spec, captured) {
                 Ok(()) => self.data_plane.neighbour(&spec.uid),
@@ -399,6 +428,24 @@ impl Worker {
             }
         }
         result
+    }
+}
+
+impl Worker {
+    fn take_back(&mut self) -> Result<Vec<PodUid>, EnrolError> {
+        self.node.reclaim()?;
+        self.yielded = false;
+        self.data_plane.serve_again();
+        let pods: Vec<LocalPod> = self.pods.values().map(|(pod, ..)| pod.clone()).collect();
+        let mut failed = Vec::new();
+        for pod in pods {
+            // One pod that fails must not keep the others closed.
+            if let Err(error) = self.capture(&pod) {
+                tracing::error!(pod = %pod.uid, error = chain(&error), "pod not taken back");
+                failed.push(pod.uid);
+            }
+        }
+        Ok(failed)
     }
 }
 

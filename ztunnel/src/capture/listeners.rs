@@ -10,7 +10,7 @@
 #![expect(unsafe_code, reason = "socket options without a wrapper")]
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use std::time::Duration;
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use super::Listeners;
+use crate::model::addr::HBONE_PORT;
 
 /// Above the ephemeral ports of a default kernel, below nothing: applications rarely bind here.
 const PORTS: std::ops::RangeInclusive<u16> = 65_100..=65_535;
@@ -65,6 +66,30 @@ fn listen_on(last: u8, port: u16) -> io::Result<TcpListener> {
     socket.set_tcp_keepalive(&keepalive.with_retries(KEEPALIVE_PROBES))?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A listener for tunnels that is found by its address and port, in the namespace of this thread: for a pod that is
+/// captured no longer, and whose peers have yet to hear of it.
+pub(super) fn bind_in_the_open() -> io::Result<TcpListener> {
+    let family = |domain, any: IpAddr| {
+        let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+        if any.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.bind(&SocketAddr::from((any, HBONE_PORT)).into())?;
+        socket.listen(BACKLOG)?;
+        io::Result::Ok(socket)
+    };
+    let both = family(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into());
+    let socket = match both {
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            family(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into())?
+        }
+        both => both?,
+    };
     Ok(socket.into())
 }
 

@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, PROBED_PER_SLOT, PodEntry, Record};
 
@@ -23,6 +24,9 @@ use super::sysctls::{self, Former};
 use super::{Captured, Enrolled, Links, Node, PodSpec, host, listeners, programs, routes};
 use crate::model::addr::{PodUid, canonical_ip};
 use crate::net::netns::Netns;
+
+/// How long a connection that the connect program has marked may take to send its SYN, on whatever machine.
+const MARKED_WITHIN: Duration = Duration::from_millis(10);
 
 impl Node {
     /// Binds the pod's listeners and reserves its slot. Nothing is redirected yet.
@@ -249,6 +253,13 @@ impl Node {
         }
     }
 
+    /// Listens for tunnels where those arrive that are steered no longer: peers dial them until they have heard that the
+    /// pod is withdrawn. To be called before.
+    pub fn listen_for_the_late(&self, uid: &PodUid) -> io::Result<Arc<TcpListener>> {
+        let known = self.pods.get(uid).ok_or(io::ErrorKind::NotFound)?;
+        known.netns.run(listeners::bind_in_the_open)?.map(Arc::new)
+    }
+
     /// Stops capturing new connections. Open ones go on: the routes they need stay until [`Node::forget`].
     pub fn withdraw(&mut self, uid: &PodUid) -> Result<(), WithdrawError> {
         if !self.is_owner() {
@@ -328,6 +339,8 @@ impl Node {
         }
         absent(self.maps.pods.remove(&record.cookie))
             .map_err(WithdrawError::step("the connect program's entry"))?;
+        // A connection that was marked just before sends its SYN now, and nobody else than the lookup program takes it.
+        std::thread::sleep(MARKED_WITHIN);
         self.maps.set_pod_ips(slot, &[]).map_err(WithdrawError::step("the map of pods"))?;
         sys::detach(&self.pins.lookup(slot)).map_err(WithdrawError::step("the lookup program"))?;
         self.maps.set_addresses(slot, &[]).map_err(WithdrawError::step("the map of addresses"))?;

@@ -80,7 +80,15 @@ pub(super) struct Shared {
     /// Listeners, connections, and requests under way.
     pub(super) busy: watch::Sender<usize>,
     pub(super) signal: Signal,
-    pub(super) handing_over: Signal,
+    /// Of the sockets that were added last.
+    pub(super) handing_over: Mutex<Signal>,
+}
+
+impl Shared {
+    /// When the sockets that are added now are to be left to another process.
+    fn handing_over(&self) -> Signal {
+        self.handing_over.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// Counts as busy while it lives.
@@ -171,7 +179,7 @@ impl Pod {
     }
 
     async fn end(&self) -> End {
-        let (mut signal, mut handing_over) = (self.shared.signal.clone(), self.shared.handing_over.clone());
+        let (mut signal, mut handing_over) = (self.shared.signal.clone(), self.shared.handing_over());
         let drained = async {
             signal.draining().await;
             sleep(self.shared.config.linger).await;
@@ -343,7 +351,7 @@ impl Pod {
                     request = None;
                     if let Some((reader, message)) = received {
                         // What a client that never stops to ask has asked is answered; the drain does not wait for more.
-                        let ending = self.shared.signal.is_draining() || self.shared.handing_over.is_draining();
+                        let ending = self.shared.signal.is_draining() || self.shared.handing_over().is_draining();
                         request = (!ending).then(|| next_request(reader, within));
                         under_way.push(Arc::clone(&self).respond(message, original));
                     }

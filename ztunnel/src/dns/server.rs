@@ -179,7 +179,7 @@ pub struct Dns {
     runtime: runtime::Handle,
     thread: Mutex<Option<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, Trigger>>,
-    handover: Trigger,
+    handover: Mutex<Trigger>,
 }
 
 impl Dns {
@@ -202,11 +202,19 @@ impl Dns {
         let resolvers = forward::Own::new(config.resolv_conf.clone());
         let busy = watch::Sender::new(0);
         Ok(Self {
-            shared: Arc::new(Shared { config, mesh, counts, resolvers, busy, signal, handing_over }),
+            shared: Arc::new(Shared {
+                config,
+                mesh,
+                counts,
+                resolvers,
+                busy,
+                signal,
+                handing_over: Mutex::new(handing_over),
+            }),
             runtime: handle,
             thread: Mutex::new(Some(thread)),
             pods: Mutex::default(),
-            handover,
+            handover: Mutex::new(handover),
         })
     }
 
@@ -260,7 +268,14 @@ impl Dns {
 
     /// Hands over to another process that has the same sockets: reads nothing more, and finishes what was read.
     pub fn hand_over_sockets(&self) {
-        self.handover.drain();
+        self.handover.lock().unwrap_or_else(PoisonError::into_inner).drain();
+    }
+
+    /// Answers again after that, at the sockets of pods that are added from now on.
+    pub fn serve_again(&self) {
+        let (handover, handing_over) = shutdown::channel();
+        *self.shared.handing_over.lock().unwrap_or_else(PoisonError::into_inner) = handing_over;
+        *self.handover.lock().unwrap_or_else(PoisonError::into_inner) = handover;
     }
 
     /// Waits until nothing is under way and nobody reads. Only a drain or [`Self::hand_over_sockets`] makes that so.

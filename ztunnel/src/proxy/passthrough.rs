@@ -103,11 +103,24 @@ pub(super) async fn deliver(
     first: &mut Bytes,
 ) -> Result<tokio::net::TcpStream, DeliveryError> {
     let failed = |source| DeliveryError::Connect { to, source };
-    match pod.network.deliver(client.ip(), to, first).map_err(failed)? {
+    // Its own address needs no rule to be answered at. Rather that than no connection, for who came too late.
+    let as_whom = |pod: &Pod| if pod.is_unrouted() { to.ip() } else { client.ip() };
+    match pod.network.deliver(as_whom(pod), to, first).map_err(failed)? {
         Delivery::Connected(application) => Ok(application),
         Delivery::Waiting(dial) => {
             let after = shard.config.connect_timeout;
-            let dialled = timeout(after, dial).await.map_err(|_elapsed| DeliveryError::Timeout { to, after });
+            let dialling = async {
+                tokio::select! {
+                    dialled = dial => dialled,
+                    // The answer has gone where no rule leads it back from.
+                    () = pod.unrouted(), if !pod.is_unrouted() => match pod.network.deliver(to.ip(), to, first)? {
+                        Delivery::Connected(application) => Ok(application),
+                        Delivery::Waiting(dial) => dial.await,
+                    },
+                }
+            };
+            let dialled =
+                timeout(after, dialling).await.map_err(|_elapsed| DeliveryError::Timeout { to, after });
             dialled?.map_err(failed)
         }
     }

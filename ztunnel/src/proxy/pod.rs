@@ -117,6 +117,20 @@ impl Pod {
         self.cut.clone()
     }
 
+    /// Whether the pod was redirected and no longer is: no rule brings answers to a client's address back to the sockets
+    /// here.
+    pub fn is_unrouted(&self) -> bool {
+        self.cut.as_ref().is_some_and(Signal::is_draining)
+    }
+
+    /// Waits for that; for ever where nothing depends on somebody else's rules.
+    pub async fn unrouted(&self) {
+        match self.cut() {
+            Some(mut cut) => cut.draining().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Whether `ip` is an address of the pod.
     pub fn has(&self, ip: IpAddr) -> bool {
         self.addresses.contains(&ip)

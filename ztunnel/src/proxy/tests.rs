@@ -1428,3 +1428,51 @@ async fn while_the_authority_says_nothing_neighbours_are_who_the_mesh_says() {
         node.refused(node.outbound).await;
     }
 }
+
+#[tokio::test]
+async fn pods_that_were_handed_over_can_be_taken_back() {
+    let linger = Duration::from_millis(50);
+    let mut node = Node::start_with(Config { linger, ..Config::default() }).await;
+    let (mut client, mut server) = node.connect().await;
+    for sockets in [false, true] {
+        if sockets {
+            node.plane.hand_over_sockets()
+        } else {
+            node.plane.stop_accepting()
+        }
+        let closed = async {
+            while TcpStream::connect(node.outbound).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, closed).await.expect("nothing new is taken");
+        node.plane.serve_again();
+        node.outbound = node.add("client", &[CLIENT, "127.0.0.1"], 1)[0];
+        node.add_server();
+        let (mut again, mut served) = node.connect().await;
+        say(&mut again, &mut served, b"new").await;
+        say(&mut client, &mut server, b"what was open").await;
+    }
+}
+
+#[tokio::test]
+async fn a_removed_pod_is_served_for_a_moment_by_whoever_does_not_know_yet() {
+    let fade = Duration::from_millis(300);
+    let linger = Duration::from_millis(50);
+    let node = Node::start_with(Config { linger, fade, ..Config::default() }).await;
+    node.certified("server").await;
+    for uid in ["server", "client"] {
+        node.plane.remove_pod(&PodUid::from(uid)).unwrap();
+    }
+    // No tunnel was there before.
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"late").await;
+    let closed = async {
+        while TcpStream::connect(node.outbound).await.is_ok() || TcpStream::connect(node.hbone).await.is_ok()
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, closed).await.expect("then it is over");
+    say(&mut server, &mut client, b"goes on").await;
+}

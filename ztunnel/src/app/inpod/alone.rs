@@ -71,7 +71,8 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
     let authority = certificates::authority(&config, &world.trust_domain())?;
     let kept = config.cert_cache.as_deref().map(certificates::kept_at).unwrap_or_default();
     let identities = identity::worker::start_with(authority, trust, kept, signal.clone());
-    certificates::look_after(&config, &identities, &readiness, &signal);
+    readiness.certificates(identities.clone());
+    let _kept_until_the_end = certificates::keep(&config, &identities);
     let data_plane = DataPlane::start(
         config.proxy.clone(),
         world.reader(),

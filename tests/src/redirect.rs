@@ -126,6 +126,26 @@ pub fn pod(pod: &Pod, backend: Backend) -> Result<()> {
     }
 }
 
+/// Takes all of that back, as the agent does before it tells the daemon that a pod has left.
+pub fn release(pod: &Pod, backend: Backend) -> Result<()> {
+    let netns = &pod.place.netns;
+    match backend {
+        Backend::Nft => {
+            let tables =
+                ["nat", "mangle", "raw"].map(|table| format!("delete table inet istio-ambient-{table}\n"));
+            inside(netns, "nft", &["-f", "-"], &tables.concat())?;
+        }
+        Backend::IptablesNft | Backend::IptablesLegacy => {
+            let kind = if backend == Backend::IptablesNft { "nft" } else { "legacy" };
+            for program in ["iptables", "ip6tables"] {
+                let empty = "*nat\nCOMMIT\n*mangle\nCOMMIT\n*raw\nCOMMIT\n";
+                inside(netns, &format!("{program}-{kind}-restore"), &["--wait"], empty)?;
+            }
+        }
+    }
+    undo(pod)
+}
+
 /// Takes back what [`pod`] has added to rules and routes. The tables go with the namespace.
 pub fn undo(pod: &Pod) -> Result<()> {
     let netns = &pod.place.netns;

@@ -3,12 +3,14 @@
 mod common;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::in_world_that;
 use ztunnel_tests::ca::{Answer, Authority, Keys};
 use ztunnel_tests::peer::hold::Held;
-use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::poll::{PATIENCE, eventually, throughout};
 use ztunnel_tests::world::{On, World, http, lines_at};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
@@ -122,6 +124,92 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
             other.say().context("under the last good list")?;
             let readiness = world.setting(On::B).readiness()?;
             Ok(format!("{}; readiness {:?}", line.trim(), readiness.trim()))
+        },
+    );
+}
+
+#[test]
+fn an_authority_that_is_slow_is_asked_once_for_each_identity() {
+    in_world_that(
+        "an authority that takes six seconds for an answer",
+        |world| {
+            let authority = authority(world, &[])?;
+            authority.answer(Answer::After(Duration::from_secs(6)));
+            Ok(authority)
+        },
+        |world, authority| {
+            let began = Instant::now();
+            eventually(PATIENCE, || http(&world.client.place, world.server.v4.into(), ""))?;
+            // Longer than any request took, so that a second one would be seen.
+            throughout(Duration::from_secs(8), || {
+                http(&world.client.place, world.server.v4.into(), "").map(drop)
+            })?;
+            let mut asked: Vec<_> = authority.asked().into_iter().map(|asked| asked.impersonated).collect();
+            asked.sort();
+            let (all, count) =
+                (asked.len(), |who: &str| asked.iter().flatten().filter(|one| *one == who).count());
+            ensure!(count(CLIENT) == 1 && count(SERVER) == 1, "{asked:?}");
+            Ok(format!("{all} requests in all, each answered after 6 s; working after {:?}", began.elapsed()))
+        },
+    );
+}
+
+/// Has an authority on the first node answer again.
+fn restart(world: &World, authority: &mut Authority) -> Result<()> {
+    world.a.place.netns.enter(|| Ok(authority.restart()?))
+}
+
+#[test]
+fn a_crash_while_the_authority_is_away_is_told_and_costs_no_connection_on_the_node() {
+    in_world_that(
+        "a crash while the authority is away",
+        |world| authority(world, &[]),
+        |world, authority| {
+            let kept = world.run.path("kept-certificates");
+            let (to_near, to_far) = (world.near.v4.into(), world.server.v4.into());
+            authority.stop();
+            world.kill_daemon(On::A)?;
+            let mut daemon = world.setting(On::A).start()?;
+            let told = eventually(PATIENCE, || {
+                let told = match world.setting(On::A).readiness() {
+                    Ok(ready) => bail!("{ready}"),
+                    Err(not_ready) => not_ready.to_string(),
+                };
+                ensure!(told.contains("not ready, none of"), "{told}");
+                Ok(told)
+            })?;
+            ensure!(told.contains("cannot be reached"), "{told}");
+            let answer = http(&world.client.place, to_near, "").context("to a pod of the node")?;
+            ensure!(answer.body.contains(&format!("client={}", world.client.v4)), "{}", answer.body);
+            ensure!(
+                http(&world.client.place, to_far, "").is_err(),
+                "another node was reached without a certificate"
+            );
+            restart(world, authority)?;
+            daemon.wait_ready().context("once the authority is back")?;
+            eventually(PATIENCE, || http(&world.client.place, to_far, ""))?;
+            world.replace_daemon(On::A, daemon);
+
+            // Who keeps them on a disk is not even told.
+            let mut setting = world.setting(On::A).clone();
+            setting.further.extend(["--cert-cache".to_owned(), kept.display().to_string()]);
+            let mut next = setting.start()?;
+            next.wait_ready()?;
+            let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+            first.ended()?;
+            eventually(PATIENCE, || {
+                let about = std::fs::metadata(&kept)?;
+                ensure!(about.permissions().mode() & 0o777 == 0o600, "{:o}", about.permissions().mode());
+                Ok(())
+            })?;
+            authority.stop();
+            world.kill_daemon(On::A)?;
+            let mut daemon = setting.start()?;
+            daemon.wait_ready().context("with kept certificates")?;
+            world.replace_daemon(On::A, daemon);
+            http(&world.client.place, to_far, "").context("with kept certificates")?;
+            restart(world, authority)?;
+            Ok(format!("{}; with --cert-cache ready at once", told.trim()))
         },
     );
 }

@@ -194,6 +194,42 @@ fn restarts_under_load_fail_no_attempt() {
 }
 
 #[test]
+fn a_daemon_killed_after_its_take_over_gives_the_pods_back() {
+    in_redirected("killed after a take-over", &BOTH, Backend::IptablesNft, |world| {
+        outage::killed_after_take_over(world, &|world| {
+            for address in world.server.addresses() {
+                http(&world.client.place, address, "")?;
+            }
+            http(&world.outsider.place, world.server.v4.into(), "").map(drop)
+        })
+    });
+}
+
+/// As istio-cni does: the rules go first, then its daemons are told, and the mesh says so last.
+#[test]
+fn a_pod_that_leaves_the_mesh_under_load_loses_no_attempt() {
+    in_redirected("out under load", &BOTH, Backend::IptablesNft, |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let targets = server.addresses().map(|address| SocketAddr::new(address, HTTP));
+        let mut load = Load::start(&client.place, 100, &targets)?;
+        load.goes_on(100)?;
+        let log = world.setting(On::A).log();
+        let mark = log.mark();
+        redirect::release(&server, Backend::IptablesNft)?;
+        world.agent(On::B)?.del(&server)?;
+        world.mesh.pod(MESHED, &server, Enrolment::None)?;
+        log.wait_line(mark, PATIENCE, "the change", |line| line.contains("mesh applied"))?;
+        load.goes_on(300)?;
+        let outcome = load.finish()?;
+        redirect::pod(&server, Backend::IptablesNft)?;
+        world.agent(On::B)?.add(&server)?;
+        world.mesh.pod(MESHED, &server, Enrolment::Inherit)?;
+        ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
+        Ok(outcome.evidence())
+    });
+}
+
+#[test]
 fn beside_a_daemon_that_hands_nothing_over_the_ports_are_shared() {
     in_redirected("rolling update", &[On::B], Backend::IptablesNft, |world| {
         let targets = world.server.addresses().map(|address| SocketAddr::new(address, HTTP));

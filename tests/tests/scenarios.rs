@@ -29,10 +29,12 @@ stories! {
     a_killed_client_side_is_closed_and_comes_back => outage::KILLED_SOURCE;
     a_killed_server_side_is_closed_and_comes_back => outage::KILLED_DESTINATION;
     a_kill_at_any_moment_never_opens_a_way => outage::KILLED_AT_ANY_MOMENT;
+    a_daemon_killed_after_its_take_over_gives_the_pods_back => outage::KILLED_AFTER_TAKE_OVER;
     a_kill_under_strict_never_lets_plaintext_in => outage::KILLED_UNDER_POLICY;
     twenty_restarts_under_load_fail_no_attempt => restart::TWENTY_RESTARTS;
     an_open_connection_survives_a_restart => restart::OPEN_CONNECTIONS_DRAIN;
     enrolling_and_withdrawing_keep_open_connections => enrolment::OPEN_CONNECTIONS;
+    pods_that_leave_the_mesh_under_load_lose_no_attempt => enrolment::UNDER_LOAD;
     a_withdrawn_pod_is_clean => enrolment::WITHDRAWN_CLEAN;
     a_withdrawn_pod_keeps_its_tunnel_over_a_restart => restart::WITHDRAWN_THEN_RESTARTED;
     a_namespace_made_again_is_captured_again => enrolment::NAMESPACE_REMADE;

@@ -1,5 +1,6 @@
 //! Pods come into the mesh and leave it while they work.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,6 +9,7 @@ use super::Story;
 use crate::mesh::{Enrolment, MESHED};
 use crate::netns::Netns;
 use crate::peer::hold::Held;
+use crate::peer::load::Load;
 use crate::poll::{PATIENCE, eventually};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
@@ -53,6 +55,38 @@ pub const OPEN_CONNECTIONS: Story = Story {
             tunnelled.len(),
             plain.len()
         ))
+    },
+};
+
+/// New connections per second, as far as the machine can.
+const RATE: u64 = 100;
+
+/// Pods that leave the mesh while others call them and they call others.
+pub const UNDER_LOAD: Story = Story {
+    name: "pods go out of the mesh under a steady load of new connections: not one attempt fails",
+    tell: |world| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let targets = server.addresses().map(|address| SocketAddr::new(address, HTTP));
+        let mut told = Vec::new();
+        // The one that is called, the one that calls, and both.
+        for pods in [vec![&server], vec![&client], vec![&server, &client]] {
+            let mut load = Load::start(&client.place, RATE, &targets)?;
+            load.goes_on(100)?;
+            for pod in &pods {
+                world.mesh.pod(MESHED, pod, Enrolment::None)?;
+            }
+            world.wait_carried_out()?;
+            load.goes_on(300)?;
+            let outcome = load.finish()?;
+            ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
+            told.push(outcome.evidence());
+            // On its way back a pod may be dialled by a tunnel before it listens: that is another story.
+            for pod in &pods {
+                world.mesh.pod(MESHED, pod, Enrolment::Inherit)?;
+            }
+            world.wait_carried_out()?;
+        }
+        Ok(told.join("; "))
     },
 };
 

@@ -9,10 +9,11 @@ use rand::RngExt;
 use super::Story;
 use super::tunnel::marker;
 use crate::pcap::Packets;
+use crate::peer::hold::Held;
 use crate::poll::{PATIENCE, eventually, throughout};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
-use crate::world::{BOTH, On, World, http, http_refused, refused};
+use crate::world::{BOTH, On, World, http, http_refused, lines_at, refused};
 
 /// On a machine on which [`pace`] takes no longer than a fifth of that; on a slower one so much more.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
@@ -116,6 +117,78 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
         Ok(format!("{ROUNDS} kills after {delays:?} ms; works after each, 0 packets in clear"))
     },
 };
+
+/// Killed after its take-over, or in its midst, while the one before it still drains.
+pub const KILLED_AFTER_TAKE_OVER: Story = Story {
+    name: "a daemon that is killed while the one before it drains: that one serves the pods again",
+    tell: |world| {
+        killed_after_take_over(world, &|world| {
+            for address in world.server.addresses() {
+                http(&world.client.place, address, "")?;
+            }
+            http(&world.outsider.place, world.server.v4.into(), "").map(drop)
+        })
+    },
+};
+
+/// Kills a daemon at many moments while the one before it drains; `works`: the pods are served.
+pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Result<()>) -> Result<String> {
+    /// After the start; after "ready".
+    const MOMENTS: [(bool, u64); 10] = [
+        (true, 0),
+        (true, 0),
+        (true, 20),
+        (true, 100),
+        (true, 1000),
+        // The linger is over.
+        (true, 4000),
+        (false, 60),
+        (false, 120),
+        (false, 180),
+        (false, 250),
+    ];
+    let (client, marker) = (world.client.clone(), marker());
+    let mut slowest = Duration::ZERO;
+    let watch = world.watch_link_for_clear("killed-after")?;
+    for (round, (ready, after)) in MOMENTS.into_iter().enumerate() {
+        let on = BOTH[round % 2];
+        let what = || {
+            format!(
+                "round {round} on {on:?}: killed {after} ms after {}",
+                if ready { "ready" } else { "its start" }
+            )
+        };
+        // What the first daemon drains.
+        let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
+        let mut next = world.setting(on).start()?;
+        if ready {
+            next.wait_ready().with_context(what)?;
+        }
+        std::thread::sleep(Duration::from_millis(after));
+        next.process().kill_9().with_context(what)?;
+        let killed = Instant::now();
+        drop(next);
+        eventually(PATIENCE, || works(world)).with_context(what)?;
+        slowest = slowest.max(killed.elapsed());
+        held.say().with_context(what).context("what the first daemon drained")?;
+        world.daemon(on)?.process().must_run().with_context(what)?;
+        // Others can take over from it as from any.
+        let mut again = world.setting(on).start()?;
+        again.wait_ready().with_context(what)?;
+        let mut first = world.replace_daemon(on, again).context("no first daemon")?;
+        works(world).with_context(what).context("after another daemon took over")?;
+        held.say().with_context(what).context("after another daemon took over")?;
+        drop(held);
+        first.ended().with_context(what).context("the first daemon was to end with its last connection")?;
+        works(world).with_context(what).context("after the first daemon ended")?;
+    }
+    nothing_in_clear(&watch.finish()?, &client, &marker)?;
+    Ok(format!(
+        "{} daemons killed; the one before served the pods again within {} ms, nothing in clear",
+        MOMENTS.len(),
+        slowest.as_millis()
+    ))
+}
 
 /// One request that must be refused, not answered and not left waiting.
 fn closed(from: &Pod, to: IpAddr, marker: &str) -> Result<String> {

@@ -112,7 +112,8 @@ async fn handshakes_that_are_not_finished_keep_nobody_out() {
     let node = Node::start_with(Config { pod_handshakes_max: 32, ..Config::default() }).await;
     let mut idle = Vec::new();
     for _ in 0..20 {
-        idle.push(TcpStream::connect(node.hbone).await.unwrap());
+        // Those above the source's share are reset, maybe before they know that they are connected.
+        idle.extend(TcpStream::connect(node.hbone).await.ok());
     }
     // All come from one address, of which four may be in progress: the oldest is closed for the next, after a second.
     tokio::time::sleep(Duration::from_millis(1100)).await;

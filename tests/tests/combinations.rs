@@ -5,7 +5,7 @@
 
 use std::sync::OnceLock;
 
-use ztunnel_tests::combinations::axes::{Capture, Combination, Name, Path, Server};
+use ztunnel_tests::combinations::axes::Capture;
 use ztunnel_tests::combinations::cover::{Chosen, choose};
 use ztunnel_tests::combinations::{by_kind, play};
 
@@ -14,23 +14,6 @@ ztunnel_tests::enclosed!();
 /// How many are played in all, at least.
 const COUNT: usize = 330;
 const SEED: u64 = 1;
-
-/// What is known not to hold yet: the cause, and where.
-type Known = (&'static str, fn(&Combination, &str) -> bool);
-
-const KNOWN: &[Known] = &[
-    (
-        "an answer without a socket has no mark, and misses the daemon that dials where nobody listens",
-        |it, _| {
-            it.capture == Capture::Ebpf
-                && it.server_in_mesh()
-                && matches!(it.server, Server::ClosedPort | Server::Restarting)
-        },
-    ),
-    ("a delivery from a pod's own address to it is bound to the loopback, and its answer is not", |it, _| {
-        it.capture == Capture::Ebpf && it.path == Path::Itself && it.name == Name::ClusterIp
-    }),
-];
 
 fn set<T: std::str::FromStr>(variable: &str, default: T) -> T {
     let Ok(text) = std::env::var(variable) else { return default };
@@ -42,16 +25,9 @@ fn all_of(capture: Capture) {
     let (seed, count) = (set("ZTUNNEL_SEED", SEED), set("ZTUNNEL_COMBINATIONS", COUNT));
     let chosen = CHOSEN.get_or_init(|| choose(seed, count));
     let outcome = play(capture, &chosen.combinations).unwrap_or_else(|error| panic!("{capture}: {error:#}"));
-    let (known, failures): (Vec<_>, Vec<_>) = outcome
-        .failures
-        .into_iter()
-        .partition(|(it, what)| KNOWN.iter().any(|(_, applies)| applies(it, what)));
+    let failures = outcome.failures;
     for (kind, combinations) in by_kind(&failures) {
         println!("{} × {kind}, first: {}", combinations.len(), combinations[0]);
-    }
-    for (cause, applies) in KNOWN {
-        let count = known.iter().filter(|(it, what)| applies(it, what)).count();
-        println!("{count} findings are known: {cause}");
     }
     for (combination, what) in &failures {
         println!("FAILED {combination}\n    {what}");

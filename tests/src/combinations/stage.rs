@@ -59,6 +59,13 @@ enum Place {
     OnePod,
 }
 
+/// Where a node's log ends and what its counters say, before something is done.
+struct Mark {
+    on: On,
+    log: usize,
+    counters: BTreeMap<String, u64>,
+}
+
 /// One connection.
 struct Part<'a> {
     id: usize,
@@ -434,12 +441,12 @@ impl Stage {
     }
 
     /// The counters of both nodes, and where their logs end.
-    fn marks(&self) -> Result<Vec<(On, usize, BTreeMap<String, u64>)>> {
+    fn marks(&self) -> Result<Vec<Mark>> {
         BOTH.into_iter()
             .map(|on| {
                 // What came before has been counted.
                 let counters = eventually(TOLD_WITHIN, || self.settled_counters(on))?;
-                Ok((on, self.world.setting(on).log().mark(), counters))
+                Ok(Mark { on, log: self.world.setting(on).log().mark(), counters })
             })
             .collect()
     }
@@ -455,11 +462,11 @@ impl Stage {
     }
 
     /// Each line of a log is a connection that was counted, by the same side.
-    fn counted(&self, marks: &[(On, usize, BTreeMap<String, u64>)]) -> Result<()> {
-        for (on, mark, before) in marks {
+    fn counted(&self, marks: &[Mark]) -> Result<()> {
+        for Mark { on, log, counters: before } in marks {
             eventually(TOLD_WITHIN, || {
                 let now = self.settled_counters(*on)?;
-                let said = self.world.setting(*on).log().since(*mark);
+                let said = self.world.setting(*on).log().since(*log);
                 for (direction, reporter) in [("outbound", "source"), ("inbound", "destination")] {
                     let lines = said
                         .lines()

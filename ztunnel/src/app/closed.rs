@@ -34,7 +34,7 @@ mod tests {
     async fn a_node_is_ready_when_no_pod_is_closed() {
         let (count, closed) = watch::channel(0);
         let ready = Readiness::new();
-        let task = tokio::spawn(blocks(closed, ready.clone()));
+        let task = crate::shutdown::spawn(blocks(closed, ready.clone()));
         for (pods, pending) in [(0, 0), (2, 1), (1, 1), (0, 0), (3, 1)] {
             count.send_replace(pods);
             while ready.pending().len() != pending {

@@ -489,12 +489,12 @@ fn no_cgroup2() -> Invalid {
 
 /// The network namespace whose name `ip netns exec` gave to the /sys that it mounts anew, without what is below it.
 fn hidden_sys(mounts: &str) -> Option<&str> {
-    let last = mounts.lines().filter_map(|line| {
+    let mut last = mounts.lines().rev().filter_map(|line| {
         let mut fields = line.split(' ');
         let (device, dir, kind) = (fields.next()?, fields.next()?, fields.next()?);
         (dir == "/sys" && kind == "sysfs").then_some(device)
     });
-    last.last().filter(|device| !matches!(*device, "sysfs" | "none" | "sys"))
+    last.next().filter(|device| !matches!(*device, "sysfs" | "none" | "sys"))
 }
 
 /// That the kernel takes this congestion control; it may have to load a module for it.

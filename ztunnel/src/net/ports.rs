@@ -79,7 +79,7 @@ impl Space {
         let [quiet, ..] = &self.runs;
         let runs = if tried < QUIET_TRIES && quiet.count > 0 { &self.runs[..1] } else { &self.runs[..] };
         let all: u32 = runs.iter().map(|run| run.count).sum();
-        let mut at = (u64::from(roll) * u64::from(all) >> 32) as u32;
+        let mut at = ((u64::from(roll) * u64::from(all)) >> 32) as u32;
         for run in runs {
             if at < run.count {
                 return Some(run.first + at as u16 * run.step);

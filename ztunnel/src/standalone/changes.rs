@@ -316,7 +316,7 @@ mod tests {
 
         // What a shell does before it writes.
         fs::write(world.file(), "").unwrap();
-        let told = tokio::spawn({
+        let told = shutdown::spawn({
             let reloader = reloader.clone();
             async move { (reloader.reload(false).await, reloader.reload(true).await) }
         });
@@ -346,7 +346,7 @@ mod tests {
         let (mut changes, _) = opened.unwrap();
 
         world.write(&[]);
-        let told = tokio::spawn(async move { (reloader.reload(false).await, reloader.reload(true).await) });
+        let told = shutdown::spawn(async move { (reloader.reload(false).await, reloader.reload(true).await) });
         assert_eq!(pods(changes.next().await), Vec::<String>::new());
         let (unforced, forced) = told.await.unwrap();
         let unforced = unforced.unwrap().unwrap_err();

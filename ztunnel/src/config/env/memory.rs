@@ -98,7 +98,7 @@ fn limit(cgroup: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) 
             _ => continue,
         };
         let Some((root, mount)) = mount(mountinfo, kind) else { continue };
-        let within = Path::new(path).strip_prefix(&root).unwrap_or(Path::new(""));
+        let within = Path::new(path).strip_prefix(&root).unwrap_or_else(|_| Path::new(""));
         let within = within.strip_prefix("/").unwrap_or(within);
         for group in mount.join(within).ancestors().take_while(|group| group.starts_with(&mount)) {
             let said = read(&group.join(file)).and_then(|text| text.trim().parse::<u64>().ok());

@@ -230,7 +230,7 @@ impl<P: Enrolled> Machine<P> {
                     let full = format!("this node serves {PODS_MAX} pods already");
                     return self.reject(Rejected::Message(full), actions);
                 }
-                if let Some(named) = connection.snapshot.as_mut().or(self.doubted.version_mut()) {
+                if let Some(named) = connection.snapshot.as_mut().or_else(|| self.doubted.version_mut()) {
                     named.insert(uid.clone());
                 }
                 connection.owed = Some((uid, now + ANSWER_WITHIN));

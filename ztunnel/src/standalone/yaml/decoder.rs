@@ -96,7 +96,7 @@ pub fn decode_all<T: DeserializeOwned>(
 }
 
 /// The tree without what `path` leads to; of a list that has it, all.
-fn without<'p>(node: &Node, path: &mut dyn Iterator<Item = &'p str>) -> Option<Arc<Node>> {
+fn without(node: &Node, path: &mut dyn Iterator<Item = &str>) -> Option<Arc<Node>> {
     let segment = path.next()?;
     let Value::Map(entries) = &node.value else { return None };
     let mut kept = Vec::with_capacity(entries.len());

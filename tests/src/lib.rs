@@ -17,6 +17,7 @@
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
 //! * [`resolver`]: a DNS server and its clients;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
+//! * [`memory`]: a limit on what a daemon may use;
 //! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
 //! * [`stories`]: each function is one claim and its evidence. `cargo xtask demo` prints them as a report,
@@ -34,6 +35,7 @@ pub mod enclosure;
 pub mod image;
 pub mod istiod;
 pub mod leftovers;
+pub mod memory;
 pub mod mesh;
 pub mod netns;
 pub mod pcap;

@@ -12,3 +12,4 @@ pub mod load;
 pub mod open;
 pub mod script;
 pub mod serve;
+pub mod stall;

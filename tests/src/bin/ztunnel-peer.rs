@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ztunnel_tests::peer::{act, crowd, enclosed, first, hold, load, open, serve};
+use ztunnel_tests::peer::{act, crowd, enclosed, first, hold, load, open, serve, stall};
 
 const USAGE: &str = "ztunnel-peer serve <port> | hold <address> | load <rate> <address>... \
      | open <address> <path> <rate> <connections> <seconds> | crowd <address> <path> <connections> \
-     | first <address> <path> <seconds> | enclosed <name> | act";
+     | first <address> <path> <seconds> | enclosed <name> | act | stall <address> <path> <connections>";
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -28,6 +28,9 @@ fn main() -> Result<()> {
         }),
         ["crowd", to, path, count] => {
             crowd::crowd(to.parse().context("the address")?, path, count.parse().context("the connections")?)
+        }
+        ["stall", to, path, count] => {
+            stall::stall(to.parse().context("the address")?, path, count.parse().context("the connections")?)
         }
         ["first", to, path, seconds] => {
             first::first(to.parse().context("the address")?, path, period(seconds)?)

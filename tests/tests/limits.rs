@@ -6,11 +6,11 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::certificates::Signer;
 use common::hbone::{inside, tls};
 use common::{in_world, in_world_that};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ztunnel_tests::binaries;
+use ztunnel_tests::certificates::Signer;
 use ztunnel_tests::memory::MemoryLimit;
 use ztunnel_tests::peer::open::Outcome;
 use ztunnel_tests::place::Place;

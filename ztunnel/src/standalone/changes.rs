@@ -346,7 +346,8 @@ mod tests {
         let (mut changes, _) = opened.unwrap();
 
         world.write(&[]);
-        let told = shutdown::spawn(async move { (reloader.reload(false).await, reloader.reload(true).await) });
+        let told =
+            shutdown::spawn(async move { (reloader.reload(false).await, reloader.reload(true).await) });
         assert_eq!(pods(changes.next().await), Vec::<String>::new());
         let (unforced, forced) = told.await.unwrap();
         let unforced = unforced.unwrap().unwrap_err();

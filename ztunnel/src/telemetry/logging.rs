@@ -89,11 +89,14 @@ pub enum InvalidChange {
     Level(String),
     /// The target is not the name of a part of the daemon.
     #[error(
-        "{0:?} is not a part of this daemon that logs: use access, ztunnel, ztunnel::<module> with one of {modules}, or \
+        "{0:?} is not a part of this daemon that logs: use access, dns, ztunnel, ztunnel::<module> with one of {modules}, or \
          one of {crates}", modules = MODULES.join(", "), crates = CRATES.join(", ")
     )]
     Target(String),
 }
+
+/// What is written line by line for what pods do: connections, and questions to their DNS. Each has a level of its own.
+const RECORDS: [&str; 2] = [access_log::TARGET, "dns"];
 
 /// The parts of this program that log by their names.
 const MODULES: [&str; 20] = [
@@ -127,7 +130,7 @@ fn is_target(target: &str) -> bool {
     let (first, rest) = target.split_once("::").map_or((target, None), |(first, rest)| (first, Some(rest)));
     match first {
         "ztunnel" => rest.is_none_or(|rest| MODULES.contains(&rest.split("::").next().unwrap_or_default())),
-        _ => target == access_log::TARGET || CRATES.contains(&first),
+        _ => RECORDS.contains(&target) || CRATES.contains(&first),
     }
 }
 
@@ -140,11 +143,13 @@ impl Filter {
             match split(part) {
                 Some((target, level)) => {
                     let level = level_of(level)?;
-                    // A module by its own name.
-                    let target = match MODULES.contains(&target) {
-                        true => format!("ztunnel::{target}"),
-                        false if is_target(target) => target.to_owned(),
-                        false => return Err(InvalidChange::Target(target.to_owned())),
+                    let target = if is_target(target) {
+                        target.to_owned()
+                    } else if MODULES.contains(&target) {
+                        // A module by its own name.
+                        format!("ztunnel::{target}")
+                    } else {
+                        return Err(InvalidChange::Target(target.to_owned()));
                     };
                     changed.targets.insert(target, level);
                 }
@@ -524,6 +529,7 @@ mod tests {
             ("WARNING", "warn,access=off"),
             ("access:debug", "info,access=debug"),
             ("access=debug", "info,access=debug"),
+            ("dns=debug", "info,access=off,dns=debug"),
             ("ztunnel::proxy:trace,xds=off", "info,access=off,ztunnel::proxy=trace,ztunnel::xds=off"),
             ("error,access:info", "error,access=info"),
             ("", "info,access=off"),

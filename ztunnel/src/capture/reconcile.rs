@@ -10,7 +10,7 @@
 //!
 //! A pod of which something is announced need not wait for that: [`Node::announcements`] tells when, and
 //! [`Node::reconcile_announced`] looks at these alone. A pod that goes on changing is looked at no more often than takes
-//! [`SHARE`] of the time, so that nobody gets less because of it.
+//! `SHARE` of the time, so that nobody gets less because of it.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -1,6 +1,6 @@
 //! What of a mesh file's versions is carried out, and when.
 //!
-//! Between [`watch`](crate::standalone::watch), which loads every version, and whoever carries versions out: one with
+//! Between [`crate::standalone::watch`], which loads every version, and whoever carries versions out: one with
 //! errors is not, one that looks as if everything were gone waits ([`crate::enrol::loss`]), and of both it is told why.
 
 use std::path::Path;

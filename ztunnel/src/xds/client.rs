@@ -63,7 +63,7 @@ const NAMES: usize = 4096;
 const WINDOW: u32 = 4 * 1024 * 1024;
 /// How long a new stream may stay without any response, unless said otherwise: a control plane that has just started
 /// has much to do. Each stream that was given up for it has the next one waited for twice as long, up to
-/// [`PATIENCE_MAX`] times: whoever always leaves the queue before its turn is never served, and the more are queued
+/// `PATIENCE_MAX` times: whoever always leaves the queue before its turn is never served, and the more are queued
 /// the more begin again.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many times as long at most.

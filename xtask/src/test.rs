@@ -50,7 +50,7 @@ struct Suite {
 }
 
 /// Suites that count system calls or look at how long something takes.
-const ALONE: [&str; 3] = ["combinations", "hostile", "scenarios"];
+const ALONE: [&str; 4] = ["combinations", "hostile", "limits", "scenarios"];
 /// How many suites run at once at most: each has daemons, pods and programs, and wants some hundred MiB.
 const SIDE_BY_SIDE_MAX: usize = 4;
 

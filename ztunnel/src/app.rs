@@ -342,7 +342,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
                 }
                 mut claim = successors.next() => {
                     kernel.yield_node().await;
-                    match claimed(&mut claim, &mut control, &mut changes, &mut signals).await {
+                    match claimed(&mut claim, &mut control, &mut changes, &mut signals, &mut told).await {
                         Outcome::Done => break End::HandedOver(claim),
                         // Another successor has come and gone by since then, or rather has stayed.
                         Outcome::Abandoned if !successors.is_current() => break End::Superseded,
@@ -353,6 +353,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
                             if let Err(error) = kernel.reclaim().await {
                                 tracing::error!(%error, "some pods could not be taken back, trying again");
                             }
+                            control.resume().await;
                         }
                     }
                 }
@@ -446,7 +447,10 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
             }
         }
         until = told.then_some(deadline);
-        control.take_back(departing.is_some()).await;
+        if let Err(error) = control.take_back(departing.is_some()).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "the node stays closed");
+            break;
+        }
         match Ports::bind(&config).and_then(&serve_admin) {
             Ok(again) => admin = Some(again),
             Err(error) => {
@@ -553,6 +557,7 @@ async fn claimed(
     control: &mut Control,
     changes: &mut Changes,
     signals: &mut Signals,
+    told: &mut bool,
 ) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
     tokio::pin!(deadline);
@@ -568,7 +573,10 @@ async fn claimed(
                 return Outcome::Abandoned;
             }
             // Told to stop in the middle: the successor has what it has, and takes the rest.
-            () = signals.next() => return Outcome::Done,
+            () = signals.next() => {
+                *told = true;
+                return Outcome::Done;
+            }
         }
     }
 }

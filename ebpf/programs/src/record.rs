@@ -72,7 +72,10 @@ fn dials(ctx: &SockOpsContext, sk: *mut bpf_sock) {
         let delivery = LocalFlow { netns, flow, padding: 0 };
         if DELIVERIES.insert(&delivery, 1, 0).is_err() {
             count(Counter::Unrecorded);
+            return;
         }
+        // Nobody may take it: then it is forgotten when it ends, before a client comes by the same four numbers.
+        let _heard = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
     }
 }
 
@@ -118,13 +121,20 @@ fn is_taken(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
 fn changes(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     // SAFETY: the context is valid for the run of the program.
     let state = unsafe { (&raw const (*ops).__bindgen_anon_1.args[1]).read_volatile() };
-    if state != TCP_CLOSE || ownership(sk) != PROBE {
+    if state != TCP_CLOSE {
         return;
     }
+    let is_probe = ownership(sk) == PROBE;
     let (local, remote) = addresses(ops);
     let (local_port, remote_port) = ports(ops);
     let flow = Flow { from: local, to: remote, from_port: local_port, to_port: remote_port };
-    let _forgotten = PROBES.remove(&flow);
+    if is_probe {
+        let _forgotten = PROBES.remove(&flow);
+    } else {
+        // SAFETY: the helper takes the context.
+        let netns = unsafe { bpf_get_netns_cookie(ops.cast()) };
+        let _forgotten = DELIVERIES.remove(&LocalFlow { netns, flow, padding: 0 });
+    }
 }
 
 #[inline(always)]

@@ -161,10 +161,6 @@ pub fn uninstall(places: &Places, named: bool, cert_cache: Option<&Path>) -> Res
     if UnixStream::connect(&socket).is_ok() {
         return Err(UninstallError::Running(socket.display().to_string()));
     }
-    if let Some(path) = cert_cache {
-        kept::remove(path)
-            .map_err(|error| UninstallError::Certificates(path.display().to_string(), error))?;
-    }
     let pins = &places.capture.pin_dir;
     let removed = match std::fs::metadata(pins) {
         Ok(_) => capture::uninstall::uninstall(&places.capture)?.to_string(),
@@ -180,6 +176,10 @@ pub fn uninstall(places: &Places, named: bool, cert_cache: Option<&Path>) -> Res
             format!("nothing is captured here as node {}", places.node)
         }
     };
+    if let Some(path) = cert_cache {
+        kept::remove(path)
+            .map_err(|error| UninstallError::Certificates(path.display().to_string(), error))?;
+    }
     forget_meshes(&places.run_dir);
     writeln!(std::io::stdout(), "{removed}")?;
     Ok(())

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::admin::ready::Blocker;
 use crate::app::kernel::Kernel;
+use crate::capture::error::EnrolError;
 use crate::capture::reconcile::Repair;
 use crate::enrol::loss::Caution;
 use crate::enrol::loss::Census;
@@ -277,18 +278,21 @@ impl Control {
     }
 
     /// Takes the node back from a daemon that served it and died; `departing` as for [`Self::own`]. What the mesh has
-    /// wanted since then is carried out.
-    pub async fn take_back(&mut self, departing: bool) {
-        let failed = self.kernel.take_back().await.unwrap_or_else(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "the node cannot be taken back");
-            Vec::new()
-        });
-        for uid in failed {
-            self.step(Event::Lost(uid)).await;
+    /// wanted since then is carried out. Pods that cannot be taken back stay closed and are tried again; an error is
+    /// that of the node as a whole.
+    pub async fn take_back(&mut self, departing: bool) -> Result<(), EnrolError> {
+        for uid in self.kernel.take_back().await? {
+            self.step(Event::CaptureFailed(uid)).await;
         }
+        self.resume().await;
+        self.own(departing).await;
+        Ok(())
+    }
+
+    /// Carries out what the mesh has come to want while another daemon changed the kernel.
+    pub async fn resume(&mut self) {
         self.settling = true;
         self.step(Event::Desired(self.desired.clone())).await;
-        self.own(departing).await;
     }
 
     /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already

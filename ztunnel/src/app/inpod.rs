@@ -308,7 +308,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
                 () = gone(&mut departing) => departing = None,
                 mut claim = successors.next() => {
                     let pods = node.agent.handed();
-                    match claimed(&mut claim, &pods, &mut node, &mut signals).await {
+                    match claimed(&mut claim, &pods, &mut node, &mut signals, &mut told).await {
                         Outcome::Done => break End::HandedOver(claim, pods),
                         Outcome::Abandoned if !successors.is_current() => break End::Superseded,
                         Outcome::Abandoned => {
@@ -553,7 +553,13 @@ async fn first_mesh(world: &mut World, socket: Option<&Path>, signals: &mut Sign
 }
 
 /// Waits until a successor serves the node, or is gone, or has taken too long. This daemon goes on meanwhile.
-async fn claimed(claim: &mut Claim, pods: &[HandedPod], node: &mut Node, signals: &mut Signals) -> Outcome {
+async fn claimed(
+    claim: &mut Claim,
+    pods: &[HandedPod],
+    node: &mut Node,
+    signals: &mut Signals,
+    told: &mut bool,
+) -> Outcome {
     let deadline = tokio::time::sleep(TAKE_OVER_WITHIN);
     tokio::pin!(deadline);
     let outcome = claim.outcome(pods);
@@ -567,7 +573,10 @@ async fn claimed(claim: &mut Claim, pods: &[HandedPod], node: &mut Node, signals
                 return Outcome::Abandoned;
             }
             // Told to stop in the middle: the successor has what it has.
-            () = signals.next() => return Outcome::Done,
+            () = signals.next() => {
+                *told = true;
+                return Outcome::Done;
+            }
         }
     }
 }

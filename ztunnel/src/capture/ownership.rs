@@ -14,6 +14,7 @@ impl Node {
     /// die, `reclaim` and bind every pod anew.
     pub fn let_go(&mut self) {
         self.links.clear();
+        self.unslotted.clear();
         for known in self.pods.values_mut() {
             known.listeners = None;
             known.links = Links::default();

@@ -141,13 +141,15 @@ impl Node {
         let now = Instant::now();
         let announced =
             self.pods.iter().filter(|(_, known)| known.watched.announced && known.listeners.is_some());
-        let announced: Vec<_> = announced
-            .map(|(uid, known)| (uid.clone(), known.watched.rests_until.filter(|at| *at > now)))
-            .collect();
-        for (uid, _) in announced.iter().filter(|(_, rests_until)| rests_until.is_none()) {
-            self.look_closely(uid, &mut repairs);
+        let rested = announced.filter(|(_, known)| known.watched.rests_until.is_none_or(|at| at <= now));
+        let rested: Vec<_> = rested.map(|(uid, _)| uid.clone()).collect();
+        for uid in rested {
+            self.look_closely(&uid, &mut repairs);
         }
-        (repairs, announced.into_iter().filter_map(|(_, rests_until)| rests_until).min())
+        // Of those that were looked at just now, too: one that has more to guard than one look may wants another.
+        let waiting = self.pods.values().filter(|known| known.watched.announced && known.listeners.is_some());
+        let again = waiting.filter_map(|known| known.watched.rests_until).min();
+        (repairs, again)
     }
 
     /// Becomes readable when something is announced. Read it only by calling [`Self::reconcile_announced`]. `None` where

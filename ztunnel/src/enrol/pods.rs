@@ -39,7 +39,7 @@ pub enum Event<P = LocalPod> {
     Unwanted(PodUid),
     /// The pod's traffic now reaches the daemon.
     Captured(PodUid),
-    /// It could not be captured.
+    /// It could not be captured. One that was captured is captured anew, and not released meanwhile: it stays closed.
     CaptureFailed(PodUid),
     /// What was captured is gone; another network namespace may be there under the same path.
     Lost(PodUid),
@@ -143,7 +143,7 @@ impl<P: Enrolled> Pods<P> {
             }
             Event::CaptureFailed(uid) => {
                 if let Some(pod) = self.pods.get_mut(&uid)
-                    && pod.phase == Phase::Capturing
+                    && matches!(pod.phase, Phase::Capturing | Phase::Captured)
                 {
                     pod.phase = Phase::Retrying { at: now + pod.backoff, backoff: pod.backoff };
                     settle(&uid, pod, &mut actions);

@@ -37,8 +37,11 @@ const EXHAUSTED_AFTER: Duration = Duration::from_millis(100);
 /// the connection.
 const UPDATES_PER_PIECE: u64 = 2;
 
-/// The largest DATA frame that every peer takes.
-const FRAME: usize = 16 * 1024;
+/// The smallest piece of DATA for which peers send such updates of their own.
+const FRAME: usize = 4 * 1024;
+
+/// More than a tunnel has streams.
+const WAITING_MAX: usize = 512;
 
 /// What the streams of one tunnel share.
 #[derive(Debug)]
@@ -46,7 +49,7 @@ pub(super) struct Flow {
     /// Bytes that wait to be sent, at most about so many.
     buffered: AtomicUsize,
     buffered_max: usize,
-    /// Those who wait for fewer to wait: at most one for each stream.
+    /// Those who wait for fewer to wait, some of whom may have ended: at most [`WAITING_MAX`].
     waiting: Mutex<Vec<Waker>>,
     /// Bytes the peer takes on all streams together, as far as they were not handed to HTTP/2 yet.
     window: AtomicI64,
@@ -155,6 +158,10 @@ impl Flow {
         let room = self.buffered_max.saturating_sub(self.buffered.load(Ordering::Relaxed));
         if room == 0 {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            if waiting.len() >= WAITING_MAX {
+                // Whoever still waits comes back; the others are forgotten.
+                waiting.drain(..).for_each(Waker::wake);
+            }
             if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
                 waiting.push(cx.waker().clone());
             }

@@ -146,7 +146,7 @@ impl Node {
     fn relieve(&self, share: &Share) {
         let limit = self.limit / POD_PART;
         if share.over(limit) > 0 {
-            share.relieve(share.over(freed(limit)));
+            share.relieve(|| if share.over(limit) > 0 { share.over(freed(limit)) } else { 0 });
         }
         while self.over() > 0 {
             let shares: Vec<_> = lock(&self.shares).iter().filter_map(Weak::upgrade).collect();
@@ -157,9 +157,16 @@ impl Node {
             let Some(largest) = shares.iter().max_by_key(|share| stays(share)) else { return };
             // No more than what makes it as large as another pod is: then that one's turn comes as well.
             let next = shares.iter().filter(|share| !Arc::ptr_eq(share, largest)).map(stays).max();
-            let above = stays(largest).saturating_sub(next.unwrap_or_default());
-            let wanted = over(&self.used, &self.leaving, freed(self.limit));
-            if largest.relieve(wanted.min(above.max(self.limit / FREED_PART / FREED_PART).max(1))) == 0 {
+            let next = next.unwrap_or_default();
+            let wanted = || {
+                if self.over() == 0 {
+                    return 0;
+                }
+                let above = stays(largest).saturating_sub(next);
+                let least = self.limit / FREED_PART / FREED_PART;
+                over(&self.used, &self.leaving, freed(self.limit)).min(above.max(least).max(1))
+            };
+            if largest.relieve(wanted) == 0 {
                 return;
             }
         }
@@ -238,9 +245,14 @@ impl Share {
         over(&self.used, &self.leaving, limit)
     }
 
-    /// Has those who hold most let go of so many bytes, and says how many it were.
-    fn relieve(&self, wanted: usize) -> usize {
+    /// Has those who hold most let go of so many bytes, and says how many it were. How many that has to be is asked once
+    /// nobody else is at it: what others have closed meanwhile need not be closed again.
+    fn relieve(&self, wanted: impl FnOnce() -> usize) -> usize {
         let holders = lock(&self.holders);
+        let wanted = wanted();
+        if wanted == 0 {
+            return 0;
+        }
         let mut all: Vec<(usize, &Arc<Slot>)> = holders
             .iter()
             .filter(|(_, slot)| !slot.shed.load(Ordering::Relaxed))

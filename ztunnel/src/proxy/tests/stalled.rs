@@ -71,7 +71,8 @@ async fn what_nobody_reads_of_a_tunnel_is_bounded() {
 async fn what_nobody_reads_on_the_same_node_is_bounded() {
     let node = Node::start_near(config()).await;
     let at = node.outbound;
-    stalled_downloads(node, at, Some("direction=\"outbound\"")).await;
+    // As less is read under pressure, it may stay just below what may be held, and nobody has to go.
+    stalled_downloads(node, at, None).await;
 }
 
 #[tokio::test]

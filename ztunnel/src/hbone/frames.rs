@@ -2,7 +2,8 @@
 //!
 //! Of a frame its header is read (RFC 9113 §4.1), nothing else. What means nothing is left out (PRIORITY, types that
 //! nobody knows, DATA without data), as HTTP/2 would end the
-//! whole tunnel for a number of them. What carries nothing is
+//! whole tunnel for a number of them. What padding without data took of the peer's windows is given back here, as HTTP/2
+//! does not know of it. What carries nothing is
 //! counted: a peer that sends more of it than it has reason to is told to be calm, and its tunnel ends. And a pass over a
 //! tunnel ends after a number of frames, however few bytes they have, so that others have their turn.
 
@@ -37,6 +38,9 @@ const HEAD_MAX: usize = HEADER + 4;
 
 /// Where fewer bytes are wanted than this, a header is read on its own.
 const ROOM_MIN: usize = 64;
+
+/// Streams that windows are owed to, at most: more than have frames in one pass, after which all are told.
+const OWED_MAX: usize = 2 * PASS_FRAMES_MAX as usize;
 
 /// The largest frame that is thrown away: what is larger is for HTTP/2 to complain of.
 const DROPPED_MAX: usize = 16 * 1024;
@@ -120,6 +124,8 @@ pub(super) struct Frames {
     flooded: bool,
     /// What the peer takes more on all streams together, and nobody was told of yet.
     widened: u32,
+    /// What of each stream's window was used for what was left out, and is to be given back.
+    owed: Vec<(u32, u32)>,
 }
 
 impl Frames {
@@ -142,6 +148,7 @@ impl Frames {
             since: None,
             flooded: false,
             widened: 0,
+            owed: Vec::new(),
         }
     }
 
@@ -179,6 +186,35 @@ impl Frames {
     /// What the peer has come to take more on all streams together.
     pub(super) fn take_widened(&mut self) -> u32 {
         std::mem::take(&mut self.widened)
+    }
+
+    /// Whether the peer has to be told of windows ([`Self::take_owed`]).
+    pub(super) fn owes(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
+    /// The frames that give back to the peer's windows what was left out took of them.
+    pub(super) fn take_owed(&mut self) -> Vec<u8> {
+        let all: u32 = self.owed.iter().map(|(_, bytes)| bytes).sum();
+        let mut said = Vec::with_capacity((1 + self.owed.len()) * (HEADER + 4));
+        for (stream, bytes) in std::iter::once((0, all)).chain(std::mem::take(&mut self.owed)) {
+            said.extend_from_slice(&[0, 0, 4, WINDOW_UPDATE, 0]);
+            said.extend_from_slice(&stream.to_be_bytes());
+            said.extend_from_slice(&bytes.to_be_bytes());
+        }
+        said
+    }
+
+    /// So many bytes of a stream's window, and of that of all streams, are to be given back.
+    fn owe(&mut self, stream: u32, bytes: usize) {
+        // Padding is at most 256 bytes.
+        let (bytes, is_full) = (bytes as u32, self.owed.len() >= OWED_MAX);
+        match self.owed.iter_mut().find(|(other, _)| *other == stream) {
+            Some((_, owed)) => *owed = owed.saturating_add(bytes),
+            None if !is_full => self.owed.push((stream, bytes)),
+            // It does not take what it is told, and goes on.
+            None => self.flooded = true,
+        }
     }
 
     /// Reads from `tls`. A read is empty only at the end.
@@ -304,13 +340,15 @@ impl Frames {
     fn judge(&mut self, head: &[u8], length: usize) -> bool {
         match (head[3], head[4]) {
             (DATA, flags) if flags & END_STREAM != 0 => true,
-            // Nothing, or nothing but padding: that has taken a little of the windows, which stays so. Nobody sends such
-            // frames but to waste them.
+            // Nothing, or nothing but padding.
             (DATA, flags) => {
                 let padded =
                     flags & PADDED != 0 && length == head.get(HEADER).map_or(0, |n| usize::from(*n) + 1);
                 if length == 0 || padded {
                     self.count_idle();
+                    if padded {
+                        self.owe(stream(head), length);
+                    }
                     return false;
                 }
                 true
@@ -343,6 +381,56 @@ impl Frames {
             Some(left) => self.idle = left,
             None => self.flooded = true,
         }
+    }
+}
+
+/// Where in what HTTP/2 says the end of a frame is: there something else may be said.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    /// The beginning of the header of a frame, and how much there is of it.
+    head: ([u8; HEADER], usize),
+    /// What is left of the payload.
+    left: usize,
+    /// Whether more headers must follow next.
+    in_block: bool,
+}
+
+impl Outgoing {
+    /// What a client says.
+    pub(super) fn of_client() -> Self {
+        Self { left: PREFACE, ..Self::of_server() }
+    }
+
+    /// What a server says.
+    pub(super) fn of_server() -> Self {
+        Self { head: ([0; HEADER], 0), left: 0, in_block: false }
+    }
+
+    /// This was said.
+    pub(super) fn said(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.left > 0 {
+                let length = self.left.min(bytes.len());
+                self.left -= length;
+                bytes = &bytes[length..];
+                continue;
+            }
+            let (head, known) = &mut self.head;
+            let length = (HEADER - *known).min(bytes.len());
+            head[*known..*known + length].copy_from_slice(&bytes[..length]);
+            *known += length;
+            bytes = &bytes[length..];
+            if *known == HEADER {
+                *known = 0;
+                self.left = payload(head);
+                self.in_block = matches!(head[3], HEADERS | CONTINUATION) && head[4] & END_HEADERS == 0;
+            }
+        }
+    }
+
+    /// Whether a frame has ended here, and any may follow.
+    pub(super) fn is_between_frames(&self) -> bool {
+        self.left == 0 && self.head.1 == 0 && !self.in_block
     }
 }
 
@@ -442,6 +530,75 @@ mod tests {
         let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &sent[..]].concat();
         let got = sifted(&mut Frames::of_client(), &preface, 100, 100);
         assert_eq!(got, [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &kept.concat()[..]].concat());
+    }
+
+    #[test]
+    fn what_padding_took_of_the_windows_is_given_back() {
+        let update = |stream: u8, bytes: u32| frame(WINDOW_UPDATE, 0, stream, &bytes.to_be_bytes());
+        let sent = [
+            frame(DATA, PADDED, 1, &[&[255][..], &[0; 255]].concat()),
+            frame(DATA, PADDED, 3, b"\0"),
+            frame(DATA, 0, 5, b""),
+            frame(DATA, PADDED, 1, b"\x02\0\0"),
+            // HTTP/2 does it for those it knows of.
+            frame(DATA, PADDED, 7, b"\x02data\0\0"),
+            frame(DATA, END_STREAM | PADDED, 9, b"\x01\0"),
+        ];
+        for (piece, room) in [(1000, 999), (1, 1), (9, 64)] {
+            let mut frames = Frames::of_server();
+            sifted(&mut frames, &sent.concat(), piece, room);
+            assert!(frames.owes());
+            let told = [update(0, 260), update(1, 259), update(3, 1)].concat();
+            assert_eq!(frames.take_owed(), told, "{piece} {room}");
+            assert!(!frames.owes());
+        }
+        // Who takes nothing of what it is told is not remembered without end.
+        let mut frames = Frames::of_server();
+        for stream in 0..OWED_MAX as u32 {
+            frames.owe(stream, 1);
+            frames.owe(stream, 1);
+        }
+        assert!(!frames.is_flooded());
+        frames.owe(OWED_MAX as u32, 1);
+        assert!(frames.is_flooded());
+        assert_eq!(frames.take_owed().len(), (1 + OWED_MAX) * (HEADER + 4));
+    }
+
+    #[test]
+    fn the_end_of_a_frame_is_found_however_it_is_written() {
+        let said = [
+            frame(SETTINGS, 0, 0, b"123456"),
+            frame(HEADERS, 0, 1, b"some"),
+            frame(CONTINUATION, 0, 1, b""),
+            frame(CONTINUATION, END_HEADERS, 1, b"more"),
+            frame(DATA, 0, 1, &[7; 300]),
+            frame(HEADERS, END_HEADERS, 3, b""),
+        ];
+        // The headers are not complete after these.
+        let open = [1, 2];
+        let mut ends = vec![0];
+        for (at, frame) in said.iter().enumerate() {
+            let end = said[..at].concat().len() + frame.len();
+            if !open.contains(&at) {
+                ends.push(end);
+            }
+        }
+        let all = said.concat();
+        for piece in [1, 8, 9, 13, 400] {
+            let mut outgoing = Outgoing::of_server();
+            let mut at = 0;
+            assert!(outgoing.is_between_frames());
+            for some in all.chunks(piece) {
+                outgoing.said(some);
+                at += some.len();
+                assert_eq!(outgoing.is_between_frames(), ends.contains(&at), "{at} by {piece}");
+            }
+        }
+        let mut outgoing = Outgoing::of_client();
+        outgoing.said(&[b'P'; PREFACE - 1]);
+        assert!(!outgoing.is_between_frames());
+        outgoing.said(b".");
+        assert!(outgoing.is_between_frames());
     }
 
     #[test]

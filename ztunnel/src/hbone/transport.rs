@@ -31,6 +31,7 @@ use crate::hbone::Config;
 use crate::hbone::flow::Flow;
 use crate::hbone::frames::CALM;
 use crate::hbone::frames::Frames;
+use crate::hbone::frames::Outgoing;
 use crate::hbone::frames::step_aside;
 use crate::net::buffer::ReadAhead;
 
@@ -74,6 +75,7 @@ struct Inner<S> {
     /// What was read in this pass.
     read: usize,
     frames: Frames,
+    outgoing: Outgoing,
     flow: Arc<Flow>,
 }
 
@@ -121,7 +123,17 @@ impl<S: Carrier> Inner<S> {
             rest -= piece.len() - skipped;
         }
         debug_assert_eq!(rest, 0);
+        data.iter().for_each(|piece| self.outgoing.said(piece));
         Poll::Ready(Ok(length))
+    }
+
+    /// Tells the peer of windows that HTTP/2 does not know of; where HTTP/2 is in the middle of something, later.
+    fn give_back(&mut self, cx: &mut Context<'_>) {
+        if self.frames.owes() && self.outgoing.is_between_frames() && self.encrypted < BACKLOG_MAX {
+            let updates = self.frames.take_owed();
+            // It fails as anything else that is written does, of which the drain tells.
+            let _appended = self.append(cx, &[IoSlice::new(&updates)]);
+        }
     }
 
     fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -165,17 +177,18 @@ pub(super) struct Backlog<S>(Arc<Mutex<Inner<S>>>);
 /// Puts a deferring writer on `tls`.
 pub(super) fn defer<S>(mut tls: Tls<S>, flow: Arc<Flow>) -> (Deferred<S>, Backlog<S>) {
     // What gathers is bounded here.
-    let frames = match &mut tls {
+    let (frames, outgoing) = match &mut tls {
         TlsStream::Client(tls) => {
             tls.get_mut().1.set_buffer_limit(None);
-            Frames::of_server()
+            (Frames::of_server(), Outgoing::of_client())
         }
         TlsStream::Server(tls) => {
             tls.get_mut().1.set_buffer_limit(None);
-            Frames::of_client()
+            (Frames::of_client(), Outgoing::of_server())
         }
     };
-    let inner = Arc::new(Mutex::new(Inner { tls, tail: Vec::new(), encrypted: 0, read: 0, frames, flow }));
+    let inner = Inner { tls, tail: Vec::new(), encrypted: 0, read: 0, frames, outgoing, flow };
+    let inner = Arc::new(Mutex::new(inner));
     (Deferred(Arc::clone(&inner)), Backlog(inner))
 }
 
@@ -195,6 +208,7 @@ impl<S: Carrier> Backlog<S> {
         if widened > 0 {
             inner.flow.widen(widened);
         }
+        inner.give_back(cx);
         let drained = inner.drain(cx);
         let held = inner.held(cx);
         inner.flow.settle(held);

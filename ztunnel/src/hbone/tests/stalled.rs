@@ -242,6 +242,76 @@ async fn small_and_empty_frames_end_no_tunnel() {
     assert!(!connection.is_finished());
 }
 
+/// A frame, to be written as it is.
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let [_, a, b, c] = (payload.len() as u32).to_be_bytes();
+    [&[a, b, c, kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+/// Reads a frame: its kind, its flags, its stream and its payload.
+async fn read_frame(from: &mut (impl AsyncRead + Unpin)) -> (u8, u8, u32, Vec<u8>) {
+    let mut head = [0; 9];
+    from.read_exact(&mut head).await.unwrap();
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    from.read_exact(&mut payload).await.unwrap();
+    (head[3], head[4], u32::from_be_bytes([head[5], head[6], head[7], head[8]]), payload)
+}
+
+#[tokio::test]
+async fn padding_uses_up_no_window() {
+    // As much as HTTP/2 begins with, for the stream and for the tunnel.
+    let config = Config { stream_window: 65_535, connection_window: 65_535, ..Config::default() };
+    let mesh = Mesh::start(Config { server_streams_max: 1, ..config }, echo()).await;
+    let mut tls = other_client(&mesh).await;
+    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    // CONNECT, by literals whose names are in the static table (RFC 7541, appendix A).
+    let headers = [b"\x02\x07CONNECT\x01\x0b", &b"10.0.0.1:80"[..]].concat();
+    for said in [frame(4, 0, 0, b""), frame(4, 1, 0, b""), frame(1, 4, 1, &headers)] {
+        tls.write_all(&said).await.unwrap();
+    }
+    let padding = frame(0, 8, 1, &[&[255][..], &[0; 255]].concat());
+    let (mut windows, mut used) = ([65_535_u32; 2], 0);
+    // Several times as much as the windows, as far as they allow; an answered ping says that no more is to be expected.
+    while used < 4 * 65_535 {
+        let many = windows.into_iter().min().unwrap() / 256;
+        assert!(many > 0, "{used} bytes were padding, and that was all: {windows:?}");
+        for _ in 0..many {
+            tls.write_all(&padding).await.unwrap();
+        }
+        used += 256 * many;
+        windows = windows.map(|window| window - 256 * many);
+        for number in [b"first...", b"second.."] {
+            tls.write_all(&frame(6, 0, 0, number)).await.unwrap();
+            tls.flush().await.unwrap();
+            let answered = async {
+                loop {
+                    match read_frame(&mut tls).await {
+                        (6, 1, 0, said) => return assert_eq!(said, number),
+                        (8, 0, stream @ (0 | 1), more) => {
+                            windows[stream as usize] += u32::from_be_bytes(more.try_into().unwrap());
+                        }
+                        (3 | 7, ..) => panic!("reset"),
+                        _ => {}
+                    }
+                }
+            };
+            tokio::time::timeout(PATIENCE, answered).await.expect("an answered ping");
+        }
+        assert!(windows.into_iter().all(|window| window <= 65_535), "more than was taken: {windows:?}");
+    }
+    // The stream is the same as before.
+    tls.write_all(&frame(0, 1, 1, b"said")).await.unwrap();
+    tls.flush().await.unwrap();
+    let echoed = async {
+        loop {
+            if let (0, _, 1, said) = read_frame(&mut tls).await {
+                return said;
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, echoed).await.unwrap(), b"said");
+}
+
 #[tokio::test]
 async fn who_floods_is_told_to_be_calm() {
     let mesh = Mesh::start(Config::default(), echo()).await;

@@ -55,6 +55,8 @@ pub(super) struct Flow {
     window: AtomicI64,
     /// When that was used up, and nothing was added since.
     exhausted: Mutex<Option<Instant>>,
+    /// Since when streams whose own windows are used up have taken the room that all share.
+    stuck: Mutex<Option<Instant>>,
     /// Frames without data that the peer has a reason to send.
     earned: AtomicU64,
     /// Streams that the peer has opened, and since when there are none.
@@ -92,6 +94,7 @@ impl Flow {
             waiting: Mutex::default(),
             window: AtomicI64::new(FIRST_WINDOW),
             exhausted: Mutex::new(None),
+            stuck: Mutex::new(None),
             earned: AtomicU64::new(0),
             streams: Mutex::new((0, Instant::now())),
             retired: AtomicBool::new(false),
@@ -187,10 +190,25 @@ impl Flow {
         }
     }
 
-    /// Whether the peer has not let anything be sent for a while, on any stream.
+    /// A pass is over, and the socket took all that was to be sent or not. What waits then although it did waits for the
+    /// windows of its streams: a peer may make them smaller than what is on its way to it already (RFC 9113 §6.9.2).
+    pub(super) fn passed(&self, all: bool) {
+        let waits = self.buffered.load(Ordering::Relaxed);
+        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
+        if waits == 0 || waits < self.buffered_max / 2 {
+            *stuck = None;
+        } else if all {
+            stuck.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether the peer has not let anything be sent for a while, on any stream: its windows are used up, or what some
+    /// streams wait for has taken the room of all.
     pub(super) fn is_exhausted(&self) -> bool {
-        let exhausted = self.exhausted.lock().unwrap_or_else(PoisonError::into_inner);
-        exhausted.is_some_and(|since| since.elapsed() >= EXHAUSTED_AFTER)
+        [&self.exhausted, &self.stuck].into_iter().any(|since| {
+            let since = since.lock().unwrap_or_else(PoisonError::into_inner);
+            since.is_some_and(|since| since.elapsed() >= EXHAUSTED_AFTER)
+        })
     }
 
     /// How many frames without data the peer has had reason to send since this was last asked.
@@ -286,5 +304,28 @@ mod tests {
         tokio::time::advance(EXHAUSTED_AFTER).await;
         assert!(!flow.is_exhausted(), "its stream was reset before anything was sent");
         assert!(flow.take_earned() >= 4 && flow.take_earned() == 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_although_the_socket_takes_all_leaves_no_room() {
+        let flow = Flow::new(1000);
+        let small = flow.piece(Bytes::from(vec![7; 499]));
+        flow.passed(true);
+        tokio::time::advance(EXHAUSTED_AFTER).await;
+        assert!(!flow.is_exhausted(), "there is room for others");
+        let large = flow.piece(Bytes::from(vec![7; 1]));
+        flow.passed(false);
+        tokio::time::advance(EXHAUSTED_AFTER).await;
+        assert!(!flow.is_exhausted(), "the socket will take more");
+        flow.passed(true);
+        assert!(!flow.is_exhausted(), "it may be on its way");
+        tokio::time::advance(EXHAUSTED_AFTER).await;
+        flow.passed(true);
+        flow.passed(false);
+        assert!(flow.is_exhausted());
+        drop(large);
+        flow.passed(false);
+        assert!(!flow.is_exhausted());
+        drop(small);
     }
 }

@@ -212,6 +212,7 @@ impl<S: Carrier> Backlog<S> {
         let drained = inner.drain(cx);
         let held = inner.held(cx);
         inner.flow.settle(held);
+        inner.flow.passed(drained.is_ready());
         drained
     }
 

@@ -1,9 +1,13 @@
 //! Peers that do not take what they asked for, and peers that send what nobody asked for.
 
+use std::io;
+use std::task::Context;
 use std::task::Poll;
 
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
+use tokio::io::ReadBuf;
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::TlsConnector;
 
@@ -115,6 +119,107 @@ async fn a_tunnel_on_which_nothing_moves_gets_no_new_streams() {
         all.push(next);
     }
     assert_eq!(mesh.dials(), 8);
+}
+
+/// A socket that is read from only while that is allowed.
+struct Gated {
+    socket: TcpStream,
+    closed: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Gated {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // Who opens it polls as well.
+        if self.closed.load(Ordering::Relaxed) {
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.socket).poll_read(cx, out)
+    }
+}
+
+impl AsyncWrite for Gated {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// A server of another make, with large windows. Of each tunnel it reads nothing once there are two streams on it; when
+/// `shrink` has something for it, it makes the windows of streams as small as can be, and reads on.
+async fn shrinking_server(ca: &TestCa, shrink: Arc<Semaphore>) -> HbonePeer {
+    let tls = TlsAcceptor::from(ca.certify(&id("server")).server_config());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peer = HbonePeer(listener.local_addr().unwrap());
+    shutdown::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (tls, shrink) = (tls.clone(), Arc::clone(&shrink));
+            shutdown::spawn(async move {
+                let closed = Arc::new(AtomicBool::new(false));
+                let socket = tls.accept(Gated { socket, closed: Arc::clone(&closed) }).await.unwrap();
+                let mut builder = h2::server::Builder::new();
+                builder.initial_window_size(64 << 20).initial_connection_window_size(1 << 30);
+                let mut serving = builder.handshake::<_, Bytes>(socket).await.unwrap();
+                let mut kept = Vec::new();
+                while let Some(Ok((request, mut respond))) = serving.accept().await {
+                    let send = respond.send_response(http::Response::new(()), false).unwrap();
+                    kept.push((request, respond, send));
+                    if kept.len() == 2 {
+                        closed.store(true, Ordering::Relaxed);
+                        tokio::select! {
+                            more = serving.accept() => panic!("it is not read from: {}", more.is_some()),
+                            permit = shrink.acquire() => permit.unwrap().forget(),
+                        }
+                        serving.set_initial_window_size(0).unwrap();
+                        // What is said goes out before anything is read.
+                        poll_fn(|cx| Poll::Ready(serving.poll_accept(cx).is_pending())).await;
+                        closed.store(false, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    peer
+}
+
+#[tokio::test]
+async fn a_tunnel_whose_room_is_taken_by_streams_that_may_not_send_gets_no_new_ones() {
+    let mut mesh = Mesh::start(Config::default(), echo()).await;
+    let shrink = Arc::new(Semaphore::new(0));
+    mesh.peer = shrinking_server(&mesh.ca, Arc::clone(&shrink)).await;
+    let (mut first, mut second) = (mesh.connected().await, mesh.connected().await);
+    let tunnel = mesh.pool.only_tunnel();
+    // Until the tunnel is full: neither the socket nor the tunnel itself takes more.
+    send_until_stalled(&mut first.1).await;
+    send_until_stalled(&mut second.1).await;
+    assert!(!tunnel.is_exhausted(), "there is window for more");
+    shrink.add_permits(1);
+    let noticed = async {
+        while !tunnel.is_exhausted() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, noticed).await.expect("that nothing moves any more is noticed");
+    let _third = mesh.connected().await;
+    assert_eq!(mesh.dials(), 2, "it would wait for what the first two have put there");
+    // With these gone there is room again.
+    drop((first, second));
+    let freed = async {
+        while tunnel.is_exhausted() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, freed).await.expect("there is room again");
 }
 
 #[tokio::test]

@@ -3,10 +3,12 @@
 //! Everything that a peer's silence can fill is charged to a [`Holder`]: a connection, a stream or a tunnel. Holders
 //! are of a [`Share`], a pod's, and shares are of the [`Budget`], the node's. Charging never fails and never waits:
 //! what was received is there. When a share or the budget is used up, holders are told to let go ([`Holder::poll_shed`]): of
-//! the pod that holds most the one that holds most, until an eighth is free again, so that a crowd of small
-//! holders is looked through once for many and not once for each.
+//! the pod that holds most, of the source that makes it hold most, the one that holds most; until an eighth is free again,
+//! so that a crowd of small holders is looked through once for many and not once for each.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -77,6 +79,8 @@ pub struct Share {
 
 struct Slot {
     share: Arc<Share>,
+    /// Who dialled the pod; `None` where the pod itself dials.
+    source: Option<IpAddr>,
     /// What it costs even while it holds no bytes of anybody.
     cost: usize,
     /// Where it is among the holders of its share, which know it until it is dropped.
@@ -195,6 +199,21 @@ fn freed(limit: usize) -> usize {
     limit - limit / FREED_PART
 }
 
+/// How much each of those who hold so much may keep, so that so much is let go: who holds less loses nothing.
+fn level(mut held: Vec<usize>, wanted: usize) -> usize {
+    held.sort_unstable_by_key(|held| std::cmp::Reverse(*held));
+    let mut all: usize = 0;
+    for (at, own) in held.iter().enumerate() {
+        all += own;
+        let (count, next) = (at + 1, held.get(at + 1).copied().unwrap_or_default());
+        let freed = all - count * next;
+        if freed >= wanted {
+            return next + (freed - wanted) / count;
+        }
+    }
+    0
+}
+
 fn over(used: &AtomicUsize, leaving: &AtomicUsize, limit: usize) -> usize {
     used.load(Ordering::Relaxed).saturating_sub(leaving.load(Ordering::Relaxed)).saturating_sub(limit)
 }
@@ -204,13 +223,23 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Share {
-    /// One more that costs so much, whether it holds anything or not.
+    /// One more that costs so much, whether it holds anything or not, for what the pod itself dials.
     pub fn holder(self: &Arc<Self>, cost: usize) -> Holder {
+        self.holder_of(None, cost)
+    }
+
+    /// The same, for what `source` dials of the pod.
+    pub fn holder_for(self: &Arc<Self>, source: IpAddr, cost: usize) -> Holder {
+        self.holder_of(Some(source), cost)
+    }
+
+    fn holder_of(self: &Arc<Self>, source: Option<IpAddr>, cost: usize) -> Holder {
         let holder = {
             let mut holders = lock(&self.holders);
             let entry = holders.vacant_entry();
             let slot = Arc::new(Slot {
                 share: Arc::clone(self),
+                source,
                 cost,
                 key: entry.key(),
                 held: AtomicUsize::new(0),
@@ -259,11 +288,18 @@ impl Share {
             .map(|(_, slot)| (slot.held.load(Ordering::Relaxed), slot))
             .collect();
         all.sort_unstable_by_key(|(held, _)| std::cmp::Reverse(*held));
+        let mut of: HashMap<Option<IpAddr>, usize> = HashMap::new();
+        for (held, slot) in &all {
+            *of.entry(slot.source).or_default() += held;
+        }
+        let level = level(of.values().copied().collect(), wanted);
         let (mut count, mut bytes) = (0, 0);
-        for (_, slot) in all {
+        for (held, slot) in all {
             if bytes >= wanted {
                 break;
             }
+            let Some(left) = of.get_mut(&slot.source).filter(|left| **left > level) else { continue };
+            *left = left.saturating_sub(held);
             if slot.shed.swap(true, Ordering::Relaxed) {
                 continue;
             }
@@ -414,6 +450,37 @@ mod tests {
         // Nor does it hold more meanwhile.
         holders[2].set(5000);
         assert_eq!((share.used(), budget.shed()), (1050, 1));
+    }
+
+    #[test]
+    fn the_source_that_has_most_held_gives_way_first() {
+        let budget = Budget::new(2000);
+        let share = budget.share("one".to_owned());
+        let source = |n: u8| IpAddr::from([10, 0, 0, n]);
+        // Somebody else's, and the pod's own, of which each holds more than any of the crowd's.
+        let others = [share.holder_for(source(1), 90), share.holder_for(source(2), 90), share.holder(90)];
+        let crowd: Vec<_> = (0..100).map(|_| share.holder_for(source(3), 10)).collect();
+        assert!(shed(&others).is_empty(), "{:?}", shed(&others));
+        assert!(shed(&crowd).len() >= 27, "an eighth of 1,000 is free: {:?}", shed(&crowd));
+        assert!(share.used() - share.leaving.load(Ordering::Relaxed) <= 1000);
+    }
+
+    #[test]
+    fn who_holds_less_than_others_loses_nothing() {
+        for (held, wanted, expect) in [
+            (&[100][..], 30, 70),
+            (&[100, 10, 10], 30, 70),
+            (&[50, 50, 10], 30, 35),
+            (&[50, 40, 10], 30, 30),
+            (&[10, 10, 10], 30, 0),
+            (&[10, 10, 10], 40, 0),
+            (&[], 10, 0),
+        ] {
+            let got = level(held.to_vec(), wanted);
+            assert_eq!(got, expect, "{held:?}");
+            let freed: usize = held.iter().map(|held| held.saturating_sub(got)).sum();
+            assert!(freed >= wanted.min(held.iter().sum()), "{held:?} {wanted}");
+        }
     }
 
     #[test]

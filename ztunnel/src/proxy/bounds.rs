@@ -3,7 +3,7 @@
 //! | what | whose | bound | when full | metric |
 //! |---|---|---|---|---|
 //! | all that connections, streams and tunnels hold, and cost themselves | node | `--buffer-memory` (half of the memory limit) | those who hold most are closed: of the pod that holds most first | `ztunnel_buffer_bytes`, `ztunnel_connections_shed_total` |
-//! | the same | pod | half of it | the pod's own that hold most are closed | the same |
+//! | the same | pod | half of it | the pod's own that hold most are closed, of the source that makes it hold most first | the same |
 //! | a connection or stream that holds nothing | pod | counts 8 KiB | as above | the same |
 //! | a tunnel that holds nothing | pod | counts 36 KiB | as above | the same |
 //! | received from a tunnel and not taken by the application | stream | its window: 1 MiB; 256 KiB once a quarter of the buffer memory is used, 64 KiB once half is | the peer waits, on this stream alone | `ztunnel_buffer_bytes` |

@@ -29,6 +29,13 @@ const GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Source(IpAddr);
 
+impl Source {
+    /// The address, or the first of those it may have.
+    pub fn address(self) -> IpAddr {
+        self.0
+    }
+}
+
 impl From<IpAddr> for Source {
     fn from(ip: IpAddr) -> Self {
         Self(match ip.to_canonical() {

@@ -194,7 +194,7 @@ async fn accept(
             shard.count.turn_away();
             return Err(NoTunnel::HandshakeTaken(limit));
         }
-        shaken = shake(shard, pod, socket) => shaken,
+        shaken = shake(shard, pod, socket, client) => shaken,
     };
     let (accepted, peer) = shaken?;
     let limit = shard.config.pod_tunnels_max;
@@ -210,8 +210,9 @@ async fn shake(
     shard: &Shard,
     pod: &Arc<Pod>,
     socket: tokio::net::TcpStream,
+    client: ClientAddr,
 ) -> Result<(server::Accepted, VerifiedPeer), NoTunnel> {
-    let holder = pod.tunnel_holder();
+    let holder = pod.tunnel_holder_for(client.0.ip());
     let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
     let identity = match pod.identity() {
         Some(own) => own.clone(),
@@ -533,7 +534,7 @@ pub(super) async fn admit(
         shard.count.turn_away();
         return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
-    let holder = pod.connection_holder();
+    let holder = pod.connection_holder_for(caller.client.0.ip());
     let uid = match pod.workload(&shard.mesh).await {
         Ok(uid) => uid,
         Err(unknown) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),

@@ -176,7 +176,7 @@ async fn establish(
         shard.count.turn_away();
         return refuse(dst, &TooMany(shard.config.pod_connections_max));
     };
-    let holder = pod.connection_holder();
+    let holder = pod.connection_holder_for(client.0.ip());
     if RESERVED_PORTS.contains(&dst.0.port()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }

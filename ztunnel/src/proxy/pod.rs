@@ -25,6 +25,7 @@ use crate::proxy::PodSpec;
 use crate::proxy::bounds::CONNECTION_COST;
 use crate::proxy::bounds::TUNNEL_COST;
 use crate::proxy::handshakes::Handshakes;
+use crate::proxy::handshakes::Source;
 use crate::proxy::tunnels::Tunnels;
 use crate::shutdown::Signal;
 
@@ -167,14 +168,24 @@ impl Pod {
         Admitted::new(self, |pod| &pod.connections, max)
     }
 
-    /// Who is charged for one more connection or stream.
+    /// Who is charged for one more connection that the pod dials.
     pub fn connection_holder(&self) -> Holder {
         self.share.holder(CONNECTION_COST)
     }
 
-    /// Who is charged for one more tunnel.
+    /// The same for one connection or stream that `source` dials of the pod.
+    pub fn connection_holder_for(&self, source: IpAddr) -> Holder {
+        self.share.holder_for(Source::from(source).address(), CONNECTION_COST)
+    }
+
+    /// Who is charged for one more tunnel that is dialled for the pod.
     pub fn tunnel_holder(&self) -> Holder {
         self.share.holder(TUNNEL_COST)
+    }
+
+    /// The same for one that `source` dials.
+    pub fn tunnel_holder_for(&self, source: IpAddr) -> Holder {
+        self.share.holder_for(Source::from(source).address(), TUNNEL_COST)
     }
 
     /// One more tunnel to the pod, unless `max` are open.

@@ -17,6 +17,7 @@
 //! * [`listing`]: which connections are open, for those who ask.
 //! * [`bounds`]: how much all of it may be.
 //! * [`handshakes`], [`tunnels`]: how peers share a pod's.
+//! * [`turns`]: how all share a thread.
 //! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
 
 use std::collections::BTreeMap;
@@ -87,6 +88,7 @@ pub mod pod;
 pub mod relay;
 pub mod shard;
 pub mod tunnels;
+pub mod turns;
 
 #[cfg(test)]
 mod tests;

@@ -243,7 +243,7 @@ async fn shake<S: Carrier + Send + 'static>(
     });
     let marked = Arc::downgrade(&tunnel);
     let trust = trust.clone();
-    let driver = Driver(Box::pin(async move {
+    let driver = Driver::new(async move {
         let revoked = async {
             match &verified {
                 Some(verified) => trust.revoked(verified, Side::Server).await,
@@ -263,7 +263,7 @@ async fn shake<S: Carrier + Send + 'static>(
             tunnel.retire();
         }
         ended
-    }));
+    });
     Ok((tunnel, driver))
 }
 
@@ -292,6 +292,13 @@ pub enum TunnelEnd {
 
 /// Moves a tunnel's bytes. Resolves when the tunnel is closed; dropping it breaks the tunnel.
 pub struct Driver(Pin<Box<dyn Future<Output = Result<(), TunnelEnd>> + Send>>);
+
+impl Driver {
+    /// What runs a tunnel's driver.
+    pub fn new(future: impl Future<Output = Result<(), TunnelEnd>> + Send + 'static) -> Self {
+        Self(Box::pin(future))
+    }
+}
 
 impl Future for Driver {
     type Output = Result<(), TunnelEnd>;

@@ -69,15 +69,21 @@ impl Arrival {
         let Self { kind, pod, socket, client, entered } = self;
         let (shard_, connection, cut) = (Arc::clone(shard), (socket, client), pod.cut());
         let counted = |reporter| (entered, shard.telemetry.accepted(reporter));
+        let lane = match kind {
+            Kind::Outbound => shard.lanes.of_pod(&pod.uid),
+            Kind::Inbound | Kind::Hbone => shard.lanes.of_source(&pod.uid, client.0.ip()),
+        };
         match kind {
             Kind::Outbound => {
-                spawn(cut, outbound::serve(shard_, pod, connection, counted(Reporter::Source)));
+                spawn(cut, lane.run(outbound::serve(shard_, pod, connection, counted(Reporter::Source))));
             }
             Kind::Inbound => {
-                spawn(cut, passthrough::serve(shard_, pod, connection, counted(Reporter::Destination)));
+                let counted = counted(Reporter::Destination);
+                spawn(cut, lane.run(passthrough::serve(shard_, pod, connection, counted)));
             }
             Kind::Hbone => {
-                spawn(cut, inbound::serve(shard_, pod, connection, counted(Reporter::Destination)));
+                let (streams, counted) = (lane.clone(), counted(Reporter::Destination));
+                spawn(cut, lane.run(inbound::serve(shard_, pod, connection, streams, counted)));
             }
         }
     }

@@ -27,6 +27,7 @@
 //! | connections that wait for a tunnel being dialled | thread, pod and peer | 1024 | reset | |
 //! | frames in a pass over a tunnel | tunnel | 128 | others have their turn | |
 //! | frames that carry nothing | tunnel | 10000 at once, 500 a second and what there is reason for | GOAWAY (ENHANCE_YOUR_CALM), closed | |
+//! | work for what one source dials of a pod, or for what the pod dials | thread | 500 µs in a turn | others have their turn | |
 //! | accepted connections on their way to another thread | thread | 1024 | the accepting thread keeps them | |
 //! | descriptors | process | RLIMIT_NOFILE | new connections are reset at once | `ztunnel_connections_turned_away_total` |
 //!
@@ -53,6 +54,7 @@ mod tests {
     use crate::proxy::outbound::REFUSALS_MAX;
     use crate::proxy::relay::EARLY_MAX;
     use crate::proxy::tunnels::IDENTITY_PART;
+    use crate::proxy::turns::SLICE;
 
     /// The rows of a table, without the marks of a comment.
     fn rows(text: &str) -> Vec<&str> {
@@ -94,6 +96,7 @@ mod tests {
             ("frames in a pass", hbone::PASS_FRAMES_MAX.to_string()),
             ("frames that carry nothing", format!("{} at once", hbone::IDLE_FRAMES_MAX)),
             ("frames that carry nothing", format!("{} a second", hbone::IDLE_FRAMES_PER_SECOND)),
+            ("work for what one source", format!("{} µs in a turn", SLICE.as_micros())),
             ("accepted connections", config.handover_max.to_string()),
         ] {
             let row = own.iter().find(|row| row.starts_with(&format!("| {what}")));

@@ -103,7 +103,7 @@ pub(super) async fn open(
     let (tunnel, driver) = shaken.map_err(beyond)?;
     tunnel.charge_to(route.pod.tunnel_holder());
     let gateway = route.gateway.0;
-    shutdown::spawn(async move {
+    shutdown::spawn(shard.lanes.of_pod(&route.pod.uid).run(async move {
         match driver.await {
             // A stream that is dropped now would be reset, and the gateway may not have passed all of it on.
             Ok(()) => drop(timeout(TAIL_WITHIN, tail.ended()).await),
@@ -111,7 +111,7 @@ pub(super) async fn open(
                 tracing::debug!(%gateway, error = &error as &dyn Error, "tunnel beyond a gateway broke");
             }
         }
-    });
+    }));
     let mut lease = tunnel.lease().ok_or_else(|| beyond(DialError::NoRoom { peer: route.gateway }))?;
     // It is the connection's own, and ends with it.
     tunnel.retire();

@@ -61,6 +61,7 @@ use crate::proxy::relay::RelayError;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::proxy::tunnels;
+use crate::proxy::turns::Lane;
 use crate::route::arrival::Arrival;
 use crate::route::arrival::Asked;
 use crate::route::arrival::NotHere;
@@ -129,11 +130,12 @@ pub(super) struct Caller<'a> {
     pub(super) tunnel: Option<TunnelId>,
 }
 
-/// Serves one connection to `pod`'s HBONE port. `counted` lives as long.
+/// Serves one connection to `pod`'s HBONE port, its streams in the lane `streams`. `counted` lives as long.
 pub(super) async fn serve(
     shard: Arc<Shard>,
     pod: Arc<Pod>,
     (socket, client): (TcpStream, ClientAddr),
+    streams: Lane,
     counted: Counted,
 ) {
     let Ok(local) = socket.local_addr().map(canonical) else { return };
@@ -150,7 +152,7 @@ pub(super) async fn serve(
     let serving = server::serve(accepted, &shard.config.hbone, drain, |incoming| {
         let (shard_, pod, tunnel) = (Arc::clone(&shard), Arc::clone(&pod), Arc::clone(&tunnel));
         let counted = shard.count.connection();
-        shutdown::spawn(stream(shard_, pod, (tunnel, incoming), counted));
+        shutdown::spawn(streams.clone().run(stream(shard_, pod, (tunnel, incoming), counted)));
     });
     let trust = shard.identities.trust();
     let served = tokio::select! {

@@ -24,6 +24,7 @@ use crate::hbone::address::TraceParent;
 use crate::hbone::client::Answered;
 use crate::hbone::client::Connect;
 use crate::hbone::client::DialError;
+use crate::hbone::client::Driver;
 use crate::hbone::client::Lease;
 use crate::hbone::client::Opening;
 use crate::hbone::client::connect;
@@ -702,11 +703,13 @@ impl Dialer for TunnelDialer<'_> {
         let trust = self.shard.identities.trust().clone();
         let (dial, tls) = (self.pod.network.tunnel(peer.0), credentials.client_config(self.expect));
         let holder = self.pod.tunnel_holder();
+        let lane = self.shard.lanes.of_pod(&self.pod.uid);
+        // The handshake is in no lane: there is one at a time, and who waits for it is not to wait for a turn after it.
         Box::pin(async move {
             let socket = connect(dial, peer, config.connect_timeout).await?;
             let (tunnel, driver) = handshake(socket, peer, tls, &config.hbone, &trust).await?;
             tunnel.charge_to(holder);
-            Ok((tunnel, driver))
+            Ok((tunnel, Driver::new(lane.run(driver))))
         })
     }
 

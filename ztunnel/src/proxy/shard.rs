@@ -31,6 +31,7 @@ use crate::proxy::live::Live;
 use crate::proxy::names::Names;
 use crate::proxy::near::Neighbours;
 use crate::proxy::pod::Pod;
+use crate::proxy::turns::Lanes;
 use crate::shutdown;
 use crate::shutdown::Signal;
 use crate::telemetry::LocalTelemetry;
@@ -56,6 +57,8 @@ pub struct Shard {
     pub listing: Listing,
     /// What names stand for, as far as this thread has asked.
     pub names: Names,
+    /// Who shares this thread's turns.
+    pub lanes: Lanes,
     /// Pods to which connections can be handed over.
     pub neighbours: Arc<Neighbours>,
     /// What is open, on all threads together.
@@ -85,6 +88,7 @@ impl Shard {
             live: Live::new(mesh.snapshot()),
             listing: Listing::default(),
             names: Names::default(),
+            lanes: Lanes::default(),
             turn: AtomicUsize::new(0),
             config,
             mesh,

@@ -12,10 +12,14 @@ use super::http::request;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// Open files besides the connections.
+const FILES: u64 = 64;
+
 /// What the program does: so many connections, one request on each, of which no answer is read; says how many could be
 /// made, and keeps them until standard input ends.
 pub fn stall(to: SocketAddr, path: &str, count: usize) -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let hard = hard.max(count as u64 + FILES);
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")?;
     let request = request(to, path);
     let open = || -> Result<TcpStream> {

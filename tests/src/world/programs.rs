@@ -32,7 +32,8 @@ master_process off;
 pid {directory}/pid;
 error_log stderr warn;
 user root;
-events {{ worker_connections 4096; }}
+worker_rlimit_nofile 65536;
+events {{ worker_connections 24000; }}
 http {{
   access_log off;
   default_type text/plain;

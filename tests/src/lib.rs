@@ -13,15 +13,17 @@
 //! * [`certificates`]: good and bad ones of the embedded authority;
 //! * [`ca`], [`control_plane`], [`istiod`]: a certificate authority and a control plane that speak istiod's protocols;
 //! * [`daemon`], [`world`]: the cast of the demo – both daemons, the pods and the programs in them;
-//! * [`image`]: what a container image of the daemon holds, and a daemon in it;
+//! * [`image`]: a daemon in a container of its image;
 //! * [`agent`], [`redirect`]: a node agent, and the rules by which it redirects traffic;
 //! * [`resolver`]: a DNS server and its clients;
 //! * [`wire`], [`pcap`]: what was really sent between the nodes;
 //! * [`memory`]: a limit on what a daemon may use;
 //! * [`syscalls`]: what a daemon asked of the kernel for it;
 //! * [`leftovers`]: what the machine looked like before, and what differs after;
-//! * [`stories`]: each function is one claim and its evidence. `cargo xtask demo` prints them as a report,
-//!   `tests/*.rs` runs the same functions as tests.
+//! * [`stories`]: each function is one claim and its evidence. `bin/demo.rs` prints them as a report, `tests/*.rs` runs
+//!   the same functions as tests.
+//!
+//! `cargo xtask demo` and `cargo xtask bench` build `bin/demo.rs` and `bin/bench` and go on as them.
 
 pub mod agent;
 pub mod binaries;

@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
-use ztunnel_tests::binaries::repository;
+use xtask::places::repository;
 
 use crate::run::{cargo, visibly};
 use crate::test::tally::Tally;

@@ -1,150 +1,25 @@
-//! Shows on this machine what the daemon does.
+//! Builds the demo and becomes it.
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
-use ztunnel_tests::stories::{DEMO, Row};
-use ztunnel_tests::topology::{Pod, in_url};
-use ztunnel_tests::world::{HTTP, Options, SERVICE_IPS, World};
-use ztunnel_tests::{binaries, enclosure};
+use anyhow::{Result, ensure};
+use xtask::arguments::Demo;
 
-use crate::run::{Profile, build};
+use crate::run::{self, Harness, Profile};
 use crate::setup;
 
-/// `cargo xtask demo`
-#[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {
-    /// Leave everything standing, and say what to try next
-    #[arg(long)]
-    keep: bool,
-    /// Print the report as one JSON object
-    #[arg(long)]
-    json: bool,
-    /// Take down what `--keep` left standing
-    #[arg(long, conflicts_with_all = ["keep", "json"])]
-    down: bool,
-    /// Use an unoptimised daemon: faster to build
-    #[arg(long)]
-    dev: bool,
-}
-
-#[derive(Debug, Serialize)]
-struct Report {
-    passed: usize,
-    failed: usize,
-    rows: Vec<Row>,
-}
-
 /// The command.
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Demo) -> Result<ExitCode> {
     if arguments.down {
-        match enclosure::take_down_standing()? {
-            0 => println!("nothing is standing"),
-            _ => println!("taken down"),
-        }
-        return Ok(ExitCode::SUCCESS);
+        run::build_harness(Harness::Some(&["demo"]))?;
+        return run::become_harness_program(Profile::Dev, "demo", None);
     }
-    if !nix::unistd::geteuid().is_root() {
-        bail!(
-            "the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)"
-        );
-    }
+    ensure!(
+        run::is_root(),
+        "the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)"
+    );
     setup::ensure()?;
-    let daemon = build(Profile::of(arguments.dev))?;
-    binaries::use_daemon(daemon);
-    if arguments.keep {
-        enclosure::take_down_standing().context("what an earlier demo has left standing")?;
-    }
-    // From here on in a child process, beside whatever else runs on this machine.
-    enclosure::enter().context("cannot make a world of its own for the demo")?;
-    let mut rows = Vec::new();
-    let options = Options { keep: arguments.keep, talk: true };
-    let kept = show(options, arguments.json, &mut rows)?;
-    let failed = rows.iter().filter(|row| !row.ok).count();
-    let report = Report { passed: rows.len() - failed, failed, rows };
-    if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        println!("\n{} of {} lines hold", report.passed, report.rows.len());
-        kept.iter().for_each(|hints| println!("\n{hints}"));
-    }
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Plays all stories; returns what to try next when everything is left standing.
-fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<String>> {
-    let mut add = |row: Row| {
-        if !json {
-            println!("{} {}\n    {}", if row.ok { "ok  " } else { "FAIL" }, row.name, row.evidence);
-        }
-        rows.push(row);
-    };
-    let mut world = World::start(options).context("cannot set the scene")?;
-    // The last line is about what is left, and there is none when everything is.
-    let lines = if options.keep { DEMO.len() } else { DEMO.len() + 1 };
-    for (number, story) in DEMO.iter().enumerate() {
-        world.say(&format!("{} of {lines}: {}", number + 1, story.name));
-        let mut row = story.row(&mut world);
-        if let Err(error) = world.reset() {
-            row.ok = false;
-            row.evidence += &format!("; and after that: {error:#}");
-        }
-        add(row);
-    }
-    if options.keep {
-        let hints = hints(&world);
-        let entrance = world.leave_standing()?;
-        return Ok(Some(format!(
-            "Still standing, in namespaces of its own. As root, enter them with a shell:\n  {entrance}\n{hints}"
-        )));
-    }
-    let name = "after the demo nothing is left on the machine".to_owned();
-    add(match world.end() {
-        Ok(compared) => Row { name, ok: true, evidence: compared.to_string() },
-        Err(error) => Row { name, ok: false, evidence: format!("{error:#}") },
-    });
-    Ok(None)
-}
-
-/// A mesh file in one line, for a shell.
-const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, \
-    metadata: {name: strict, namespace: demo}, spec: {mtls: {mode: STRICT}}}";
-
-fn hints(world: &World) -> String {
-    let prefix = world.run.prefix();
-    let server = world.server.v4;
-    // Not `ip netns exec`, which hides the control groups and the BPF file system behind a mount of its own.
-    let inside = |name: &str| format!("nsenter --net=/run/netns/{prefix}-{name}");
-    let in_pod = |pod: &Pod| {
-        let procs = pod.place.cgroup.procs();
-        format!("sh -c 'echo $$ > {}; exec {}", procs.display(), inside(&pod.name))
-    };
-    let client = in_pod(&world.client);
-    let outsider = in_pod(&world.outsider);
-    let node = inside(&world.a.name);
-    format!(
-        "and in it try:
-  # from a pod in the mesh, to the server, its IPv6 address, and the service
-  {client} curl -s http://{server}:{HTTP}/'
-  {client} curl -s -g http://{v6}:{HTTP}/'
-  {client} curl -s http://{service}/'
-  # from a pod outside the mesh
-  {outsider} curl -sS -m 5 http://{server}:{HTTP}/'
-  # the same once plaintext is refused
-  echo '{STRICT}' > {mesh}/strict.yaml; sleep 1
-  {outsider} curl -sS -m 5 http://{server}:{HTTP}/'
-  tail -n 1 {logs}/daemon-node-b.log; rm {mesh}/strict.yaml
-  # what goes over the link
-  {node} tcpdump -n -i link0 port 15008
-  # metrics of a daemon
-  {node} curl -s localhost:15020/metrics
-  # both daemons' logs
-  tail {logs}/daemon-node-*.log
-Take it down, which ends that shell: cargo xtask demo --down",
-        v6 = in_url(world.server.v6.into()),
-        service = SERVICE_IPS[0],
-        mesh = world.mesh.path().display(),
-        logs = world.run.path("logs").display(),
-    )
+    let daemon = run::build(Profile::of(arguments.dev))?;
+    run::build_harness(Harness::Some(&["demo", "ztunnel-peer"]))?;
+    run::become_harness_program(Profile::Dev, "demo", Some(&daemon))
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use ztunnel_tests::binaries::repository;
+use xtask::places::repository;
 
 use crate::run::{cargo, visibly};
 

@@ -7,17 +7,15 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use aws_lc_rs::digest::{SHA256, digest};
-use nix::unistd::geteuid;
 use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
-use ztunnel_tests::binaries;
-use ztunnel_tests::image::{PROGRAMS, assemble};
+use xtask::contents::{PROGRAMS, assemble};
+use xtask::places::target;
 
-use crate::run::{Profile, build};
+use crate::run::{Profile, build, is_root};
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -44,11 +42,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         Some(path) => path.clone(),
         None => build(Profile::Release)?,
     };
-    let output = arguments.output.clone().unwrap_or_else(|| binaries::target().join("ztunnel-image.tar"));
-    let folder = binaries::target().join("image");
+    let output = arguments.output.clone().unwrap_or_else(|| target().join("ztunnel-image.tar"));
+    let folder = target().join("image");
     remove(&folder)?;
     assemble(&folder, &[&daemon])?;
-    if geteuid().is_root() {
+    if is_root() {
         let said = try_out(&folder)?;
         println!("in the image: {said}");
     } else {
@@ -142,9 +140,42 @@ fn append<W: Write>(
     Ok(())
 }
 
-fn sha256(bytes: &[u8]) -> String {
-    let digest = digest(&SHA256, bytes);
-    digest.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+/// Bytes of an image, which are named by their digest.
+struct Blob<'a> {
+    kind: &'static str,
+    digest: String,
+    bytes: &'a [u8],
+}
+
+impl<'a> Blob<'a> {
+    fn new(kind: &'static str, bytes: &'a [u8]) -> Result<Self> {
+        Ok(Self { kind, digest: sha256(bytes)?, bytes })
+    }
+
+    /// How others refer to it.
+    fn descriptor(&self) -> Value {
+        json!({"mediaType": self.kind, "digest": format!("sha256:{}", self.digest), "size": self.bytes.len()})
+    }
+
+    fn place(&self) -> String {
+        format!("blobs/sha256/{}", self.digest)
+    }
+}
+
+/// By coreutils' program: whatever `xtask` depends on is compiled before it says a word.
+fn sha256(bytes: &[u8]) -> Result<String> {
+    let mut program = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run sha256sum")?;
+    // It says nothing before its input has ended.
+    program.stdin.take().context("sha256sum has no input")?.write_all(bytes)?;
+    let output = program.wait_with_output()?;
+    let said = String::from_utf8(output.stdout)?;
+    let digest = said.split_whitespace().next().unwrap_or_default();
+    ensure!(output.status.success() && digest.len() == 64, "sha256sum: {}, {said:?}", output.status);
+    Ok(digest.to_owned())
 }
 
 fn write(output: &Path, tag: &str, layer: &[u8]) -> Result<()> {
@@ -153,6 +184,7 @@ fn write(output: &Path, tag: &str, layer: &[u8]) -> Result<()> {
         "aarch64" => "arm64",
         other => other,
     };
+    let layer = Blob::new(LAYER, layer)?;
     let config = serde_json::to_vec(&json!({
         "architecture": architecture,
         "os": "linux",
@@ -168,18 +200,17 @@ fn write(output: &Path, tag: &str, layer: &[u8]) -> Result<()> {
                 "org.opencontainers.image.licenses": "Apache-2.0",
             },
         },
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", sha256(layer))]},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", layer.digest)]},
     }))?;
-    let blob = |kind: &str, bytes: &[u8]| -> Value {
-        json!({"mediaType": kind, "digest": format!("sha256:{}", sha256(bytes)), "size": bytes.len()})
-    };
+    let config = Blob::new(CONFIG, &config)?;
     let manifest = serde_json::to_vec(&json!({
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "config": blob(CONFIG, &config),
-        "layers": [blob(LAYER, layer)],
+        "config": config.descriptor(),
+        "layers": [layer.descriptor()],
     }))?;
-    let mut described = blob(MANIFEST, &manifest);
+    let manifest = Blob::new(MANIFEST, &manifest)?;
+    let mut described = manifest.descriptor();
     described["annotations"] = json!({
         "org.opencontainers.image.ref.name": tag.rsplit_once(':').map_or("latest", |(_, version)| version),
         "io.containerd.image.name": full_name(tag),
@@ -189,12 +220,11 @@ fn write(output: &Path, tag: &str, layer: &[u8]) -> Result<()> {
         "mediaType": INDEX,
         "manifests": [described],
     }))?;
-    let place = |bytes: &[u8]| format!("blobs/sha256/{}", sha256(bytes));
     // What docker reads; the layout above is for everything else.
     let legacy = serde_json::to_vec(&json!([{
-        "Config": place(&config),
+        "Config": config.place(),
         "RepoTags": [tag],
-        "Layers": [place(layer)],
+        "Layers": [layer.place()],
     }]))?;
     let file = File::create(output).with_context(|| format!("cannot write {}", output.display()))?;
     let mut archive = Builder::new(BufWriter::new(file));
@@ -202,9 +232,9 @@ fn write(output: &Path, tag: &str, layer: &[u8]) -> Result<()> {
         append(&mut archive, Path::new(folder), 0o755, EntryType::Directory, &[])?;
     }
     for (name, bytes) in [
-        (place(&config), &*config),
-        (place(layer), layer),
-        (place(&manifest), &*manifest),
+        (config.place(), config.bytes),
+        (layer.place(), layer.bytes),
+        (manifest.place(), manifest.bytes),
         ("index.json".to_owned(), &*index),
         ("manifest.json".to_owned(), &*legacy),
         ("oci-layout".to_owned(), br#"{"imageLayoutVersion":"1.0.0"}"#),
@@ -256,7 +286,7 @@ mod tests {
         let named = |descriptor: &Value| -> &Vec<u8> {
             let digest = descriptor["digest"].as_str().and_then(|text| text.strip_prefix("sha256:"));
             let content = &files[&format!("blobs/sha256/{}", digest.expect("a digest"))];
-            assert_eq!(sha256(content), digest.expect("a digest"));
+            assert_eq!(sha256(content).expect("sha256sum"), digest.expect("a digest"));
             assert_eq!(Some(content.len() as u64), descriptor["size"].as_u64());
             content
         };
@@ -270,6 +300,12 @@ mod tests {
         for path in [&legacy[0]["Config"], &legacy[0]["Layers"][0]] {
             assert!(files.contains_key(path.as_str().expect("a path")));
         }
+    }
+
+    #[test]
+    fn digests_are_those_of_the_standard() {
+        let digest = sha256(b"abc").expect("sha256sum");
+        assert_eq!(digest, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 
     #[test]

@@ -29,7 +29,7 @@ enum Command {
     /// Install what building, testing and the demo need and this machine lacks
     Setup(setup::Arguments),
     /// Show on this machine what the daemon does: two nodes, pods, real traffic, and a report
-    Demo(demo::Arguments),
+    Demo(xtask::arguments::Demo),
     /// Run every test; the last line counts them
     Test(test::Arguments),
     /// Everything that must hold before a change is merged: format, lints, tests
@@ -37,7 +37,7 @@ enum Command {
     /// Check the module table and the house rules that a compiler does not know
     Tidy,
     /// Measure the daemon beside bare TCP and Envoy
-    Bench(bench::Arguments),
+    Bench(xtask::arguments::Bench),
     /// Throw what others may send at the daemon's readers, with cargo-fuzz
     Fuzz(fuzz::Arguments),
     /// Make a container image of the daemon, for Istio's chart
@@ -68,8 +68,8 @@ fn main() -> ExitCode {
 }
 
 fn ebpf() -> Result<ExitCode> {
-    let root = ztunnel_tests::binaries::repository();
-    let out = ztunnel_tests::binaries::target().join("ebpf");
+    let root = xtask::places::repository();
+    let out = xtask::places::target().join("ebpf");
     std::fs::create_dir_all(&out)?;
     let built = ztunnel_ebpf_build::build(&root.join("ebpf/programs"), &out)?;
     println!("{}", built.display());

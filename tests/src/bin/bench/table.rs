@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use super::column::Column;
 use super::results::{Results, Spread};
-use super::rows::{Group, Row};
+use xtask::arguments::Column;
+use xtask::rows::{Group, Row};
 
 /// The whole report.
 pub(crate) fn table(results: &Results) -> String {
@@ -108,8 +108,8 @@ pub(crate) fn heading(group: Group) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::select;
     use super::*;
+    use xtask::rows::select;
 
     #[test]
     fn numbers_keep_about_three_digits() {

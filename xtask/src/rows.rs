@@ -2,7 +2,7 @@
 
 /// A load that brings one row or several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Work {
+pub enum Work {
     /// From the start of the client's proxy to the first byte through it.
     FirstByte,
     /// Proxies that have nothing to do.
@@ -42,7 +42,7 @@ pub(crate) enum Work {
 
 /// Which of two values is the better one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Better {
+pub enum Better {
     /// The higher.
     Higher,
     /// The lower.
@@ -51,7 +51,7 @@ pub(crate) enum Better {
 
 /// What a row belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Group {
+pub enum Group {
     /// Requests, connections and bytes per second.
     Throughput,
     /// Times.
@@ -64,21 +64,21 @@ pub(crate) enum Group {
 
 /// One line of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Row {
+pub struct Row {
     /// Its name.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// What it counts, for people.
-    pub(crate) title: &'static str,
+    pub title: &'static str,
     /// Its unit.
-    pub(crate) unit: &'static str,
+    pub unit: &'static str,
     /// Which way is better.
-    pub(crate) better: Better,
+    pub better: Better,
     /// What it belongs to.
-    pub(crate) group: Group,
+    pub group: Group,
     /// What brings it.
-    pub(crate) work: Work,
+    pub work: Work,
     /// Whether `--quick` has it.
-    pub(crate) quick: bool,
+    pub quick: bool,
 }
 
 const HTTP_64: Work = http(64);
@@ -122,7 +122,7 @@ const SAME_HTTP: Work = Work::Http { connections: 64, near: true };
 const SAME_STREAM: Work = Work::Stream { streams: 1, reverse: false, near: true };
 
 /// All rows, in the order of the report. The loads run in the order in which they first occur here.
-pub(crate) const ROWS: [Row; 33] = [
+pub const ROWS: [Row; 33] = [
     row("http_1", "requests, 1 connection", "req/s", FAST, http(1)).quick(),
     row("http_64", "requests, 64 connections", "req/s", FAST, HTTP_64).quick(),
     row("http_256", "requests, 256 connections", "req/s", FAST, http(256)),
@@ -160,7 +160,7 @@ pub(crate) const ROWS: [Row; 33] = [
 
 /// The rows that these names ask for; a name that ends in `*` asks for all that start so. An unknown name is the
 /// error.
-pub(crate) fn select(names: &[String]) -> Result<Vec<Row>, String> {
+pub fn select(names: &[String]) -> Result<Vec<Row>, String> {
     let asked = |name: &str, row: &Row| match name.strip_suffix('*') {
         Some(start) => row.name.starts_with(start),
         None => row.name == name,
@@ -172,7 +172,7 @@ pub(crate) fn select(names: &[String]) -> Result<Vec<Row>, String> {
 }
 
 /// The loads that these rows need, each once. What looks at memory alone goes first, while the proxies are fresh.
-pub(crate) fn works(rows: &[Row]) -> Vec<Work> {
+pub fn works(rows: &[Row]) -> Vec<Work> {
     let mut works: Vec<Work> = Vec::new();
     for row in rows {
         if !works.contains(&row.work) {

@@ -5,12 +5,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use xtask::arguments::Column;
 use ztunnel_tests::mesh::{Enrolment, MESHED};
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::process::{Process, cpu_time};
 use ztunnel_tests::topology::Pod;
 
-use super::column::{Column, Running};
+use super::column::{Running, start};
 use super::load;
 use super::usage::Usage;
 
@@ -27,7 +28,7 @@ const CROWDS: [u32; 3] = [0, 5000, 10_000];
 
 /// Measures and returns the report.
 pub(super) fn measure(seconds: u64) -> Result<String> {
-    let mut running = Column::Ztunnel.start(None).context("cannot start")?;
+    let mut running = start(Column::Ztunnel, None).context("cannot start")?;
     let mut report = pods(&running)?;
     running.must_run()?;
     report.push('\n');

@@ -8,8 +8,8 @@ use ztunnel_tests::peer::open::Outcome;
 
 use super::column::{Running, Way};
 use super::load;
-use super::rows::Work;
 use super::usage::{cpu_seconds, memory_mib};
+use xtask::rows::Work;
 
 /// How long memory may settle before it is read.
 const SETTLE: Duration = Duration::from_secs(2);

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use xtask::arguments::Column;
+use xtask::rows::Work;
 use ztunnel_tests::daemon::{Daemon, Setting};
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::process::Process;
@@ -13,26 +15,9 @@ use ztunnel_tests::topology::{Node, Pod};
 use super::envoy::{self, Mode};
 use super::load;
 use super::peer::{self, Agent};
-use super::rows::Work;
 use super::site::{HTTP, STREAM, Site};
 
 const FIRST_LIMIT_S: u32 = 20;
-
-/// What is measured beside each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub(crate) enum Column {
-    /// Nothing in between
-    Bare,
-    /// Our daemon on each node
-    Ztunnel,
-    /// Envoy as sidecars, one mutual TLS connection for each connection
-    EnvoyTcp,
-    /// Envoy as sidecars that proxy HTTP
-    EnvoyHttp,
-    /// The program of --peer-binary on each node
-    Peer,
-}
 
 /// The address of each kind of server, as the client has to dial it.
 #[derive(Debug, Clone, Copy)]
@@ -67,40 +52,23 @@ enum Proxies {
     Agents([Agent; 2]),
 }
 
-impl Column {
-    /// All of them, in the order of the report.
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Bare, Self::Ztunnel, Self::Peer, Self::EnvoyTcp, Self::EnvoyHttp];
+/// Whether a load goes through a column. Streams are not HTTP.
+pub(crate) fn carries(column: Column, work: Work) -> bool {
+    !(column == Column::EnvoyHttp && matches!(work, Work::Stream { .. }))
+}
 
-    /// Its name in reports.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Bare => "bare",
-            Self::Ztunnel => "ztunnel",
-            Self::EnvoyTcp => "envoy_tcp",
-            Self::EnvoyHttp => "envoy_http",
-            Self::Peer => "peer",
+/// Builds a site and starts the proxies on it; an answer has come through them when this returns.
+pub(crate) fn start(column: Column, peer_binary: Option<&Path>) -> Result<Running> {
+    let site = Site::build().context("the site")?;
+    match column {
+        Column::Bare => {
+            First::wait(&site, plain(&site.server).http)?.came()?;
+            Ok(running(site, Proxies::None, Vec::new(), None))
         }
-    }
-
-    /// Whether a load goes through it. Streams are not HTTP.
-    pub(crate) fn carries(self, work: Work) -> bool {
-        !(self == Self::EnvoyHttp && matches!(work, Work::Stream { .. }))
-    }
-
-    /// Builds a site and starts the proxies on it; an answer has come through them when this returns.
-    pub(crate) fn start(self, peer_binary: Option<&Path>) -> Result<Running> {
-        let site = Site::build().context("the site")?;
-        match self {
-            Self::Bare => {
-                First::wait(&site, plain(&site.server).http)?.came()?;
-                Ok(running(site, Proxies::None, Vec::new(), None))
-            }
-            Self::Ztunnel => start_daemons(site),
-            Self::EnvoyTcp => start_envoys(site, Mode::Tcp),
-            Self::EnvoyHttp => start_envoys(site, Mode::Http),
-            Self::Peer => start_peers(site, peer_binary.context("say which program with --peer-binary")?),
-        }
+        Column::Ztunnel => start_daemons(site),
+        Column::EnvoyTcp => start_envoys(site, Mode::Tcp),
+        Column::EnvoyHttp => start_envoys(site, Mode::Http),
+        Column::Peer => start_peers(site, peer_binary.context("say which program with --peer-binary")?),
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::column::Column;
-use super::rows::{Better, Row};
+use xtask::arguments::Column;
+use xtask::rows::{Better, Row};
 
 /// The values of one row in one column. The index is the round; a round may have none.
 type Rounds = Vec<Option<f64>>;
@@ -114,8 +114,8 @@ impl Results {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::select;
     use super::*;
+    use xtask::rows::select;
 
     #[test]
     fn the_median_of_an_even_number_lies_between_the_middle_two() {

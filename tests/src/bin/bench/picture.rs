@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-use super::column::Column;
 use super::results::{Results, Spread};
-use super::rows::{Group, Row};
 use super::table::{heading, number};
+use xtask::arguments::Column;
+use xtask::rows::{Group, Row};
 
 const PANELS: [Group; 4] = [Group::Throughput, Group::Latency, Group::Cpu, Group::Memory];
 const PANEL: f64 = 400.0;
@@ -117,8 +117,8 @@ fn text(body: &mut String, x: f64, y: f64, class: &str, content: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::select;
     use super::*;
+    use xtask::rows::select;
 
     #[test]
     fn every_measured_row_has_its_bars_and_text_is_escaped() {

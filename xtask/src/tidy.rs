@@ -1,6 +1,8 @@
 //! House rules that no compiler checks; `cargo xtask tidy` and a test run them.
 
+mod circles;
 mod modules;
+mod paths;
 mod source;
 
 use std::path::{Path, PathBuf};
@@ -9,6 +11,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use xtask::places::repository;
 
+use circles::Graph;
 use modules::Table;
 use source::Source;
 
@@ -42,21 +45,47 @@ fn look(root: &Path) -> Result<Findings> {
             findings.remarks.push(format!("{}: {lines} lines without its tests", source.path.display()));
         }
     }
-    let daemon = Path::new("ztunnel/src");
-    let library = std::fs::read_to_string(root.join(daemon).join("lib.rs")).context("ztunnel/src/lib.rs")?;
-    match Table::parse(&library) {
-        Ok(table) => {
-            findings.problems.extend(table.against_declarations(&library));
-            findings.problems.extend(table.cycle());
-            for source in &sources {
-                if let Ok(path) = source.path.strip_prefix(daemon) {
-                    findings.problems.extend(table.forbidden_imports(path, &source.production()));
-                }
+    let mut crates = Vec::new();
+    for folder in crates_of_the_daemon(root)? {
+        let library = folder.join("lib.rs");
+        let text =
+            std::fs::read_to_string(root.join(&library)).with_context(|| library.display().to_string())?;
+        let files: Vec<(String, String)> =
+            sources.iter().filter_map(|source| production_below(source, &folder)).collect();
+        match Table::parse(&folder, &text) {
+            Ok(table) => {
+                findings.problems.extend(table.against_declarations(&text));
+                findings.problems.extend(table.cycle());
+                findings.problems.extend(table.against_imports(&files));
             }
+            Err(error) => findings.problems.push(format!("{}: {error:#}", library.display())),
         }
-        Err(error) => findings.problems.push(format!("ztunnel/src/lib.rs: {error:#}")),
+        crates.push(files);
     }
+    let graphs: Vec<Graph<'_>> = crates.iter().map(|files| Graph::of(files)).collect();
+    findings.problems.extend(circles::problems(&graphs, circles::KNOWN));
     Ok(findings)
+}
+
+/// Where the sources of the daemon's crates are: `ztunnel/src`, and those of every package below `ztunnel`.
+fn crates_of_the_daemon(root: &Path) -> Result<Vec<PathBuf>> {
+    let daemon = Path::new("ztunnel");
+    let mut folders = vec![daemon.join("src")];
+    for entry in std::fs::read_dir(root.join(daemon)).context("ztunnel")? {
+        let entry = entry?;
+        if entry.path().join("Cargo.toml").exists() {
+            folders.push(daemon.join(entry.file_name()).join("src"));
+        }
+    }
+    folders.sort();
+    Ok(folders)
+}
+
+/// A source's path below a folder that it is in, and its text without comments and tests. None of those that are for
+/// tests alone.
+fn production_below(source: &Source, folder: &Path) -> Option<(String, String)> {
+    let path = source.path.strip_prefix(folder).ok()?;
+    (!source.is_test()).then(|| (path.display().to_string(), source.production()))
 }
 
 /// All Rust sources of the repository, by their path in it.

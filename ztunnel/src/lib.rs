@@ -33,23 +33,24 @@
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, mesh |
 //! | `tls` | rustls configurations, roots and revocation, SPIFFE verification; the only maker of `VerifiedPeer` | model |
 //! | `net` | network namespaces, socket options, source-preserving dial, byte copying | model, shutdown |
-//! | `telemetry` | one type per fact; log line and metric from the same value | model, shutdown |
-//! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, telemetry, shutdown, *proto* |
+//! | `telemetry` | one type per fact; log line and metric from the same value | model |
+//! | `identity` | keys and renewal by priority; publishes credentials per identity | model, tls, shutdown, *proto* |
 //! | `xds` | the mesh from a control plane: a discovery session, and what its messages mean | model, mesh, tls, telemetry, shutdown, *proto* |
-//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, net, telemetry, shutdown, *proto* |
-//! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net, telemetry, shutdown |
-//! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, telemetry, shutdown |
+//! | `enrol` | who is enrolled: a pure state machine and what feeds it | model, net, *proto* |
+//! | `capture` | how a pod's traffic reaches us: programs, pins, rules, routes, listeners | model, net |
+//! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | model, net, tls, shutdown |
 //! | `dns` | names: answers for the mesh's from the snapshot, forwards the rest | model, mesh, net, telemetry, shutdown |
 //! | `proxy` | one connection from accept to last byte | model, mesh, route, policy, identity, tls, hbone, net, telemetry, shutdown |
-//! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, telemetry, shutdown |
+//! | `standalone` | the embedded control plane: a mesh file and a certificate authority | model, mesh, identity, tls, enrol, shutdown |
 //! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
 //! | `cli` | the command line's view of a running daemon: asks `admin`, prints tables or JSON | |
 //! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | model, mesh, telemetry, identity, enrol, proxy, api, shutdown |
-//! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, hbone, dns, proxy, standalone, telemetry, api |
-//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, policy, route, tls, net, telemetry, identity, xds, enrol, capture, hbone, dns, proxy, standalone, api, admin, config, shutdown |
+//! | `config` | what was typed → each module's own `Config`, checked once | model, net, tls, identity, xds, capture, dns, proxy, standalone, telemetry, api |
+//! | `app` | composition root: builds, joins, hands over, drains | model, mesh, tls, net, telemetry, identity, xds, enrol, capture, dns, proxy, standalone, api, admin, config, shutdown |
 //! | `fuzzing` | what fuzz targets call that is private; only with the feature of that name | enrol, tls, xds, *proto* |
 //!
-//! `cargo xtask tidy` compares the imports with this table. *proto* is the crate of wire formats: they are translated
+//! `cargo xtask tidy` compares the imports with this table: what it does not
+//! allow, and what it allows for nobody. *proto* is the crate of wire formats: they are translated
 //! where they come in and go no further.
 //!
 //! # Invariants

@@ -1,4 +1,6 @@
-//! The table of modules in the daemon's crate documentation, and what really imports what.
+//! The table of modules in a crate's documentation, and what really imports what.
+//!
+//! Every crate of the daemon has one: `ztunnel` and what is a crate below it.
 //!
 //! The table has these columns, in this order:
 //!
@@ -11,12 +13,15 @@
 //! ```
 //! `May import` lists modules (links and back quotes are fine), or is `–`, or `everything`. What is in *italics* is
 //! another crate: *proto* is the wire formats, which no module imports without saying so; others are not checked.
-//! `main` is `main.rs`. A module may always import itself.
+//! `main` is `main.rs`. A module may always import itself. What a module may import and does not is refused, too: a
+//! permission that nobody needs is an invitation.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
+
+use super::paths::named;
 
 /// The crate of wire formats, as Rust names it.
 const WIRE_FORMATS: &str = "ztunnel_proto";
@@ -24,6 +29,8 @@ const WIRE_FORMATS: &str = "ztunnel_proto";
 /// What each module may import.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Table {
+    /// Where the crate's sources are: its own library is `lib.rs` in it.
+    folder: PathBuf,
     modules: BTreeMap<String, Imports>,
     /// The modules that may import the wire formats.
     doors: BTreeSet<String>,
@@ -36,8 +43,8 @@ enum Imports {
 }
 
 impl Table {
-    /// Finds the table in the crate's documentation.
-    pub(crate) fn parse(library: &str) -> Result<Self> {
+    /// Finds the table in the documentation of the crate whose sources are in that folder.
+    pub(crate) fn parse(folder: &Path, library: &str) -> Result<Self> {
         let rows: Vec<Vec<&str>> = library
             .lines()
             .filter_map(|line| line.strip_prefix("//!"))
@@ -70,22 +77,24 @@ impl Table {
                 bail!("{module} may import {unknown}, which has no row of its own");
             }
         }
-        Ok(Self { modules: table, doors })
+        Ok(Self { folder: folder.to_owned(), modules: table, doors })
     }
 
     /// Modules without a row, and rows without a module.
     pub(crate) fn against_declarations(&self, library: &str) -> Vec<String> {
         let declared: BTreeSet<&str> = library
             .lines()
-            .filter_map(|line| line.strip_prefix("pub mod ").or_else(|| line.strip_prefix("mod ")))
+            .filter_map(|line| {
+                ["pub mod ", "pub(crate) mod ", "mod "].into_iter().find_map(|start| line.strip_prefix(start))
+            })
             .filter_map(|rest| rest.strip_suffix(';'))
             .collect();
         let missing = declared.iter().filter(|name| !self.modules.contains_key(**name));
         let missing =
-            missing.map(|name| format!("ztunnel/src/lib.rs: {name} has no row in the table of modules"));
+            missing.map(|name| format!("{}: {name} has no row in the table of modules", self.at("lib.rs")));
         let empty = self.modules.keys().filter(|name| *name != "main" && !declared.contains(name.as_str()));
         let empty = empty.map(|name| {
-            format!("ztunnel/src/lib.rs: the table has a row {name}, but there is no such module")
+            format!("{}: the table has a row {name}, but there is no such module", self.at("lib.rs"))
         });
         missing.chain(empty).collect()
     }
@@ -96,7 +105,7 @@ impl Table {
         for module in self.modules.keys() {
             let mut way = Vec::new();
             if let Some(cycle) = self.walk(module, &mut way, &mut done) {
-                return Some(format!("ztunnel/src/lib.rs: modules import each other: {cycle}"));
+                return Some(format!("{}: modules import each other: {cycle}", self.at("lib.rs")));
             }
         }
         None
@@ -130,33 +139,62 @@ impl Table {
         None
     }
 
-    /// Imports in a file (its path below `ztunnel/src`) that the table does not allow.
-    pub(crate) fn forbidden_imports(&self, path: &Path, production: &str) -> Vec<String> {
-        let module = module_of(path);
-        // The crate's root only lists the modules; they are documentation there.
-        if module == "lib" {
-            return Vec::new();
+    /// What is wrong with the imports of these files (paths below the folder, texts without comments and tests): what the
+    /// table does not allow, and what it allows for nobody.
+    pub(crate) fn against_imports(&self, files: &[(String, String)]) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut needed: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let mut doors = BTreeSet::new();
+        for (path, text) in files {
+            let module = module_of(path);
+            // The crate's root only lists the modules; they are documentation there.
+            if module == "lib" {
+                continue;
+            }
+            if names_crate(text, WIRE_FORMATS) {
+                if !self.doors.contains(&module) {
+                    problems.push(format!("{}: {module} may not import the wire formats", self.at(path)));
+                }
+                doors.insert(module.clone());
+            }
+            let Some(Imports::Only(allowed)) = self.modules.get(&module) else { continue };
+            let root = if module == "main" { self.crate_name() } else { "crate".to_owned() };
+            let mut imports = imported(text, &root);
+            imports.retain(|name| self.modules.contains_key(name) && *name != module);
+            let forbidden = imports.iter().filter(|name| !allowed.contains(*name));
+            problems
+                .extend(forbidden.map(|name| format!("{}: {module} may not import {name}", self.at(path))));
+            needed.entry(module).or_default().extend(imports);
         }
-        let door = (!self.doors.contains(&module) && names_crate(production, WIRE_FORMATS))
-            .then(|| format!("ztunnel/src/{}: {module} may not import the wire formats", path.display()));
-        let Some(Imports::Only(allowed)) = self.modules.get(&module) else {
-            return door.into_iter().collect();
-        };
-        let root = if module == "main" { "ztunnel::" } else { "crate::" };
-        imported(production, root)
-            .into_iter()
-            .filter(|name| self.modules.contains_key(name) && *name != module && !allowed.contains(name))
-            .map(|name| format!("ztunnel/src/{}: {module} may not import {name}", path.display()))
-            .chain(door)
-            .collect()
+        for (module, imports) in &self.modules {
+            let Imports::Only(allowed) = imports else { continue };
+            let needed = needed.remove(module).unwrap_or_default();
+            let proto = (self.doors.contains(module) && !doors.contains(module)).then_some("*proto*");
+            problems.extend(allowed.difference(&needed).map(String::as_str).chain(proto).map(|name| {
+                format!(
+                    "{}: {module} may import {name} and does not: take that out of the table",
+                    self.at("lib.rs")
+                )
+            }));
+        }
+        problems
+    }
+
+    fn at(&self, file: &str) -> String {
+        self.folder.join(file).display().to_string()
+    }
+
+    /// As Rust names it: packages here have the names of their folders.
+    fn crate_name(&self) -> String {
+        let package = self.folder.parent().and_then(Path::file_name).unwrap_or_default();
+        package.to_string_lossy().replace('-', "_")
     }
 }
 
 /// The top-level module that a file belongs to.
-fn module_of(path: &Path) -> String {
-    let first = path.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
-    let first = first.unwrap_or_default();
-    first.strip_suffix(".rs").unwrap_or(&first).to_owned()
+fn module_of(path: &str) -> String {
+    let first = path.split('/').next().unwrap_or_default();
+    first.strip_suffix(".rs").unwrap_or(first).to_owned()
 }
 
 /// Whether a crate is named in this text.
@@ -167,44 +205,10 @@ fn names_crate(text: &str, name: &str) -> bool {
     })
 }
 
-/// The names that follow `crate::` in this text, also within `crate::{…}`.
+/// The modules that this text names, by paths from the root of the crate.
 fn imported(text: &str, root: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for (at, _) in text.match_indices(root) {
-        let before = text[..at].chars().next_back();
-        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':') {
-            continue;
-        }
-        let rest = &text[at + root.len()..];
-        match rest.strip_prefix('{') {
-            None => found.extend(identifier(rest)),
-            Some(group) => {
-                let mut depth = 0;
-                let mut start = 0;
-                for (position, c) in group.char_indices() {
-                    match c {
-                        '{' => depth += 1,
-                        '}' if depth == 0 => {
-                            found.extend(identifier(group[start..position].trim()));
-                            break;
-                        }
-                        '}' => depth -= 1,
-                        ',' if depth == 0 => {
-                            found.extend(identifier(group[start..position].trim()));
-                            start = position + 1;
-                        }
-                        _ => {}
-                    }
-                }
-            }
-        }
-    }
-    found
-}
-
-fn identifier(text: &str) -> Option<String> {
-    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
-    (end > 0).then(|| text[..end].to_owned())
+    let paths = named(text, |word| word == root);
+    paths.iter().filter_map(|path| path.parts.get(1)).map(|name| (*name).to_owned()).collect()
 }
 
 fn parse_imports(cell: &str) -> Imports {
@@ -229,13 +233,26 @@ mod tests {
                            [`model`], `mesh`, *an outside crate* |\n//! | [`app`] | the rest | everything |\n\npub mod \
                            app;\npub mod mesh;\npub mod model;\npub mod route;\n";
 
+    fn parse(library: &str) -> Result<Table> {
+        Table::parse(Path::new("ztunnel/src"), library)
+    }
+
     fn table() -> Table {
-        Table::parse(LIBRARY).expect("a good table")
+        parse(LIBRARY).expect("a good table")
+    }
+
+    /// What a file adds to the problems of a crate that has none.
+    fn check(table: &Table, path: &str, text: &str) -> Vec<String> {
+        let good =
+            [("mesh/good.rs", "use crate::model::A;"), ("route/good.rs", "use crate::{mesh::B, model::C};")];
+        let files = good.into_iter().chain([(path, text)]);
+        let files: Vec<_> = files.map(|(path, text)| (path.to_owned(), text.to_owned())).collect();
+        table.against_imports(&files)
     }
 
     #[test]
     fn imports_are_held_against_the_table() {
-        let check = |path: &str, text: &str| table().forbidden_imports(Path::new(path), text);
+        let check = |path: &str, text: &str| check(&table(), path, text);
         assert_eq!(check("mesh.rs", "use crate::model::A;\nuse crate::mesh::B;\n"), Vec::<String>::new());
         assert_eq!(check("app/pods.rs", "use crate::route::A;\n"), Vec::<String>::new());
         assert_eq!(
@@ -250,17 +267,47 @@ mod tests {
     }
 
     #[test]
+    fn every_crate_has_a_table_of_its_own() {
+        let files = [("mesh.rs".to_owned(), "use crate::app::A;".to_owned())];
+        let table = Table::parse(Path::new("ztunnel/node/src"), LIBRARY).expect("a good table");
+        let problems = table.against_imports(&files);
+        assert_eq!(problems[0], "ztunnel/node/src/mesh.rs: mesh may not import app");
+        let main = LIBRARY.replace("| everything |\n", "| everything |\n//! | `main` | starts | `app` |\n");
+        let table = Table::parse(Path::new("ztunnel/node/src"), &main).expect("a good table");
+        let files = [("main.rs".to_owned(), "use node::mesh::A;".to_owned())];
+        let problems = table.against_imports(&files);
+        assert!(
+            problems.contains(&"ztunnel/node/src/main.rs: main may not import mesh".to_owned()),
+            "{problems:?}"
+        );
+    }
+
+    #[test]
+    fn permissions_that_nobody_needs_are_refused() {
+        let wide = LIBRARY.replace("state | `model`", "state | `model`, *proto*");
+        let files = [("mesh.rs".to_owned(), "use ztunnel_proto::A;".to_owned())];
+        let problems = parse(&wide).expect("a good table").against_imports(&files);
+        let of = |module: &str, name: &str| {
+            format!("ztunnel/src/lib.rs: {module} may import {name} and does not: take that out of the table")
+        };
+        assert_eq!(problems, [of("mesh", "model"), of("route", "mesh"), of("route", "model")]);
+        let problems = check(&parse(&wide).expect("a good table"), "app.rs", "");
+        assert_eq!(problems, [of("mesh", "*proto*")]);
+    }
+
+    #[test]
     fn wire_formats_come_in_by_the_doors_that_the_table_names() {
-        let table = Table::parse(&LIBRARY.replace("state | `model`", "state | `model`, *proto*"));
-        let table = table.expect("a good table");
-        let check = |path: &str, text: &str| table.forbidden_imports(Path::new(path), text);
+        let table =
+            parse(&LIBRARY.replace("state | `model`", "state | `model`, *proto*")).expect("a good table");
         let import = "use ztunnel_proto::workload::Workload;\n";
-        assert_eq!(check("mesh/convert.rs", import), Vec::<String>::new());
+        assert_eq!(check(&table, "mesh/convert.rs", import), Vec::<String>::new());
         for file in ["route.rs", "app/pods.rs"] {
-            let problems = check(file, import);
-            assert!(problems.len() == 1 && problems[0].contains("the wire formats"), "{problems:?}");
+            let problems = check(&table, file, import);
+            assert!(problems[0].starts_with(&format!("ztunnel/src/{file}: ")), "{problems:?}");
+            assert!(problems[0].ends_with("may not import the wire formats"), "{problems:?}");
         }
-        assert_eq!(check("route.rs", "use ztunnel_protocol::A;\n"), Vec::<String>::new());
+        let problems = check(&table, "route.rs", "use ztunnel_protocol::A;\n");
+        assert!(problems.iter().all(|problem| !problem.contains("route")), "{problems:?}");
     }
 
     #[test]
@@ -276,14 +323,14 @@ mod tests {
     fn a_way_round_is_found() {
         assert_eq!(table().cycle(), None);
         let knotted = LIBRARY.replace("words | – |", "words | route |");
-        let cycle = Table::parse(&knotted).expect("well formed").cycle().expect("model → route → model");
+        let cycle = parse(&knotted).expect("well formed").cycle().expect("model → route → model");
         assert!(cycle.contains("→"), "{cycle}");
     }
 
     #[test]
     fn a_table_that_says_nothing_is_refused() {
-        assert!(Table::parse("//! No table.\n").is_err());
-        assert!(Table::parse("//! | Module | Owns | May import |\n//! |---|---|---|\n").is_err());
-        assert!(Table::parse(&LIBRARY.replace("state | `model`", "state | `mdoel`")).is_err());
+        assert!(parse("//! No table.\n").is_err());
+        assert!(parse("//! | Module | Owns | May import |\n//! |---|---|---|\n").is_err());
+        assert!(parse(&LIBRARY.replace("state | `model`", "state | `mdoel`")).is_err());
     }
 }

@@ -46,7 +46,8 @@ impl Source {
             .then(|| format!("{}: does not begin by saying what it owns (//! …)", self.path.display()))
     }
 
-    fn is_test(&self) -> bool {
+    /// Whether it is for tests alone.
+    pub(crate) fn is_test(&self) -> bool {
         self.path.ends_with("tests.rs")
             || self.path.components().any(|part| part.as_os_str() == "tests")
                 && !self.path.starts_with("tests")

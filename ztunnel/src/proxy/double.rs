@@ -125,8 +125,8 @@ pub(super) async fn open(
             baggage: said.filter(|_| config.response_baggage),
         }),
         Asked::Refused(status) => {
-            let host = Arc::clone(&route.service.hostname);
-            Err(OutboundError::BeyondRefused { host, status })
+            let (host, who) = (Arc::clone(&route.service.hostname), lease.peer().cloned());
+            Err(OutboundError::BeyondRefused { host, status, who })
         }
         Asked::Silent => Err(OutboundError::Silent { peer, after }),
         Asked::Unanswered(source) => Err(OutboundError::Unanswered { peer, source }),

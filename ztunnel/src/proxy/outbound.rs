@@ -127,6 +127,8 @@ pub enum OutboundError {
         host: Arc<str>,
         /// What was said.
         status: StatusCode,
+        /// Who that is, as it has proved.
+        who: Option<SpiffeId>,
     },
     /// The tunnel broke before the peer had answered.
     #[error("HBONE peer {} did not answer", peer.0)]
@@ -439,6 +441,9 @@ async fn establish(
                     return Some(Connected::Tunnelled { relay, lease, around, admitted });
                 }
                 Err(error) => {
+                    if let OutboundError::BeyondRefused { who, .. } = &error {
+                        parties.destination_identity.clone_from(who);
+                    }
                     let mut tally = told(parties, gateway.0, Some(route.asked));
                     tally.0.began(began);
                     tally.close(Err(error));

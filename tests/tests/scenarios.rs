@@ -46,8 +46,10 @@ stories! {
     a_request_costs_six_system_calls => cost::REQUESTS;
     a_megabyte_costs_few_system_calls => cost::BULK;
     a_closed_port_is_refused_at_once => sockets::CLOSED_PORT;
+    a_port_that_a_firewall_rejects_is_refused => sockets::REJECTED_PORT;
     a_client_uses_all_of_its_few_source_ports => sockets::FEW_SOURCE_PORTS;
     a_client_holds_thousands_of_connections => sockets::MANY_CONNECTIONS;
     a_pod_is_a_client_of_itself => sockets::ITSELF;
+    a_pod_is_one_of_several_endpoints_of_what_it_dials => sockets::ONE_OF_SEVERAL;
     two_hundred_pods_on_one_node => scale::TWO_HUNDRED_PODS;
 }

@@ -11,7 +11,7 @@ use super::Story;
 use super::basics::cluster_ips;
 use crate::binaries;
 use crate::netns::Netns;
-use crate::poll::PATIENCE;
+use crate::poll::{PATIENCE, eventually};
 use crate::process::Log;
 use crate::topology::{Pod, in_url};
 use crate::wire::Watch;
@@ -41,8 +41,9 @@ pub const CLOSED_PORT: Story = Story {
             )?;
             let mut took = Duration::ZERO;
             for address in to.addresses() {
-                let elapsed = turned_away(&from.place.netns, SocketAddr::new(address, CLOSED))
-                    .with_context(|| format!("{how}, {address}"))?;
+                let elapsed =
+                    turned_away(&from.place.netns, SocketAddr::new(address, CLOSED), (is_refusal, AT_ONCE))
+                        .with_context(|| format!("{how}, {address}"))?;
                 took = took.max(elapsed);
             }
             // Between a client that has dialled and the pod there may be packets if there is no tunnel, and no others.
@@ -57,9 +58,70 @@ pub const CLOSED_PORT: Story = Story {
     },
 };
 
+/// Ports that a pod's own firewall rejects, and with what it says so: of IPv4 and of IPv6.
+const REJECTED: [(u16, [&str; 2]); 2] = [
+    (7010, ["icmp-port-unreachable", "icmp6-port-unreachable"]),
+    (7011, ["icmp-host-unreachable", "icmp6-addr-unreachable"]),
+];
+
+/// An ICMP error that comes while the kernel still sends is looked at when it sends again, after one second or three. Who
+/// is not told at all gives up after ten.
+const SOON: Duration = Duration::from_secs(6);
+
+/// A server that answers by ICMP errors.
+pub const REJECTED_PORT: Story = Story {
+    name: "a port that a pod's firewall rejects is refused soon, and its ICMP errors do not leave the pod",
+    tell: |world| {
+        let mut evidence = Vec::new();
+        for to in [&world.server, &world.near] {
+            for (port, kinds) in REJECTED {
+                for (program, kind) in ["iptables-nft", "ip6tables-nft"].into_iter().zip(kinds) {
+                    let port = port.to_string();
+                    let rule =
+                        ["-A", "INPUT", "-p", "tcp", "--dport", &port, "-j", "REJECT", "--reject-with", kind];
+                    let output = to.place.run(program, &rule)?;
+                    let said = String::from_utf8_lossy(&output.stderr);
+                    ensure!(output.status.success(), "{program}: {said}");
+                }
+            }
+        }
+        // That it is looked for at the right place: without a mesh the errors come by the device.
+        for (how, from, to, leaves) in [
+            ("by tunnel", &world.client, &world.server, false),
+            ("on one node", &world.client, &world.near, false),
+            ("plain", &world.outsider, &world.server, true),
+        ] {
+            let watch = Watch::start(
+                &to.place,
+                "eth0",
+                &format!("rejected-{}-{}", from.name, to.name),
+                "icmp[icmptype] == icmp-unreach or (ip6 and ip6[6] == 58 and ip6[40] == 1)",
+            )?;
+            let mut took = Duration::ZERO;
+            for (port, _) in REJECTED {
+                for address in to.addresses() {
+                    let at = SocketAddr::new(address, port);
+                    let elapsed = turned_away(&from.place.netns, at, (is_refusal_or_unreachable, SOON))
+                        .with_context(|| format!("{how}, {address} port {port}"))?;
+                    took = took.max(elapsed);
+                }
+            }
+            // Besides the frame that ends a capture.
+            let errors = watch.finish()?.total - 1;
+            ensure!(leaves == (errors > 0), "{how}: {errors} ICMP errors on the pod's device");
+            evidence.push(format!("{how}: {} ms, {errors} ICMP errors", took.as_millis()));
+        }
+        Ok(evidence.join(", "))
+    },
+};
+
 /// Dials, and returns how long it took to be turned away. A machine that stands still for as long as
 /// the kernel waits does not do so twice.
-fn turned_away(netns: &Netns, to: SocketAddr) -> Result<Duration> {
+fn turned_away(
+    netns: &Netns,
+    to: SocketAddr,
+    (is_refusal, within): (fn(&std::io::Error) -> bool, Duration),
+) -> Result<Duration> {
     let attempt = || {
         netns.enter(|| {
             let begun = Instant::now();
@@ -80,13 +142,18 @@ fn turned_away(netns: &Netns, to: SocketAddr) -> Result<Duration> {
         })
     };
     let first = attempt()?;
-    let took = if first < AT_ONCE { first } else { attempt()? };
-    ensure!(took < AT_ONCE, "it took {took:?}, twice");
+    let took = if first < within { first } else { attempt()? };
+    ensure!(took < within, "it took {took:?}, twice");
     Ok(took)
 }
 
 fn is_refusal(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
+}
+
+/// The same where an ICMP error may be what the client hears.
+fn is_refusal_or_unreachable(error: &std::io::Error) -> bool {
+    is_refusal(error) || error.kind() == ErrorKind::HostUnreachable
 }
 
 /// Of 32 ports that clients and servers choose from, this many are held open at once.
@@ -165,7 +232,7 @@ pub const MANY_CONNECTIONS: Story = Story {
         let begun = Instant::now();
         let mut crowd = world.outsider.place.start_with("crowd", command, Stdio::piped())?;
         let limit = 10 * PATIENCE;
-        crate::poll::eventually(limit, || {
+        eventually(limit, || {
             let said = log.since(mark);
             if !said.contains("open") {
                 crowd.must_run().with_context(|| said.clone())?;
@@ -217,5 +284,52 @@ pub const ITSELF: Story = Story {
             ensure!(left.is_none(), "on the pod's device: {left:?}");
         }
         Ok(format!("answered at {}", evidence.join(", ")))
+    },
+};
+
+/// The addresses of a service of two pods.
+const OF_TWO: [&str; 2] = ["10.96.0.20", "fd96::20"];
+/// So often that one of two is not missed by chance.
+const CALLS: usize = 40;
+
+/// A pod that is a client of a service of which it is one endpoint of several.
+pub const ONE_OF_SEVERAL: Story = Story {
+    name: "a pod that dials a service of which it is one endpoint of two reaches both, itself like the other",
+    tell: |world| {
+        let client = world.near.clone();
+        for pod in [&client, &world.server] {
+            let path = world.mesh.path().join(format!("pod-{}.yaml", pod.name));
+            let label = format!("    app: {}\n", pod.name);
+            let text = std::fs::read_to_string(&path)?;
+            ensure!(text.contains(&label), "another text: {text}");
+            let both = text.replacen(&label, &format!("{label}    group: both\n"), 1);
+            world.mesh.write(&format!("pod-{}", pod.name), &both)?;
+        }
+        let [v4, v6] = OF_TWO;
+        world.mesh.service("both", v4, v6)?;
+        let service = std::fs::read_to_string(world.mesh.path().join("service-both.yaml"))?;
+        world.mesh.write("service-both", &service.replace("    app: both\n", "    group: both\n"))?;
+        let mut reached = [0; 2];
+        for (cluster_ip, own) in OF_TWO.into_iter().zip(client.addresses()) {
+            let cluster_ip: IpAddr = cluster_ip.parse()?;
+            let call = || curl(&client.place, &[&format!("http://{}/", in_url(cluster_ip))]);
+            eventually(PATIENCE, call).with_context(|| format!("{cluster_ip} is not known"))?;
+            let watch =
+                Watch::start(&client.place, "eth0", &format!("one-of-several-{own}"), "not tcp port 15008")?;
+            for number in 0..CALLS {
+                let answer = call().with_context(|| format!("call {number} of {CALLS} to {cluster_ip}"))?;
+                let by = |pod: &str| answer.body.contains(&format!("pod={pod} client={own} "));
+                let which = ["near", "server"].into_iter().position(by);
+                reached[which.with_context(|| format!("call {number}: {}", answer.body))?] += 1;
+                ensure!(answer.remote == cluster_ip.to_string(), "{answer:?}");
+            }
+            let beside = watch.finish()?.segments;
+            ensure!(beside.is_empty(), "not in a tunnel: {:?}", beside[0]);
+        }
+        ensure!(reached.into_iter().all(|calls| calls > 0), "one was never reached: {reached:?}");
+        world.mesh.remove("service-both")?;
+        world.write_pods()?;
+        let [itself, other] = reached;
+        Ok(format!("of {} calls {itself} were answered by the pod itself, {other} by the other", 2 * CALLS))
     },
 };

@@ -13,7 +13,7 @@ use ztunnel_proto::workload;
 use ztunnel_tests::binaries;
 use ztunnel_tests::ca::{Answer, Caller};
 use ztunnel_tests::daemon::Daemon;
-use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION};
+use ztunnel_tests::istiod::{self, ADDRESS, AUTHORIZATION, Change};
 use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
@@ -607,5 +607,87 @@ fn a_proxy_of_one_workload_serves_it_without_a_node_agent() {
         let ended = process.wait(PATIENCE)?;
         ensure!(ended.success(), "{ended}");
         Ok(line.trim().to_owned())
+    });
+}
+
+/// A pod of another cluster of the mesh: called as one here, on a node that is called as one here, at another address.
+fn twin(pod: &Pod, at: &Pod) -> workload::Workload {
+    workload::Workload {
+        uid: istiod::workload(pod).uid.replacen("Kubernetes/", "Elsewhere/", 1),
+        cluster_id: "Elsewhere".to_owned(),
+        service_account: "twin".to_owned(),
+        addresses: istiod::workload(at).addresses,
+        ..istiod::workload(pod)
+    }
+}
+
+#[test]
+fn pods_of_another_cluster_with_the_same_names_are_others() {
+    under_istio("two clusters", |world, istio| {
+        let (client, server) = (world.client.clone(), world.server.clone());
+        let (far, away) = (world.outside.clone(), world.outsider.clone());
+        let own = [&client, &server].map(istiod::workload);
+        let twins = [twin(&client, &far), twin(&server, &away)];
+        let put = |all: &[workload::Workload]| -> Vec<Change> {
+            all.iter().cloned().map(Change::workload).collect()
+        };
+        let gone = |all: &[workload::Workload]| -> Vec<Change> {
+            all.iter().map(|workload| Change::remove(ADDRESS, &workload.uid)).collect()
+        };
+        // What has the twins' addresses is nobody else.
+        istio.discovery.push(&gone(&[&far, &away].map(istiod::workload)))?;
+        let watch = world.watch_link_for_clear("two-clusters")?;
+        let log = world.setting(On::B).log();
+        let mut asked = 0;
+        let mut check = |world: &World, when: &str| -> Result<()> {
+            let mark = log.mark();
+            for (own, address) in client.addresses().into_iter().zip(server.addresses()) {
+                for _ in 0..3 {
+                    let answer =
+                        http(&client.place, address, "?marker=secret").with_context(|| when.to_owned())?;
+                    ensure!(
+                        answer.body.contains(&format!("pod=server client={own}")),
+                        "{when}: {}",
+                        answer.body
+                    );
+                    asked += 1;
+                }
+            }
+            log.wait_line(mark, PATIENCE, "both identities", |line| {
+                line.contains("direction=\"inbound\"") && line.contains(CLIENT) && line.contains(SERVER)
+            })
+            .with_context(|| when.to_owned())?;
+            for (on, pod) in [(On::A, &client), (On::B, &server)] {
+                let shown = eventually(PATIENCE, || dump(world, on)).with_context(|| when.to_owned())?;
+                let state = &shown["workloadState"][istiod::uid(pod)];
+                ensure!(state["info"]["serviceAccount"] == *pod.name, "{when}: {state}");
+            }
+            Ok(())
+        };
+        istio.discovery.push(&put(&twins))?;
+        check(world, "the other cluster's come last")?;
+        for address in far.addresses() {
+            // A member of the mesh, where nobody takes tunnels: not in clear instead.
+            http_refused(&client.place, address)?;
+        }
+        istio.discovery.push(&gone(&own))?;
+        istio.discovery.push(&put(&own))?;
+        eventually(PATIENCE, || http(&client.place, server.v4.into(), "").map(drop))?;
+        check(world, "the own come last")?;
+        istio.discovery.push(&gone(&twins))?;
+        check(world, "the other cluster's have gone")?;
+        istio.discovery.push(&put(&twins))?;
+        for on in BOTH {
+            world.kill_daemon(on)?;
+            world.start_daemon(on)?;
+        }
+        check(world, "the daemons are new")?;
+        nothing_in_clear(&watch.finish()?, &client, "secret")?;
+        let asked_for = istio.authority.asked();
+        let twin = asked_for
+            .iter()
+            .find(|asked| asked.impersonated.as_ref().is_some_and(|who| who.contains("twin")));
+        ensure!(twin.is_none(), "a certificate of somebody else's was asked for: {twin:?}");
+        Ok(format!("{asked} requests, all between the pods of this cluster"))
     });
 }

@@ -327,6 +327,58 @@ fn a_daemon_that_does_not_answer_is_named() {
 }
 
 #[test]
+fn a_check_names_pods_that_will_not_be_captured_as_meant() {
+    in_world("check", |world| {
+        let setting = world.setting(On::A).clone();
+        // It looks for network namespaces where it is the node itself that is checked.
+        let host = String::from_utf8(setting.place.run("uname", &["-n"])?.stdout)?;
+        let host = host.trim();
+        let mesh = world.run.path("checked");
+        fs::create_dir_all(&mesh)?;
+        let pod = |name: &str, namespace: &str, netns: &str, ip: u8| {
+            format!(
+                "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {name}\n  \
+                 annotations:\n    ztunnel.io/netns: {netns}\nspec:\n  nodeName: {host}\nstatus:\n  podIP: \
+                 10.80.9.{ip}\n"
+            )
+        };
+        let there = world.client.place.netns.name();
+        for name in ["namespace-demo", "namespace-plain"] {
+            fs::copy(world.mesh.path().join(format!("{name}.yaml")), mesh.join(format!("{name}.yaml")))?;
+        }
+        let check = |strict: bool| {
+            let path = mesh.display().to_string();
+            let mut arguments = vec!["check", &path, "--node", host];
+            arguments.extend(strict.then_some("--strict"));
+            setting.command(&arguments)
+        };
+        fs::write(mesh.join("a.yaml"), pod("right", "demo", there, 1))?;
+        let right = check(true)?;
+        ensure!(right.status.success() && !said(&right).contains("warning"), "{}", said(&right));
+        fs::write(mesh.join("b.yaml"), pod("lost", "demo", "nowhere-at-all", 2))?;
+        let lost = check(false)?;
+        let words = said(&lost);
+        ensure!(lost.status.success(), "a warning is no error: {words}");
+        let warning = words.lines().find(|line| line.contains("nowhere-at-all")).context("not seen")?;
+        ensure!(
+            warning.contains("b.yaml:8: warning")
+                && warning.contains("demo/lost")
+                && warning.contains("does not exist"),
+            "{warning}"
+        );
+        ensure!(!check(true)?.status.success(), "--strict lets it pass");
+        fs::remove_file(mesh.join("b.yaml"))?;
+        // Somebody meant it to be captured, and it is not in the mesh.
+        fs::write(mesh.join("c.yaml"), pod("stray", "plain", there, 3))?;
+        let stray = said(&check(false)?);
+        let warning = stray.lines().find(|line| line.contains("plain/stray")).context("not seen")?;
+        ensure!(warning.contains("c.yaml:8: warning") && warning.contains("is not in the mesh"), "{warning}");
+        ensure!(!check(true)?.status.success(), "--strict lets it pass");
+        Ok(warning.to_owned())
+    });
+}
+
+#[test]
 fn an_uninstallation_without_privileges_is_an_error() {
     in_world("uninstall", |world| {
         let setting = world.setting(On::A).clone();

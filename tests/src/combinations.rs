@@ -4,11 +4,12 @@
 //! together are together; the [stage](stage) plays them in two nodes' pods, many at once, and beside them the same
 //! scripts between pods outside the mesh. The [oracle] compares: both sides came as far, as soon, got the same bytes and
 //! the same end, and saw the addresses they should; unless a policy is to refuse it. Nothing was in clear on any device,
-//! both daemons' logs have their line, and their counters agree with those.
+//! both daemons' logs have their line, and the series of their metrics are those that they should be, label by label.
 
 pub mod axes;
 pub mod cover;
 mod ear;
+mod labels;
 mod oracle;
 mod stage;
 

@@ -205,6 +205,12 @@ impl Istiod {
         })
     }
 
+    /// How many clients are here that have answered everything they were sent.
+    pub fn answered(&self) -> usize {
+        let latest = *self.shared.changed.borrow();
+        self.shared.state().answered.values().filter(|answered| **answered >= latest).count()
+    }
+
     /// Who has opened streams so far.
     pub fn opened(&self) -> Vec<Opened> {
         self.shared.state().opened.clone()

@@ -82,6 +82,8 @@ pub struct World {
     pub server: Pod,
     /// A server outside the mesh, on the other node.
     pub outside: Pod,
+    /// Further pods that a node agent enrols.
+    further: Vec<Pod>,
     traces: Vec<(Pod, Traces)>,
     before: Machine,
     maps: BpfMaps,
@@ -140,6 +142,20 @@ impl World {
         }
     }
 
+    /// Has every daemon that the environment tells everything be told this, too, from its next start on.
+    pub fn start_with_variable(&mut self, name: &str, value: &str) {
+        for chart in self.settings.iter_mut().filter_map(|setting| setting.chart.as_mut()) {
+            chart.environment.push((name.to_owned(), value.to_owned()));
+        }
+    }
+
+    /// Adds a pod that a node agent is to enrol. Before the agents start.
+    pub fn add_meshed(&mut self, on: On, name: &str) -> Result<Pod> {
+        let pod = self.node(on).add_pod(&self.run, name)?;
+        self.further.push(pod.clone());
+        Ok(pod)
+    }
+
     /// Has the daemon of a node read the mesh from somewhere else, from its next start on.
     pub fn read_mesh_from(&mut self, on: On, path: PathBuf) {
         self.settings[on as usize].mesh = path;
@@ -196,6 +212,7 @@ impl World {
             outsider,
             server,
             outside,
+            further: Vec::new(),
             traces: Vec::new(),
             before,
             maps: BpfMaps::default(),

@@ -14,8 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::mount::MsFlags;
-use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use ztunnel::capture::host::cgroup_root;
@@ -161,9 +160,6 @@ fn echo(stream: &TcpStream, text: &[u8]) -> std::io::Result<()> {
 fn application(pod: &Pod, port: u16) -> mpsc::Receiver<(SocketAddr, SocketAddr)> {
     let (sender, seen) = mpsc::channel();
     let listener = pod.ns.enter(|| TcpListener::bind(("::", port)).expect("bind"));
-    // The standard library's queue holds 128: of more that are dialled at once on a busy machine the rest would be asked
-    // for again, and counted twice.
-    listen(&listener, Backlog::MAXCONN).expect("listen");
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let from = canonical(stream.peer_addr().expect("has one"));
@@ -303,9 +299,6 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        // Clients, the daemon's part and applications are all in this process: 1,024 descriptors would not do.
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limits");
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("any process may up to its hard limit");
         let mut net = Net::new();
         let (enrolled, plain) = (net.pod(2), net.pod(3));
         Self::of(net, enrolled, plain)

@@ -47,6 +47,10 @@ axes! {
         PlainOut = "plain out",
         /// From a pod in the mesh to itself.
         Itself = "itself",
+        /// Between two nodes, by way of a waypoint.
+        Waypoint = "waypoint",
+        /// To a pod of another network, through its gateway: a tunnel within a tunnel.
+        Double = "double HBONE",
     }
     /// The address family.
     Family {
@@ -104,6 +108,8 @@ axes! {
         ClientReset = "client RST",
         /// The server resets it.
         ServerReset = "server RST",
+        /// Nobody ends it, and nothing goes over it for longer than anything in between waits; then the client does.
+        LongIdle = "idle for long",
     }
     /// Whether it is idle meanwhile.
     Pause {
@@ -128,6 +134,12 @@ axes! {
         NoEndpoint = "no endpoint",
         /// Where the daemons read the mesh there is nothing for now.
         SourceAway = "source away",
+        /// Something is there that the daemons reject, in place of what was good or beside it.
+        Rejected = "rejected",
+        /// What is said of the server was rejected from the first word on.
+        NeverGood = "never good",
+        /// The daemons have started anew while the source is away: they know what their predecessors have kept.
+        Stale = "stale",
     }
     /// How much each side says.
     Size {
@@ -139,6 +151,17 @@ axes! {
         Line = "1 KiB",
         /// More than a stream's and a socket's buffers, both ways.
         Bulk = "1 MiB",
+    }
+    /// What there is little of.
+    Limits {
+        /// Nothing.
+        Ample = "ample",
+        /// Ports that clients choose from, in every pod: 32.
+        FewPorts = "few ports",
+        /// Descriptors: the daemons have none left.
+        NoDescriptors = "no descriptors",
+        /// Memory: others hold what they may.
+        MemoryFull = "memory full",
     }
 }
 
@@ -168,10 +191,11 @@ pub struct Combination {
     pub pause: Pause,
     pub mesh: Mesh,
     pub size: Size,
+    pub limits: Limits,
 }
 
 /// How many values each axis has, in the order of [`Combination`]'s fields.
-pub const LENGTHS: [usize; 10] = [
+pub const LENGTHS: [usize; 11] = [
     Capture::ALL.len(),
     Path::ALL.len(),
     Family::ALL.len(),
@@ -182,6 +206,7 @@ pub const LENGTHS: [usize; 10] = [
     Pause::ALL.len(),
     Mesh::ALL.len(),
     Size::ALL.len(),
+    Limits::ALL.len(),
 ];
 
 impl Combination {
@@ -199,6 +224,7 @@ impl Combination {
             pause: Pause::ALL[at(7)],
             mesh: Mesh::ALL[at(8)],
             size: Size::ALL[at(9)],
+            limits: Limits::ALL[at(10)],
         }
     }
 
@@ -220,8 +246,11 @@ impl Combination {
 
 impl fmt::Display for Combination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { capture, path, family, name, server, first, end, pause, mesh, size } = self;
-        write!(f, "{capture}, {path}, {family}, {name}, {server}, {first}, {end}, {pause}, {mesh}, {size}")
+        let Self { capture, path, family, name, server, first, end, pause, mesh, size, limits } = self;
+        write!(
+            f,
+            "{capture}, {path}, {family}, {name}, {server}, {first}, {end}, {pause}, {mesh}, {size}, {limits}"
+        )
     }
 }
 
@@ -230,6 +259,40 @@ type Rule = (&'static str, fn(&Combination) -> bool);
 
 /// What makes no sense, or is the same as another combination.
 pub const RULES: &[Rule] = &[
+    ("what there is little of is looked at alone", |it| {
+        it.limits != Limits::Ample
+            && (it.mesh != Mesh::Stable
+                || it.server != Server::Listening
+                || matches!(it.path, Path::Itself | Path::Waypoint | Path::Double))
+    }),
+    ("what is idle for long is so while nothing happens", |it| {
+        it.end == End::LongIdle
+            && (it.mesh, it.server, it.pause, it.limits)
+                != (Mesh::Stable, Server::Listening, Pause::Brisk, Limits::Ample)
+    }),
+    (
+        "with eBPF capture the mesh is written as Kubernetes' objects: without waypoints and other networks",
+        |it| it.capture == Capture::Ebpf && matches!(it.path, Path::Waypoint | Path::Double),
+    ),
+    ("files are taken all or none, and a daemon does not start without them", |it| {
+        it.capture == Capture::Ebpf && matches!(it.mesh, Mesh::NeverGood | Mesh::Stale)
+    }),
+    ("an address of another network is not reached but by a service", |it| {
+        it.path == Path::Double && !matches!(it.name, Name::ClusterIp | Name::HostName)
+    }),
+    ("who is behind a waypoint sees the waypoint: it judges clients by itself", |it| {
+        it.path == Path::Waypoint && matches!(it.mesh, Mesh::Denied) | meanwhile(it.mesh)
+    }),
+    ("what Envoy makes of a reset, and of a server that ends first, is Envoy's", |it| {
+        it.path == Path::Waypoint && !matches!(it.end, End::ClientFin | End::ClientHalf | End::LongIdle)
+    }),
+    ("who holds most gives way where memory is full: it may be the one with much on its way", |it| {
+        it.limits == Limits::MemoryFull && it.size == Size::Bulk
+    }),
+    ("what was never good is dialled from another node, and no name leads to it alone", |it| {
+        it.mesh == Mesh::NeverGood
+            && (it.path != Path::Tunnel || it.server != Server::Listening || it.name == Name::Headless)
+    }),
     ("nobody who says nothing says so much", |it| (it.first == First::Nobody) != (it.size == Size::Nothing)),
     ("names are looked up only where a node agent redirects questions", |it| {
         matches!(it.name, Name::HostName | Name::Headless) && it.capture == Capture::Ebpf
@@ -249,8 +312,8 @@ pub const RULES: &[Rule] = &[
     ("who says nothing does not notice that nobody is there yet", |it| {
         it.server == Server::Restarting && it.first == First::Nobody
     }),
-    ("a reset right behind the handshake comes before or after the other's connect returns", |it| {
-        it.first == First::Nobody && it.end == End::ServerReset
+    ("a reset right behind the handshake comes before or after the other side has the connection", |it| {
+        it.first == First::Nobody && matches!(it.end, End::ClientReset | End::ServerReset)
     }),
     ("a pod that is gone dials nobody, and knows no caller on its node", |it| {
         it.server == Server::Gone && !matches!(it.path, Path::Tunnel | Path::PlainOut)
@@ -279,7 +342,8 @@ pub const RULES: &[Rule] = &[
 /// Whether the client is to be told that there is nobody, or that it may not.
 pub fn no_connection(it: &Combination) -> bool {
     matches!(it.server, Server::ClosedPort | Server::Gone)
-        || matches!(it.mesh, Mesh::Denied | Mesh::NoEndpoint)
+        || matches!(it.mesh, Mesh::Denied | Mesh::NoEndpoint | Mesh::NeverGood)
+        || it.limits == Limits::NoDescriptors
         || (it.mesh == Mesh::Strict && it.path == Path::PlainIn)
 }
 

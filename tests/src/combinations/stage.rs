@@ -1,28 +1,35 @@
 //! Two nodes' pods with a program in each that plays sides of connections, and what the mesh goes through meanwhile.
 
 mod cast;
+mod envoy;
+mod source;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use self::cast::{Actor, Services};
+use self::source::{Published, Source};
 use super::Outcome;
-use super::axes::{Capture, Combination, Family, Mesh, Name, Path, Server, meanwhile};
+use super::axes::{Capture, Combination, End, Family, Limits, Mesh, Name, Path, Server, meanwhile};
 use super::ear::Ear;
+use super::labels::{self, Parties, Reporter, Series, Told, Who};
 use super::oracle::{self, Played};
+use crate::binaries;
+use crate::mesh::{MESHED, PLAIN};
 use crate::peer::act::{Event, Order, Target};
 use crate::peer::script::{Came, LIMIT, Report, Script};
 use crate::poll::eventually;
-use crate::process::Log;
+use crate::process::{Log, Process, sh};
 use crate::redirect::Backend;
 use crate::stories::tunnel::field;
 use crate::topology::Pod;
-use crate::world::{BOTH, On, Options, World};
+use crate::world::{BOTH, HTTP, On, Options, World};
 
 /// How many connections are played at once.
 const AT_ONCE: usize = 16;
@@ -31,7 +38,13 @@ const OVER_WITHIN: Duration = LIMIT.saturating_mul(3);
 /// For log lines and counters that come after the end of a connection.
 const TOLD_WITHIN: Duration = Duration::from_secs(15);
 
-const LEVEL: &str = "/logging?level=ztunnel::app::inpod::world:debug";
+/// The buffer memory of a daemon, and how many readers of nothing fill a pod's share of it.
+const BUFFERS: &str = "32Mi";
+const CROWD: usize = 400;
+const FULL: f64 = 8e6;
+/// Ports of clients, where there are few, and else.
+const PORT_RANGE: &str = "ipv4/ip_local_port_range";
+const FEW_PORTS: &str = "40000 40031";
 
 /// The stage.
 pub(super) struct Stage {
@@ -39,6 +52,9 @@ pub(super) struct Stage {
     actors: BTreeMap<String, Actor>,
     events: Receiver<Event>,
     ears: Vec<Ear>,
+    source: Source,
+    /// Who reads nothing.
+    crowd: Option<Process>,
     world: World,
     /// A pod outside the mesh beside the client's, with which nobody has to do.
     bystander: Pod,
@@ -63,7 +79,7 @@ enum Place {
 struct Mark {
     on: On,
     log: usize,
-    counters: BTreeMap<String, u64>,
+    series: Series,
 }
 
 /// One connection.
@@ -89,30 +105,39 @@ impl Stage {
             Capture::Iptables => Some(Backend::IptablesNft),
             Capture::Nft => Some(Backend::Nft),
         };
-        let mut bystander = None;
+        let mut prepared = None;
         let services = Services::new();
         let world = World::start_prepared(Options::default(), |world| {
-            bystander = Some(world.a.add_pod(&world.run, "bystander")?);
-            services.write(&world.mesh)?;
-            backend.map_or(Ok(()), |backend| world.enrol_by_agent(&BOTH, backend))
+            let bystander = world.a.add_pod(&world.run, "bystander")?;
+            let source = match backend {
+                None => {
+                    world.start_with(&["--buffer-memory".to_owned(), BUFFERS.to_owned()]);
+                    services.write(&world.mesh)?;
+                    Source::Files
+                }
+                Some(backend) => {
+                    let published = Published::publish(world, backend, &services, &bystander)?;
+                    Source::Istiod(Box::new(published))
+                }
+            };
+            prepared = Some((bystander, source));
+            Ok(())
         })?;
-        let bystander = bystander.context("a world without its pods")?;
-        if backend.is_some() {
-            // Under a node agent only this level says what of the mesh was read.
-            for on in BOTH {
-                let (status, said) = world.setting(on).ask("POST", LEVEL)?;
-                ensure!(status == 200, "{status}: {}", String::from_utf8_lossy(&said));
-            }
-        }
+        let (bystander, source) = prepared.context("a world without its pods")?;
         let (sender, events) = channel();
         let mut actors = BTreeMap::new();
-        for pod in world.pods().chain([&bystander]) {
+        let further = match &source {
+            Source::Files => Vec::new(),
+            Source::Istiod(published) => vec![&published.guarded, &published.beyond],
+        };
+        for pod in world.pods().chain([&bystander]).chain(further) {
             actors.insert(pod.name.clone(), Actor::start(pod, sender.clone())?);
         }
         let start = format!("combi-{:08x}-", rand::random::<u32>());
         let ears =
             BOTH.iter().map(|on| Ear::open(&world.node(*on).place.netns, &start)).collect::<Result<_>>()?;
-        Ok(Self { actors, events, ears, world, bystander, services, start, next: 0 })
+        let crowd = None;
+        Ok(Self { actors, events, ears, source, crowd, world, bystander, services, start, next: 0 })
     }
 
     pub(super) fn save_logs(&self) -> Result<PathBuf> {
@@ -121,8 +146,8 @@ impl Stage {
 
     /// Takes it down; nothing may be left.
     pub(super) fn end(self) -> Result<()> {
-        let Self { actors, ears, world, bystander, .. } = self;
-        drop((actors, ears, bystander));
+        let Self { actors, ears, source, crowd, world, bystander, .. } = self;
+        drop((actors, ears, source, crowd, bystander));
         world.end().map(drop)
     }
 
@@ -131,60 +156,95 @@ impl Stage {
         let mut outcome = Outcome::default();
         let references = self.references(combinations)?;
         outcome.references = references.len();
-        let mut phases: BTreeMap<Mesh, Vec<&Combination>> = BTreeMap::new();
+        // What is idle for long is so at once.
+        let mut phases: BTreeMap<(Mesh, Limits, bool), Vec<&Combination>> = BTreeMap::new();
         for it in combinations {
             // A service without endpoints is always there.
             let mesh = if it.mesh == Mesh::NoEndpoint { Mesh::Stable } else { it.mesh };
-            phases.entry(mesh).or_default().push(it);
+            phases.entry((mesh, it.limits, it.end == End::LongIdle)).or_default().push(it);
         }
-        for (mesh, phase) in phases {
+        for ((mesh, limits, long), phase) in phases {
             let begun = Instant::now();
+            self.source.prepare(&mut self.world, mesh).with_context(|| format!("before it is {mesh}"))?;
             let marks = self.marks()?;
-            self.prepare(mesh)?;
-            for chunk in phase.chunks(AT_ONCE) {
-                self.chunk(mesh, chunk, &references, &mut outcome)
-                    .with_context(|| format!("while the mesh is {mesh}"))?;
+            let spared = self.limit(limits).with_context(|| format!("before there are {limits}"))?;
+            let mut told = Vec::new();
+            for chunk in phase.chunks(if long { cast::AT_ONCE_MAX } else { AT_ONCE }) {
+                // What came to no end is a finding of its own, and the others are played all the same.
+                if let Err(error) = self.chunk(mesh, chunk, &references, (&mut outcome, &mut told)) {
+                    outcome.failures.push((*chunk[0], format!("not played to the end: {error:#}")));
+                }
             }
-            self.undo(mesh)?;
-            if let Err(error) = self.counted(&marks) {
-                let any = phase[0];
-                outcome
-                    .failures
-                    .push((*any, format!("counters differ: while the mesh is {mesh}: {error:#}")));
+            self.unlimit(limits, &spared)?;
+            let found =
+                self.counted(&marks, &told).unwrap_or_else(|error| vec![(None, format!("{error:#}"))]);
+            for (it, what) in found {
+                let what = format!("{what} (while the mesh is {mesh}, limits {limits})");
+                outcome.failures.push((it.unwrap_or(*phase[0]), what));
             }
-            eprintln!("· {mesh}: {} in {:.1} s", phase.len(), begun.elapsed().as_secs_f64());
+            self.source.undo(&self.world, mesh).with_context(|| format!("after it was {mesh}"))?;
+            let kind = if long { ", idle for long" } else { "" };
+            eprintln!("· {mesh}, {limits}{kind}: {} in {:.1} s", phase.len(), begun.elapsed().as_secs_f64());
         }
         Ok(outcome)
     }
 
-    fn prepare(&self, mesh: Mesh) -> Result<()> {
-        let files = &self.world.mesh;
-        match mesh {
-            Mesh::Denied => self.deny("client")?,
-            Mesh::Strict => files.peer_authentication("STRICT")?,
-            Mesh::SourceAway => {
-                return std::fs::rename(files.path(), files.path().with_extension("away"))
-                    .map_err(Into::into);
+    /// Has there be little of something; what is to be given back is returned.
+    fn limit(&mut self, limits: Limits) -> Result<Vec<(u32, String)>> {
+        match limits {
+            Limits::Ample => {}
+            Limits::FewPorts => {
+                for pod in self.world.pods() {
+                    pod.place.netns.set_sysctl(PORT_RANGE, FEW_PORTS)?;
+                }
             }
-            _ => return Ok(()),
+            Limits::MemoryFull => {
+                let [from, to] = [&self.world.other, &self.world.server];
+                let mut command = from.place.command(binaries::peer()?)?;
+                command.args(["stall", &format!("{}:{HTTP}", to.v4), "/large", &CROWD.to_string()]);
+                let crowd = from.place.start_with("crowd", command, Stdio::piped())?;
+                crowd.log().wait_line(0, OVER_WITHIN, "the crowd", |line| line.starts_with("stalled"))?;
+                self.crowd = Some(crowd);
+                let held = |text: &str| {
+                    let line = text.lines().find_map(|line| line.strip_prefix("ztunnel_buffer_bytes "))?;
+                    line.parse::<f64>().ok()
+                };
+                eventually(TOLD_WITHIN, || {
+                    let held =
+                        held(&self.world.setting(On::A).metrics()?).context("no ztunnel_buffer_bytes")?;
+                    ensure!(held > FULL, "the crowd has the daemon hold {held} bytes");
+                    Ok(())
+                })?;
+            }
+            Limits::NoDescriptors => {
+                let mut spared = Vec::new();
+                for on in BOTH {
+                    let pid = self.world.daemon(on)?.process().pid();
+                    let before = sh(
+                        "prlimit",
+                        &["--pid", &pid.to_string(), "--nofile", "-o", "SOFT", "--noheadings"],
+                    )?;
+                    let lowest = eventually(TOLD_WITHIN, || lowest_free_for_long(pid))?;
+                    sh("prlimit", &["--pid", &pid.to_string(), &format!("--nofile={lowest}:")])?;
+                    spared.push((pid, before.trim().to_owned()));
+                }
+                return Ok(spared);
+            }
         }
-        self.world.wait_carried_out()
+        Ok(Vec::new())
     }
 
-    fn undo(&self, mesh: Mesh) -> Result<()> {
-        let files = &self.world.mesh;
-        match mesh {
-            Mesh::SourceAway => std::fs::rename(files.path().with_extension("away"), files.path())?,
-            Mesh::Stable | Mesh::NoEndpoint => return Ok(()),
-            _ => files.no_policies()?,
+    /// Gives it back.
+    fn unlimit(&mut self, limits: Limits, spared: &[(u32, String)]) -> Result<()> {
+        if limits == Limits::FewPorts {
+            // As in every new namespace.
+            for pod in self.world.pods() {
+                pod.place.netns.set_sysctl(PORT_RANGE, "32768 60999")?;
+            }
         }
-        self.world.wait_carried_out()
-    }
-
-    /// Refuses a service account at all servers in the mesh.
-    fn deny(&self, service_account: &str) -> Result<()> {
-        for app in [&self.world.server, &self.world.near] {
-            self.world.mesh.deny(&format!("no-{}", app.name), &app.name, service_account)?;
+        self.crowd = None;
+        for (pid, before) in spared {
+            sh("prlimit", &["--pid", &pid.to_string(), &format!("--nofile={before}:")])?;
         }
         Ok(())
     }
@@ -236,22 +296,24 @@ impl Stage {
         mesh: Mesh,
         chunk: &[&Combination],
         references: &BTreeMap<String, [Option<Report>; 2]>,
-        outcome: &mut Outcome,
+        (outcome, told): (&mut Outcome, &mut Vec<(On, Combination, Told)>),
     ) -> Result<()> {
         let marks = BOTH.map(|on| self.world.setting(on).log()).map(|log| log.mark());
         let mut parts: Vec<Part<'_>> = chunk.iter().map(|it| self.part(it)).collect();
         self.run(&mut parts, |stage, parts| {
             match mesh {
-                Mesh::DeniedMeanwhile => stage.deny("client")?,
-                Mesh::OtherPolicyMeanwhile => stage.deny("nobody")?,
-                _ => return stage.go(parts),
+                Mesh::DeniedMeanwhile => {
+                    stage.source.deny(&stage.world, "client")?;
+                    // Who is not cut all the same is found by what it sees.
+                    let _not_all = stage.wait_cut(parts, marks);
+                }
+                Mesh::OtherPolicyMeanwhile => stage.source.deny(&stage.world, "nobody")?,
+                _ => {}
             }
-            stage.world.wait_carried_out()?;
             stage.go(parts)
         })?;
         if meanwhile(mesh) {
-            self.world.mesh.no_policies()?;
-            self.world.wait_carried_out()?;
+            self.source.no_policies(&self.world)?;
         }
         // What is to come has come by then, for all of them.
         let told_by = Instant::now() + TOLD_WITHIN;
@@ -259,8 +321,71 @@ impl Stage {
             outcome.played += 1;
             let found = self.findings(part, references, marks, told_by);
             outcome.failures.extend(found.into_iter().map(|what| (*part.combination, what)));
+            let expected = labels::expected(part.combination, &self.parties(part));
+            told.extend(expected.into_iter().map(|one| {
+                let pod = if one.reporter == Reporter::Source { &part.client } else { &part.server };
+                (self.node_of(pod), *part.combination, one)
+            }));
         }
         Ok(())
+    }
+
+    fn node_of(&self, pod: &Pod) -> On {
+        if pod.node == self.world.a.name { On::A } else { On::B }
+    }
+
+    /// Waits until as many connections are cut as are open.
+    fn wait_cut(&self, parts: &[Part<'_>], marks: [usize; 2]) -> Result<()> {
+        let open = parts.iter().filter(|part| part.script.held && part.reports[0].is_none()).count();
+        eventually(TOLD_WITHIN, || {
+            let cut: usize = BOTH
+                .into_iter()
+                .zip(marks)
+                .map(|(on, mark)| self.world.setting(on).log().since(mark))
+                .map(|said| said.lines().filter(|line| line.contains("due to policy change")).count())
+                .sum();
+            ensure!(cut >= open, "{cut} of {open} are cut");
+            Ok(())
+        })
+    }
+
+    /// Who takes part in a connection, as metrics tell it.
+    fn parties(&self, part: &Part<'_>) -> Parties {
+        let it = part.combination;
+        let who = |name: &str| {
+            let outside =
+                [&self.world.outsider.name, &self.world.outside.name].into_iter().any(|pod| pod == name);
+            let namespace = if outside || name == "nobody" { PLAIN } else { MESHED };
+            Who { name: name.to_owned(), namespace: namespace.to_owned() }
+        };
+        let service = self.service(it, &part.server);
+        let by_address = matches!(it.name, Name::ClusterIp | Name::HostName);
+        let endpoint = if it.server == Server::Gone { service } else { &*part.server.name };
+        Parties {
+            client: who(&part.client.name),
+            server: Some(who(endpoint)),
+            waypoint: who("way"),
+            dialled: by_address.then(|| self.services.told(service)),
+            behind: self.services.told(&part.server.name),
+            attempts: part.reports[0].as_ref().map_or(1, |report| report.attempts),
+        }
+    }
+
+    /// The service that is dialled, or that the pod which is dialled is behind.
+    fn service<'a>(&self, it: &Combination, server: &'a Pod) -> &'a str {
+        match (it.mesh, it.server == Server::Gone) {
+            (Mesh::NoEndpoint, _) => "empty",
+            (_, true) if it.path == Path::Tunnel => "ghost",
+            (_, true) => "nobody",
+            _ => &server.name,
+        }
+    }
+
+    fn published(&self) -> Option<&Published> {
+        match &self.source {
+            Source::Files => None,
+            Source::Istiod(published) => Some(published),
+        }
     }
 
     /// Who is who in a combination.
@@ -273,6 +398,10 @@ impl Stage {
             Path::PlainIn => (&world.outsider, &world.server),
             Path::PlainOut => (&world.client, &world.outside),
             Path::Itself => (&world.near, &world.near),
+            Path::Waypoint => {
+                (&world.client, self.published().map_or(&world.server, |istiod| &istiod.guarded))
+            }
+            Path::Double => (&world.client, self.published().map_or(&world.server, |istiod| &istiod.beyond)),
         };
         let gone = it.server == Server::Gone;
         let v6 = it.family == Family::V6;
@@ -281,21 +410,17 @@ impl Stage {
             true => SocketAddr::new(cast::ghost(it.family), port),
             false => SocketAddr::new(of(server, it.family), port),
         };
-        let service = match (it.mesh, gone) {
-            (Mesh::NoEndpoint, _) => "empty",
-            (_, true) if it.path == Path::Tunnel => "ghost",
-            (_, true) => "nobody",
-            _ => &server.name,
-        };
+        // A gateway knows one address of the pod.
+        let server_at =
+            if it.path == Path::Double { SocketAddr::new(server.v4.into(), port) } else { server_at };
+        let service = self.service(it, server);
+        let service_port = self.services.port(service, port);
         let to = match it.name {
             Name::PodIp => Target::Address(server_at),
-            Name::ClusterIp => Target::Address(SocketAddr::new(
-                self.services.vip(service, it.family),
-                cast::service_port(port),
-            )),
-            Name::HostName => {
-                Target::Named { name: self.services.host(service), v6, port: cast::service_port(port) }
+            Name::ClusterIp => {
+                Target::Address(SocketAddr::new(self.services.vip(service, it.family), service_port))
             }
+            Name::HostName => Target::Named { name: self.services.host(service), v6, port: service_port },
             // Without a virtual address nobody translates ports.
             Name::Headless => Target::Named { name: self.services.headless_host(service), v6, port },
         };
@@ -400,6 +525,11 @@ impl Stage {
                 Target::Named { .. } => None,
             },
             client_ip: of(&part.client, it.family),
+            seen_ip: match (it.path, self.published()) {
+                (Path::Waypoint, Some(istiod)) => of(&istiod.way, it.family),
+                (Path::Double, Some(istiod)) => istiod.gate.v4.into(),
+                _ => of(&part.client, it.family),
+            },
             server_at: part.server_at,
         };
         let mut found = oracle::judge(&played);
@@ -423,17 +553,29 @@ impl Stage {
     fn told(&self, part: &Part<'_>, client: &Report, marks: [usize; 2], told_by: Instant) -> Vec<String> {
         let it = part.combination;
         let mut found = Vec::new();
-        // What stays in a pod may stay out of the daemon's sight.
-        let Some(local) = client.local.filter(|_| it.path != Path::Itself) else { return found };
+        // What stays in a pod may stay out of the daemon's sight, and what cannot be accepted does.
+        let unseen = it.path == Path::Itself || it.limits == Limits::NoDescriptors;
+        let Some(local) = client.local.filter(|_| !unseen) else { return found };
+        let asked = match it.path {
+            Path::Double => {
+                let port = self.services.port(&part.server.name, part.server_at.port());
+                format!("{}:{port}", self.services.host(&part.server.name))
+            }
+            _ => part.server_at.to_string(),
+        };
         let sides = [
             ("outbound", &part.client, it.client_in_mesh()),
             ("inbound", &part.server, it.server_in_mesh() && part.accepted),
         ];
         for (direction, pod, _) in sides.into_iter().filter(|(_, _, tells)| *tells) {
-            let on = if pod.node == self.world.a.name { On::A } else { On::B };
+            let on = self.node_of(pod);
             let log = self.world.setting(on).log();
-            match line_of(&log, marks[on as usize], told_by, direction, local, part.server_at) {
-                Ok(line) => found.extend(oracle::line(it, direction, client, &line, &part.server.name)),
+            let server =
+                if it.path == Path::Waypoint && direction == "outbound" { "way" } else { &part.server.name };
+            // Of few ports each is soon used again, towards somebody else.
+            let from_tells = it.limits != Limits::FewPorts;
+            match line_of(&log, marks[on as usize], told_by, direction, (local, from_tells), &asked) {
+                Ok(line) => found.extend(oracle::line(it, direction, client, &line, server)),
                 Err(error) => found.push(format!("no {direction} line: {error:#}")),
             }
         }
@@ -445,44 +587,51 @@ impl Stage {
         BOTH.into_iter()
             .map(|on| {
                 // What came before has been counted.
-                let counters = eventually(TOLD_WITHIN, || self.settled_counters(on))?;
-                Ok(Mark { on, log: self.world.setting(on).log().mark(), counters })
+                let series = eventually(TOLD_WITHIN, || self.settled_series(on))?;
+                Ok(Mark { on, log: self.world.setting(on).log().mark(), series })
             })
             .collect()
     }
 
-    fn settled_counters(&self, on: On) -> Result<BTreeMap<String, u64>> {
-        let counters = counters(&self.world.setting(on).metrics()?);
-        for reporter in ["source", "destination"] {
-            let [opened, closed] =
-                ["opened", "closed"].map(|what| counters.get(&format!("{what} {reporter}")).copied());
-            ensure!(opened == closed, "{reporter} on {on:?}: {opened:?} opened, {closed:?} closed");
-        }
-        Ok(counters)
+    fn settled_series(&self, on: On) -> Result<Series> {
+        let series = labels::series(&self.world.setting(on).metrics()?, &self.world.other.name);
+        ensure!(labels::is_settled(&series), "on {on:?} some are opened and not closed: {series:?}");
+        Ok(series)
     }
 
-    /// Each line of a log is a connection that was counted, by the same side.
-    fn counted(&self, marks: &[Mark]) -> Result<()> {
-        for Mark { on, log, counters: before } in marks {
-            eventually(TOLD_WITHIN, || {
-                let now = self.settled_counters(*on)?;
+    /// Each line of a log is a connection that was counted, by the same side, and all of them are in the series in
+    /// which they should be.
+    fn counted(
+        &self,
+        marks: &[Mark],
+        told: &[(On, Combination, Told)],
+    ) -> Result<Vec<(Option<Combination>, String)>> {
+        let mut found = Vec::new();
+        for Mark { on, log, series: before } in marks {
+            let now = eventually(TOLD_WITHIN, || {
+                let now = self.settled_series(*on)?;
                 let said = self.world.setting(*on).log().since(*log);
                 for (direction, reporter) in [("outbound", "source"), ("inbound", "destination")] {
                     let lines = said
                         .lines()
                         .filter(|line| line.contains("connection complete"))
                         .filter(|line| field(line, "direction") == Some(direction))
+                        .filter(|line| field(line, "src.workload") != Some(&self.world.other.name))
                         .count() as u64;
-                    let of = |counters: &BTreeMap<String, u64>| {
-                        counters.get(&format!("opened {reporter}")).copied().unwrap_or_default()
-                    };
+                    let of = |series: &Series| labels::count(series, "opened", reporter);
                     let counted = of(&now) - of(before);
-                    ensure!(counted == lines, "{reporter} on {on:?}: {counted} counted, {lines} lines");
+                    ensure!(
+                        counted == lines,
+                        "counters differ: {reporter} on {on:?}: {counted} counted, {lines} lines"
+                    );
                 }
-                Ok(())
+                Ok(now)
             })?;
+            let here: Vec<(Combination, Told)> =
+                told.iter().filter(|(at, _, _)| at == on).map(|(_, it, told)| (*it, told.clone())).collect();
+            found.extend(labels::compare(before, &now, &here));
         }
-        Ok(())
+        Ok(found)
     }
 }
 
@@ -528,7 +677,7 @@ fn of(pod: &Pod, family: Family) -> IpAddr {
 /// What a combination is without a mesh.
 fn plain(it: &Combination) -> Plain {
     let place = match it.path {
-        Path::Tunnel | Path::PlainIn | Path::PlainOut => Place::TwoNodes,
+        Path::Tunnel | Path::PlainIn | Path::PlainOut | Path::Waypoint | Path::Double => Place::TwoNodes,
         Path::SameNode => Place::OneNode,
         Path::Itself => Place::OnePod,
     };
@@ -554,34 +703,45 @@ fn line_of(
     mark: usize,
     told_by: Instant,
     direction: &str,
-    client: SocketAddr,
-    server: SocketAddr,
+    (client, tells): (SocketAddr, bool),
+    server: &str,
 ) -> Result<String> {
     let of = |line: &str, key: &str| field(line, key).and_then(|value| value.parse::<SocketAddr>().ok());
     let what = format!("direction {direction}, {client} to {server}");
     log.wait_line(mark, told_by.saturating_duration_since(Instant::now()), &what, |line| {
         let from = of(line, "src.addr");
-        let to = [of(line, "dst.hbone_addr"), of(line, "dst.addr")].contains(&Some(server));
+        let to = [field(line, "dst.hbone_addr"), field(line, "dst.addr")].contains(&Some(server));
         field(line, "direction") == Some(direction)
             && match direction {
                 // Rules that redirect give a client another port where two of its connections would look the same.
                 "outbound" => {
-                    from == Some(client) || (to && from.is_some_and(|from| from.ip() == client.ip()))
+                    (tells && from == Some(client))
+                        || (to && from.is_some_and(|from| from.ip() == client.ip()))
                 }
                 _ => to,
             }
     })
 }
 
-/// Connections by what became of them and who says so.
-fn counters(metrics: &str) -> BTreeMap<String, u64> {
-    let mut found = BTreeMap::new();
-    for line in metrics.lines() {
-        let Some(rest) = line.strip_prefix("istio_tcp_connections_") else { continue };
-        let Some((what, rest)) = rest.split_once("_total{reporter=\"") else { continue };
-        let Some((reporter, rest)) = rest.split_once('"') else { continue };
-        let value = rest.rsplit(' ').next().and_then(|value| value.parse::<u64>().ok()).unwrap_or_default();
-        *found.entry(format!("{what} {reporter}")).or_default() += value;
+/// How often, and how far apart, it is looked whether a process's descriptors come and go.
+const LOOKS: usize = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+
+/// The lowest descriptor that a process does not use, once that stays the same: what it closes later would make room.
+fn lowest_free_for_long(pid: u32) -> Result<u64> {
+    let lowest = lowest_free(pid)?;
+    for _ in 0..LOOKS {
+        std::thread::sleep(BETWEEN_LOOKS);
+        ensure!(lowest_free(pid)? == lowest, "descriptors of {pid} come and go");
     }
-    found
+    Ok(lowest)
+}
+
+/// The lowest descriptor that a process does not use now.
+fn lowest_free(pid: u32) -> Result<u64> {
+    let mut used = BTreeSet::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        used.extend(entry?.file_name().to_string_lossy().parse::<u64>().ok());
+    }
+    (0..).find(|number| !used.contains(number)).context("all are in use")
 }

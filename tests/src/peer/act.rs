@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use hickory_proto::op::Message;
 use hickory_proto::rr::RecordType;
 use serde::{Deserialize, Serialize};
@@ -234,13 +234,14 @@ fn connect(
         Target::Address(to) => *to,
         Target::Named { name, v6, port } => SocketAddr::new(look_up(name, *v6)?, *port),
     };
-    loop {
-        let report = attempt(id, to, script, events, go, begun);
-        if !(again && report.came == Came::Refused && begun.elapsed() < LIMIT) {
+    for attempts in 1.. {
+        let report = Report { attempts, ..attempt(id, to, script, events, go, begun) };
+        if !(again && matches!(report.came, Came::Refused | Came::ClosedEarly) && begun.elapsed() < LIMIT) {
             return Ok(report);
         }
         thread::sleep(AGAIN);
     }
+    bail!("tried for ever")
 }
 
 fn attempt(

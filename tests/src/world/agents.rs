@@ -39,7 +39,7 @@ impl World {
     /// The pods of a node that are in the mesh.
     pub fn meshed_on(&self, on: On) -> Vec<&Pod> {
         let name = &self.node(on).name;
-        self.meshed().into_iter().filter(|pod| pod.node == *name).collect()
+        self.meshed().into_iter().chain(&self.further).filter(|pod| pod.node == *name).collect()
     }
 
     /// Takes back what was done to pods' rules and routes.

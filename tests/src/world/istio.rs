@@ -30,14 +30,19 @@ impl World {
     /// Has both nodes run as under Istio: the mesh and certificates from istiod, pods from a node agent, and daemons
     /// that are started as the chart starts them. Before the daemons start.
     pub fn under_istio(&mut self) -> Result<Istio> {
-        self.enrol_by_agent(&BOTH, Backend::IptablesNft)?;
+        self.under_istio_by(Backend::IptablesNft)
+    }
+
+    /// The same, with rules of this kind.
+    pub fn under_istio_by(&mut self, backend: Backend) -> Result<Istio> {
+        self.enrol_by_agent(&BOTH, backend)?;
         let keys = Keys::new("istiod");
         let at = |port| SocketAddr::from((HOST, port));
         let istio = self.a.place.netns.enter(|| {
             let authority = Authority::start(std::sync::Arc::clone(&keys), at(AUTHORITY_PORT))?;
             Ok(Istio { discovery: Istiod::start(&keys, at(DISCOVERY_PORT))?, authority })
         })?;
-        for pod in self.meshed() {
+        for pod in self.meshed().into_iter().chain(&self.further) {
             istio.discovery.workload(istiod::workload(pod));
         }
         for pod in [&self.outsider, &self.outside] {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::binaries;
 use crate::combinations::axes::Family;
+use crate::combinations::labels;
 use crate::mesh::{MESHED, MeshFiles, PLAIN};
 use crate::peer::act::{Event, Order};
 use crate::process::{Log, Process, spawn};
@@ -19,15 +20,22 @@ const FIRST_PORT: u16 = 21_000;
 const SERVICE_PORT: u16 = 10_000;
 /// As many as one after the other are used before the first is used again.
 const PORTS: usize = 96;
+/// As many have ports of their own, with some to spare for those that have just ended.
+pub(super) const AT_ONCE_MAX: usize = PORTS / 2;
 
 /// The port of a server by its connection.
 pub(super) fn port(id: usize) -> u16 {
     FIRST_PORT + (id % PORTS) as u16
 }
 
-/// The port of a service that leads there.
-pub(super) fn service_port(port: u16) -> u16 {
-    port + SERVICE_PORT
+/// The pod behind a waypoint.
+pub(super) const GUARDED: &str = "guarded";
+/// The pod of another network.
+pub(super) const BEYOND: &str = "beyond";
+
+/// All ports of servers.
+pub(super) fn ports() -> impl Iterator<Item = u16> {
+    (0..PORTS).map(port)
 }
 
 /// Where nobody is, though the mesh says so: on the server's node.
@@ -88,15 +96,32 @@ pub(super) struct Services(Vec<(&'static str, &'static str)>);
 
 impl Services {
     pub(super) fn new() -> Self {
-        let meshed = ["server", "near", "ghost", "empty"].map(|name| (name, MESHED));
+        let meshed = ["server", "near", "ghost", "empty", GUARDED, BEYOND].map(|name| (name, MESHED));
         Self(meshed.into_iter().chain([("outside", PLAIN), ("nobody", PLAIN)]).collect())
+    }
+
+    /// The port of a service that leads to this one of its pods.
+    pub(super) fn port(&self, name: &str, port: u16) -> u16 {
+        // What stands in between passes a port on as it is.
+        if name == GUARDED { port } else { port + SERVICE_PORT }
+    }
+
+    /// Their names.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.0.iter().map(|(name, _)| *name)
+    }
+
+    /// The service with virtual addresses, as metrics tell it.
+    pub(super) fn told(&self, name: &str) -> labels::Service {
+        labels::Service { name: format!("by-name-{name}"), namespace: self.namespace(name).to_owned() }
     }
 
     fn number(&self, name: &str) -> usize {
         self.0.iter().position(|(known, _)| *known == name).unwrap_or_default() + 1
     }
 
-    fn namespace(&self, name: &str) -> &str {
+    /// The namespace of a service.
+    pub(super) fn namespace(&self, name: &str) -> &'static str {
         self.0[self.number(name) - 1].1
     }
 
@@ -121,29 +146,37 @@ impl Services {
         for (name, namespace) in &self.0 {
             let addresses = [Family::V4, Family::V6].map(|family| self.vip(name, family).to_string());
             let [v4, v6] = &addresses;
-            mesh.write(
-                &format!("service-by-name-{name}"),
-                &service(&format!("by-name-{name}"), namespace, name, v4, &format!("[{v4}, \"{v6}\"]")),
-            )?;
-            mesh.write(
-                &format!("service-headless-{name}"),
-                &service(&format!("headless-{name}"), namespace, name, "None", "[None]"),
-            )?;
+            let ports = self.ports_of(name);
+            let object = |prefix: &str, ip: &str, ips: &str| {
+                service(&format!("{prefix}-{name}"), namespace, (name, &ports), ip, ips)
+            };
+            let (by_name, headless) =
+                (object("by-name", v4, &format!("[{v4}, \"{v6}\"]")), object("headless", "None", "[None]"));
+            mesh.write(&format!("service-by-name-{name}"), &by_name)?;
+            mesh.write(&format!("service-headless-{name}"), &headless)?;
         }
         let [v4, v6] = [Family::V4, Family::V6].map(ghost);
         mesh.write("pod-ghost", &pod("ghost", MESHED, v4, v6))?;
         let [v4, v6] = [Family::V4, Family::V6].map(nobody);
         mesh.write("pod-nobody", &pod("nobody", PLAIN, v4, v6))
     }
+
+    fn ports_of(&self, name: &str) -> String {
+        let entry = |(number, target)| {
+            let port = self.port(name, target);
+            format!("  - {{name: tcp-{number}, protocol: TCP, port: {port}, targetPort: {target}}}\n")
+        };
+        ports().enumerate().map(entry).collect()
+    }
 }
 
-fn service(name: &str, namespace: &str, app: &str, cluster_ip: &str, cluster_ips: &str) -> String {
-    let mut ports = String::new();
-    for number in 0..PORTS {
-        let target = port(number);
-        let port = service_port(target);
-        ports += &format!("  - {{name: tcp-{number}, protocol: TCP, port: {port}, targetPort: {target}}}\n");
-    }
+fn service(
+    name: &str,
+    namespace: &str,
+    (app, ports): (&str, &str),
+    cluster_ip: &str,
+    cluster_ips: &str,
+) -> String {
     format!(
         "apiVersion: v1
 kind: Service

@@ -2,6 +2,7 @@
 //! did, and fill the disk. What is left out is counted, and said once a second.
 
 use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -12,6 +13,10 @@ const BURST_SECONDS: f64 = 5.0;
 
 /// How many sources are told apart; all others share one allowance.
 const SOURCES_MAX: usize = 4096;
+
+/// How many sources a further one looks at for one whose place it can have. It is a few, as all lines wait for it; more
+/// than one, so that of those that are gone the places are free soon.
+const LOOKS: usize = 4;
 
 /// How often it is said what was left out.
 pub(super) const SAY_EVERY: Duration = Duration::from_secs(1);
@@ -32,6 +37,8 @@ pub(super) struct Limiter {
     /// Lines a second; `None`: as many as come.
     rate: Option<f64>,
     sources: HashMap<Option<IpAddr>, Allowance>,
+    /// Those that are told apart; whose turn it is to be looked at first.
+    turns: VecDeque<IpAddr>,
     said: Option<Instant>,
     pending: bool,
 }
@@ -43,21 +50,22 @@ impl Limiter {
     /// `rate` lines a second of each source; 0: as many as come.
     pub(super) fn new(rate: u32) -> Self {
         let rate = (rate > 0).then(|| f64::from(rate));
-        Self { rate, sources: HashMap::new(), said: None, pending: false }
+        Self { rate, sources: HashMap::new(), turns: VecDeque::new(), said: None, pending: false }
     }
 
     /// Whether a line about what `source` did is written.
     pub(super) fn admits(&mut self, source: IpAddr, now: Instant) -> bool {
         let Some(rate) = self.rate else { return true };
         let full = rate * BURST_SECONDS;
-        let mut key = Some(source.to_canonical());
-        if !self.sources.contains_key(&key) && self.sources.len() >= SOURCES_MAX {
-            // Who has its whole allowance again is as one that was never there.
-            self.sources.retain(|_, known| {
-                known.left_out > 0 || known.lines + (now - known.at).as_secs_f64() * rate < full
-            });
-            if self.sources.len() >= SOURCES_MAX {
-                key = None;
+        let source = source.to_canonical();
+        let mut key = Some(source);
+        if !self.sources.contains_key(&key) {
+            if self.turns.len() >= SOURCES_MAX {
+                self.make_room(rate, now);
+            }
+            match self.turns.len() < SOURCES_MAX {
+                true => self.turns.push_back(source),
+                false => key = None,
             }
         }
         let allowance = self.sources.entry(key).or_insert(Allowance { lines: full, at: now, left_out: 0 });
@@ -71,6 +79,25 @@ impl Limiter {
             self.pending = true;
         }
         admits
+    }
+
+    /// Forgets those of a few sources that have their whole allowance again: they are as if they had never been there.
+    /// Returns at how many it looked.
+    fn make_room(&mut self, rate: f64, now: Instant) -> usize {
+        let looks = LOOKS.min(self.turns.len());
+        for _ in 0..looks {
+            let Some(source) = self.turns.pop_front() else { continue };
+            let whole = |known: &Allowance| {
+                let lines = known.lines + (now - known.at).as_secs_f64() * rate;
+                known.left_out == 0 && lines >= rate * BURST_SECONDS
+            };
+            if self.sources.get(&Some(source)).is_none_or(whole) {
+                self.sources.remove(&Some(source));
+            } else {
+                self.turns.push_back(source);
+            }
+        }
+        looks
     }
 
     /// Whether there is something to be said, now or soon.
@@ -133,10 +160,28 @@ mod tests {
         assert!(limiter.sources.len() <= SOURCES_MAX + 1);
         let left_out = limiter.left_out(now);
         assert_eq!(left_out, [(None, SOURCES_MAX as u64 - 5)]);
-        // They are forgotten once they could begin anew.
+        // They are forgotten once they could begin anew, so that each further one has an allowance of its own.
         let later = now + Duration::from_secs(60);
-        assert!(limiter.admits(ip(77_777), later));
-        assert_eq!(limiter.sources.len(), 1);
+        for source in 0..SOURCES_MAX as u32 {
+            let written = (0..10).filter(|_| limiter.admits(ip(100_000 + source), later)).count();
+            assert_eq!(written, 5, "source {source}");
+        }
+        assert_eq!(limiter.turns.len(), SOURCES_MAX);
+        assert!(limiter.sources.len() <= SOURCES_MAX + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_source_looks_at_few_others() {
+        let (mut limiter, now) = (Limiter::new(1), Instant::now());
+        for source in 0..SOURCES_MAX as u32 {
+            limiter.admits(ip(source), now);
+        }
+        // None of them has its whole allowance, and each is looked at in its turn.
+        let first = limiter.turns.front().copied();
+        for _ in 0..SOURCES_MAX / LOOKS {
+            assert_eq!(limiter.make_room(1.0, now), LOOKS);
+        }
+        assert_eq!((limiter.turns.front().copied(), limiter.turns.len()), (first, SOURCES_MAX));
     }
 
     #[tokio::test(start_paused = true)]

@@ -109,15 +109,16 @@ impl Converter {
             ranges: Vec::new(),
             reason: Arc::from(reason.to_string()),
         };
-        match wire::Address::decode(resource).ok().and_then(|address| address.r#type) {
+        let address = wire::Address::decode(resource).ok().and_then(|address| address.r#type);
+        // As a good version would be named, which may be of a service where this one cannot be read.
+        if !matches!(address, Some(wire::address::Type::Workload(_)))
+            && let Some(key) = ServiceKey::parse(Arc::from(name))
+        {
+            refused.name = Arc::from(key.as_str());
+        }
+        match address {
             Some(wire::address::Type::Workload(workload)) => self.refused_workload(&workload, &mut refused),
-            Some(wire::address::Type::Service(service)) => {
-                // As a good version would be named.
-                if let Some(key) = ServiceKey::parse(Arc::from(name)) {
-                    refused.name = Arc::from(key.as_str());
-                }
-                self.refused_service(&service, &mut refused);
-            }
+            Some(wire::address::Type::Service(service)) => self.refused_service(&service, &mut refused),
             None => {}
         }
         for alias in aliases {

@@ -1,8 +1,8 @@
 //! What is said on a discovery stream: event in, action out. Knows no network and no clock.
 
 use std::collections::HashMap;
-use std::collections::HashSet;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::vec;
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use ztunnel_proto::discovery::Resource;
 use ztunnel_proto::discovery::Status;
 
 use crate::mesh::MeshChange;
+use crate::model::service::ServiceKey;
 use crate::xds::convert::Converter;
 use crate::xds::convert::Rejected;
 
@@ -56,7 +57,7 @@ pub struct Session {
     /// For each kind the names of what was accepted, with the versions.
     held: [HashMap<Box<str>, Box<str>>; 2],
     /// The names of workloads and services of which no version was accepted.
-    refused: HashSet<Box<str>>,
+    refused: Names,
     accepted: [bool; 2],
     keeping: bool,
     on_demand: bool,
@@ -137,7 +138,7 @@ impl Session {
     /// A session of `node` that has received nothing.
     pub fn new(node: Node) -> Self {
         let (converter, held) = (Converter::default(), Default::default());
-        let refused = HashSet::new();
+        let refused = Names::default();
         Self { node, converter, held, refused, accepted: [false; 2], keeping: false, on_demand: false }
     }
 
@@ -164,7 +165,8 @@ impl Session {
         let held = &mut self.held[Kind::Address as usize];
         let refused = &mut self.refused;
         // Both are to be forgotten, and it is in one.
-        let gone = names.iter().filter(|name| held.remove(&***name).is_some() || refused.remove(&***name));
+        let gone =
+            names.iter().filter(|name| held.remove(&***name).is_some() || refused.remove(name).is_some());
         let gone: Vec<_> = gone.map(|name| Accepted { name: name.clone(), resource: None }).collect();
         let changes = names.iter().map(|name| self.converter.removed_address(name)).collect();
         (changes, if self.keeping { gone } else { Vec::new() })
@@ -285,13 +287,18 @@ impl Session {
                         let resource = Some((version.clone(), value));
                         push.accepted.push(Accepted { name: name.clone(), resource });
                     }
-                    if kind == Kind::Address {
-                        self.refused.remove(&name);
+                    if kind == Kind::Address
+                        && let Some(refused) = self.refused.remove(&name)
+                        && refused != name
+                        && self.keeping
+                    {
+                        // Nobody needs to know any more that it was refused by that name.
+                        push.accepted.push(Accepted { name: refused, resource: None });
                     }
                     held.insert(name, version);
                 }
                 Err(reason) => {
-                    if kind == Kind::Address && !name.is_empty() && !held.contains_key(&*name) {
+                    if kind == Kind::Address && !name.is_empty() && !is_held(held, &name) {
                         let value = value.unwrap_or_default();
                         changes.push(self.converter.refused_address(&name, &aliases, value.clone(), &reason));
                         if telling {
@@ -309,11 +316,13 @@ impl Session {
             }
         }
         for name in push.removed.by_ref().take(left) {
-            let was_refused = kind == Kind::Address && self.refused.remove(name.as_str());
+            let was_refused = kind == Kind::Address && self.refused.remove(&name).is_some();
             if (held.remove(name.as_str()).is_some() || was_refused) && self.keeping {
                 push.accepted.push(Accepted { name: Box::from(name.as_str()), resource: None });
             }
             match kind {
+                // By another spelling of its name it is there.
+                Kind::Address if is_held(held, &name) => {}
                 Kind::Address => changes.push(self.converter.removed_address(&name)),
                 Kind::Authorization => changes.extend(self.converter.removed_authorization(&name)),
             }
@@ -343,6 +352,47 @@ impl Session {
         self.accepted[kind as usize] |= rejected.is_empty();
         answer(kind.type_url().to_owned(), nonce, (!rejected.is_empty()).then_some(message))
     }
+}
+
+/// Names by which the control plane calls what it has sent. Those of services are told apart without case.
+#[derive(Debug, Default)]
+struct Names(HashMap<Box<str>, Box<str>>);
+
+impl Names {
+    fn insert(&mut self, name: Box<str>) {
+        self.0.insert(without_case(&name).unwrap_or_else(|| name.clone()), name);
+    }
+
+    /// As what it was called.
+    fn remove(&mut self, name: &str) -> Option<Box<str>> {
+        // Nearly always there is none at all.
+        if self.0.is_empty() {
+            return None;
+        }
+        match without_case(name) {
+            Some(key) => self.0.remove(&key),
+            None => self.0.remove(name),
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Box<str>> {
+        self.0.values()
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// The name of a service as the mesh knows it, if it is another one than this.
+fn without_case(name: &str) -> Option<Box<str>> {
+    let key = ServiceKey::parse(Arc::from(name)).filter(|key| key.as_str() != name)?;
+    Some(Box::from(key.as_str()))
+}
+
+/// Whether there is a good version of what is called so.
+fn is_held(held: &HashMap<Box<str>, Box<str>>, name: &str) -> bool {
+    held.contains_key(name) || without_case(name).is_some_and(|key| held.contains_key(&key))
 }
 
 fn answer(type_url: String, response_nonce: String, rejected: Option<String>) -> DeltaDiscoveryRequest {

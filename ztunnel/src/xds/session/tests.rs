@@ -189,6 +189,37 @@ fn what_has_no_good_version_is_refused_until_it_has_one_or_goes() {
 }
 
 #[test]
+fn a_good_version_by_another_spelling_of_the_name_is_a_good_version() {
+    let (mut session, mut mesh) = (session(), Mesh::default());
+    session.keep_accepted();
+    let named = |name: &str| Resource { name: name.to_owned(), ..bad("any") };
+    let good = |name: &str, hostname: &str| {
+        let service = wire::Service {
+            namespace: "shop".to_owned(),
+            hostname: hostname.to_owned(),
+            ..wire::Service::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        resource(Kind::Address, name, "1", address)
+    };
+    take(&mut session, &mut mesh, response(Kind::Address, "n1", vec![named("shop/Web.Example")], &[]), 9);
+    assert_eq!((mesh.refused().len(), session.refused()), (1, 1));
+    let push = response(Kind::Address, "n2", vec![good("shop/web.example", "web.example")], &[]);
+    take(&mut session, &mut mesh, push, 9);
+    assert_eq!((mesh.refused().len(), session.refused()), (0, 0));
+    let held = session.open([])[0].initial_resource_versions.clone();
+    assert_eq!(held.keys().map(String::as_str).collect::<Vec<_>>(), ["shop/web.example"]);
+    // Nor does a bad version by the other spelling refuse it, or the end of that take it away.
+    let push = response(Kind::Address, "n3", vec![named("shop/WEB.example")], &[]);
+    take(&mut session, &mut mesh, push, 9);
+    assert_eq!((mesh.refused().len(), session.refused()), (0, 0));
+    take(&mut session, &mut mesh, response(Kind::Address, "n4", vec![], &["shop/WEB.example"]), 9);
+    assert_eq!(mesh.services_len(), 1);
+    take(&mut session, &mut mesh, response(Kind::Address, "n5", vec![], &["shop/web.example"]), 9);
+    assert_eq!(mesh.services_len(), 0);
+}
+
+#[test]
 fn a_type_that_was_not_asked_for_is_refused() {
     let mut mesh = Mesh::default();
     let other = DeltaDiscoveryResponse {

@@ -20,7 +20,7 @@
 //! | a tunnel of a peer without streams | tunnel | 600 s | closed | |
 //! | a tunnel to a peer without streams | tunnel | 300 s | closed | |
 //! | TLS handshakes of peers | pod | 1024, each 10 s | of the source that has most the oldest is closed | `ztunnel_connections_turned_away_total` |
-//! | the same | source address (IPv6: /64) | an eighth of these | its oldest is closed, younger than 1 s: reset | `ztunnel_connections_turned_away_total` |
+//! | the same | source: an IPv4 address, or an IPv6 /64 | an eighth of these | of its address that has most the oldest is closed; for one that has as many, younger than 1 s: reset | `ztunnel_connections_turned_away_total` |
 //! | streams on a tunnel | tunnel | 200 as server, 100 as client | refused as server; another tunnel as client | |
 //! | tunnels of one thread to one peer on which nothing moves | pod and peer | 8 | further streams share them | |
 //! | tunnels dialled for a connection whose peer refuses each stream | connection | 3 | reset | |

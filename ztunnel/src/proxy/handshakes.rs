@@ -1,9 +1,16 @@
 //! TLS handshakes in progress with one pod, of which anybody may begin as many as they like.
 //!
-//! Nobody needs a certificate to begin one, so they are shared out among source addresses: who has too many loses the
-//! oldest, and when there are too many in all, who has most does. An honest handshake takes milliseconds, one that is
-//! begun to occupy its place is among the oldest soon.
+//! Nobody needs a certificate to begin one, so they are shared out among sources: who has too many loses the oldest, and
+//! when there are too many in all, who has most does. An honest handshake takes milliseconds, one that is begun to
+//! occupy its place is among the oldest soon.
+//!
+//! A source is an IPv4 address, or all addresses of an IPv6 /64. Whoever has a /64 to themselves can come from each of its
+//! addresses, so they get one share for all of them. But as a rule the pods of a node have a /64 together, and none of
+//! them may use it up for the others: where a source has its share, who comes from an address that has fewer than
+//! another of the same source takes the place of that one's oldest. So one address gets what the others leave, and many
+//! addresses of one host together no more than one address of IPv4.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -21,11 +28,11 @@ use tokio::time::Instant;
 /// Of the handshakes with a pod, those of one source may be one part in so many.
 pub const SOURCE_PART: usize = 8;
 
-/// A handshake may take so long before it has to make room for another of the same source: so that of a crowd which
-/// comes at once the first get through.
+/// A handshake may take so long before it has to make room for another of the same source that has as many: so that of a
+/// crowd which comes at once the first get through.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Who begins handshakes, as far as an address tells: a host has a whole /64 of IPv6 addresses.
+/// Who begins handshakes, as far as an address tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Source(IpAddr);
 
@@ -49,8 +56,23 @@ impl From<IpAddr> for Source {
 #[derive(Debug, Default)]
 struct Crowd {
     next: u64,
-    all: BTreeMap<u64, (Source, Instant)>,
-    of: HashMap<Source, VecDeque<u64>>,
+    all: BTreeMap<u64, (IpAddr, Instant)>,
+    of: HashMap<Source, Group>,
+}
+
+/// Who of one source is in. None of its addresses is without anybody.
+#[derive(Debug, Default)]
+struct Group {
+    len: usize,
+    of: HashMap<IpAddr, VecDeque<u64>>,
+}
+
+impl Group {
+    /// Of the address that has most, how many it has, and the oldest.
+    fn most(&self) -> Option<(usize, u64)> {
+        let counted = self.of.values().filter_map(|ids| Some((ids.len(), *ids.front()?)));
+        counted.max_by_key(|(len, oldest)| (*len, Reverse(*oldest)))
+    }
 }
 
 /// Whether one more gets in.
@@ -64,27 +86,26 @@ enum Entry {
 }
 
 impl Crowd {
-    /// One of `source` wants to get in, where `max` may be.
-    fn enter(&mut self, source: Source, max: usize, now: Instant) -> Entry {
+    /// One from `ip` wants to get in, where `max` may be.
+    fn enter(&mut self, ip: IpAddr, max: usize, now: Instant) -> Entry {
+        let (ip, source) = (ip.to_canonical(), Source::from(ip));
         let share = (max / SOURCE_PART).max(1);
-        let own = self.of.get(&source).map_or(0, VecDeque::len);
+        let own = self.of.get(&source).map_or(0, |group| group.len);
         let gone = if own >= share {
-            let oldest = self.of.get(&source).and_then(|own| own.front()).copied();
-            let old = oldest.filter(|id| self.all.get(id).is_some_and(|(_, since)| now - *since >= GRACE));
-            if old.is_none() {
+            let gone = self.in_place_of(ip, source, now);
+            if gone.is_none() {
                 return Entry::Full;
             }
-            old
+            gone
         } else if self.all.len() >= max {
-            let Some(most) =
-                self.of.values().max_by_key(|ids| (ids.len(), std::cmp::Reverse(ids.front().copied())))
-            else {
+            let oldest = |group: &Group| Some((group.len, Reverse(group.most()?.1)));
+            let Some((most, Reverse(gone))) = self.of.values().filter_map(oldest).max() else {
                 return Entry::Full;
             };
-            if most.len() <= own {
+            if most <= own {
                 return Entry::Full;
             }
-            most.front().copied()
+            Some(gone)
         } else {
             None
         };
@@ -93,16 +114,40 @@ impl Crowd {
         }
         let id = self.next;
         self.next += 1;
-        self.all.insert(id, (source, now));
-        self.of.entry(source).or_default().push_back(id);
+        self.all.insert(id, (ip, now));
+        let group = self.of.entry(source).or_default();
+        group.len += 1;
+        group.of.entry(ip).or_default().push_back(id);
         gone.map_or(Entry::In(id), |gone| Entry::Instead(id, gone))
     }
 
+    /// Whose place one from `ip` gets of a source that has its share.
+    fn in_place_of(&self, ip: IpAddr, source: Source, now: Instant) -> Option<u64> {
+        let group = self.of.get(&source)?;
+        let own = group.of.get(&ip).map_or(0, VecDeque::len);
+        let is_old = |id: &u64| self.all.get(id).is_some_and(|(_, since)| now - *since >= GRACE);
+        let (most, oldest) = group.most()?;
+        // Afterwards neither has more than the other had.
+        if most > own + 1 {
+            return Some(oldest);
+        }
+        // Nobody has to go for one who has most already.
+        let oldest = if own == most { *group.of.get(&ip)?.front()? } else { oldest };
+        Some(oldest).filter(is_old)
+    }
+
     fn leave(&mut self, id: u64) {
-        let Some((source, _)) = self.all.remove(&id) else { return };
-        let Some(own) = self.of.get_mut(&source) else { return };
-        own.retain(|other| *other != id);
-        if own.is_empty() {
+        let Some((ip, _)) = self.all.remove(&id) else { return };
+        let source = Source::from(ip);
+        let Some(group) = self.of.get_mut(&source) else { return };
+        if let Some(own) = group.of.get_mut(&ip) {
+            own.retain(|other| *other != id);
+            if own.is_empty() {
+                group.of.remove(&ip);
+            }
+        }
+        group.len -= 1;
+        if group.len == 0 {
             self.of.remove(&source);
         }
     }
@@ -126,7 +171,7 @@ impl Handshakes {
     /// A place for one more, if it gets one among `max`.
     pub fn enter(&self, source: IpAddr, max: usize) -> Option<Place> {
         let mut places = self.places();
-        let id = match places.crowd.enter(source.into(), max, Instant::now()) {
+        let id = match places.crowd.enter(source, max, Instant::now()) {
             Entry::In(id) => id,
             Entry::Instead(id, gone) => {
                 // Dropped, it tells.
@@ -168,14 +213,18 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
+    fn ip(ip: &str) -> IpAddr {
+        ip.parse().unwrap()
+    }
+
     fn source(ip: &str) -> Source {
-        Source::from(ip.parse::<IpAddr>().unwrap())
+        Source::from(self::ip(ip))
     }
 
     #[tokio::test(start_paused = true)]
     async fn no_source_keeps_others_out() {
         let mut crowd = Crowd::default();
-        let (flood, honest) = (source("10.0.0.1"), source("10.0.0.2"));
+        let (flood, honest) = (ip("10.0.0.1"), ip("10.0.0.2"));
         let max = 8 * SOURCE_PART;
         for id in 0..8 {
             assert_eq!(crowd.enter(flood, max, Instant::now()), Entry::In(id));
@@ -194,11 +243,11 @@ mod tests {
         let mut crowd = Crowd::default();
         let now = Instant::now();
         let max = 8 * SOURCE_PART;
-        let sources: Vec<Source> = (0..max / 2).map(|n| source(&format!("10.0.1.{n}"))).collect();
+        let sources: Vec<IpAddr> = (0..max / 2).map(|n| ip(&format!("10.0.1.{n}"))).collect();
         for source in sources.iter().chain(&sources) {
             assert!(matches!(crowd.enter(*source, max, now), Entry::In(_)));
         }
-        let late = source("10.0.0.2");
+        let late = ip("10.0.0.2");
         assert_eq!(crowd.enter(late, max, now), Entry::Instead(64, 0), "who has more loses the oldest");
         assert_eq!(crowd.all.len(), max);
         crowd.leave(64);
@@ -213,9 +262,52 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_pod_does_not_use_up_what_its_node_mates_need() {
+        let mut crowd = Crowd::default();
+        let (flood, mate) = (ip("fd00::1"), ip("fd00::2"));
+        let max = 8 * SOURCE_PART;
+        let now = Instant::now();
+        for id in 0..8 {
+            assert_eq!(crowd.enter(flood, max, now), Entry::In(id), "what nobody else needs");
+        }
+        assert_eq!(crowd.enter(flood, max, now), Entry::Full);
+        // As many as the other, at once.
+        for id in 0..4 {
+            assert_eq!(crowd.enter(mate, max, now), Entry::Instead(8 + id, id));
+        }
+        assert_eq!(crowd.enter(mate, max, now), Entry::Full);
+        assert_eq!(crowd.enter(flood, max, now), Entry::Full);
+        let third = ip("fd00::3");
+        assert_eq!(crowd.enter(third, max, now), Entry::Instead(12, 4), "of those who have most, the oldest");
+        // Who does not have most does not lose by who has.
+        tokio::time::advance(GRACE).await;
+        assert_eq!(crowd.enter(mate, max, Instant::now()), Entry::Instead(13, 8), "its own oldest");
+        assert_eq!(crowd.all.len(), 8);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_has_a_whole_network_has_one_share() {
+        let mut crowd = Crowd::default();
+        let max = 8 * SOURCE_PART;
+        let hops: Vec<IpAddr> = (1..1000).map(|n| ip(&format!("fd00::{n:x}"))).collect();
+        let now = Instant::now();
+        for (n, hop) in hops.iter().enumerate() {
+            let entered = crowd.enter(*hop, max, now);
+            // Of a crowd that comes at once the first get through.
+            assert_eq!(entered == Entry::Full, n >= 8, "{entered:?}");
+        }
+        assert_eq!(crowd.enter(ip("fd00:0:0:1::1"), max, now), Entry::In(8));
+        tokio::time::advance(GRACE).await;
+        for hop in &hops {
+            crowd.enter(*hop, max, Instant::now());
+        }
+        assert_eq!((crowd.all.len(), crowd.of[&source("fd00::")].len), (9, 8));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_has_to_go_is_told() {
         let all = Handshakes::default();
-        let ip = "10.0.0.1".parse().unwrap();
+        let ip = ip("10.0.0.1");
         let mut first = all.enter(ip, 1).unwrap();
         assert!(all.enter(ip, 1).is_none());
         tokio::time::advance(GRACE).await;

@@ -13,15 +13,22 @@
 //! | what leaves | then |
 //! |---|---|
 //! | nothing, or only what is gone or told to | at once |
-//! | less than half, by its namespace's label, or missing and of another node | at once |
-//! | less than half, missing, and of this node | once it has been so for [`STABLE`] |
+//! | less than half, and of other nodes | at once |
+//! | less than half, missing or by its namespace's label, and of this node | once it has been so for [`STABLE`]; at once from a source that is complete |
 //! | most, by the label of namespaces, or missing from a source that is complete | once it has been so for [`STABLE`] |
 //! | most, missing | held, until it is confirmed by force or the source says otherwise |
-//! | whatever, as a file holds nothing any more, or its end mark is gone | held likewise |
+//! | any, missing or by its namespace's label, and of a file only the end is missing, or the newline at the end | held likewise |
+//! | whatever, as a file holds nothing any more, its end mark is gone, or it ends in the middle of a line | held likewise |
 //! | two policies or more, and most of them | once it has been so for [`STABLE`] |
 //!
 //! *Most* is more than what stays, over all nodes: of two pods one may go. A source is *complete* where it says so
 //! itself: see [`Census::complete`]. While a version waits or is held, the one in force stays so, all of it.
+//!
+//! A file that is *cut* is a file with fewer objects to those who read it, also where the cut goes through an object: it
+//! may take a label, an annotation or half of a policy with it. It is recognised by what was there before: what is left
+//! is its beginning ([`Outline`]). A person may also have deleted what is at the end, so a file that ends with a whole
+//! line is held only where that would release pods. Of one that is written anew and cut at the same time, only the
+//! missing newline tells.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -33,7 +40,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::enrol::loss::outline::Cut;
+use crate::enrol::loss::outline::Outline;
 use crate::model::addr::PodUid;
+
+pub mod outline;
 
 /// How long what is doubtful has to stay as it is.
 pub const STABLE: Duration = Duration::from_secs(3);
@@ -63,7 +74,7 @@ pub enum Stance {
 }
 
 /// A file of the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FileCensus {
     /// How many objects it holds.
     pub objects: usize,
@@ -71,6 +82,8 @@ pub struct FileCensus {
     pub empty_list: bool,
     /// It ends with YAML's end mark of a document, `...`.
     pub marked: bool,
+    /// What its text is recognised by.
+    pub outline: Outline,
 }
 
 /// What one version of a source names.
@@ -107,13 +120,13 @@ pub struct Change {
     pub by_namespace: Vec<Arc<str>>,
     /// And because they are missing.
     pub missing: Vec<Arc<str>>,
-    /// How many of the missing are of this node.
-    pub missing_here: usize,
+    /// How many of all these are of this node.
+    pub here: usize,
     /// How many pods stay.
     pub stay: usize,
     /// How many policies would be no more, and how many stay.
     pub policies: (usize, usize),
-    /// Files that held something and do not any more, and files whose end mark is gone.
+    /// Files that seem to be cut off.
     pub cut: Vec<Arc<str>>,
     /// The new version is complete.
     pub complete: bool,
@@ -156,15 +169,13 @@ impl Change {
         let policies_stay = before.policies.intersection(&after.policies).count();
         change.policies = (before.policies.len() - policies_stay, policies_stay);
         let objects = |census: &Census| census.files.values().map(|file| file.objects).sum::<usize>();
-        if objects(after) < objects(before) {
-            let was_cut = |(name, now): (&Arc<str>, &FileCensus)| {
-                let then = before.files.get(name)?;
-                let emptied = then.objects > 0 && now.objects == 0 && !now.empty_list;
-                let unmarked = then.marked && !now.marked;
-                (emptied || unmarked).then(|| Arc::clone(name))
-            };
-            change.cut = after.files.iter().filter_map(was_cut).collect();
-        }
+        let fewer = objects(after) < objects(before);
+        let releases = change.releases();
+        let was_cut = |(name, now): (&Arc<str>, &FileCensus)| {
+            let cut = before.files.get(name)?.was_cut(now, fewer, releases);
+            cut.then(|| Arc::clone(name))
+        };
+        change.cut = after.files.iter().filter_map(was_cut).collect();
         change
     }
 
@@ -182,6 +193,12 @@ impl Change {
                 Some(Stance::Here(_)) => change.stay += 1,
                 stance => change.leaves(&uid.0, stance.copied(), true, is_gone(&uid)),
             }
+        }
+        if change.releases() && !now.complete {
+            // Of its beginning alone; JSON that is cut is none.
+            let unended = now.files.iter().filter(|(_, file)| !file.outline.is_ended() && !file.marked);
+            let yaml = unended.filter(|(name, _)| !name.ends_with(".json"));
+            change.cut = yaml.map(|(name, _)| Arc::clone(name)).collect();
         }
         change
     }
@@ -201,12 +218,20 @@ impl Change {
     fn leaves(&mut self, name: &Arc<str>, stance: Option<&Stance>, here: bool, gone: bool) {
         match why(stance, gone) {
             Why::Gone | Why::Told => {}
-            Why::ByNamespace => self.by_namespace.push(Arc::clone(name)),
+            Why::ByNamespace => {
+                self.by_namespace.push(Arc::clone(name));
+                self.here += usize::from(here);
+            }
             Why::Missing => {
                 self.missing.push(Arc::clone(name));
-                self.missing_here += usize::from(here);
+                self.here += usize::from(here);
             }
         }
+    }
+
+    /// Whether pods would leave of which nothing says that they are gone, or have to.
+    fn releases(&self) -> bool {
+        !self.missing.is_empty() || !self.by_namespace.is_empty()
     }
 
     /// The rule.
@@ -216,7 +241,7 @@ impl Change {
         let missing_most = most && !self.missing.is_empty();
         if !self.cut.is_empty() || (missing_most && !self.complete) {
             Verdict::Hold
-        } else if most || most_policies || (self.missing_here > 0 && !self.complete) {
+        } else if most || most_policies || (self.here > 0 && !self.complete) {
             Verdict::Wait
         } else {
             Verdict::Apply
@@ -226,6 +251,21 @@ impl Change {
     /// What would be lost: as long as it is the same, the source has not changed its mind.
     fn lost(&self) -> BTreeSet<Arc<str>> {
         self.missing.iter().chain(&self.by_namespace).chain(&self.cut).cloned().collect()
+    }
+}
+
+impl FileCensus {
+    /// Whether this file seems to have been cut off, to what it is `now`; `fewer`: all files hold fewer objects now, so what
+    /// is gone was not moved; `releases`: pods would be released.
+    fn was_cut(&self, now: &Self, fewer: bool, releases: bool) -> bool {
+        let emptied = self.objects > 0 && now.objects == 0 && !now.empty_list;
+        let unmarked = self.marked && !now.marked;
+        let beginning = match now.outline.is_cut_from(&self.outline) {
+            Some(Cut::WithinLine) => true,
+            Some(Cut::AfterLine) => releases,
+            None => false,
+        };
+        (fewer && (emptied || unmarked)) || (beginning && !now.marked && !now.empty_list)
     }
 }
 
@@ -249,10 +289,14 @@ fn why(stance: Option<&Stance>, gone: bool) -> Why {
 /// What is doubtful, in words.
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(file) = self.cut.first() {
-            return write!(f, "{file} held more and seems to be cut off");
-        }
         let lost: Vec<_> = self.missing.iter().chain(&self.by_namespace).collect();
+        if let Some(file) = self.cut.first() {
+            write!(f, "{file} seems to be cut off")?;
+            if lost.is_empty() {
+                return Ok(());
+            }
+            f.write_str(": ")?;
+        }
         if lost.is_empty() {
             return write!(
                 f,

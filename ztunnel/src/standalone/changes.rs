@@ -358,6 +358,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_file_of_which_only_the_end_is_missing_is_held_until_it_is_forced() {
+        let world = World::new(&["a", "b", "c"]);
+        let (_trigger, signal) = shutdown::channel();
+        let (reloader, wishes) = reloads();
+        let source = Source::default();
+        let opened = Changes::open(world.place(), wishes, source.clone(), signal).await.unwrap();
+        let (mut changes, _) = opened.unwrap();
+
+        // One of three, and it still exists.
+        world.write(&["a", "b"]);
+        let told =
+            shutdown::spawn(async move { (reloader.reload(false).await, reloader.reload(true).await) });
+        assert_eq!(pods(changes.next().await), ["a", "b"]);
+        let (unforced, forced) = told.await.unwrap();
+        let unforced = unforced.unwrap().unwrap_err();
+        assert!(unforced.contains("mesh.yaml seems to be cut off"), "{unforced}");
+        assert!(unforced.contains("--force"), "{unforced}");
+        assert!(forced.unwrap().is_ok());
+    }
+
+    #[tokio::test]
     async fn pods_that_are_gone_hold_nothing_up() {
         let world = World::new(&["a", "b"]);
         let (_trigger, signal) = shutdown::channel();

@@ -15,6 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 
 use crate::enrol::loss::FileCensus;
+use crate::enrol::loss::outline::Outline;
 use crate::standalone::diagnostic::Diagnostic;
 use crate::standalone::diagnostic::nearest;
 use crate::standalone::objects::MeshConfig;
@@ -54,7 +55,7 @@ struct Mark {
 }
 
 /// What one text held.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct FileSeen {
     /// Its objects, and how it ends.
     pub census: FileCensus,
@@ -171,6 +172,7 @@ impl Collector {
     pub fn add(&mut self, file: &Arc<str>, text: &str) {
         let mut seen = FileSeen { whole: true, ..FileSeen::default() };
         seen.census.marked = text.trim_end().ends_with("\n...");
+        seen.census.outline = Outline::of(text);
         let begun = self.mark();
         let (mut document, mut documents) = (begun, 0);
         let parsed = yaml::pieces(text, &mut |piece| match piece {

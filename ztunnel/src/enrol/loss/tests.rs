@@ -55,7 +55,14 @@ fn the_rule() {
         ("one of many is unclear", &["+a", "+b", "+c"], &["?a", "+b", "+c"], none, Wait),
         ("all are on another node", &["+a", "+b"], &["~a", "~b"], none, Apply),
         ("one of many is gone", &["+a", "+b", "+c"], &["+b", "+c"], &["a"], Apply),
-        ("one namespace of many leaves", &["+a", "+b", "+c"], &["na", "+b", "+c"], none, Apply),
+        ("one namespace of many leaves", &["+a", "+b", "+c"], &["na", "+b", "+c"], none, Wait),
+        (
+            "one namespace of many leaves, of another node",
+            &["~a", "+b", "+c"],
+            &["na", "+b", "+c"],
+            none,
+            Apply,
+        ),
         ("every namespace leaves", &["+a", "+b"], &["na", "nb"], none, Wait),
         ("one is told to, the other is missing", &["+a", "+b"], &["-a"], none, Hold),
         ("some are gone, of the others most are missing", &["+a", "+b", "+c"], &[], &["a", "b"], Hold),
@@ -82,24 +89,64 @@ fn another_pod_in_the_same_namespace_is_no_loss() {
 
 #[test]
 fn a_file_that_was_emptied_or_cut_is_held_whatever_it_held() {
-    let file = |objects, empty_list, marked| FileCensus { objects, empty_list, marked };
-    let files = |a, b| Census {
-        files: BTreeMap::from([(Arc::from("a.yaml"), a), (Arc::from("b.yaml"), b)]),
+    let file =
+        |objects, empty_list, marked| FileCensus { objects, empty_list, marked, ..FileCensus::default() };
+    let files = |a: &FileCensus, b: FileCensus| Census {
+        files: BTreeMap::from([(Arc::from("a.yaml"), a.clone()), (Arc::from("b.yaml"), b)]),
         ..census(&["+a", "+b", "+c"])
     };
     let (pods, policies) = (file(3, false, false), file(2, false, false));
-    let before = files(pods, policies);
-    assert_eq!(judged(&before, &files(pods, file(0, false, false)), &[]), Verdict::Hold);
-    assert_eq!(judged(&before, &files(pods, file(0, true, false)), &[]), Verdict::Apply, "an empty list");
-    assert_eq!(judged(&before, &files(pods, file(1, false, false)), &[]), Verdict::Apply, "one is left");
+    let before = files(&pods, policies);
+    assert_eq!(judged(&before, &files(&pods, file(0, false, false)), &[]), Verdict::Hold);
+    assert_eq!(judged(&before, &files(&pods, file(0, true, false)), &[]), Verdict::Apply, "an empty list");
+    assert_eq!(judged(&before, &files(&pods, file(1, false, false)), &[]), Verdict::Apply, "one is left");
     assert_eq!(
-        judged(&before, &files(file(5, false, false), file(0, false, false)), &[]),
+        judged(&before, &files(&file(5, false, false), file(0, false, false)), &[]),
         Verdict::Apply,
         "moved"
     );
-    let marked = files(pods, file(2, false, true));
-    assert_eq!(judged(&marked, &files(pods, file(1, false, false)), &[]), Verdict::Hold, "its mark is gone");
-    assert_eq!(judged(&marked, &files(pods, file(1, false, true)), &[]), Verdict::Apply);
+    let marked = files(&pods, file(2, false, true));
+    assert_eq!(judged(&marked, &files(&pods, file(1, false, false)), &[]), Verdict::Hold, "its mark is gone");
+    assert_eq!(judged(&marked, &files(&pods, file(1, false, true)), &[]), Verdict::Apply);
+}
+
+/// A version of one file with this text, and these pods.
+fn written(pods: &[&str], text: &str) -> Census {
+    let file = FileCensus { objects: 3, outline: Outline::of(text), ..FileCensus::default() };
+    Census { files: BTreeMap::from([(Arc::from("mesh.yaml"), file)]), ..census(pods) }
+}
+
+#[test]
+fn a_file_of_which_the_end_is_missing_releases_nobody() {
+    use Verdict::{Apply, Hold, Wait};
+    let whole = "ns\n---\na\n---\nb\n---\nc\n  label: x\n";
+    let before = written(&["+a", "+b", "+c"], whole);
+    let same: &[&str] = &["+a", "+b", "+c"];
+    for (why, text, after, gone, expected) in [
+        ("one of many is missing, and the end", "ns\n---\na\n---\nb\n", &["+a", "+b"][..], &[][..], Hold),
+        ("it is gone", "ns\n---\na\n---\nb\n", &["+a", "+b"], &["c"], Apply),
+        ("it is told to", "ns\n---\na\n---\nb\n---\nc\n", &["+a", "+b", "-c"], &[], Apply),
+        ("one in the midst is missing", "ns\n---\na\n---\nc\n  label: x\n", &["+a", "+c"], &[], Wait),
+        ("the label of one is missing", "ns\n---\na\n---\nb\n---\nc\n", &["+a", "+b", "?c"], &[], Hold),
+        ("that of its namespace is", "ns\n---\na\n---\nb\n---\nc\n", &["+a", "+b", "nc"], &[], Hold),
+        ("what is missing is no pod", "ns\n---\na\n---\nb\n---\nc\n", same, &[], Apply),
+        ("a line is cut", "ns\n---\na\n---\nb\n---\nc\n  la", same, &[], Hold),
+        ("the last line is not ended any more", whole.trim_end(), same, &[], Apply),
+        ("written anew, and cut", "NS\n---\na\n---\nb\n---\n", &["+a", "+b"], &[], Wait),
+        ("written anew, and a line is cut", "NS\n---\na\n---\nb\n--", &["+a", "+b"], &[], Hold),
+        ("an end mark says that it is meant", "ns\n---\na\n---\nb\n...\n", &["+a", "+b"], &[], Wait),
+    ] {
+        assert_eq!(judged(&before, &written(after, text), gone), expected, "{why}");
+    }
+}
+
+#[test]
+fn a_start_with_a_file_that_does_not_end_releases_nobody() {
+    let captured = || ["a", "b", "c"].map(|name| PodUid(Arc::from(name)));
+    let judged = |now: &Census| Change::since_last_daemon(captured(), now, |_| false).judge();
+    assert_eq!(judged(&written(&["+a", "+b"], "ns\n---\na\n---\nb")), Verdict::Hold);
+    assert_eq!(judged(&written(&["+a", "+b"], "ns\n---\na\n---\nb\n")), Verdict::Wait);
+    assert_eq!(judged(&written(&["+a", "+b", "+c"], "ns")), Verdict::Apply);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -51,6 +51,8 @@ pub struct Asked {
 #[derive(Debug, Default)]
 struct State {
     silent: AtomicBool,
+    /// How long an answer takes, in milliseconds.
+    delay: AtomicU64,
     asked: Mutex<Vec<Asked>>,
     stop: AtomicBool,
 }
@@ -83,6 +85,11 @@ impl Resolver {
     /// Answers nothing from now on, or again.
     pub fn silent(&self, silent: bool) {
         self.state.silent.store(silent, Ordering::Relaxed);
+    }
+
+    /// Takes so long for each answer from now on.
+    pub fn slow(&self, delay: Duration) {
+        self.state.delay.store(delay.as_millis() as u64, Ordering::Relaxed);
     }
 
     /// What was asked so far.
@@ -156,6 +163,7 @@ fn reply(
     if state.silent.load(Ordering::Relaxed) {
         return None;
     }
+    std::thread::sleep(Duration::from_millis(state.delay.load(Ordering::Relaxed)));
     let mut answer = Message::response(question.id, question.op_code);
     answer.add_queries(question.queries.iter().cloned());
     let (Some(name), OpCode::Query) = (name, question.op_code) else { return answer.to_vec().ok() };

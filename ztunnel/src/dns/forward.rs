@@ -14,6 +14,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::Socket;
@@ -26,14 +28,16 @@ use tokio::net::TcpSocket;
 use tokio::net::TcpStream;
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
+use tokio::time::timeout;
 use tokio::time::timeout_at;
 
 use crate::dns::message;
 use crate::net::netns::Netns;
 
-/// A request gets its answer within this time, or SERVFAIL: before the first patience of resolvers (five seconds) is
-/// over, so that they learn of it.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(4);
+/// So long an answer is waited for: as long as clients do, which ask twice and wait five seconds each time, as a rule. What
+/// comes after that nobody hears. Until then a resolver that is slow is none that is away, and only its client knows when
+/// it has waited long enough: it is told nothing, as the resolver tells it nothing.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// A datagram that is not answered within this time is sent again, to the next resolver if there are several.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// The port of resolvers.
@@ -135,7 +139,8 @@ impl Outside<'_> {
         TcpSocket::from_std_stream(socket.into()).connect(to).await
     }
 
-    /// Sends `request` in a datagram to the resolvers, one after the other, and returns the first answer of one.
+    /// Sends `request` in a datagram to the resolvers, and returns the first answer of one. The next one is asked when the
+    /// one before has failed or not answered for a while; that is listened to all the same.
     pub async fn over_udp(
         &self,
         resolvers: &[SocketAddr],
@@ -143,31 +148,41 @@ impl Outside<'_> {
         question_end: usize,
     ) -> Result<Vec<u8>, ForwardError> {
         let deadline = Instant::now() + ANSWER_WITHIN;
-        if let [only] = resolvers {
-            let socket = self.datagrams(*only).await.map_err(ForwardError::Failed)?;
-            // On the same socket, so that a late answer to the first is one.
-            for until in [Instant::now() + AGAIN_AFTER, deadline] {
-                let asking = ask(&socket, request, question_end);
-                if let Ok(answer) = timeout_at(until, asking).await {
-                    return answer.map_err(ForwardError::Failed);
-                }
-            }
-            return Err(ForwardError::TimedOut);
-        }
+        // One alone is asked again.
+        let again = resolvers.len() == 1;
+        let (mut asked, mut further) = (FuturesUnordered::new(), resolvers.iter());
         let mut last = ForwardError::NoResolver;
-        for resolver in resolvers {
-            let until = deadline.min(Instant::now() + AGAIN_AFTER);
-            let asking = async {
-                let socket = self.datagrams(*resolver).await?;
-                ask(&socket, request, question_end).await
+        loop {
+            if let Some(resolver) = further.next() {
+                asked.push(self.asking(*resolver, request, question_end, again));
+            }
+            let until = match further.len() {
+                0 => deadline,
+                _ => deadline.min(Instant::now() + AGAIN_AFTER),
             };
-            last = match timeout_at(until, asking).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => ForwardError::Failed(error),
-                Err(_elapsed) => ForwardError::TimedOut,
-            };
+            match timeout_at(until, asked.next()).await {
+                Ok(Some(Ok(answer))) => return Ok(answer),
+                Ok(Some(Err(error))) => last = ForwardError::Failed(error),
+                Ok(None) => return Err(last),
+                Err(_elapsed) if until == deadline => return Err(ForwardError::TimedOut),
+                Err(_elapsed) => {}
+            }
         }
-        Err(last)
+    }
+
+    async fn asking(
+        &self,
+        resolver: SocketAddr,
+        request: &[u8],
+        question_end: usize,
+        again: bool,
+    ) -> io::Result<Vec<u8>> {
+        let socket = self.datagrams(resolver).await?;
+        // On the same socket, so that a late answer to the first is one.
+        if again && let Ok(answer) = timeout(AGAIN_AFTER, ask(&socket, request, question_end)).await {
+            return answer;
+        }
+        ask(&socket, request, question_end).await
     }
 
     /// The same over a connection.

@@ -459,9 +459,12 @@ impl Pod {
                     Some(original) => {
                         let answer = self.forward(&[original], &message, 0, transport).await;
                         series.forwarded(began.elapsed(), answer.is_err());
-                        answer.unwrap_or_else(|_| foreign.refuse(ResponseCode::ServFail))
+                        match answer {
+                            Ok(answer) => Some(answer),
+                            Err(error) => unanswered(&error, || foreign.refuse(ResponseCode::ServFail)),
+                        }
                     }
-                    None => foreign.refuse(ResponseCode::NotImp),
+                    None => Some(foreign.refuse(ResponseCode::NotImp)),
                 }
             }
             Kind::Query(request, mut client) => {
@@ -490,6 +493,7 @@ impl Pod {
                     tell_forwarded(client, &request, begun.as_ref().err());
                     return match begun {
                         Ok(stream) => Outcome::Transfer(stream),
+                        // The client waits for a connection.
                         Err(_) => Outcome::Answer(Some(request.refuse(ResponseCode::ServFail))),
                     };
                 }
@@ -503,10 +507,13 @@ impl Pod {
                     return Outcome::Answer(Some(answer));
                 }
                 tell_forwarded(client, &request, answer.as_ref().err());
-                answer.unwrap_or_else(|_| request.refuse(ResponseCode::ServFail))
+                match answer {
+                    Ok(answer) => Some(answer),
+                    Err(error) => unanswered(&error, || request.refuse(ResponseCode::ServFail)),
+                }
             }
         };
-        Outcome::Answer(Some(answer))
+        Outcome::Answer(answer)
     }
 
     /// The answer for a name that no other resolver has, if the mesh has it: not of what is asked for, or it had been
@@ -570,6 +577,15 @@ impl Pod {
     }
 }
 
+/// What the client is told of a request that was not answered: that is what it would have learned itself. Of a resolver
+/// that says nothing it hears nothing, by then it has given up or asks anew.
+fn unanswered(error: &ForwardError, refuse: impl FnOnce() -> Vec<u8>) -> Option<Vec<u8>> {
+    match error {
+        ForwardError::TimedOut => None,
+        ForwardError::NoResolver | ForwardError::Failed(_) => Some(refuse()),
+    }
+}
+
 /// Sends an answer. If there is no room for it it is lost, as it may be anywhere on its way.
 fn send(socket: &Datagrams, client: SocketAddr, answer: &[u8]) {
     if let Err(error) = socket.try_send_to(answer, client) {
@@ -617,5 +633,20 @@ fn tell_forwarded(client: &Workload, request: &Request, error: Option<&ForwardEr
     match error {
         None => tell(Some(client), request, "forwarded", 0),
         Some(error) => tell(Some(client), request, &format!("forwarding failed ({error})"), 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_resolver_that_says_nothing_nothing_is_said() {
+        let refuse = || vec![7];
+        assert_eq!(unanswered(&ForwardError::TimedOut, refuse), None);
+        let refused = ForwardError::Failed(io::ErrorKind::ConnectionRefused.into());
+        for error in [ForwardError::NoResolver, refused] {
+            assert_eq!(unanswered(&error, refuse), Some(vec![7]), "{error}");
+        }
     }
 }

@@ -93,8 +93,39 @@ async fn a_resolver_that_is_not_there_is_known_at_once_and_the_next_one_asked() 
     assert_eq!(said.unwrap(), answer());
 }
 
-#[tokio::test]
-async fn a_lost_datagram_is_sent_again_and_silence_ends_before_clients_give_up() {
+#[tokio::test(start_paused = true)]
+async fn a_slow_resolver_is_waited_for_as_long_as_clients_do() {
+    let netns = here();
+    let outside = Outside { netns: &netns, mark: 0x539 };
+    let (slow, silent) =
+        (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let (slow_at, silent_at) = (slow.local_addr().unwrap(), silent.local_addr().unwrap());
+    // Others are asked meanwhile, and that does not end it.
+    for to in [&[slow_at][..], &[slow_at, silent_at], &[silent_at, slow_at]] {
+        let answering = async {
+            let (_, client) = slow.recv_from(&mut [0; 512]).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            slow.send_to(&answer(), client).await.unwrap();
+        };
+        let (said, ()) = tokio::join!(outside.over_udp(to, &QUESTION, END), answering);
+        assert_eq!(said.expect("needs root"), answer(), "{to:?}");
+        // What it was sent again is not for the next.
+        while slow.try_recv_from(&mut [0; 512]).is_ok() {}
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = [listener.local_addr().unwrap()];
+    let answering = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        read_message(&mut stream).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        write_message(&mut stream, &answer()).await.unwrap();
+    };
+    let (said, ()) = tokio::join!(outside.over_tcp(&to, &QUESTION, END), answering);
+    assert_eq!(said.unwrap(), answer());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_datagram_is_sent_again_and_silence_ends() {
     let netns = here();
     let outside = Outside { netns: &netns, mark: 0x539 };
     let resolver = UdpSocket::bind("127.0.0.1:0").await.unwrap();
@@ -115,7 +146,6 @@ async fn a_lost_datagram_is_sent_again_and_silence_ends_before_clients_give_up()
     let to = [silent.local_addr().unwrap()];
     let error = outside.over_tcp(&to, &QUESTION, END).await.unwrap_err();
     assert!(matches!(error, ForwardError::TimedOut), "{error}");
-    assert!(ANSWER_WITHIN < Duration::from_secs(5));
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -202,6 +202,55 @@ fn a_daemon_killed_after_its_take_over_gives_the_pods_back() {
             }
             http(&world.outsider.place, world.server.v4.into(), "").map(drop)
         })
+    });
+}
+
+#[test]
+fn a_daemon_that_took_its_node_back_answers_at_its_ports_and_tells_of_its_pods() {
+    in_redirected("taken back", &[On::A], Backend::IptablesNft, |world| {
+        let (client, late) = (world.client.clone(), world.outsider.clone());
+        let setting = world.setting(On::A).clone();
+        // What the first daemon drains.
+        let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
+        let mut elsewhere = setting.clone();
+        for (flag, address) in
+            [("--ready-addr", "[::]:16021"), ("--metrics-addr", "[::]:16020"), ("--admin-port", "16000")]
+        {
+            elsewhere.further.extend([flag.to_owned(), address.to_owned()]);
+        }
+        let mut next = elsewhere.start_ready()?;
+        // Somebody takes a port as soon as the first one has let go of it, and does not share it.
+        let taken = eventually(PATIENCE, || {
+            world.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15021))?))
+        })?;
+        let (mark, agents) = (setting.log().mark(), world.agent(On::A)?.seen());
+        next.process().kill_9()?;
+        setting.log().wait_line(mark, PATIENCE, "the attempt", |line| line.contains("15021"))?;
+        ensure!(setting.metrics().is_err(), "it answers at some of its ports");
+        drop(taken);
+        eventually(PATIENCE, || setting.readiness().map(drop)).context("the port is free")?;
+        held.say().context("what the first daemon drained")?;
+
+        // A pod of which it hears now, and that cannot be served yet.
+        eventually(PATIENCE, || {
+            ensure!(world.agent(On::A)?.seen() > agents, "it has not called the agent");
+            Ok(())
+        })?;
+        let taken = late.place.netns.enter(|| Ok(TcpListener::bind("0.0.0.0:15006")?))?;
+        let refused = world.agent(On::A)?.add(&late);
+        ensure!(refused.is_err(), "its port is taken");
+        let shown = || -> Result<String> { Ok(String::from_utf8(setting.ask("GET", "/config_dump")?.1)?) };
+        eventually(PATIENCE, || {
+            ensure!(shown()?.contains("\"Pending\""), "it is not shown as pending");
+            Ok(())
+        })?;
+        drop(taken);
+        eventually(PATIENCE, || {
+            ensure!(!shown()?.contains("\"Pending\""), "it is shown as pending still");
+            Ok(())
+        })?;
+        world.agent(On::A)?.del(&late)?;
+        Ok("its ports and its pods are to be seen".to_owned())
     });
 }
 
@@ -417,7 +466,7 @@ fn hostile(world: &mut World) -> Result<String> {
     }
     // A pod whose port is taken is refused in time, named, and served as soon as that is over.
     let outside = world.outside.clone();
-    let taken = outside.place.netns.enter(|| Ok(std::net::TcpListener::bind("0.0.0.0:15006")?))?;
+    let taken = outside.place.netns.enter(|| Ok(TcpListener::bind("0.0.0.0:15006")?))?;
     let netns = agent::handle(&outside.place.netns)?;
     let error = last.exchange(&agent::encode(agent::add(&outside)), &[netns.as_fd()])?;
     ensure!(error.contains("cannot listen on port 15006"), "{error}");

@@ -34,6 +34,7 @@ use crate::app::handover::Successors;
 use crate::app::kernel::Kernel;
 use crate::app::kernel::Reconciled;
 use crate::app::memory::Housekeeping;
+use crate::app::ports::Again;
 use crate::app::ports::Ports;
 use crate::app::undo::Before;
 use crate::capture;
@@ -312,6 +313,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
     // Connections that go on after a hand-over are served until this daemon's own end; and if the daemon that took over
     // dies before, so is everything else again.
     let (mut told, mut until, mut held) = (false, None, Vec::new());
+    let mut again = Again::default();
     loop {
         let end = loop {
             tokio::select! {
@@ -357,11 +359,13 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
                         }
                     }
                 }
+                () = at(again.due()) => admin = again.attempt(|| Ports::bind(&config).and_then(&serve_admin)),
                 () = signals.next() => break End::Signal,
                 () = at(until) => break End::Signal,
             }
         };
         drop(admin.take());
+        again.give_up();
         drop(kept.take());
         let (mut claim, closed) = (None, matches!(end, End::Signal));
         match end {
@@ -439,7 +443,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
         // First the place where others ask: who starts now is to find this one.
         if !successors.is_current() {
             match listen() {
-                Ok(again) => successors = again,
+                Ok(listening) => successors = listening,
                 Err(error) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "the node stays closed");
                     break;
@@ -451,15 +455,7 @@ async fn serve(config: Run, telemetry: Telemetry, levels: Levels) -> Result<(), 
             tracing::error!(error = &error as &dyn std::error::Error, "the node stays closed");
             break;
         }
-        match Ports::bind(&config).and_then(&serve_admin) {
-            Ok(again) => admin = Some(again),
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "nobody is answered at the admin port"
-                );
-            }
-        }
+        admin = again.attempt(|| Ports::bind(&config).and_then(&serve_admin));
         kept = Some(certificates::keep(&config, &left));
     }
     kernel.end().await;

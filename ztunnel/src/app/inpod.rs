@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 use tokio::time::sleep_until;
@@ -39,6 +40,7 @@ use crate::app::inpod::world::World;
 use crate::app::make_run_dir;
 use crate::app::memory::Housekeeping;
 use crate::app::ports;
+use crate::app::ports::Again;
 use crate::app::ports::Ports;
 use crate::app::version;
 use crate::capture;
@@ -188,19 +190,21 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         }
         None => None,
     };
+    // Of whichever agent is the last.
+    let (awaited, waiting) = watch::channel(Arc::default());
     let new_agent = || {
         let (node, data_plane) = (Arc::clone(&config.places.node), Arc::clone(&data_plane));
-        Agent::new(zds.clone(), node, data_plane, dns.clone(), readiness.source())
+        Agent::new(zds.clone(), node, data_plane, dns.clone(), readiness.source(), awaited.clone())
     };
     let agent = new_agent();
     ports::register_source(&telemetry, readiness.source());
-    ports::register_components(&telemetry, &data_plane, agent.awaited(), identities.clone());
+    ports::register_components(&telemetry, &data_plane, waiting.clone(), identities.clone());
     let sources = Sources {
         mesh: world.reader(),
         local: world.local(),
         identities: identities.clone(),
         data_plane: Arc::clone(&data_plane),
-        waiting: agent.awaited(),
+        waiting,
         source: readiness.source(),
         settings: config.settings.clone().into(),
         version: version::version("unknown"),
@@ -295,6 +299,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
     // Connections that go on after a hand-over are served until this daemon's own end; and if the daemon that took over
     // dies before, so is everything else again.
     let (mut told, mut until, mut held) = (false, None, Vec::new());
+    let mut again = Again::default();
     loop {
         let end = loop {
             tokio::select! {
@@ -319,11 +324,13 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
                         }
                     }
                 }
+                () = at(again.due()) => admin = again.attempt(|| Ports::bind(&config).and_then(&serve_admin)),
                 () = signals.next() => break End::Signal,
                 () = at(until) => break End::Signal,
             }
         };
         drop(admin.take());
+        again.give_up();
         drop(kept.take());
         // Its hold on the listeners: the data plane has its own, and lets go of them after its linger.
         node.agent = new_agent();
@@ -373,7 +380,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         tracing::warn!("the daemon that had taken over has died; taking the node back");
         // First the place where others ask: who starts now is to find this one.
         match listen() {
-            Ok(again) => successors = again,
+            Ok(listening) => successors = listening,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "the pods stay refused");
                 break;
@@ -387,15 +394,7 @@ pub async fn serve(config: Run, zds: Zds, telemetry: Telemetry, levels: Levels) 
         node.retain_identities();
         node.ready.follow(&node.agent);
         serve_own();
-        match Ports::bind(&config).and_then(&serve_admin) {
-            Ok(again) => admin = Some(again),
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "nobody is answered at the admin port"
-                );
-            }
-        }
+        admin = again.attempt(|| Ports::bind(&config).and_then(&serve_admin));
         kept = Some(certificates::keep(&config, &identities));
     }
     close((&data_plane, dns.as_deref()), &trigger, &mut signals).await;

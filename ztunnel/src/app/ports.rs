@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use std::time::SystemTime;
 
 use socket2::Domain;
@@ -16,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::RuntimeMetrics;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::admin::console::Console;
 use crate::admin::ready::Readiness;
@@ -129,6 +131,52 @@ pub struct Admin(Vec<JoinHandle<()>>);
 impl Drop for Admin {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// How soon a daemon that has taken the node back tries again to have its ports, at first and at last. Whoever has taken
+/// them meanwhile may keep them for ever, and nobody else says when they are free.
+const AGAIN_MIN: Duration = Duration::from_millis(250);
+const AGAIN_MAX: Duration = Duration::from_secs(10);
+
+/// When to try again to have the ports, if somebody else has them.
+#[derive(Debug, Default)]
+pub struct Again(Option<(Instant, Duration)>);
+
+impl Again {
+    /// When to call [`Self::attempt`] again; `None` while there is no need.
+    pub fn due(&self) -> Option<Instant> {
+        self.0.map(|(at, _)| at)
+    }
+
+    /// Does it, or sees to it that it is tried again.
+    pub fn attempt<T>(&mut self, serve: impl FnOnce() -> Result<T, RunError>) -> Option<T> {
+        let before = self.0.take();
+        match serve() {
+            Ok(served) => {
+                if before.is_some() {
+                    tracing::info!("metrics, readiness and the admin port are answered again");
+                }
+                Some(served)
+            }
+            Err(error) => {
+                let wait = before.map_or(AGAIN_MIN, |(_, wait)| AGAIN_MAX.min(wait * 2));
+                self.0 = Some((Instant::now() + wait, wait));
+                if before.is_none() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(
+                        error,
+                        "metrics, readiness and the admin port are not answered; trying again"
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// It is not to be tried any more.
+    pub fn give_up(&mut self) {
+        self.0 = None;
     }
 }
 
@@ -292,4 +340,29 @@ fn certificate_metrics(families: &mut Families<'_>, identities: &Identities) -> 
     let missing = count(|standing| standing.credentials.is_none());
     let help = "Identities of this node without a certificate.";
     families.gauge("ztunnel_certificates_missing", help, &[Sample { labels: &[], value: missing }])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn ports_that_somebody_else_has_are_tried_again_ever_more_seldom_until_they_are_free() {
+        let mut again = Again::default();
+        let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let begun = Instant::now();
+            let bind = || Reserved::bind(address, "readiness", "--ready-addr").and_then(Reserved::listen);
+            assert!(again.attempt(bind).is_none());
+            tokio::time::sleep_until(again.due().unwrap()).await;
+            waits.push(begun.elapsed().as_millis());
+        }
+        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+        drop(listener);
+        let bind = || Reserved::bind(address, "readiness", "--ready-addr").and_then(Reserved::listen);
+        assert!(again.attempt(bind).is_some());
+        assert_eq!(again.due(), None);
+    }
 }

@@ -88,19 +88,24 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// Does nothing yet.
+    /// Does nothing yet. The pods that are not served yet are told to `awaited`: none for now.
     pub(super) fn new(
         zds: Zds,
         node: Arc<str>,
         data_plane: Arc<DataPlane>,
         dns: Option<Arc<dns::server::Dns>>,
         source: Source,
+        awaited: watch::Sender<Arc<[Awaited]>>,
     ) -> Self {
+        // What another agent had to say is of no interest any more.
+        awaited.send_replace(Arc::default());
+        let source = source.of("the node agent's list of pods");
+        source.cleared();
         Self {
             machine: Machine::default(),
             link: Link::new(zds.socket.clone()),
             reconciled: false,
-            source: source.of("the node agent's list of pods"),
+            source,
             settings: Arc::new(zds.listeners.settings.clone()),
             cluster: Arc::from(&*zds.cluster),
             zds,
@@ -111,13 +116,8 @@ impl Agent {
             inherited: HashMap::new(),
             answers: mpsc::channel(ANSWERS),
             repeats: Repeats::default(),
-            awaited: watch::Sender::new(Arc::default()),
+            awaited,
         }
-    }
-
-    /// The pods that are not served yet.
-    pub(super) fn awaited(&self) -> watch::Receiver<Arc<[Awaited]>> {
-        self.awaited.subscribe()
     }
 
     /// Serves the pods of the daemon before this one, on its sockets.

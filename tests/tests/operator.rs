@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use common::{act_in, in_world, in_world_that};
 use nix::sys::signal::Signal;
 use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::process::sh;
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::tunnels_only;
 use ztunnel_tests::world::{On, Options, Traces, World, http};
@@ -304,6 +305,48 @@ fn a_start_that_fails_leaves_the_node_as_it_was() {
         world.start_daemon(On::A)?;
         eventually(PATIENCE, || http(&client.place, world.server.v4.into(), ""))?;
         Ok(text.lines().last().unwrap_or_default().to_owned())
+    });
+}
+
+#[test]
+fn a_pod_that_cannot_answer_its_node_is_named_beforehand_and_in_the_log() {
+    let world = World::without_daemons(Options::default());
+    act_in(world, "no route", |world| {
+        let client = world.client.clone();
+        let setting = world.setting(On::A).clone();
+        let file = world.run.path("no-route.yaml");
+        let netns = client.place.netns.name();
+        let text = format!(
+            "{{apiVersion: v1, kind: Namespace, metadata: {{name: demo, labels: {{istio.io/dataplane-mode: ambient}}}}}}\n\
+             ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: client\n  namespace: demo\n  annotations:\n    \
+             ztunnel.io/netns: {netns}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: \"{}\"}}]}}\n",
+            client.v4, client.v6
+        );
+        fs::write(&file, text)?;
+        let path = file.display().to_string();
+        let check = || setting.command(&["check", "--strict", "--mesh", &path]);
+        let before = check()?;
+        ensure!(before.status.success(), "{}", said(&before));
+        let default = sh("ip", &["-n", netns, "route", "show", "default"])?;
+        sh("ip", &["-n", netns, "route", "del", "default"])?;
+        let found = check()?;
+        let text = said(&found);
+        ensure!(!found.status.success(), "{text}");
+        ensure!(text.contains("no-route.yaml:9") && text.contains("no route to 169.254.7.127"), "{text}");
+        ensure!(!text.contains("fd16:"), "it has a route of the other family: {text}");
+        // Nor is it passed over in silence by the daemon.
+        let mark = setting.log().mark();
+        world.start_daemon(On::A)?;
+        let line = setting.log().wait_line(mark, PATIENCE, "the warning", |line| {
+            line.contains("the pod has no route") && line.contains("169.254.7.127")
+        })?;
+        ensure!(line.contains("client"), "{line}");
+        let mut route = vec!["-n", netns, "route", "add"];
+        route.extend(default.split_whitespace());
+        sh("ip", &route)?;
+        world.kill_daemon(On::A)?;
+        world.start_daemons()?;
+        Ok(line)
     });
 }
 

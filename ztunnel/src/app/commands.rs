@@ -17,7 +17,6 @@ use crate::config::raw::Output;
 use crate::config::resolved::Places;
 use crate::identity::kept;
 use crate::standalone::diagnostic::Diagnostic;
-use crate::standalone::file::Loaded;
 use crate::standalone::file::Place;
 use crate::standalone::translate::NamedNetns;
 
@@ -59,10 +58,6 @@ pub enum UninstallError {
 /// the pods' network namespaces should be here. The exit status: 1 for errors.
 pub fn check(place: &Place, here: bool) -> std::io::Result<u8> {
     let mut out = std::io::stdout().lock();
-    let absent = |loaded: &Loaded| -> Vec<Diagnostic> {
-        let absent = loaded.netns.iter().filter(|named| here && is_absent(&named.netns));
-        absent.map(NamedNetns::absent).collect()
-    };
     let loaded = match place.load() {
         Ok(loaded) => loaded,
         Err(diagnostics) => {
@@ -72,9 +67,10 @@ pub fn check(place: &Place, here: bool) -> std::io::Result<u8> {
             return Ok(1);
         }
     };
-    let absent = absent(&loaded);
+    let found: Vec<Diagnostic> =
+        if here { loaded.netns.iter().flat_map(wrong_here).collect() } else { Vec::new() };
     print(&mut out, &loaded.warnings)?;
-    print(&mut out, &absent)?;
+    print(&mut out, &found)?;
     writeln!(
         out,
         "{}: {}, {}, {}; node {} captures {}",
@@ -91,7 +87,16 @@ pub fn check(place: &Place, here: bool) -> std::io::Result<u8> {
     for pod in &loaded.pods {
         writeln!(out, "  {}/{} in {}", pod.namespace, pod.name, pod.netns.display())?;
     }
-    Ok(u8::from(place.strict && !absent.is_empty()))
+    Ok(u8::from(place.strict && !found.is_empty()))
+}
+
+/// What is wrong with a network namespace of this machine, as far as this process may look into it.
+fn wrong_here(named: &NamedNetns) -> Vec<Diagnostic> {
+    if is_absent(&named.netns) {
+        return vec![named.absent()];
+    }
+    let unanswered = capture::host::unanswered_in(&named.netns, &named.addresses).unwrap_or_default();
+    unanswered.into_iter().map(|probe| named.unanswered(probe)).collect()
 }
 
 /// That it cannot be looked at does not mean that it is not there.

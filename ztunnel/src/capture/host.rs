@@ -66,6 +66,11 @@ pub(super) fn unanswered(pod: &[IpAddr]) -> io::Result<Vec<IpAddr>> {
     Ok(probes.filter(|probe| !routes::leads_to(&mut netlink, *probe)).collect())
 }
 
+/// The probe addresses to which a pod with these addresses has no route, of the namespace that `netns` opens.
+pub fn unanswered_in(netns: &Path, pod: &[IpAddr]) -> io::Result<Vec<IpAddr>> {
+    Netns::open(netns)?.run(|| unanswered(pod))?
+}
+
 /// Takes the probe addresses away.
 pub(super) fn remove_probe_addresses(host: &Netns) -> io::Result<()> {
     host.run(|| {

@@ -4,6 +4,7 @@
 //! out where that is safe. A policy that it cannot understand becomes one that refuses everything to the
 //! workloads it selects, so a source that applies what has errors still fails closed.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -54,6 +55,8 @@ pub struct NamedNetns {
     pub netns: PathBuf,
     /// Of which pod.
     pub pod: String,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
     /// The file and the line.
     pub place: (Arc<str>, u32),
 }
@@ -65,6 +68,17 @@ impl NamedNetns {
         let message =
             format!("network namespace {} of pod {} does not exist here", self.netns.display(), self.pod);
         Diagnostic::warning(file, *line, message).hint("`ip netns list` names those of /run/netns")
+    }
+
+    /// That there is no route from it to `probe`, where the node's own connections come from.
+    pub fn unanswered(&self, probe: IpAddr) -> Diagnostic {
+        let (file, line) = &self.place;
+        let message = format!(
+            "pod {} has no route to {probe}, from where the node's own connections come: kubelet's probes of it fail",
+            self.pod
+        );
+        let hint = "give the pod a default route, or one to that address";
+        Diagnostic::warning(file, *line, message).hint(hint)
     }
 }
 

@@ -54,8 +54,13 @@ impl<'a> Draft<'a> {
     pub(super) fn named_netns(&self) -> Option<NamedNetns> {
         let Source { file, .. } = &self.object.source;
         let line = self.object.source.line_of(&["metadata", "annotations", enrolment::NETNS]);
-        let netns = self.local.as_ref()?.netns.clone();
-        Some(NamedNetns { netns, pod: display(self.object), place: (Arc::clone(file), line) })
+        let local = self.local.as_ref()?;
+        Some(NamedNetns {
+            netns: local.netns.clone(),
+            pod: display(self.object),
+            addresses: local.addresses.clone(),
+            place: (Arc::clone(file), line),
+        })
     }
 
     pub(super) fn build(self) -> Built<'a> {

@@ -21,7 +21,7 @@
 
 mod changes;
 pub mod error;
-mod guards;
+pub mod guards;
 pub mod host;
 mod listeners;
 mod maps;

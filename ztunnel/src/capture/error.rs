@@ -94,6 +94,17 @@ pub enum EnrolError {
         /// How many it may have.
         most: usize,
     },
+    /// Too many devices were taken out of the pod into other namespaces, where their guards are kept.
+    #[error(
+        "{elsewhere} devices of the pod were taken into other network namespaces, and {refused} more are not guarded: \
+         it is closed until some of these {elsewhere} are deleted"
+    )]
+    TooManyElsewhere {
+        /// How many are elsewhere.
+        elsewhere: usize,
+        /// How many have no guard for that.
+        refused: usize,
+    },
     /// Devices that are still to be guarded: call again.
     #[error("{0} devices of the pod are still to be guarded")]
     Unguarded(usize),

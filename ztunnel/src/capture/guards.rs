@@ -2,7 +2,8 @@
 //!
 //! A guard goes with its device into another network namespace, and is kept there: nobody else would stop what comes by
 //! it. How many there can be is bounded, and how many are made at once: each costs the kernel some ten milliseconds, in
-//! which no other pod is looked after. A pod with too many devices is closed.
+//! which no other pod is looked after. A pod with too many devices is closed. So is one that has taken too many into
+//! other namespaces and has others to guard: none that is guarded is given up, and no further one is guarded.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,7 +14,10 @@ use super::routes;
 use super::sys::{self, Attach, Ensured, Wanted};
 
 /// Most devices of one pod.
-pub(super) const DEVICES_MAX: usize = 64;
+pub const DEVICES_MAX: usize = 64;
+/// Of so many devices that were the pod's and are in other network namespaces, no further one of it is guarded. Those
+/// that are guarded by then may still be taken there, so all its guards are fewer than this and [`DEVICES_MAX`].
+pub const ELSEWHERE_MAX: usize = 64;
 /// Most guards that are attached in one go; whoever has more to attach is called again.
 const AT_ONCE: usize = 16;
 
@@ -35,6 +39,8 @@ pub(super) struct Guarded {
     pub left: Vec<u32>,
     /// Devices that have no guard yet.
     pub unguarded: usize,
+    /// And will have none for now, as too many that were the pod's are elsewhere.
+    pub refused: usize,
 }
 
 impl Guards {
@@ -47,6 +53,8 @@ impl Guards {
         renew: bool,
     ) -> io::Result<Guarded> {
         let mut guarded = Guarded::default();
+        // First, so that what is no more takes no room.
+        self.clear_up(pins, slot, devices, &mut guarded)?;
         let mut attached = 0;
         for device in devices.iter().take(DEVICES_MAX) {
             let index = device.index;
@@ -67,6 +75,10 @@ impl Guards {
                 // It has come back.
                 gone(std::fs::rename(pins.guard_elsewhere(slot, *id), &path))?;
                 link = self.elsewhere.remove(id);
+            }
+            if link.is_none() && self.elsewhere.len() >= ELSEWHERE_MAX {
+                guarded.refused += 1;
+                continue;
             }
             if link.is_none() && attached == AT_ONCE {
                 guarded.unguarded += 1;
@@ -93,8 +105,12 @@ impl Guards {
                 Err(error) => return Err(error),
             }
         }
-        self.clear_up(pins, slot, devices, &mut guarded)?;
         Ok(guarded)
+    }
+
+    /// How many are on devices in other network namespaces.
+    pub(super) fn elsewhere(&self) -> usize {
+        self.elsewhere.len()
     }
 
     /// Looks after the guards of devices that are not among `devices`.

@@ -223,6 +223,10 @@ impl Node {
         if all > DEVICES_MAX {
             return Err(EnrolError::TooManyDevices { found: all, most: DEVICES_MAX });
         }
+        if guarded.refused > 0 {
+            let elsewhere = known.links.guards.elsewhere();
+            return Err(EnrolError::TooManyElsewhere { elsewhere, refused: guarded.refused });
+        }
         if guarded.unguarded > 0 {
             return Err(EnrolError::Unguarded(guarded.unguarded));
         }

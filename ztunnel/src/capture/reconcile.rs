@@ -318,7 +318,9 @@ impl Node {
             }
             Err(error) => {
                 let news = match &error {
-                    EnrolError::TooManyDevices { .. } => !std::mem::replace(&mut known.closed, true),
+                    EnrolError::TooManyDevices { .. } | EnrolError::TooManyElsewhere { .. } => {
+                        !std::mem::replace(&mut known.closed, true)
+                    }
                     // What is left is looked at soon.
                     EnrolError::Unguarded(_) => std::mem::replace(&mut known.watched.announced, true),
                     _ => true,

@@ -29,6 +29,8 @@
 //! | frames that carry nothing | tunnel | 10000 at once, 500 a second and what there is reason for | GOAWAY (ENHANCE_YOUR_CALM), closed | |
 //! | work for what one source dials of a pod, or for what the pod dials | thread | 500 µs in a turn | others have their turn | |
 //! | accepted connections on their way to another thread | thread | 1024 | the accepting thread keeps them | |
+//! | devices of a captured pod | pod | 64 | closed until it has fewer | `ztunnel_capture_pods_closed` |
+//! | devices that were taken out of a captured pod into other network namespaces, and are guarded there | pod | 64, and those that are guarded by then | no further device of it is guarded; if it has one, closed until some are deleted | `ztunnel_capture_devices_left_total`, `ztunnel_capture_pods_closed` |
 //! | descriptors | process | RLIMIT_NOFILE | new connections are reset at once | `ztunnel_connections_turned_away_total` |
 //!
 //! So the daemon's memory is at most what it takes by itself, with the mesh it knows (20 MiB, and some KiB for every
@@ -47,6 +49,7 @@ pub const TUNNEL_COST: usize = 36 * 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::guards;
     use crate::hbone;
     use crate::net::budget::POD_PART;
     use crate::proxy::Config;
@@ -97,6 +100,8 @@ mod tests {
             ("frames that carry nothing", format!("{} at once", hbone::IDLE_FRAMES_MAX)),
             ("frames that carry nothing", format!("{} a second", hbone::IDLE_FRAMES_PER_SECOND)),
             ("work for what one source", format!("{} µs in a turn", SLICE.as_micros())),
+            ("devices of a captured pod", format!("| {} |", guards::DEVICES_MAX)),
+            ("devices that were taken", format!("| {}, and", guards::ELSEWHERE_MAX)),
             ("accepted connections", config.handover_max.to_string()),
         ] {
             let row = own.iter().find(|row| row.starts_with(&format!("| {what}")));

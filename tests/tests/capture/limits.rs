@@ -1,6 +1,8 @@
 //! A pod that has too much of something, or cannot be captured, harms itself alone: it is closed, the others are served.
 
 use aya::maps::{HashMap, Map, MapData};
+use aya::programs::{ProgramInfo, SkLookup, loaded_programs};
+use ztunnel::capture::guards::{DEVICES_MAX, ELSEWHERE_MAX};
 use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, Record, SLOTS, SlotAddress};
 
 use super::*;
@@ -139,19 +141,93 @@ fn a_pod_with_too_many_devices_is_closed_and_the_others_are_served() {
 }
 
 #[test]
-fn a_pod_for_which_there_is_no_slot_is_closed() {
+fn a_pod_that_goes_on_moving_devices_elsewhere_is_closed_and_its_guards_are_bounded() {
     let mut world = World::new();
-    let third = world.net.pod(4);
-    applications(&world, &third);
+    let hideout = Ns(format!("{}-x", world.enrolled.ns.0));
+    run(&format!("ip netns add {}", hideout.0));
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let directory = world.net.pins.join("v1/pods/0");
+        let guards = || std::fs::read_dir(&directory).expect("lists").count() - 1;
+        let guarded = |world: &mut World| {
+            // Some devices each time.
+            for _ in 0..4 {
+                world.node.reconcile();
+            }
+            let looked = eventually(PATIENCE, || {
+                let repairs = world.node.reconcile();
+                anyhow::ensure!(repairs.is_empty(), "{repairs:?}");
+                Ok(())
+            });
+            looked.unwrap_or_else(|error| panic!("{error:#}"));
+        };
+        // Twice as many as there may be, in all.
+        let rounds = 2 * (DEVICES_MAX + ELSEWHERE_MAX) / 40 + 1;
+        for round in 0..rounds {
+            batch(&world.enrolled, (0..20).map(|n| format!("link add a{n} type veth peer name b{n}")));
+            guarded(&mut world);
+            let devices = ["a", "b"].into_iter().flat_map(|side| (0..20).map(move |n| format!("{side}{n}")));
+            let moves =
+                devices.map(|device| format!("link set {device} netns {} name {device}r{round}", hideout.0));
+            batch(&world.enrolled, moves);
+            // That they are gone is heard of.
+            guarded(&mut world);
+            assert!(guards() < DEVICES_MAX + ELSEWHERE_MAX, "{} guards in round {round}", guards());
+        }
+        batch(&world.enrolled, std::iter::once("link add a0 type veth peer name b0".to_owned()));
+        let repairs = world.node.reconcile();
+        world.node.reconcile();
+        assert_eq!(world.node.closed(), 1, "{repairs:?}");
+        applications(&world, &world.enrolled);
+        connect(&world.enrolled, at(world.plain.v4, 9090)).expect_err("closed");
+        // What is no more takes no room, and it is served again.
+        run(&format!("ip netns del {}", hideout.0));
+        let served = eventually(PATIENCE, || {
+            world.node.reconcile();
+            anyhow::ensure!(world.node.closed() == 0, "it is still closed");
+            Ok(())
+        });
+        served.unwrap_or_else(|error| panic!("{error:#}"));
+        guarded(&mut world);
+        assert_eq!(guards(), 3, "of eth0 and the last two");
+        assert_eq!(
+            greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")),
+            "outbound"
+        );
+    }));
+    if outcome.is_err() {
+        let _gone = std::panic::catch_unwind(|| run(&format!("ip netns del {}", hideout.0)));
+    }
+    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+/// The records of the node's pods.
+fn records(world: &World) -> HashMap<MapData, u32, Record> {
     let map = MapData::from_pin(world.net.pins.join("v1/RECORDS")).expect("is pinned");
-    let mut records = HashMap::<_, u32, Record>::try_from(Map::HashMap(map)).expect("of that kind");
-    // As many pods as a node can have.
+    HashMap::try_from(Map::HashMap(map)).expect("of that kind")
+}
+
+/// As many pods as a node can have.
+fn fill(records: &mut HashMap<MapData, u32, Record>) {
     let model = records.get(&0, 0).expect("the enrolled pod's");
     for slot in 1..SLOTS {
         let mut record = Record { cookie: u64::MAX - u64::from(slot), netns_len: 0, ..model };
         record.uid[..4].copy_from_slice(&slot.to_be_bytes());
         records.insert(slot, record, 0).expect("room");
     }
+}
+
+fn empty(records: &mut HashMap<MapData, u32, Record>, keep: &[u32]) {
+    let slots: Vec<u32> = records.keys().flatten().filter(|slot| !keep.contains(slot)).collect();
+    slots.iter().for_each(|slot| records.remove(slot).expect("there"));
+}
+
+#[test]
+fn a_pod_for_which_there_is_no_slot_is_closed() {
+    let mut world = World::new();
+    let third = world.net.pod(4);
+    applications(&world, &third);
+    let mut records = records(&world);
+    fill(&mut records);
     world.node.bind(&spec(&third)).expect_err("there is no slot");
     is_closed(&world, &third);
     // Taken out of the mesh it is as without one.
@@ -169,5 +245,40 @@ fn a_pod_for_which_there_is_no_slot_is_closed() {
     assert_eq!(greeting(&connect(&world.plain, at(third.v6, 8080)).expect("captured")), "inbound");
     drop(captured);
     daemon.stop();
-    (1..SLOTS).filter(|slot| *slot != 7).for_each(|slot| records.remove(&slot).expect("there"));
+    empty(&mut records, &[0, 7]);
+}
+
+/// Attaches as many programs to a pod's namespace as it takes.
+fn crowd_out(pod: &Pod) -> SkLookup {
+    let lookup = |info: &ProgramInfo| info.name_as_str() == Some("steer");
+    let info = loaded_programs().flatten().find(lookup).expect("the enrolled pod's");
+    let mut program = SkLookup::from_program_info(info, "steer".into()).expect("it is one");
+    let netns = std::fs::File::open(pod.ns.path()).expect("opens");
+    while program.attach(&netns).is_ok() {}
+    program
+}
+
+#[test]
+fn a_pod_without_a_slot_that_could_be_closed_one_way_only_is_closed_later_and_let_go() {
+    let mut world = World::new();
+    let third = world.net.pod(4);
+    applications(&world, &third);
+    let mut records = records(&world);
+    fill(&mut records);
+    let out = at(world.plain.v4, 9090);
+    for then_close in [false, true] {
+        let crowd = crowd_out(&third);
+        world.node.bind(&spec(&third)).expect_err("there is no slot");
+        connect(&third, out).expect_err("this way it is closed");
+        drop(crowd);
+        if then_close {
+            world.node.bind(&spec(&third)).expect_err("there is no slot");
+            is_closed(&world, &third);
+        }
+        world.node.withdraw(&spec(&third).uid).expect("withdraws");
+        for (from, to) in [(&third, out), (&world.plain, at(third.v6, 8080))] {
+            assert_eq!(greeting(&connect(from, to).expect("is open")), "app");
+        }
+    }
+    empty(&mut records, &[0]);
 }

@@ -17,8 +17,16 @@ use crate::net::netns::Netns;
 pub(super) struct Unslotted {
     /// Of its namespace.
     cookie: u64,
-    /// What refuses connections to it.
-    _lookup: OwnedFd,
+    /// What refuses connections to it; none while that could not be attached.
+    lookup: Option<OwnedFd>,
+    /// One way at least could not be closed, the last time.
+    failing: bool,
+}
+
+impl Unslotted {
+    fn new(cookie: u64) -> Self {
+        Self { cookie, lookup: None, failing: false }
+    }
 }
 
 impl Node {
@@ -39,24 +47,41 @@ impl Node {
     }
 
     /// The same for one that there is no slot for: it is known by its namespace alone, and closed as long as we live.
+    /// What fails of it is tried again whenever the pod is, and whatever of it is done is undone when it is let go.
     pub(super) fn shut_without_slot(&mut self, uid: &PodUid, netns: &Netns, cookie: u64) {
-        if self.unslotted.get(uid).is_some_and(|known| known.cookie == cookie) {
-            return;
+        if self.unslotted.get(uid).is_some_and(|known| known.cookie != cookie) {
+            self.open_without_slot(uid);
         }
+        let known = self.unslotted.entry(uid.clone()).or_insert_with(|| Unslotted::new(cookie));
         let entry = PodEntry { slot: NO_SLOT, flags: 0 };
-        let lookup = (self.loader.object(NO_SLOT))
-            .and_then(|mut object| programs::load(&mut object, "steer"))
-            .and_then(|program| {
-                Ok(sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?)
-            });
-        if let Err(error) = self.maps.pods.insert(cookie, entry, 0) {
+        let marked = match self.maps.pods.get(&cookie, 0) {
+            Ok(found) if found == entry => Ok(()),
+            _ => self.maps.pods.insert(cookie, entry, 0),
+        };
+        known.lookup.take_if(|link| {
+            !sys::link_state(link.as_fd(), Attach::SkLookup).is_ok_and(|state| state.target == netns.id().1)
+        });
+        let lookup = match known.lookup.take() {
+            Some(lookup) => Ok(lookup),
+            None => (self.loader.object(NO_SLOT))
+                .and_then(|mut object| programs::load(&mut object, "steer"))
+                .and_then(|program| {
+                    Ok(sys::attach(program.as_fd(), netns.as_fd().as_raw_fd() as u32, Attach::SkLookup)?)
+                }),
+        };
+        // Of what goes on failing it is said once.
+        let told = std::mem::replace(&mut known.failing, marked.is_err() || lookup.is_err());
+        if let Err(error) = marked
+            && !told
+        {
             tracing::error!(pod = %uid, %error, "what the pod dials cannot be stopped");
         }
         match lookup {
-            Ok(lookup) => {
-                self.unslotted.insert(uid.clone(), Unslotted { cookie, _lookup: lookup });
+            Ok(lookup) => known.lookup = Some(lookup),
+            Err(error) if !told => {
+                tracing::error!(pod = %uid, %error, "what is dialled to the pod cannot be stopped");
             }
-            Err(error) => tracing::error!(pod = %uid, %error, "what is dialled to the pod cannot be stopped"),
+            Err(_) => {}
         }
     }
 

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, PROBED_PER_SLOT, PodEntry, Record};
 
@@ -25,7 +25,8 @@ use super::{Captured, Enrolled, Links, Node, PodSpec, host, listeners, programs,
 use crate::model::addr::{PodUid, canonical_ip};
 use crate::net::netns::Netns;
 
-/// How long a connection that the connect program has marked may take to send its SYN, on whatever machine.
+/// How long a connection that the connect program has marked may take to send its SYN, on whatever machine. Nothing in the
+/// kernel shows such a connection: it is in the midst of one system call.
 const MARKED_WITHIN: Duration = Duration::from_millis(10);
 
 impl Node {
@@ -304,12 +305,13 @@ impl Node {
         if !self.is_owner() {
             return swept;
         }
-        for (slot, record) in self.maps.recorded() {
-            let uid = uid_of(&record);
-            if keep.contains(&uid) || self.pods.contains_key(&uid) {
-                continue;
-            }
-            match self.dismantle(slot, &record) {
+        let mut over = self.maps.recorded();
+        over.retain(|(_, record)| {
+            let uid = uid_of(record);
+            !keep.contains(&uid) && !self.pods.contains_key(&uid)
+        });
+        for (uid, dismantled) in self.dismantle_all(over) {
+            match dismantled {
                 Ok(()) => swept.push(uid),
                 Err(error) => tracing::warn!(pod = %uid, %error, "cannot sweep a pod that is gone"),
             }
@@ -335,16 +337,30 @@ impl Node {
 
     /// The reverse of `redirect` as far as new connections are concerned.
     fn open_up(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
+        let marking = self.stop_marking(slot, record)?;
+        std::thread::sleep(left_to_wait([marking], Instant::now()));
+        self.stop_steering(slot, record)
+    }
+
+    /// Its first half: what the pod dials from now on goes its own way. Tells when that began, unless nothing that was
+    /// marked before can be on its way.
+    fn stop_marking(&mut self, slot: u32, record: &Record) -> Result<Option<Instant>, WithdrawError> {
         let here = self.pins.guarded(slot).into_iter().map(|device| self.pins.guard(slot, device));
         let elsewhere =
             self.pins.guarded_elsewhere(slot).into_iter().map(|link| self.pins.guard_elsewhere(slot, link));
         for guard in here.chain(elsewhere) {
             sys::detach(&guard).map_err(WithdrawError::step("the guard"))?;
         }
+        let marked = self.maps.pods.get(&record.cookie, 0).is_ok();
         absent(self.maps.pods.remove(&record.cookie))
             .map_err(WithdrawError::step("the connect program's entry"))?;
-        // A connection that was marked just before sends its SYN now, and nobody else than the lookup program takes it.
-        std::thread::sleep(MARKED_WITHIN);
+        // Nobody dials in a namespace that is gone.
+        Ok((marked && self.netns_of(record).is_some()).then(Instant::now))
+    }
+
+    /// Its second half. A connection that was marked just before sends its SYN meanwhile, and nobody else than the lookup
+    /// program takes it: so not before what [`left_to_wait`] says.
+    fn stop_steering(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
         self.maps.set_pod_ips(slot, &[]).map_err(WithdrawError::step("the map of pods"))?;
         sys::detach(&self.pins.lookup(slot)).map_err(WithdrawError::step("the lookup program"))?;
         self.maps.set_addresses(slot, &[]).map_err(WithdrawError::step("the map of addresses"))?;
@@ -353,9 +369,31 @@ impl Node {
         self.maps.records.insert(slot, record, 0).map_err(WithdrawError::step("the record"))
     }
 
+    /// [`Self::dismantle`] for many, which costs no more time than one. What comes of each.
+    pub(super) fn dismantle_all(
+        &mut self,
+        pods: Vec<(u32, Record)>,
+    ) -> Vec<(PodUid, Result<(), WithdrawError>)> {
+        let begun: Vec<_> =
+            pods.into_iter().map(|(slot, record)| (self.stop_marking(slot, &record), slot, record)).collect();
+        let marking = begun.iter().filter_map(|(marking, ..)| marking.as_ref().ok().copied());
+        std::thread::sleep(left_to_wait(marking, Instant::now()));
+        let mut done = Vec::with_capacity(begun.len());
+        for (marking, slot, record) in begun {
+            let dismantled = marking.and_then(|_| self.stop_steering(slot, &record));
+            done.push((uid_of(&record), dismantled.and_then(|()| self.clear(slot, &record))));
+        }
+        done
+    }
+
     /// All of a pod, whatever state it is in. Works when its namespace is gone.
     pub(super) fn dismantle(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
         self.open_up(slot, record)?;
+        self.clear(slot, record)
+    }
+
+    /// What is left of a pod that is opened up.
+    fn clear(&mut self, slot: u32, record: &Record) -> Result<(), WithdrawError> {
         if let Some(netns) = self.netns_of(record) {
             let undone = netns.run(|| {
                 routes::remove(&mut Netlink::open()?)?;
@@ -397,6 +435,12 @@ fn warn_of_unanswered_probes(pod: &PodSpec, captured: &Captured) {
              it will fail; give the pod a default route, or one to that address"
         );
     }
+}
+
+/// How long it is until of the pods that were marked until then nothing that is marked is on its way any more.
+fn left_to_wait(marked_until: impl IntoIterator<Item = Option<Instant>>, now: Instant) -> Duration {
+    let last = marked_until.into_iter().flatten().max();
+    last.map_or(Duration::ZERO, |last| (last + MARKED_WITHIN).saturating_duration_since(now))
 }
 
 /// What was not as it should be.
@@ -460,6 +504,18 @@ fn own_addresses(known: &[IpAddr], mut found: Vec<IpAddr>) -> (Vec<IpAddr>, usiz
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_pods_are_waited_for_together_and_those_that_nobody_dials_in_not_at_all() {
+        let now = Instant::now();
+        let millis = Duration::from_millis;
+        let ago = |ms| Some(now.checked_sub(millis(ms)).expect("the machine runs for longer"));
+        assert_eq!(left_to_wait([], now), Duration::ZERO);
+        assert_eq!(left_to_wait([None, None], now), Duration::ZERO);
+        assert_eq!(left_to_wait([Some(now)], now), MARKED_WITHIN);
+        assert_eq!(left_to_wait([ago(9), ago(4), None, ago(7)], now), millis(6));
+        assert_eq!(left_to_wait([ago(11)], now), Duration::ZERO);
+    }
 
     #[test]
     fn the_addresses_that_the_mesh_knows_have_room_first() {

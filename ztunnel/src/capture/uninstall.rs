@@ -7,7 +7,6 @@ use ztunnel_ebpf_abi::{STATE_GENERATION, STATE_MOUNTED};
 
 use super::error::WithdrawError;
 use super::maps::Maps;
-use super::node::uid_of;
 use super::pins::Pins;
 use super::programs::Loader;
 use super::reconcile::Watch;
@@ -86,10 +85,8 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
         };
         // A daemon that still runs stops writing.
         let _unwritten = node.maps.state.set(STATE_GENERATION, node.generation, 0);
-        for (slot, record) in node.maps.recorded() {
-            let pod = uid_of(&record);
-            node.dismantle(slot, &record)
-                .map_err(|source| UninstallError::Pod { pod: pod.clone(), source })?;
+        for (pod, dismantled) in node.dismantle_all(node.maps.recorded()) {
+            dismantled.map_err(|source| UninstallError::Pod { pod: pod.clone(), source })?;
             removed.pods.push(pod);
         }
     }

@@ -131,40 +131,51 @@ pub const KILLED_AFTER_TAKE_OVER: Story = Story {
     },
 };
 
+/// When a daemon is killed that takes over.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// It has served for so long.
+    Serves(Duration),
+    /// It or the one before it says this.
+    Says(&'static str),
+}
+
 /// Kills a daemon at many moments while the one before it drains; `works`: the pods are served.
 pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Result<()>) -> Result<String> {
-    /// After the start; after "ready".
-    const MOMENTS: [(bool, u64); 10] = [
-        (true, 0),
-        (true, 0),
-        (true, 20),
-        (true, 100),
-        (true, 1000),
+    const MOMENTS: [Moment; 9] = [
+        Moment::Serves(Duration::ZERO),
+        Moment::Serves(Duration::ZERO),
+        Moment::Serves(Duration::from_millis(100)),
+        Moment::Serves(Duration::from_secs(1)),
         // The linger is over.
-        (true, 4000),
-        (false, 60),
-        (false, 120),
-        (false, 180),
-        (false, 250),
+        Moment::Serves(Duration::from_secs(4)),
+        Moment::Says("taking over from a running daemon"),
+        Moment::Says("pod captured"),
+        Moment::Says("the node is handed over"),
+        Moment::Says("serving"),
     ];
     let (client, marker) = (world.client.clone(), marker());
     let mut slowest = Duration::ZERO;
     let watch = world.watch_link_for_clear("killed-after")?;
-    for (round, (ready, after)) in MOMENTS.into_iter().enumerate() {
+    for (round, moment) in MOMENTS.into_iter().enumerate() {
         let on = BOTH[round % 2];
-        let what = || {
-            format!(
-                "round {round} on {on:?}: killed {after} ms after {}",
-                if ready { "ready" } else { "its start" }
-            )
-        };
+        let what = || format!("round {round} on {on:?}: killed at {moment:?}");
         // What the first daemon drains.
         let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
+        let log = world.setting(on).log();
+        let mark = log.mark();
         let mut next = world.setting(on).start()?;
-        if ready {
-            next.wait_ready().with_context(what)?;
+        match moment {
+            Moment::Serves(period) => {
+                next.wait_ready().with_context(what)?;
+                if !period.is_zero() {
+                    throughout(period, || works(world)).with_context(what)?;
+                }
+            }
+            Moment::Says(words) => {
+                log.wait_line(mark, PATIENCE, words, |line| line.contains(words)).with_context(what)?;
+            }
         }
-        std::thread::sleep(Duration::from_millis(after));
         next.process().kill_9().with_context(what)?;
         let killed = Instant::now();
         drop(next);

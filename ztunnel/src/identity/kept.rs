@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use zeroize::Zeroizing;
@@ -77,8 +78,8 @@ pub fn load(path: &Path) -> Result<Vec<Credentials>, Unusable> {
 }
 
 /// Keeps in the file at `path` what `identities` can use, from now on until the drain begins: then the file is the next
-/// daemon's.
-pub fn keep(path: PathBuf, identities: Identities, mut signal: shutdown::Signal) {
+/// daemon's. Nothing is written any more once the task has ended.
+pub fn keep(path: PathBuf, identities: Identities, mut signal: shutdown::Signal) -> JoinHandle<()> {
     let keeping = async move {
         let (mut changes, mut retry) = (identities.changes(), RETRY.0);
         let mut kept: Option<Vec<String>> = None;
@@ -115,7 +116,7 @@ pub fn keep(path: PathBuf, identities: Identities, mut signal: shutdown::Signal)
             () = keeping => {}
             () = signal.draining() => {}
         }
-    });
+    })
 }
 
 /// Waits until it is time to look again. False where nothing more will change.

@@ -90,7 +90,7 @@ async fn what_can_be_used_is_kept_for_the_owner_alone_and_goes_with_its_workload
     // An interrupted write of another daemon is in nobody's way.
     fs::write(beside(&path), "torn").unwrap();
     let identities = worker::start(Arc::new(Near(Pki::new(), HOUR)), Trust::default(), signal.clone());
-    keep(path.clone(), identities.clone(), signal);
+    let keeping = keep(path.clone(), identities.clone(), signal);
     identities.retain([who()].into());
     eventually("the certificate is kept", || load(&path).is_ok_and(|held| held.len() == 1)).await;
     let mode = fs::metadata(&path).unwrap().permissions().mode();
@@ -102,9 +102,8 @@ async fn what_can_be_used_is_kept_for_the_owner_alone_and_goes_with_its_workload
     eventually("the certificate is kept again", || load(&path).is_ok_and(|held| held.len() == 1)).await;
     // What a daemon that drains knows no longer counts.
     trigger.drain();
-    sleep(Duration::from_millis(50)).await;
+    keeping.await.unwrap();
     identities.retain([].into());
-    sleep(GATHER * 2).await;
     assert!(path.exists());
     remove(&path).unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");

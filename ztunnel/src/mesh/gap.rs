@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 /// A new connection waits no longer for what is missing: a policy, a waypoint, a service, its own workload. Then it is
-/// refused.
+/// refused. If by then all has come that is known of, it waits until that is settled: for [`SETTLED_WITHIN`] more at most.
 pub const NEW_WITHIN: Duration = Duration::from_secs(2);
 
 /// An open connection is kept no longer while a policy is missing that its workload names. Then it is cut.

@@ -69,6 +69,8 @@ pub struct Mesh {
 #[derive(Debug, Clone, Copy)]
 pub struct PoliciesOf<'a> {
     mesh: &'a Mesh,
+    /// Where else those are looked for that the workload names and the mesh does not have.
+    newer: Option<&'a Mesh>,
     namespaced: &'a [Arc<Policy>],
     named: &'a [PolicyKey],
 }
@@ -76,14 +78,23 @@ pub struct PoliciesOf<'a> {
 impl<'a> PoliciesOf<'a> {
     /// Those that the mesh has.
     pub fn known(self) -> impl Iterator<Item = &'a Arc<Policy>> {
-        let named = self.named.iter().filter_map(|key| self.mesh.policies.get(key));
+        let named = self.named.iter().filter_map(move |key| self.find(key));
         self.mesh.global.iter().chain(self.namespaced).chain(named)
     }
 
     /// The first that the workload names and the mesh does not have. It may come yet: until then nobody knows what it
     /// says.
     pub fn missing(self) -> Option<&'a PolicyKey> {
-        self.named.iter().find(|key| self.mesh.policies.get(*key).is_none())
+        self.named.iter().find(|key| self.find(key).is_none())
+    }
+
+    /// The same, with those that were missing and have come since: `newer` is a later version of the mesh.
+    pub fn completed_by(self, newer: &'a Mesh) -> Self {
+        Self { newer: Some(newer), ..self }
+    }
+
+    fn find(self, key: &PolicyKey) -> Option<&'a Arc<Policy>> {
+        self.mesh.policies.get(key).or_else(|| self.newer?.policies.get(key))
     }
 }
 
@@ -210,7 +221,7 @@ impl Mesh {
     /// names.
     pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> PoliciesOf<'a> {
         let namespaced = self.by_namespace.get(&workload.namespace).map(|list| &list[..]).unwrap_or_default();
-        PoliciesOf { mesh: self, namespaced, named: &workload.policies }
+        PoliciesOf { mesh: self, newer: None, namespaced, named: &workload.policies }
     }
 
     /// Whether any policy is on trial only.

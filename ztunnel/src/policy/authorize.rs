@@ -85,21 +85,19 @@ impl Decision {
 }
 
 /// Whether a decision holds at once that was made amid changes: `now` is what the newest version of the mesh says, and
-/// `before` what the last one said of which all parts had come, if it knew the workload.
+/// `before` what the last one said of which all parts had come, if it knew the workload. Policies that `before` lacked
+/// and that have come since belong to it: with them it may be decided.
 ///
 /// Changes that belong together come in several parts and in any order, and what is decided between two of them is
 /// nobody's wish: a policy that is replaced by another is gone for a moment, and so is one that comes to apply in
-/// another way. What both versions agree on holds; with what they do not, or with a workload that is new amid changes,
-/// the last part is waited for.
+/// another way, and one that the workload no longer names because another takes its place. What both versions agree on
+/// holds; with what they do not, or with a workload that is new amid changes, the last part is waited for.
 pub fn is_settled(before: Option<&Decision>, now: &Decision) -> bool {
-    match (before, now) {
-        (_, Decision::Undecided(_)) | (None, _) => false,
-        (Some(Decision::Undecided(_)), _)
-        | (Some(Decision::Permitted(_)), Decision::Permitted(_))
-        | (Some(Decision::Denied(_)), Decision::Denied(_)) => true,
-        (Some(Decision::Permitted(_)), Decision::Denied(_))
-        | (Some(Decision::Denied(_)), Decision::Permitted(_)) => false,
-    }
+    matches!(
+        (before, now),
+        (Some(Decision::Permitted(_)), Decision::Permitted(_))
+            | (Some(Decision::Denied(_)), Decision::Denied(_))
+    )
 }
 
 /// What would have become of a connection if the policies on trial had decided, too.

@@ -24,6 +24,7 @@ use tokio::time::sleep_until;
 use crate::mesh::MeshReader;
 use crate::mesh::gap::NEW_WITHIN;
 use crate::mesh::gap::OPEN_WITHIN;
+use crate::mesh::gap::SETTLED_WITHIN;
 use crate::mesh::index::Mesh;
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Workload;
@@ -73,6 +74,14 @@ pub struct Admission {
     pub workload: Arc<Workload>,
     /// Whether it may proceed.
     pub decided: Result<Permit, Denial>,
+}
+
+/// A new connection of which nothing is decided.
+struct Undecided {
+    /// What becomes of it if nothing more comes: it is refused, or nobody knows the workload.
+    refused: Option<Admission>,
+    /// Whether it waits only for the newest version of the mesh to be settled.
+    is_unsettled: bool,
 }
 
 /// Tells if policies on trial would have decided otherwise.
@@ -252,13 +261,15 @@ impl Live {
 
     async fn admit_later(&self, mut mesh: MeshReader, facts: &Facts) -> Option<Admission> {
         let mut settled = self.settled.subscribe();
-        let until = Instant::now() + NEW_WITHIN;
+        let began = Instant::now();
         loop {
             settled.mark_unchanged();
-            let last = match self.try_admit(mesh.latest(), facts) {
+            let undecided = match self.try_admit(mesh.latest(), facts) {
                 Ok(admission) => return Some(admission),
-                Err(last) => last,
+                Err(undecided) => undecided,
             };
+            // All parts may have come, and only that none follows is not known yet.
+            let patience = if undecided.is_unsettled { NEW_WITHIN + SETTLED_WITHIN } else { NEW_WITHIN };
             let changed = async {
                 tokio::select! {
                     true = mesh.changed() => {}
@@ -266,24 +277,31 @@ impl Live {
                     else => std::future::pending().await,
                 }
             };
-            if tokio::time::timeout_at(until, changed).await.is_err() {
-                return last;
+            if tokio::time::timeout_at(began + patience, changed).await.is_err() {
+                return undecided.refused;
             }
         }
     }
 
-    /// What is decided of the connection; else what is if nothing more comes.
-    fn try_admit(&self, mesh: Arc<Mesh>, facts: &Facts) -> Result<Admission, Option<Admission>> {
-        let Some(workload) = mesh.workload(&facts.workload).cloned() else { return Err(None) };
-        let (decided, is_final) = match judge(&self.settled.borrow(), &mesh, facts) {
-            Verdict::Gone => return Err(None),
-            Verdict::Permitted(permit) => (Ok(permit), true),
-            Verdict::Denied(denial) => (Err(denial), true),
-            Verdict::Missing(missing) => (Err(Denial::UnknownPolicy(missing)), false),
-            Verdict::Unsettled(newest) => (newest, false),
-        };
-        let admission = Admission { mesh, workload, decided };
-        if is_final { Ok(admission) } else { Err(Some(admission)) }
+    /// What is decided of the connection, if anything is.
+    fn try_admit(&self, mesh: Arc<Mesh>, facts: &Facts) -> Result<Admission, Undecided> {
+        let unknown = Undecided { refused: None, is_unsettled: false };
+        let Some(workload) = mesh.workload(&facts.workload).cloned() else { return Err(unknown) };
+        let verdict = judge(&self.settled.borrow(), &mesh, facts);
+        let decided = |decided| Admission { mesh, workload, decided };
+        match verdict {
+            Verdict::Gone => Err(unknown),
+            Verdict::Permitted(permit) => Ok(decided(Ok(permit))),
+            Verdict::Denied(denial) => Ok(decided(Err(denial))),
+            Verdict::Missing(missing) => {
+                let refused = decided(Err(Denial::UnknownPolicy(missing)));
+                Err(Undecided { refused: Some(refused), is_unsettled: false })
+            }
+            Verdict::Unsettled(denial) => {
+                let refused = denial.map(|denial| decided(Err(denial)));
+                Err(Undecided { refused, is_unsettled: true })
+            }
+        }
     }
 
     /// Judges all again after every change of what policies a workload has, and those that are not decided after every

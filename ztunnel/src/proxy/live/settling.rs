@@ -70,8 +70,9 @@ pub(super) enum Verdict {
     Denied(Denial),
     /// The workload names a policy that the mesh does not have (yet).
     Missing(PolicyKey),
-    /// The newest version and the settled one do not say the same: the newest says this.
-    Unsettled(Result<Permit, Denial>),
+    /// The newest version and the settled one do not say the same: one of them refuses it so, or the settled one does not
+    /// know the workload.
+    Unsettled(Option<Denial>),
     /// The mesh does not have the workload (any more), and so says nothing of its connections.
     Gone,
 }
@@ -79,11 +80,15 @@ pub(super) enum Verdict {
 /// Judges a connection by the newest version of the mesh and the settled one.
 pub(super) fn judge(settled: &Mesh, mesh: &Mesh, facts: &Facts) -> Verdict {
     let Some(now) = decide(mesh, facts) else { return Verdict::Gone };
-    let is_same = settled.authorization_version() == mesh.authorization_version();
-    let is_settled = is_same || is_settled(decide(settled, facts).as_ref(), &now);
+    if settled.authorization_version() != mesh.authorization_version() {
+        let before = decide_before(settled, mesh, facts);
+        if !matches!(now, Decision::Undecided(_)) && !is_settled(before.as_ref(), &now) {
+            let refused = |decision: Decision| decision.last().err();
+            return Verdict::Unsettled(refused(now).or_else(|| refused(before?)));
+        }
+    }
     match now {
         Decision::Undecided(missing) => Verdict::Missing(missing),
-        now if !is_settled => Verdict::Unsettled(now.last()),
         Decision::Permitted(permit) => Verdict::Permitted(permit),
         Decision::Denied(denial) => Verdict::Denied(denial),
     }
@@ -91,5 +96,12 @@ pub(super) fn judge(settled: &Mesh, mesh: &Mesh, facts: &Facts) -> Verdict {
 
 fn decide(mesh: &Mesh, facts: &Facts) -> Option<Decision> {
     let policies = mesh.policies_of(mesh.workload(&facts.workload)?);
+    Some(authorize(policies.known(), policies.missing(), &facts.inbound()))
+}
+
+/// What the settled version says, with those of its policies that had not come then and have come since. With nothing
+/// else: what the workload names now, or no longer, is for the newest version to say.
+fn decide_before(settled: &Mesh, newest: &Mesh, facts: &Facts) -> Option<Decision> {
+    let policies = settled.policies_of(settled.workload(&facts.workload)?).completed_by(newest);
     Some(authorize(policies.known(), policies.missing(), &facts.inbound()))
 }

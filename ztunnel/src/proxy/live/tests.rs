@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use super::*;
 use crate::mesh::MeshChange;
 use crate::mesh::MeshWriter;
+use crate::mesh::gap::SETTLED_AFTER;
 use crate::mesh::gap::SETTLED_WITHIN;
 use crate::mesh::mesh;
 use crate::model::policy::Action;
@@ -181,13 +182,66 @@ fn a_policy_may_go_before_the_workload_stops_to_name_it() {
             (*open.borrow(), *new.borrow(), *plain.borrow()),
             (Outcome::Open, Outcome::Waiting, Outcome::Waiting)
         );
+        // That may be a part of more: of another policy that is to come, say.
         thread.writer.apply([server(vec![])]);
         moment().await;
+        assert_eq!((*open.borrow(), *new.borrow()), (Outcome::Open, Outcome::Waiting));
+        sleep(SETTLED_AFTER).await;
         assert_eq!(
             (*open.borrow(), *new.borrow(), *plain.borrow()),
             (Outcome::Open, Outcome::Open, Outcome::Open)
         );
     });
+}
+
+/// Before, nobody is let in, as a policy is missing; after, the client is not, as another denies it. Between the two parts
+/// of the change there is neither.
+#[test]
+fn a_policy_that_is_no_longer_missed_lets_nobody_in_before_its_successor_comes() {
+    for (without, also) in [
+        // The workload stops to name it.
+        (vec![server(vec![])], None),
+        // It comes, and in the same part one goes that let only others in.
+        (vec![policy(0, Rules { clients: 0, ..STRICT }), MeshChange::RemovePolicy(key(1))], Some(1)),
+    ] {
+        run(async {
+            let mut thread = Thread::start(&State::new());
+            let others = Rules { scope: Scope::Namespace, action: Action::Allow, clients: 1 };
+            thread.writer.apply(also.map(|name| policy(name, others)));
+            thread.writer.apply([server(vec![key(0)])]);
+            sleep(SETTLED_WITHIN).await;
+            let waiting = thread.connect(PLAIN);
+            moment().await;
+            thread.writer.apply(without);
+            let between = thread.connect(PLAIN);
+            sleep(SETTLED_AFTER - Duration::from_millis(10)).await;
+            assert_eq!((*waiting.borrow(), *between.borrow()), (Outcome::Waiting, Outcome::Waiting));
+            thread.writer.apply([policy(2, Rules { scope: Scope::Namespace, ..STRICT })]);
+            sleep(SETTLED_WITHIN).await;
+            assert_eq!((*waiting.borrow(), *between.borrow()), (Outcome::Refused, Outcome::Refused));
+        });
+    }
+}
+
+/// When the patience with a missing policy ends in the midst of a change, the rest of it is waited for, too.
+#[test]
+fn the_end_of_the_patience_decides_nothing_between_two_parts() {
+    for (last, plain) in [(None, Outcome::Open), (Some(STRICT), Outcome::Refused)] {
+        run(async {
+            let mut thread = Thread::start(&State::new());
+            thread.writer.apply([server(vec![key(0)])]);
+            sleep(SETTLED_WITHIN).await;
+            let new = thread.connect(PLAIN);
+            sleep(NEW_WITHIN - Duration::from_millis(100)).await;
+            thread.writer.apply([server(vec![])]);
+            sleep(Duration::from_millis(200)).await;
+            assert_eq!(*new.borrow(), Outcome::Waiting);
+            let last = last.map(|rules| policy(1, Rules { scope: Scope::Namespace, ..rules }));
+            thread.writer.apply(last);
+            sleep(SETTLED_WITHIN).await;
+            assert_eq!(*new.borrow(), plain);
+        });
+    }
 }
 
 #[test]
@@ -263,6 +317,9 @@ fn some_state() -> impl Strategy<Value = State> {
     prop::collection::btree_map(0..4_usize, some_rules(), 0..4)
 }
 
+/// The name of a policy that never comes.
+const NEVER: usize = 9;
+
 /// All that has to be said to make one of the other, in the order in which istiod says it: workloads, then policies.
 fn changes(from: &State, to: &State) -> Vec<MeshChange> {
     let mut changes = Vec::new();
@@ -280,7 +337,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// From one mesh to another in all orders, in one piece or in many, with a pause after each. The workload itself
-    /// may go in the midst of it and come back.
+    /// may go in the midst of it and come back. At first it may name a policy that never comes: then nobody is let in.
     #[test]
     fn no_order_cuts_who_may_stay_or_lets_in_who_may_not(
         from in some_state(),
@@ -289,8 +346,12 @@ proptest! {
         splits in prop::collection::vec(any::<bool>(), 6),
         pauses in prop::collection::vec(0..140_u64, 7),
         goes in prop::option::weighted(0.2, 0..6_usize),
+        lacks in prop::bool::weighted(0.3),
     ) {
         let mut left = changes(&from, &to);
+        if lacks && !left.contains(&server(named(&to))) {
+            left.push(server(named(&to)));
+        }
         let mut pieces: Vec<Vec<MeshChange>> = vec![Vec::new()];
         for at in 0.. {
             if left.is_empty() { break }
@@ -306,6 +367,11 @@ proptest! {
         let found = Rc::clone(&wrong);
         run(async {
             let mut thread = Thread::start(&from);
+            if lacks {
+                thread.writer.apply([server([named(&from), vec![key(NEVER)]].concat())]);
+                sleep(SETTLED_WITHIN).await;
+            }
+            let lets_in_before = |client| !lacks && lets_in(&from, client);
             let mut connections = Vec::new();
             let mut connect = |thread: &Thread, when: String| {
                 for client in 0..CLIENTS {
@@ -326,12 +392,12 @@ proptest! {
             moment().await;
             for (when, client, outcome) in connections {
                 let outcome = *outcome.borrow();
-                let right = match (lets_in(&from, client), lets_in(&to, client), &*when) {
+                let right = match (lets_in_before(client), lets_in(&to, client), &*when) {
                     (_, false, "in the end") | (false, false, _) => outcome == Outcome::Refused,
                     (_, true, "in the end") | (true, true, _) => outcome == Outcome::Open,
                     (true, false, "before") => outcome == Outcome::Cut,
                     (true, false, _) => matches!(outcome, Outcome::Cut | Outcome::Refused),
-                    (false, true, "before") => outcome == Outcome::Refused,
+                    (false, true, "before") if !lacks => outcome == Outcome::Refused,
                     (false, true, _) => matches!(outcome, Outcome::Open | Outcome::Refused),
                 };
                 if !right {

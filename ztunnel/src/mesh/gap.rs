@@ -10,7 +10,9 @@ use std::time::Duration;
 /// refused. If by then all has come that is known of, it waits until that is settled: for [`SETTLED_WITHIN`] more at most.
 pub const NEW_WITHIN: Duration = Duration::from_secs(2);
 
-/// An open connection is kept no longer while a policy is missing that its workload names. Then it is cut.
+/// An open connection is kept no longer while a policy is missing that its workload names. Then it is cut. A policy that
+/// comes and goes gives it no more time than it was there: a connection is cut once one was missing for so much longer
+/// than none was.
 pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// Policies have changed, and so have those that workloads name, when no such change has come for so long.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::sync::watch;
@@ -134,7 +135,7 @@ pub struct Live {
 struct Entries {
     next: u64,
     open: HashMap<u64, Entry>,
-    /// Those of which the mesh has not decided yet what becomes of them. Few, and none as a rule.
+    /// Those of which the mesh has not decided yet what becomes of them, or had not a while ago. Few, and none as a rule.
     pending: HashMap<u64, Pending>,
 }
 
@@ -146,13 +147,51 @@ struct Entry {
     cut: oneshot::Sender<Cut>,
 }
 
-/// What a connection waits for that is not decided.
+/// What a connection is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pending {
-    /// A policy, until then.
-    Policy(Instant),
-    /// Something that comes by itself, or never will: then the connection stays.
-    Mesh,
+enum State {
+    /// A policy is missing: it uses up the patience with it.
+    Missing,
+    /// Something comes by itself, or never will: then the connection stays.
+    Unsettled,
+    /// All that is known permits it, and all is known.
+    Permitted,
+}
+
+/// A connection that is not decided, or was not a while ago.
+///
+/// The patience with it does not begin anew each time it was decided for a moment, or a control plane that flaps would
+/// keep it open for ever: it comes back as slowly as it was used up. So a connection is cut once a policy was missing for
+/// [`OPEN_WITHIN`] longer than none was, taken together.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    state: State,
+    /// Since then.
+    since: Instant,
+    /// What was left of the patience then.
+    left: Duration,
+}
+
+impl Pending {
+    /// One of which nothing was missing until `now`.
+    fn new(now: Instant) -> Self {
+        Self { state: State::Permitted, since: now, left: OPEN_WITHIN }
+    }
+
+    /// What is left of the patience at `now`.
+    fn left(&self, now: Instant) -> Duration {
+        let passed = now.saturating_duration_since(self.since);
+        match self.state {
+            State::Missing => self.left.saturating_sub(passed),
+            State::Unsettled => self.left,
+            State::Permitted => (self.left + passed).min(OPEN_WITHIN),
+        }
+    }
+
+    /// When the patience ends.
+    fn due(&self) -> Option<Instant> {
+        (self.state == State::Missing).then(|| self.since + self.left)
+    }
 }
 
 impl Entries {
@@ -170,34 +209,26 @@ impl Entries {
     /// Judges the connection, if it is still open.
     fn judge(&mut self, key: u64, settled: &Mesh, mesh: &Mesh, now: Instant) {
         let Some(entry) = self.open.get(&key) else { return };
-        match judge(settled, mesh, &entry.facts) {
-            Verdict::Permitted(_) => {
-                self.pending.remove(&key);
+        let left = self.pending.get(&key).copied().unwrap_or_else(|| Pending::new(now)).left(now);
+        let state = match judge(settled, mesh, &entry.facts) {
+            Verdict::Denied(denial) => return self.cut(key, denial),
+            Verdict::Missing(missing) if left.is_zero() => {
+                return self.cut(key, Denial::UnknownPolicy(missing));
             }
-            Verdict::Denied(denial) => self.cut(key, denial),
-            Verdict::Unsettled(_) | Verdict::Gone => {
-                self.pending.insert(key, Pending::Mesh);
-            }
-            Verdict::Missing(missing) => {
-                let until = match self.pending.get(&key) {
-                    Some(Pending::Policy(until)) => *until,
-                    Some(Pending::Mesh) | None => now + OPEN_WITHIN,
-                };
-                if until <= now {
-                    return self.cut(key, Denial::UnknownPolicy(missing));
-                }
-                self.pending.insert(key, Pending::Policy(until));
-            }
+            Verdict::Missing(_) => State::Missing,
+            Verdict::Unsettled(_) | Verdict::Gone => State::Unsettled,
+            Verdict::Permitted(_) => State::Permitted,
+        };
+        if state == State::Permitted && left == OPEN_WITHIN {
+            self.pending.remove(&key);
+        } else {
+            self.pending.insert(key, Pending { state, since: now, left });
         }
     }
 
     /// When the patience with the first of them ends.
     fn due(&self) -> Option<Instant> {
-        let policies = self.pending.values().filter_map(|pending| match pending {
-            Pending::Policy(until) => Some(*until),
-            Pending::Mesh => None,
-        });
-        policies.min()
+        self.pending.values().filter_map(Pending::due).min()
     }
 }
 

@@ -267,6 +267,65 @@ fn a_policy_that_never_comes_is_waited_for_only_so_long() {
     });
 }
 
+/// A policy that comes and goes: it is missing for so long, then for so long it is not, and so on. Says after what time
+/// the open connection was cut, if it was.
+fn cut_while_it_flaps(missing: Duration, there: Duration, back: fn() -> MeshChange) -> Option<Duration> {
+    let mut cut = None;
+    run(async {
+        let mut thread = Thread::start(&State::from([(0, ALLOW_ALL)]));
+        let open = thread.connect(0);
+        moment().await;
+        let began = Instant::now();
+        let flap = async {
+            while began.elapsed() < 20 * OPEN_WITHIN {
+                thread.writer.apply([MeshChange::RemovePolicy(key(0)), server(vec![key(0)])]);
+                sleep(missing).await;
+                thread.writer.apply([back()]);
+                sleep(there).await;
+            }
+        };
+        let ended = async {
+            while *open.borrow() != Outcome::Cut {
+                sleep(Duration::from_millis(10)).await;
+            }
+            began.elapsed()
+        };
+        cut = tokio::select! {
+            () = flap => None,
+            after = ended => Some(after),
+        };
+    });
+    cut
+}
+
+#[test]
+fn a_policy_that_flaps_keeps_nobody_for_ever() {
+    let seconds = Duration::from_secs_f64;
+    let comes: fn() -> MeshChange = || policy(0, ALLOW_ALL);
+    // Here the workload only stops to name it for a moment, and here it goes itself.
+    let unnamed: fn() -> MeshChange = || server(vec![]);
+    let gone: fn() -> MeshChange = || MeshChange::RemoveWorkload("server".into());
+    for (missing, there, back, within) in [
+        (9.0, 0.1, comes, Some(11.0)),
+        (9.0, 0.1, unnamed, Some(11.0)),
+        (9.0, 0.1, gone, Some(11.0)),
+        (2.0, 1.0, comes, Some(30.0)),
+        (0.2, 0.1, unnamed, Some(31.0)),
+        // Somebody who changes policies again and again, and is done each time.
+        (2.0, 3.0, comes, None),
+        (0.1, 5.0, comes, None),
+    ] {
+        let cut = cut_while_it_flaps(seconds(missing), seconds(there), back);
+        match (within, cut) {
+            (None, None) => {}
+            (Some(within), Some(cut)) => {
+                assert!((OPEN_WITHIN..=seconds(within)).contains(&cut), "{missing} {there}: {cut:?}");
+            }
+            (within, cut) => panic!("{missing} {there}: cut after {cut:?}, expected after {within:?}"),
+        }
+    }
+}
+
 #[test]
 fn a_workload_that_goes_and_comes_is_judged_when_it_comes() {
     run(async {

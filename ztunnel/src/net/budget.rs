@@ -8,7 +8,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::Future;
+use std::future::poll_fn;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -350,6 +353,16 @@ impl Holder {
     /// Whose it is.
     pub fn share(&self) -> &Arc<Share> {
         &self.slot.share
+    }
+
+    /// Waits for `future`, unless it has to give way meanwhile: then that is dropped.
+    pub async fn run<T>(&self, future: impl Future<Output = T>) -> Result<T, Shed> {
+        let mut future = pin!(future);
+        poll_fn(|cx| match self.poll_shed(cx) {
+            Poll::Ready(shed) => Poll::Ready(Err(shed)),
+            Poll::Pending => future.as_mut().poll(cx).map(Ok),
+        })
+        .await
     }
 
     /// Ready when it has to give way.

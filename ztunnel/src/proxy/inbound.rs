@@ -286,7 +286,7 @@ pub enum StreamFailure {
     /// It broke later.
     #[error(transparent)]
     Relay(RelayError),
-    /// It had to give way while the application was being dialled.
+    /// It had to give way before it was connected.
     #[error(transparent)]
     Shed(Shed),
 }
@@ -312,9 +312,9 @@ impl StreamFailure {
             | Self::TooMany(_)
             | Self::UnknownWorkload(_)
             | Self::Shed(_)
-            | Self::Delivery(DeliveryError::Connect { .. } | DeliveryError::Timeout { .. }) => {
-                Some(Refusal::Unavailable)
-            }
+            | Self::Delivery(
+                DeliveryError::Connect { .. } | DeliveryError::Timeout { .. } | DeliveryError::Shed(_),
+            ) => Some(Refusal::Unavailable),
             Self::Delivery(DeliveryError::Copy(_)) | Self::Abandoned(_) | Self::Relay(_) => None,
         }
     }
@@ -537,9 +537,10 @@ pub(super) async fn admit(
         return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
     let holder = pod.connection_holder_for(caller.client.0.ip());
-    let uid = match pod.workload(&shard.mesh).await {
-        Ok(uid) => uid,
-        Err(unknown) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
+    let uid = match holder.run(pod.workload(&shard.mesh)).await {
+        Ok(Ok(uid)) => uid,
+        Ok(Err(unknown)) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
+        Err(shed) => return refuse(Some(authority), StreamFailure::Shed(shed)),
     };
     let (client, local) = (caller.client.0.ip(), caller.local.ip());
     let asked = Asked {
@@ -550,10 +551,12 @@ pub(super) async fn admit(
         host: asker.host(),
         namespace: caller.identity.namespace(),
     };
-    let Arrival { to, service, announce } = match arrival(shard, &uid, &asked).await {
-        Ok(arrival) => arrival,
-        Err(failure) => return refuse(Some(authority), failure),
-    };
+    let arrived = holder.run(arrival(shard, &uid, &asked)).await;
+    let Arrival { to, service, announce } =
+        match arrived.unwrap_or_else(|shed| Err(StreamFailure::Shed(shed))) {
+            Ok(arrival) => arrival,
+            Err(failure) => return refuse(Some(authority), failure),
+        };
     if !pod.offers(to.port()) {
         return refuse(Some(authority), StreamFailure::NotOffered(to));
     }
@@ -564,9 +567,13 @@ pub(super) async fn admit(
         destination: to,
     };
     let mut registered = shard.live.register(facts.clone(), caller.tunnel);
-    let Some(admission) = shard.live.admit(&shard.mesh, &facts).await else {
-        let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
-        return refuse(Some(authority), unknown);
+    let admission = match holder.run(shard.live.admit(&shard.mesh, &facts)).await {
+        Ok(Some(admission)) => admission,
+        Ok(None) => {
+            let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
+            return refuse(Some(authority), unknown);
+        }
+        Err(shed) => return refuse(Some(authority), StreamFailure::Shed(shed)),
     };
     let Admission { mesh, workload, decided: permit } = admission;
     let parties = Parties {

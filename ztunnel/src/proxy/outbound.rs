@@ -50,6 +50,8 @@ use crate::model::identity::SpiffeId;
 use crate::model::service::Service;
 use crate::model::workload::Named;
 use crate::model::workload::Workload;
+use crate::net::budget::Holder;
+use crate::net::budget::Shed;
 use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::Holders;
@@ -175,6 +177,9 @@ pub enum OutboundError {
     /// The application gave up while its connection was being made.
     #[error("the client disconnected before it was connected")]
     Abandoned(#[source] io::Error),
+    /// It had to give way while it was being made.
+    #[error(transparent)]
+    Shed(Shed),
     /// It was cut, as the peer is no longer who it was.
     #[error("connection closed because a certificate of the HBONE peer was revoked")]
     Revoked,
@@ -207,7 +212,7 @@ impl Ending for OutboundError {
                 _ => ResponseFlag::Connect,
             },
             Self::Revoked => ResponseFlag::Revoked,
-            Self::Abandoned(_) | Self::Relay(_) | Self::Copy(_) => ResponseFlag::None,
+            Self::Abandoned(_) | Self::Shed(_) | Self::Relay(_) | Self::Copy(_) => ResponseFlag::None,
         }
     }
 
@@ -223,6 +228,7 @@ impl Ending for OutboundError {
             | Self::Dial(_)
             | Self::Beyond { .. }
             | Self::BeyondRefused { .. }
+            | Self::Shed(_)
             | Self::Revoked
             | Self::Unanswered { .. }
             | Self::Silent { .. }
@@ -330,9 +336,10 @@ async fn establish(
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
-    let uid = match pod.workload(&shard.mesh).await {
-        Ok(uid) => uid,
-        Err(unknown) => return refuse(dst, &unknown),
+    let uid = match holder.run(pod.workload(&shard.mesh)).await {
+        Ok(Ok(uid)) => uid,
+        Ok(Err(unknown)) => return refuse(dst, &unknown),
+        Err(shed) => return refuse(dst, &shed),
     };
     let mesh = shard.mesh.snapshot();
     let Some(source) = mesh.workload(&uid).cloned() else {
@@ -341,28 +348,7 @@ async fn establish(
     let roll = rand::random();
     let planned = plan(&mesh, &source, dst, roll).map_err(OutboundError::NoRoute);
     drop(mesh);
-    let planned = match (shard.mesh.demand(), planned) {
-        (Some(demand), planned) => resolve(demand, &shard.mesh, &source, dst, planned).await,
-        (None, planned) => planned,
-    };
-    let planned =
-        if is_missing(&planned) { later(&shard.mesh, &uid, dst, roll, planned).await } else { planned };
-    let planned = match planned {
-        Ok(Plan::Named { destination, port, service }) => {
-            let host = &destination.hostname;
-            let found = shard
-                .names
-                .look_up(host, &source)
-                .await
-                .map_err(|source| OutboundError::Name { host: Arc::clone(host), source });
-            found.and_then(|addresses| {
-                let plan = named(&destination, port, &service, &addresses, dst.0.ip().to_canonical(), roll);
-                let nowhere = || OutboundError::Name { host: Arc::clone(host), source: NoAddress::Nothing };
-                plan.ok_or_else(nowhere)?.map_err(OutboundError::NoRoute)
-            })
-        }
-        planned => planned,
-    };
+    let planned = unless_shed(&holder, complete(&shard, &uid, &source, dst, roll, planned)).await;
     let told = |parties: Parties, destination, hbone: Option<Authority>| {
         let addresses = Addresses { source: client.0, destination, hbone };
         shard.tally(&pod, parties, addresses, Some(dst), destination)
@@ -386,7 +372,7 @@ async fn establish(
             }
             let tally = told(parties, peer.0, Some(target.into()));
             if let Some(to) = neighbour {
-                match near::open(&shard, &to, &route, &mut application).await {
+                match unless_shed(&holder, near::open(&shard, &to, &route, &mut application)).await {
                     Ok(opened) => {
                         let connection = Box::new(near::Connection::new(application, holder, tally, opened));
                         return Some(Connected::Near { connection, admitted });
@@ -395,7 +381,7 @@ async fn establish(
                 }
                 return None;
             }
-            match open(&shard, route, &mut application).await {
+            match unless_shed(&holder, open(&shard, route, &mut application)).await {
                 Ok(Opened { lease, halves, early }) => {
                     tally.0.received(early.bytes() as u64);
                     let application = (application, Application::Client);
@@ -424,7 +410,8 @@ async fn establish(
             let pod = Arc::clone(&pod);
             let route = double::Route { pod, source, client, gateway, expect, service, asked };
             // In a box of its own: few connections go there.
-            match Box::pin(double::open(&shard, &route, &mut application)).await {
+            let opened = Box::pin(double::open(&shard, &route, &mut application));
+            match unless_shed(&holder, opened).await {
                 Ok(double::Opened { around, opened: Opened { lease, halves, early }, baggage }) => {
                     // Who it is, only those know who are there.
                     parties.destination_identity = lease.peer().cloned();
@@ -455,7 +442,7 @@ async fn establish(
             let destination_identity = destination.as_ref().map(|destination| destination.identity.clone());
             let tally =
                 told(Parties { source, destination, destination_identity, service, ..unknown }, to, None);
-            match dial(&shard, &pod, to).await {
+            match unless_shed(&holder, dial(&shard, &pod, to)).await {
                 Ok(server) => {
                     let relay = copy::Relay::new(
                         application,
@@ -479,6 +466,37 @@ async fn establish(
         }
     }
     None
+}
+
+/// Waits for what a connection needs to be made, unless it has to give way meanwhile.
+async fn unless_shed<T>(
+    holder: &Holder,
+    future: impl Future<Output = Result<T, OutboundError>>,
+) -> Result<T, OutboundError> {
+    holder.run(future).await.unwrap_or_else(|shed| Err(OutboundError::Shed(shed)))
+}
+
+/// Finds out what `planned` lacks.
+async fn complete(
+    shard: &Shard,
+    uid: &str,
+    source: &Workload,
+    dst: OriginalDst,
+    roll: u64,
+    planned: Result<Plan, OutboundError>,
+) -> Result<Plan, OutboundError> {
+    let planned = match shard.mesh.demand() {
+        Some(demand) => resolve(demand, &shard.mesh, source, dst, planned).await,
+        None => planned,
+    };
+    let planned =
+        if is_missing(&planned) { later(&shard.mesh, uid, dst, roll, planned).await } else { planned };
+    let Ok(Plan::Named { destination, port, service }) = planned else { return planned };
+    let host = &destination.hostname;
+    let unnamed = |source| OutboundError::Name { host: Arc::clone(host), source };
+    let addresses = shard.names.look_up(host, source).await.map_err(unnamed)?;
+    let plan = named(&destination, port, &service, &addresses, dst.0.ip().to_canonical(), roll);
+    plan.ok_or_else(|| unnamed(NoAddress::Nothing))?.map_err(OutboundError::NoRoute)
 }
 
 /// How often a plan is made again: the destination may be unknown, then its waypoint.

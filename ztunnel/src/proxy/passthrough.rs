@@ -14,6 +14,7 @@ use crate::mesh::lookup::UnknownWorkload;
 use crate::model::addr::ClientAddr;
 use crate::model::addr::OriginalDst;
 use crate::model::workload::Named;
+use crate::net::budget::Shed;
 use crate::net::copy;
 use crate::net::copy::CopyError;
 use crate::net::copy::Holders;
@@ -67,6 +68,9 @@ pub enum DeliveryError {
         /// How long was waited.
         after: Duration,
     },
+    /// It had to give way before it was connected.
+    #[error(transparent)]
+    Shed(Shed),
     /// It broke later.
     #[error(transparent)]
     Copy(CopyError),
@@ -78,14 +82,16 @@ impl Ending for DeliveryError {
             Self::Denied(_) | Self::Cut(Cut::Policy(_)) => ResponseFlag::Denied,
             Self::Cut(Cut::Revoked) => ResponseFlag::Revoked,
             Self::Connect { .. } | Self::Timeout { .. } => ResponseFlag::Connect,
-            Self::Copy(_) => ResponseFlag::None,
+            Self::Shed(_) | Self::Copy(_) => ResponseFlag::None,
         }
     }
 
     fn is_reset(&self) -> bool {
         match self {
             Self::Copy(error) => error.is_reset(),
-            Self::Denied(_) | Self::Cut(_) | Self::Connect { .. } | Self::Timeout { .. } => false,
+            Self::Denied(_) | Self::Cut(_) | Self::Connect { .. } | Self::Timeout { .. } | Self::Shed(_) => {
+                false
+            }
         }
     }
 }
@@ -181,15 +187,18 @@ async fn establish(
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
     let fronted = pod.network.fronted(client.0, dst.0.port());
-    let uid = match pod.workload(&shard.mesh).await {
-        Ok(uid) => uid,
-        Err(unknown) => return refuse(dst, &unknown),
+    let uid = match holder.run(pod.workload(&shard.mesh)).await {
+        Ok(Ok(uid)) => uid,
+        Ok(Err(unknown)) => return refuse(dst, &unknown),
+        Err(shed) => return refuse(dst, &shed),
     };
     let facts =
         Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
     let mut registered = shard.live.register(facts.clone(), None);
-    let Some(admission) = shard.live.admit(&shard.mesh, &facts).await else {
-        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
+    let admission = match holder.run(shard.live.admit(&shard.mesh, &facts)).await {
+        Ok(Some(admission)) => admission,
+        Ok(None) => return refuse(dst, &UnknownWorkload(Named::Uid(uid))),
+        Err(shed) => return refuse(dst, &shed),
     };
     let Admission { mesh, workload, decided: permit } = admission;
     let source = mesh.workload_at(&workload.network, client.0.ip()).cloned();
@@ -205,10 +214,14 @@ async fn establish(
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
     let tally = shard.tally(&pod, parties, addresses, None, dst.0);
     let delivered = match permit {
-        Ok(permit) => registered
-            .run(deliver(permit, &shard, &pod, client.0, dst.0, &mut Bytes::new()))
-            .await
-            .unwrap_or_else(|cut| Err(cut.into())),
+        Ok(permit) => {
+            let mut first = Bytes::new();
+            let delivered = deliver(permit, &shard, &pod, client.0, dst.0, &mut first);
+            match registered.run(holder.run(delivered)).await {
+                Ok(delivered) => delivered.unwrap_or_else(|shed| Err(DeliveryError::Shed(shed))),
+                Err(cut) => Err(cut.into()),
+            }
+        }
         Err(denial) => Err(denial.into()),
     };
     match delivered {

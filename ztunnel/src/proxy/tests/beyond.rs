@@ -116,6 +116,17 @@ async fn a_connection_goes_through_a_tunnel_within_a_tunnel() {
 }
 
 #[tokio::test]
+async fn who_waits_for_a_gateways_answer_gives_way() {
+    let mut node = Node::start_with(stalled::narrow()).await;
+    node.mesh.publish(networks(vec![], &["server"], "gateway"));
+    node.toward(WEB);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.9:15008", listener.local_addr().unwrap());
+    shutdown::spawn(stalled::mute_peer(listener, node.ca.certify(&id("gateway"))));
+    stalled::who_waits_gives_way(node).await;
+}
+
+#[tokio::test]
 async fn a_reset_goes_through_both_tunnels() {
     let node = start().await;
     let (mut client, mut server) = node.connect().await;

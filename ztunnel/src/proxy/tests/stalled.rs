@@ -83,6 +83,63 @@ async fn what_nobody_reads_in_clear_is_bounded() {
     stalled_downloads(node, at, STALLED, None).await;
 }
 
+/// Takes tunnels and streams, and answers none.
+pub(super) async fn mute_peer(listener: TcpListener, credentials: Credentials) {
+    while let Ok((socket, _)) = listener.accept().await {
+        let tls = credentials.server_config();
+        shutdown::spawn(async move {
+            let config = hbone::Config::default();
+            let Ok(accepted) = server::accept(socket, tls, &config).await else { return };
+            let mut unanswered = Vec::new();
+            let _ended =
+                server::serve(accepted, &config, pending(), |incoming| unanswered.push(incoming)).await;
+        });
+    }
+}
+
+/// So little memory that not all of [`WAITING`] have room.
+pub(super) fn narrow() -> Config {
+    let answer_timeout = Duration::from_secs(3600);
+    Config { threads: 1, buffer_memory: 2 << 20, answer_timeout, ..Config::default() }
+}
+
+/// Connections to a peer that does not answer.
+const WAITING: usize = 80;
+
+/// Clients wait for an answer that never comes: those are reset for which there is no room.
+pub(super) async fn who_waits_gives_way(node: Node) {
+    let (tell, mut told) = mpsc::unbounded_channel();
+    for _ in 0..WAITING {
+        let (tell, at) = (tell.clone(), node.outbound);
+        shutdown::spawn(async move {
+            let ended = match TcpStream::connect(at).await {
+                Ok(mut client) => client.read(&mut [0; 1]).await,
+                Err(error) => Err(error),
+            };
+            tell.send(ended.unwrap_err().kind()).unwrap();
+        });
+    }
+    let ended = timeout(PATIENCE, told.recv()).await.expect("some have to give way");
+    assert_eq!(ended, Some(io::ErrorKind::ConnectionReset));
+    node.logged(&["direction=\"outbound\"", "the memory for what peers do not take is used up"]).await;
+    let budget = node.plane.budget();
+    let room = async {
+        while budget.used() > budget.limit() / 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, room).await.expect("no more is held than a pod may");
+}
+
+#[tokio::test]
+async fn who_waits_for_a_peers_answer_gives_way() {
+    let node = Node::start_with(narrow()).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    node.place("10.0.0.2:15008", listener.local_addr().unwrap());
+    shutdown::spawn(mute_peer(listener, node.ca.certify(&id("server"))));
+    who_waits_gives_way(node).await;
+}
+
 #[tokio::test]
 async fn a_peer_that_refuses_every_stream_is_dialled_three_times() {
     let node = Node::start_with(Config { threads: 1, ..Config::default() }).await;

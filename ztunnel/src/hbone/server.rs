@@ -49,6 +49,7 @@ use crate::hbone::window::Windows;
 use crate::net::budget::Holder;
 use crate::net::budget::Shed;
 use crate::net::buffer::ReadAhead;
+use crate::net::socket::reset_on_close;
 
 /// Why a connection to the HBONE port became no tunnel, or why a tunnel ended.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +100,11 @@ impl Accepted {
     /// Charges `holder` for what waits on the tunnel to be sent, and for what came of it and is in no stream yet.
     pub fn charge_to(&self, holder: Holder) {
         self.flow.charge_to(holder);
+    }
+
+    /// Resets the connection: there is no place for the tunnel.
+    pub fn reset(self) {
+        reset_on_close(self.tls.get_ref().0.socket());
     }
 }
 

@@ -202,6 +202,7 @@ async fn accept(
     let limit = shard.config.pod_tunnels_max;
     let Some(place) = pod.peers.enter(peer.id(), accepted.activity(), limit) else {
         shard.count.turn_away();
+        accepted.reset();
         return Err(NoTunnel::TooManyOfOne(limit));
     };
     let id = shard.live.tunnel();

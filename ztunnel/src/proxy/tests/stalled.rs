@@ -3,10 +3,13 @@
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 
+use rustls::pki_types::ServerName;
 use tokio::net::TcpSocket;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::TlsConnector;
 
 use super::*;
+use crate::proxy::tunnels::IDENTITY_PART;
 
 /// All that may be held.
 const MEMORY: usize = 8 << 20;
@@ -163,6 +166,23 @@ async fn a_peer_that_refuses_every_stream_is_dialled_three_times() {
     node.refused(node.outbound).await;
     node.logged(&["direction=\"outbound\"", "the peer did not take the stream"]).await;
     assert_eq!(dials.load(Ordering::Relaxed), crate::proxy::outbound::REFUSALS_MAX);
+}
+
+#[tokio::test]
+async fn a_tunnel_beyond_the_part_of_its_identity_is_reset() {
+    let node =
+        Node::start_with(Config { threads: 1, pod_tunnels_max: IDENTITY_PART, ..Config::default() }).await;
+    let (mut client, mut server) = node.connect().await;
+    say(&mut client, &mut server, b"in use").await;
+    let socket = TcpStream::connect(node.hbone).await.unwrap();
+    let tls = node.ca.certify(&id("client")).client_config(&[id("server")]);
+    let name = ServerName::IpAddress(node.hbone.ip().into());
+    let mut second = TlsConnector::from(tls).connect(name, socket).await.unwrap();
+    let ended = timeout(PATIENCE, second.read(&mut [0; 1])).await.expect("an end");
+    assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    node.logged(&["direction=\"inbound\"", "the client already has its part of the 4 tunnels"]).await;
+    assert_eq!(node.plane.live().turned_away, 1);
+    say(&mut client, &mut server, b"still in use").await;
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! What a tunnel's streams put on it together, and how much its peer still takes.
 //!
 //! HTTP/2 keeps what is to be sent until the socket takes it. Each piece of it is a [`Piece`], which counts on its
-//! tunnel's [`Flow`] until it has been encrypted or thrown away, whatever became of its stream.
+//! tunnel's [`Flow`], and in its stream's [`Queue`], until it has been encrypted or thrown away, whatever became of its
+//! stream.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -172,15 +173,12 @@ impl Flow {
         room
     }
 
-    /// The piece that puts `bytes` on the tunnel.
-    pub(super) fn piece(self: &Arc<Self>, bytes: Bytes) -> Piece {
-        let length = bytes.len();
+    fn put(&self, length: usize) {
         self.buffered.fetch_add(length, Ordering::Relaxed);
         self.earned.fetch_add(UPDATES_PER_PIECE * (1 + length / FRAME) as u64, Ordering::Relaxed);
         if self.window.fetch_sub(length as i64, Ordering::Relaxed) <= length as i64 {
             self.exhausted.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
         }
-        Piece { bytes, flow: Arc::clone(self) }
     }
 
     /// The peer takes so many bytes more, on all streams together.
@@ -227,11 +225,53 @@ impl Flow {
     }
 }
 
+/// What one stream has put on its tunnel.
+#[derive(Debug)]
+pub(super) struct Queue {
+    flow: Arc<Flow>,
+    /// Bytes that wait to be sent.
+    bytes: AtomicUsize,
+    /// Who waits for none to wait.
+    sent: AtomicWaker,
+}
+
+impl Queue {
+    /// Nothing yet, on a tunnel with this flow.
+    pub(super) fn new(flow: Arc<Flow>) -> Arc<Self> {
+        Arc::new(Self { flow, bytes: AtomicUsize::new(0), sent: AtomicWaker::new() })
+    }
+
+    /// Its tunnel's.
+    pub(super) fn flow(&self) -> &Flow {
+        &self.flow
+    }
+
+    /// The piece that puts `bytes` on the tunnel.
+    pub(super) fn piece(self: &Arc<Self>, bytes: Bytes) -> Piece {
+        self.bytes.fetch_add(bytes.len(), Ordering::Relaxed);
+        self.flow.put(bytes.len());
+        Piece { bytes, queue: Arc::clone(self) }
+    }
+
+    /// Waits until all of it has been encrypted or thrown away.
+    pub(super) fn poll_sent(&self, cx: &Context<'_>) -> Poll<()> {
+        self.sent.register(cx.waker());
+        if self.bytes.load(Ordering::Relaxed) == 0 { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn take(&self, bytes: usize) {
+        self.flow.sent(bytes);
+        if self.bytes.fetch_sub(bytes, Ordering::Relaxed) == bytes {
+            self.sent.wake();
+        }
+    }
+}
+
 /// Data on its way to a peer.
 #[derive(Debug)]
 pub(super) struct Piece {
     bytes: Bytes,
-    flow: Arc<Flow>,
+    queue: Arc<Queue>,
 }
 
 impl Buf for Piece {
@@ -245,7 +285,7 @@ impl Buf for Piece {
 
     fn advance(&mut self, count: usize) {
         self.bytes.advance(count);
-        self.flow.sent(count);
+        self.queue.take(count);
     }
 }
 
@@ -253,9 +293,9 @@ impl Drop for Piece {
     fn drop(&mut self) {
         let unsent = self.bytes.len();
         if unsent > 0 {
-            self.flow.sent(unsent);
+            self.queue.take(unsent);
             // HTTP/2 gives it to the other streams.
-            self.flow.widen(unsent.try_into().unwrap_or(u32::MAX));
+            self.queue.flow.widen(unsent.try_into().unwrap_or(u32::MAX));
         }
     }
 }
@@ -270,7 +310,10 @@ mod tests {
     fn what_waits_is_counted_until_it_is_sent_or_thrown_away() {
         let flow = Flow::new(1000);
         let cx = Context::from_waker(noop_waker_ref());
-        let (mut one, other) = (flow.piece(Bytes::from(vec![7; 600])), flow.piece(Bytes::from(vec![7; 700])));
+        let [first, second] = [0; 2].map(|_| Queue::new(Arc::clone(&flow)));
+        let mut one = first.piece(Bytes::from(vec![7; 600]));
+        let other = second.piece(Bytes::from(vec![7; 700]));
+        assert!(first.poll_sent(&cx).is_pending() && second.poll_sent(&cx).is_pending());
         assert_eq!(flow.room(&cx), 0);
         assert_eq!(flow.waiting.lock().unwrap().len(), 1);
         assert_eq!(flow.room(&cx), 0);
@@ -280,6 +323,7 @@ mod tests {
         assert_eq!(flow.waiting.lock().unwrap().len(), 1, "half must be free");
         drop(other);
         assert_eq!((flow.room(&cx), flow.waiting.lock().unwrap().len()), (999, 0));
+        assert!(first.poll_sent(&cx).is_pending() && second.poll_sent(&cx).is_ready());
         drop(one);
         assert_eq!(flow.room(&cx), 1000);
         assert_eq!(
@@ -293,14 +337,15 @@ mod tests {
     async fn a_peer_is_exhausted_once_it_takes_nothing_for_a_while() {
         let flow = Flow::new(1 << 20);
         let all = Bytes::from(vec![7; FIRST_WINDOW as usize]);
-        let mut piece = flow.piece(all.clone());
+        let queue = Queue::new(Arc::clone(&flow));
+        let mut piece = queue.piece(all.clone());
         piece.advance(all.len());
         assert!(!flow.is_exhausted());
         tokio::time::advance(EXHAUSTED_AFTER).await;
         assert!(flow.is_exhausted());
         flow.widen(1);
         assert!(!flow.is_exhausted());
-        drop(flow.piece(all));
+        drop(queue.piece(all));
         tokio::time::advance(EXHAUSTED_AFTER).await;
         assert!(!flow.is_exhausted(), "its stream was reset before anything was sent");
         assert!(flow.take_earned() >= 4 && flow.take_earned() == 0);
@@ -309,11 +354,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_waits_although_the_socket_takes_all_leaves_no_room() {
         let flow = Flow::new(1000);
-        let small = flow.piece(Bytes::from(vec![7; 499]));
+        let small = Queue::new(Arc::clone(&flow)).piece(Bytes::from(vec![7; 499]));
         flow.passed(true);
         tokio::time::advance(EXHAUSTED_AFTER).await;
         assert!(!flow.is_exhausted(), "there is room for others");
-        let large = flow.piece(Bytes::from(vec![7; 1]));
+        let large = Queue::new(Arc::clone(&flow)).piece(Bytes::from(vec![7; 1]));
         flow.passed(false);
         tokio::time::advance(EXHAUSTED_AFTER).await;
         assert!(!flow.is_exhausted(), "the socket will take more");

@@ -14,6 +14,7 @@ use bytes::BytesMut;
 
 use crate::hbone::flow::Flow;
 use crate::hbone::flow::Piece;
+use crate::hbone::flow::Queue;
 use crate::hbone::flow::Stream;
 
 /// Why a stream ended before its end.
@@ -110,7 +111,7 @@ pub const BULK_SIZE: usize = 16 * 16 * 1024 - 9;
 #[derive(Debug)]
 pub struct SendHalf {
     inner: h2::SendStream<Piece>,
-    flow: Arc<Flow>,
+    queue: Arc<Queue>,
     ended: bool,
     /// Whether it counts as one that the peer has opened.
     counted: bool,
@@ -118,7 +119,7 @@ pub struct SendHalf {
 
 impl SendHalf {
     pub(super) fn new(inner: h2::SendStream<Piece>, flow: Arc<Flow>) -> Self {
-        Self { inner, flow, ended: false, counted: false }
+        Self { inner, queue: Queue::new(flow), ended: false, counted: false }
     }
 
     /// The same, of a stream that the peer has opened.
@@ -132,7 +133,7 @@ impl SendHalf {
     /// as may waits on the stream or the tunnel already. What is not sent then must be given back.
     pub fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<Result<usize, StreamError>> {
         loop {
-            let room = self.flow.room(cx).min(wanted);
+            let room = self.queue.flow().room(cx).min(wanted);
             if room == 0 {
                 // Its waker is the same, so that a reset is noticed as well.
                 return match self.poll_reset(cx) {
@@ -178,7 +179,7 @@ impl SendHalf {
             };
             let piece = data.split_to(room);
             taken += room;
-            self.inner.send_data(self.flow.piece(piece), false)?;
+            self.inner.send_data(self.queue.piece(piece), false)?;
         }
         Poll::Ready(Ok(taken))
     }
@@ -186,7 +187,16 @@ impl SendHalf {
     /// Ends this direction; the other one goes on.
     pub fn finish(&mut self) -> Result<(), StreamError> {
         self.ended = true;
-        Ok(self.inner.send_data(self.flow.piece(Bytes::new()), true)?)
+        Ok(self.inner.send_data(self.queue.piece(Bytes::new()), true)?)
+    }
+
+    /// Waits until all that was sent is on its way, or lost with the stream: only then [`Self::reset`] loses nothing.
+    /// Shares its waker with [`Self::poll_send`]: from one task.
+    pub fn poll_sent(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.poll_reset(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        self.queue.poll_sent(cx)
     }
 
     /// Ends both directions at once, losing what is under way (CANCEL).
@@ -210,7 +220,7 @@ impl Drop for SendHalf {
             self.inner.send_reset(h2::Reason::CANCEL);
         }
         if self.counted {
-            self.flow.stream_ended();
+            self.queue.flow().stream_ended();
         }
     }
 }

@@ -1,5 +1,8 @@
 //! Moving bytes between two sockets: each direction on its own, ends passed on as ends, resets as resets.
 //!
+//! What was said before a reset is delivered first: the kernel lets it be read behind a reset, which may have been noticed
+//! first where something was to be written.
+//!
 //! There is no idle timeout: how long a connection may be silent is for its two ends to say. What each side
 //! buffers is bounded: a direction reads on only when what it read is written, and what is not is charged to whose
 //! connection it is ([`crate::net::budget`]).
@@ -22,6 +25,7 @@ use tokio::io::AsyncWrite;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
+use tokio::time::sleep;
 
 use crate::net::budget::Holder;
 use crate::net::budget::Pressure;
@@ -70,6 +74,10 @@ pub fn is_reset(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
 }
 
+/// What one side had said before its connection broke is passed on for no longer than this. Who takes nothing must not
+/// keep what is over.
+pub const PARTING_WITHIN: Duration = Duration::from_secs(1);
+
 /// One relayed connection: all there is of it. A future that resolves when both directions have ended; when
 /// either side breaks, or it is dropped before, both are reset.
 #[derive(Debug)]
@@ -79,8 +87,16 @@ pub struct Relay<M> {
     up: Direction,
     down: Direction,
     watch: Watch,
+    /// One side broke, and what it had said before is not all passed on: until then.
+    parting: Option<Box<Parting>>,
     holders: Holders,
     meter: M,
+}
+
+#[derive(Debug)]
+struct Parting {
+    error: CopyError,
+    over: Pin<Box<Sleep>>,
 }
 
 /// Who is charged for what a relay holds.
@@ -130,7 +146,7 @@ impl<M: Meter> Relay<M> {
     /// Joins who dialled and who was dialled.
     pub fn new(client: ResetUnlessDone, server: ResetUnlessDone, holders: Holders, meter: M) -> Self {
         let (up, down) = (Direction::default(), Direction::default());
-        Self { client, server, up, down, watch: Watch::default(), holders, meter }
+        Self { client, server, up, down, watch: Watch::default(), parting: None, holders, meter }
     }
 
     /// What counted; the rest is dropped.
@@ -139,10 +155,46 @@ impl<M: Meter> Relay<M> {
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
-        let Self { client, server, up, down, watch, holders, meter } = self;
-        if let Poll::Ready(shed) = holders.poll_shed(cx) {
+        if let Poll::Ready(shed) = self.holders.poll_shed(cx) {
             return Poll::Ready(Err(CopyError::Shed(shed)));
         }
+        if self.parting.is_none() {
+            let error = match ready!(self.poll_moved(cx)) {
+                Ok(()) => return Poll::Ready(Ok(())),
+                Err(error) => error,
+            };
+            self.parting = Some(Box::new(Parting { error, over: Box::pin(sleep(PARTING_WITHIN)) }));
+        }
+        let Some(mut parting) = self.parting.take() else { return Poll::Pending };
+        if self.poll_parted(&parting.error, cx).is_ready() || parting.over.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(parting.error));
+        }
+        self.parting = Some(parting);
+        Poll::Pending
+    }
+
+    /// Passes on what the side that broke had said before.
+    fn poll_parted(&mut self, error: &CopyError, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { client, server, up, down, holders, meter, .. } = self;
+        let pressure = holders.pressure();
+        let (client, server) = (&mut client.socket, &mut server.socket);
+        let parted = match error {
+            CopyError::Client(_) => {
+                *down = Direction::default();
+                up.poll_rest(client, server, pressure, cx, |bytes| meter.up(bytes))
+            }
+            CopyError::Server(_) => {
+                *up = Direction::default();
+                down.poll_rest(server, client, pressure, cx, |bytes| meter.down(bytes))
+            }
+            CopyError::Shed(_) => Poll::Ready(()),
+        };
+        holders.set(up.held(), down.held());
+        parted
+    }
+
+    fn poll_moved(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
+        let Self { client, server, up, down, watch, holders, meter, .. } = self;
         let pressure = holders.pressure();
         let (client, server) = (&mut client.socket, &mut server.socket);
         let up_done =
@@ -230,7 +282,7 @@ impl Watch {
             self.0 = None;
             return false;
         }
-        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep(WATCH_PERIOD)));
+        let timer = self.0.get_or_insert_with(|| Box::pin(sleep(WATCH_PERIOD)));
         let mut due = false;
         while timer.as_mut().poll(cx).is_ready() {
             due = true;
@@ -332,6 +384,45 @@ impl Direction {
         self.outflow.len() + self.pipe.as_ref().map_or(0, Pipe::len)
     }
 
+    /// Writes all that was taken.
+    fn poll_write(
+        &mut self,
+        to: &mut TcpStream,
+        cx: &mut Context<'_>,
+        mut count: impl FnMut(u64),
+    ) -> Poll<io::Result<()>> {
+        while !self.outflow.is_empty() {
+            let written = ready!(self.outflow.poll_write(to, cx))?;
+            count(written as u64);
+        }
+        while let Some(pipe) = &mut self.pipe {
+            let written = ready!(pipe.poll_drain(to, cx))?;
+            count(written as u64);
+            if pipe.is_empty() {
+                self.pipe = None;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Passes on what there is of a source that broke. There is an end behind it, or the same error once more: neither is
+    /// one that is passed on.
+    fn poll_rest(
+        &mut self,
+        from: &mut TcpStream,
+        to: &mut TcpStream,
+        pressure: Pressure,
+        cx: &mut Context<'_>,
+        mut count: impl FnMut(u64),
+    ) -> Poll<()> {
+        while ready!(self.poll_write(to, cx, &mut count)).is_ok() && self.state == State::Reading {
+            if ready!(self.poll_take(from, pressure, cx)).is_err() {
+                break;
+            }
+        }
+        Poll::Ready(())
+    }
+
     fn poll(
         &mut self,
         from: &mut TcpStream,
@@ -342,17 +433,7 @@ impl Direction {
     ) -> Poll<Result<(), Broken>> {
         let mut turn = 0;
         loop {
-            while !self.outflow.is_empty() {
-                let written = ready!(self.outflow.poll_write(to, cx)).map_err(Broken::To)?;
-                count(written as u64);
-            }
-            while let Some(pipe) = &mut self.pipe {
-                let written = ready!(pipe.poll_drain(to, cx)).map_err(Broken::To)?;
-                count(written as u64);
-                if pipe.is_empty() {
-                    self.pipe = None;
-                }
-            }
+            ready!(self.poll_write(to, cx, &mut count)).map_err(Broken::To)?;
             match self.state {
                 State::Reading => {
                     if turn >= TURN_MAX {

@@ -13,6 +13,7 @@
 //! | read of a socket and not written to the other | direction of a plain or same-node connection | 64 KiB; 16 KiB once half of the buffer memory is used | it is not read | `ztunnel_buffer_bytes` |
 //! | the same in a pipe, where there is much | thread | 32 of 512 KiB | bytes are copied | `ztunnel_buffer_bytes` |
 //! | what an application says before it is connected | connection | 16 KiB | it is not read | `ztunnel_buffer_bytes` |
+//! | what was said before a connection broke, and is not taken | connection | 1 s | lost: the other end is reset | |
 //! | a request that is not answered yet, with what its client says meanwhile | stream | headers of 64 KiB and the window | as above | `ztunnel_buffer_bytes` |
 //! | connections and streams | pod | 20000 | reset, streams 503 | `ztunnel_connections_turned_away_total` |
 //! | tunnels of peers | pod | 10000 | reset | `ztunnel_connections_turned_away_total` |
@@ -52,6 +53,7 @@ mod tests {
     use crate::capture::guards;
     use crate::hbone;
     use crate::net::budget::POD_PART;
+    use crate::net::copy::PARTING_WITHIN;
     use crate::proxy::Config;
     use crate::proxy::handshakes::SOURCE_PART;
     use crate::proxy::outbound::REFUSALS_MAX;
@@ -85,6 +87,7 @@ mod tests {
             ("encrypted and not taken", kib(hbone::BACKLOG_MAX)),
             ("read of a socket", kib(crate::net::buffer::READ_SIZE)),
             ("what an application says before", kib(EARLY_MAX)),
+            ("what was said before a connection broke", format!("{} s", PARTING_WITHIN.as_secs())),
             ("a request that is not answered yet", kib(hbone.request_headers_max as usize)),
             ("connections and streams", config.pod_connections_max.to_string()),
             ("tunnels of peers", config.pod_tunnels_max.to_string()),

@@ -1,7 +1,10 @@
 //! Moving bytes between an application's socket and a stream.
 //!
 //! Each direction ends on its own. A reset at either end becomes a reset at the other, and so does the end of
-//! the tunnel: an application never takes a part for the whole. What had come before a reset is delivered first.
+//! the tunnel: an application never takes a part for the whole. What had come before a reset is delivered first: the
+//! kernel lets it be read behind a reset, and a peer would have got it, but HTTP/2 throws away what waits to be sent on a
+//! stream that is reset. So an application that says something and resets its connection right then, as the kernel
+//! does for one that closes it with something unread, is waited for until that is on its way, or [`PARTING_WITHIN`] is over.
 //!
 //! The exception is CONNECT_ERROR, with which Envoy ends a stream right behind the last data of a server that closes its
 //! connection, and of one that resets it: both are an end, as Istio's own proxy has it, since an answer that ends with
@@ -17,6 +20,8 @@ use std::task::ready;
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
+use tokio::time::Sleep;
+use tokio::time::sleep;
 
 use crate::hbone::stream::BULK_SIZE;
 use crate::hbone::stream::RecvHalf;
@@ -31,6 +36,7 @@ use crate::net::buffer::READ_SIZE;
 use crate::net::buffer::poll_read_up_to;
 use crate::net::copy::Meter;
 use crate::net::copy::Outflow;
+use crate::net::copy::PARTING_WITHIN;
 use crate::net::copy::ResetUnlessDone;
 use crate::net::copy::Watch;
 use crate::net::copy::is_reset;
@@ -83,6 +89,7 @@ pub enum Application {
 ///
 /// From the application: reading → ending (the rest and the end are being sent) → ended.
 /// To the application: the same, the other way; or receiving → broken (what came before the reset is being written).
+/// Once the application's connection breaks there is only the first, as far as there is anything left to be sent.
 pub struct Relay<M> {
     application: ResetUnlessDone,
     role: Application,
@@ -100,8 +107,15 @@ pub struct Relay<M> {
     outflow: Outflow,
     to: To,
     watch: Watch,
+    /// The application's connection broke, and what it had said before is not all on its way: until then.
+    parting: Option<Box<Parting>>,
     holder: Holder,
     meter: M,
+}
+
+struct Parting {
+    error: io::Error,
+    over: Pin<Box<Sleep>>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -160,6 +174,7 @@ impl<M: Meter> Relay<M> {
             outflow: Outflow::default(),
             to: To::Receiving,
             watch: Watch::default(),
+            parting: None,
             holder,
             meter,
         }
@@ -332,9 +347,54 @@ impl<M: Meter> Relay<M> {
         if let Poll::Ready(shed) = self.holder.poll_shed(cx) {
             return Poll::Ready(Err(RelayError::Shed(shed)));
         }
-        let moved = self.poll_moved(cx);
+        let mut moved = Poll::Pending;
+        if self.parting.is_none() {
+            moved = self.poll_moved(cx);
+            if let Poll::Ready(Err(RelayError::Application(error))) = moved {
+                // Nobody takes any more of it.
+                self.outflow = Outflow::default();
+                self.parting = Some(Box::new(Parting { error, over: Box::pin(sleep(PARTING_WITHIN)) }));
+                moved = Poll::Pending;
+            }
+        }
+        if let Some(mut parting) = self.parting.take() {
+            if self.poll_rest(cx).is_ready() || parting.over.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(RelayError::Application(parting.error)));
+            }
+            self.parting = Some(parting);
+        }
         self.holder.set(self.outflow.len() + self.chunk.len());
         moved
+    }
+
+    /// Sends what the application had said, to the end of it. Ready also if there is no stream any more to send it on.
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            while !self.chunk.is_empty() {
+                if ready!(self.send.poll_send(cx, &mut self.chunk)).is_err() {
+                    return Poll::Ready(());
+                }
+            }
+            if self.from != From::Reading {
+                return self.send.poll_sent(cx);
+            }
+            let Ok(room) = ready!(self.send.poll_room(cx, READ_SIZE)) else { return Poll::Ready(()) };
+            let pressure = self.holder.share().pressure();
+            match poll_read_up_to(room, pressure, &mut self.application.socket, cx) {
+                Poll::Ready(Ok(chunk)) if !chunk.is_empty() => {
+                    self.count_read(chunk.len());
+                    self.chunk = chunk;
+                    continue;
+                }
+                // Where a connection broke there is an end, or the same error once more.
+                Poll::Ready(_) => self.from = From::Ended,
+                Poll::Pending => {}
+            }
+            self.send.give_back();
+            if self.from == From::Reading {
+                return Poll::Pending;
+            }
+        }
     }
 
     fn poll_moved(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RelayError>> {

@@ -504,6 +504,63 @@ async fn a_reset_at_one_end_is_a_reset_at_the_other() {
     assert_reset(&mut client).await;
 }
 
+/// Who says something and resets its connection right then is heard before the reset, as it would be without a mesh:
+/// whether it does so itself, or the kernel does it for one that closes its connection with something unread, and whether or
+/// not more comes for it.
+async fn last_words(node: Node) {
+    let words: Vec<u8> = (0..20_000_u32).map(|n| (n % 251) as u8).collect();
+    for round in 0..30 {
+        let (mut one, mut other) = node.connect().await;
+        if round % 2 == 1 {
+            (one, other) = (other, one);
+        }
+        // A reset before that would be a connection that was never made.
+        say(&mut one, &mut other, b"here").await;
+        say(&mut other, &mut one, b"here").await;
+        let (mut hears, mut writes) = other.into_split();
+        let mut writing = None;
+        match round % 3 {
+            0 => reset_on_close(&one),
+            1 => {
+                writes.write_all(b"unread").await.unwrap();
+                timeout(PATIENCE, one.peek(&mut [0; 1])).await.expect("something unread").unwrap();
+            }
+            _ => {
+                writing = Some(shutdown::spawn(async move {
+                    loop {
+                        if let Err(error) = writes.write_all(&[7; 16 * 1024]).await {
+                            return error;
+                        }
+                    }
+                }));
+                timeout(PATIENCE, one.peek(&mut [0; 1])).await.expect("something unread").unwrap();
+            }
+        }
+        one.write_all(&words).await.unwrap();
+        drop(one);
+        let mut heard = Vec::new();
+        let ended = timeout(PATIENCE, hears.read_to_end(&mut heard)).await.expect("an end");
+        assert!(heard == words, "round {round}: {} bytes were heard, then {ended:?}", heard.len());
+        let ended = match (ended, writing) {
+            (Err(error), _) => error,
+            // A socket tells of a reset once.
+            (Ok(_), Some(writing)) => timeout(PATIENCE, writing).await.expect("an end").unwrap(),
+            (Ok(_), None) => panic!("round {round}: an end instead of a reset"),
+        };
+        assert_eq!(ended.kind(), io::ErrorKind::ConnectionReset, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn last_words_are_heard_through_a_tunnel() {
+    last_words(Node::start().await).await;
+}
+
+#[tokio::test]
+async fn last_words_are_heard_between_neighbours() {
+    last_words(Node::start_near(Config { threads: 1, ..Config::default() }).await).await;
+}
+
 #[tokio::test]
 async fn who_is_denied_is_reset_and_nothing_is_delivered() {
     let mut node = Node::start().await;

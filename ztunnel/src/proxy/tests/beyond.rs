@@ -116,6 +116,11 @@ async fn a_connection_goes_through_a_tunnel_within_a_tunnel() {
 }
 
 #[tokio::test]
+async fn last_words_are_heard_through_both_tunnels() {
+    last_words(start().await).await;
+}
+
+#[tokio::test]
 async fn who_waits_for_a_gateways_answer_gives_way() {
     let mut node = Node::start_with(stalled::narrow()).await;
     node.mesh.publish(networks(vec![], &["server"], "gateway"));

@@ -60,7 +60,7 @@ pub(crate) fn visibly(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What a first build takes; measured with nothing else on the machine.
+/// What a first build takes on a machine that does nothing else, roughly.
 pub(crate) const FIRST_OPTIMISED: &str = "the first time that takes ten minutes or so on two cores";
 const FIRST_UNOPTIMISED: &str = "the first time that takes some five minutes on two cores";
 

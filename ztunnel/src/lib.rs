@@ -49,9 +49,9 @@
 //! | `app` | composition root: builds, joins, hands over, drains | model, mesh, tls, net, telemetry, identity, xds, enrol, capture, dns, proxy, standalone, api, admin, config, shutdown |
 //! | `fuzzing` | what fuzz targets call that is private; only with the feature of that name | enrol, tls, xds, *proto* |
 //!
-//! `cargo xtask tidy` compares the imports with this table: what it does not
-//! allow, and what it allows for nobody. *proto* is the crate of wire formats: they are translated
-//! where they come in and go no further.
+//! `cargo xtask tidy` holds the imports against this table and refuses what it does not allow, what it allows and nobody
+//! needs, and new circles between files of a module (`xtask/src/tidy/circles.rs` has the old ones). *proto* is the crate
+//! of wire formats: they are translated where they come in and go no further.
 //!
 //! # Invariants
 //!

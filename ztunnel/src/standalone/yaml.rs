@@ -2,6 +2,10 @@
 //!
 //! Knows nothing of Kubernetes. Bounds what a text may cost: its depth, and its size after aliases are
 //! expanded. JSON is read as the YAML it is.
+//!
+//! The parser is a library; the tree and its decoder are by hand, as libraries that deserialize (serde-saphyr, looked at in
+//! version 2.2) give a line only to fields of a type of their own, which Kubernetes' types do not have, and say neither
+//! which fields a type has nor more than the first error: they would come on top of the tree instead of in its place.
 
 use std::collections::HashMap;
 use std::collections::HashSet;

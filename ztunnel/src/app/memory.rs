@@ -1,10 +1,10 @@
 //! Giving back the memory of a load that is over.
 //!
-//! The allocator keeps what was freed, and the process keeps pages of the program mapped that only its start or the
-//! load needed. Both are given back once there has been work and now is none: the next load pays for it with some
-//! hundred page faults of a microsecond.
+//! The allocator keeps what was freed. It is given back once there has been work and now is none: the next load pays for
+//! it with some hundred page faults of a microsecond. Pages of the program stay mapped: they are the page cache's, which
+//! gives way by itself, and to unmap them would only make the process look smaller than it is.
 
-#![expect(unsafe_code, reason = "malloc_trim(3) and madvise(2) have no safe wrapper")]
+#![expect(unsafe_code, reason = "malloc_trim(3) has no safe wrapper")]
 
 use std::time::Duration;
 
@@ -88,59 +88,6 @@ fn give_back() {
     unsafe {
         libc::malloc_trim(0);
     }
-    // SAFETY: `drop_segments` is what dl_iterate_phdr(3) calls, and needs no data of its own.
-    unsafe {
-        libc::dl_iterate_phdr(Some(drop_segments), std::ptr::null_mut());
-    }
-}
-
-/// Drops the pages of one loaded object that hold nothing but its file.
-unsafe extern "C" fn drop_segments(
-    info: *mut libc::dl_phdr_info,
-    _size: libc::size_t,
-    _data: *mut libc::c_void,
-) -> libc::c_int {
-    // SAFETY: for the time of the call `info` describes an object that is loaded.
-    let info = unsafe { &*info };
-    if info.dlpi_phdr.is_null() {
-        return 0;
-    }
-    // SAFETY: so many headers are there, for as long as the object is loaded.
-    let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
-    // SAFETY: sysconf(3) may be called at any time, from any thread.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    let Some(page) = u64::try_from(page).ok().filter(|page| page.is_power_of_two()) else { return 0 };
-    for (start, length) in program_pages(info.dlpi_addr, headers, page) {
-        // SAFETY: the pages are of a segment that is not writable and that the linker did not write to either (see
-        // `program_pages`), and it cannot be unmapped before this function returns, as dl_iterate_phdr(3) and
-        // dlclose(3) exclude each other. What is dropped is read from the file again when it is touched. Only a
-        // debugger may have written there: its breakpoints are lost, the program is not.
-        unsafe {
-            libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED);
-        }
-    }
-    0
-}
-
-/// Address and length of the whole pages of what was loaded from a file to `base` and is never written to: segments
-/// that are not writable, and of which nothing is relocated. Linkers make no relocations elsewhere unless told to
-/// (`-z notext`).
-fn program_pages(base: u64, headers: &[libc::Elf64_Phdr], page: u64) -> impl Iterator<Item = (usize, usize)> {
-    let end = |header: &libc::Elf64_Phdr| header.p_vaddr.saturating_add(header.p_memsz);
-    let relocated = move |header: &libc::Elf64_Phdr| {
-        let relro = headers.iter().filter(|other| other.p_type == libc::PT_GNU_RELRO);
-        relro.into_iter().any(|relro| header.p_vaddr < end(relro) && relro.p_vaddr < end(header))
-    };
-    let load = headers.iter().filter(|header| header.p_type == libc::PT_LOAD);
-    load.filter(|header| header.p_flags & libc::PF_W == 0)
-        .filter(move |header| !relocated(header))
-        .filter_map(move |header| {
-            let start = base.checked_add(header.p_vaddr)?;
-            let end = start.checked_add(header.p_filesz)? / page * page;
-            let start = start.checked_next_multiple_of(page)?;
-            let length = end.checked_sub(start).filter(|length| *length > 0)?;
-            Some((usize::try_from(start).ok()?, usize::try_from(length).ok()?))
-        })
 }
 
 #[cfg(test)]
@@ -177,42 +124,5 @@ mod tests {
         let rest = (BETWEEN.as_secs() / TICK.as_secs()) as usize;
         // The first one is for the start.
         assert!(found[1..].windows(2).all(|pair| pair[1] - pair[0] >= rest), "{found:?}");
-    }
-
-    #[test]
-    fn only_what_is_never_written_to_is_dropped() {
-        let header = |p_type, p_flags, p_vaddr, p_memsz| libc::Elf64_Phdr {
-            p_type,
-            p_flags,
-            p_offset: 0,
-            p_vaddr,
-            p_paddr: p_vaddr,
-            p_filesz: p_memsz,
-            p_memsz,
-            p_align: 0x1000,
-        };
-        let (load, relro) = (libc::PT_LOAD, libc::PT_GNU_RELRO);
-        let (r, rx, rw) = (libc::PF_R, libc::PF_R | libc::PF_X, libc::PF_R | libc::PF_W);
-        let headers = [
-            header(load, r, 0, 0x1_8000),
-            header(load, rx, 0x2_8000, 0x3_0000),
-            header(load, r, 0x8_0000, 0x8000),
-            header(load, rw, 0xa_0000, 0x2_0000),
-            header(load, r, 0xd_0000, 0x2_0000),
-            header(relro, r, 0xe_f000, 0x1000),
-            header(libc::PT_NOTE, r, 0x10_0000, 0x2_0000),
-        ];
-        let found: Vec<_> = program_pages(0x4000_0000, &headers, 0x1_0000).collect();
-        assert_eq!(found, [(0x4000_0000, 0x1_0000), (0x4003_0000, 0x2_0000)]);
-        let header = header(load, r, u64::MAX, u64::MAX);
-        assert_eq!(program_pages(1, &[header], 0x1000).count(), 0, "not an object that can be loaded");
-    }
-
-    #[test]
-    fn the_process_goes_on_without_them() {
-        // Relocated at the start, read-only since then.
-        static RELOCATED: [&str; 2] = ["one", "other"];
-        give_back();
-        assert_eq!(std::hint::black_box(&RELOCATED).concat(), "oneother");
     }
 }

@@ -134,25 +134,10 @@ impl Console {
 
     /// Has the mesh file read now; with `force`, whatever it takes away is meant.
     async fn reload(&self, query: &str) -> Response<Body> {
-        let mut force = false;
-        match parameters(query) {
+        let force = match forced(query) {
+            Ok(force) => force,
             Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
-            Ok(parameters) => {
-                for (key, value) in parameters {
-                    match (key.as_str(), value.as_str()) {
-                        ("force", "" | "true") => force = true,
-                        ("force", "false") => force = false,
-                        ("force", _) => {
-                            return text(
-                                StatusCode::BAD_REQUEST,
-                                format!("{}\n", BadQuery::Flag { key, value }),
-                            );
-                        }
-                        _ => return text(StatusCode::BAD_REQUEST, format!("{}\n", BadQuery::Unknown(key))),
-                    }
-                }
-            }
-        }
+        };
         match self.0.reloader.reload(force).await {
             Some(Ok(said)) => text(StatusCode::OK, format!("{said}\n")),
             Some(Err(said)) => text(StatusCode::CONFLICT, format!("{said}\n")),
@@ -169,7 +154,7 @@ impl Console {
 
     fn change_levels(&self, query: &str) -> Result<String, BadQuery> {
         let (mut level, mut reset) = (None, false);
-        for (key, value) in parameters(query)? {
+        for (key, value) in parameters(query) {
             match key.as_str() {
                 "level" => level = Some(value),
                 "reset" => reset = true,
@@ -222,9 +207,22 @@ fn heap_profiling(query: &str) -> Response<Body> {
     text(StatusCode::OK, format!("heap profiling active: {active}\n"))
 }
 
+fn forced(query: &str) -> Result<bool, BadQuery> {
+    let mut force = false;
+    for (key, value) in parameters(query) {
+        match (key.as_str(), value.as_str()) {
+            ("force", "" | "true") => force = true,
+            ("force", "false") => force = false,
+            ("force", _) => return Err(BadQuery::Flag { key, value }),
+            _ => return Err(BadQuery::Unknown(key)),
+        }
+    }
+    Ok(force)
+}
+
 fn activation(query: &str) -> Result<Option<bool>, BadQuery> {
     let mut wanted = None;
-    for (key, value) in parameters(query)? {
+    for (key, value) in parameters(query) {
         match (key.as_str(), value.parse()) {
             ("activate", Ok(activate)) => wanted = Some(activate),
             ("activate", Err(_)) => return Err(BadQuery::Flag { key, value }),
@@ -243,7 +241,7 @@ fn file(disposition: &'static str, body: Vec<u8>) -> Response<Body> {
 
 fn profile_parameters(query: &str) -> Result<(Duration, u32), BadQuery> {
     let (mut duration, mut frequency) = (PROFILE_DEFAULT, FREQUENCY_DEFAULT);
-    for (key, value) in parameters(query)? {
+    for (key, value) in parameters(query) {
         let bounded = |max: u32| {
             let number = value.parse().ok().filter(|number| (1..=max).contains(number));
             number.ok_or_else(|| BadQuery::Number { key: key.clone(), value: value.clone(), max })
@@ -262,8 +260,6 @@ fn profile_parameters(query: &str) -> Result<(Duration, u32), BadQuery> {
 enum BadQuery {
     #[error("{0:?} is not known here")]
     Unknown(String),
-    #[error("{0:?} is not percent-encoded text")]
-    Encoding(String),
     #[error("{key}={value}: use a number from 1 to {max}")]
     Number { key: String, value: String, max: u32 },
     #[error("{key}={value}: use true or false")]
@@ -272,36 +268,10 @@ enum BadQuery {
     Level(#[from] InvalidChange),
 }
 
-/// The parameters of a query, decoded.
-fn parameters(query: &str) -> Result<Vec<(String, String)>, BadQuery> {
-    let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    pairs
-        .map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let decode = |text| decoded(text).ok_or_else(|| BadQuery::Encoding(pair.to_owned()));
-            Ok((decode(key)?, decode(value)?))
-        })
-        .collect()
-}
-
-fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        rest = after;
-        match first {
-            b'%' => {
-                let (digits, after) = rest.split_at_checked(2)?;
-                rest = after;
-                // Not what `from_str_radix` takes besides digits: a sign.
-                let digits = std::str::from_utf8(digits).ok().filter(|text| !text.starts_with('+'))?;
-                bytes.push(u8::from_str_radix(digits, 16).ok()?);
-            }
-            b'+' => bytes.push(b' '),
-            other => bytes.push(*other),
-        }
-    }
-    String::from_utf8(bytes).ok()
+/// The parameters of a query, decoded. What is not percent-encoded text stays as it is: nothing here has such a name, and no
+/// value is taken that is not one of a few.
+fn parameters(query: &str) -> impl Iterator<Item = (String, String)> {
+    form_urlencoded::parse(query.as_bytes()).into_owned()
 }
 
 fn of_type(kind: HeaderValue, body: impl Into<bytes::Bytes>) -> Response<Body> {

@@ -2,16 +2,22 @@ use super::*;
 
 #[test]
 fn queries_are_decoded() {
-    let read = |query: &str| parameters(query).ok();
+    let read = |query: &str| parameters(query).collect::<Vec<_>>();
     let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
-    assert_eq!(read(""), Some(vec![]));
-    assert_eq!(
-        read("level=a%3Adebug,b=off&reset"),
-        Some(vec![pair("level", "a:debug,b=off"), pair("reset", "")])
-    );
-    assert_eq!(read("reset=&a+b=%E2%82%AC"), Some(vec![pair("reset", ""), pair("a b", "€")]));
-    for bad in ["a=%", "a=%4", "a=%zz", "a=%+1", "a=%ff"] {
-        assert_eq!(read(bad), None, "{bad}");
+    assert_eq!(read(""), vec![]);
+    assert_eq!(read("level=a%3Adebug,b=off&reset"), vec![pair("level", "a:debug,b=off"), pair("reset", "")]);
+    assert_eq!(read("reset=&a+b=%E2%82%AC"), vec![pair("reset", ""), pair("a b", "€")]);
+}
+
+#[test]
+fn what_is_not_percent_encoded_text_is_refused() {
+    for bad in ["%", "%4", "%zz", "%+1", "%ff", "1%"] {
+        let profile = profile_parameters(&format!("seconds={bad}")).unwrap_err();
+        assert!(matches!(profile, BadQuery::Number { .. }), "{bad}: {profile}");
+        let heap = activation(&format!("activate={bad}")).unwrap_err();
+        assert!(matches!(heap, BadQuery::Flag { .. }), "{bad}: {heap}");
+        let unknown = activation(&format!("{bad}=true")).unwrap_err();
+        assert!(matches!(unknown, BadQuery::Unknown(_)), "{bad}: {unknown}");
     }
 }
 

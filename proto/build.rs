@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 5] = ["workload.proto", "authorization.proto", "citadel.proto", "xds.proto", "zds.proto"];
+const FILES: [&str; 6] =
+    ["workload.proto", "authorization.proto", "citadel.proto", "xds.proto", "zds.proto", "profile.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = Path::new("protos");

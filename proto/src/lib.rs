@@ -1,7 +1,8 @@
-//! The wire formats of an Istio control plane and of its node agent, generated from `protos/*.proto`.
+//! The wire formats of an Istio control plane, of its node agent and of profiles, generated from `protos/*.proto`.
 //!
-//! Three modules of the daemon import this, and nothing else does: each translates what it receives into the
-//! vocabulary of the mesh at once. The feature `server` adds the control plane's side, for tests that play it.
+//! Few modules of the daemon import this (the table in its documentation names them), and nothing else does: each
+//! translates what it receives into the vocabulary of the mesh at once. The feature `server` adds the control plane's
+//! side, for tests that play it.
 
 pub use prost;
 pub use prost_types;
@@ -72,4 +73,17 @@ pub mod auth {
 )]
 pub mod discovery {
     tonic::include_proto!("envoy.service.discovery.v3");
+}
+
+/// Profiles as pprof reads them.
+#[allow(
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    clippy::clone_on_ref_ptr,
+    clippy::use_self,
+    unused_qualifications,
+    reason = "generated"
+)]
+pub mod profile {
+    tonic::include_proto!("perftools.profiles");
 }

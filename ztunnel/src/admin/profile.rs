@@ -10,10 +10,9 @@ use pprof::ProfilerGuard;
 use pprof::ProfilerGuardBuilder;
 use pprof::Symbol;
 use tokio::time::sleep;
+use ztunnel_proto::profile as wire;
+use ztunnel_proto::prost::Message;
 
-use crate::admin::profile::encoder::Message;
-
-pub mod encoder;
 pub mod heap;
 
 /// Why there is no profile.
@@ -118,113 +117,92 @@ struct Line {
     line: u32,
 }
 
-/// A profile being written: <https://github.com/google/pprof/blob/main/proto/profile.proto>.
+/// A profile being made: <https://github.com/google/pprof/blob/main/proto/profile.proto>.
 struct Profile {
-    message: Message,
-    strings: HashMap<String, u64>,
-    functions: HashMap<(u64, u64), u64>,
-    locations: HashMap<Vec<(u64, u32)>, u64>,
+    message: wire::Profile,
+    strings: HashMap<String, i64>,
+    functions: HashMap<(i64, i64), u64>,
+    locations: HashMap<Vec<wire::Line>, u64>,
 }
-
-const SAMPLE_TYPE: u32 = 1;
-const SAMPLE: u32 = 2;
-const LOCATION: u32 = 4;
-const FUNCTION: u32 = 5;
-const STRING: u32 = 6;
-const TIME: u32 = 9;
-const DURATION: u32 = 10;
-const PERIOD_TYPE: u32 = 11;
-const PERIOD: u32 = 12;
-const COMMENT: u32 = 13;
-const DEFAULT_SAMPLE_TYPE: u32 = 14;
 
 impl Profile {
     /// What a sample's two values count, in which units, and what there is between two samples.
     fn new(values: [(&str, &str); 2], period: (&str, &str), at: SystemTime) -> Self {
         let mut profile = Self {
-            message: Message::default(),
+            message: wire::Profile::default(),
             strings: HashMap::new(),
             functions: HashMap::new(),
             locations: HashMap::new(),
         };
         // The format wants the empty text first.
         profile.text("");
-        let values = values.map(|value| (SAMPLE_TYPE, value));
-        for (field, (kind, unit)) in values.into_iter().chain([(PERIOD_TYPE, period)]) {
-            let (kind, unit) = (profile.text(kind), profile.text(unit));
-            profile.message.nested(field, Message::default().number(1, kind).number(2, unit));
-        }
-        let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        profile.message.signed(TIME, nanos(since));
+        profile.message.sample_type = values.map(|value| profile.value_type(value)).into();
+        profile.message.period_type = Some(profile.value_type(period));
+        profile.message.time_nanos = nanos(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
         profile
     }
 
+    fn value_type(&mut self, (kind, unit): (&str, &str)) -> wire::ValueType {
+        wire::ValueType { r#type: self.text(kind), unit: self.text(unit) }
+    }
+
     fn duration(&mut self, duration: Duration) {
-        self.message.signed(DURATION, nanos(duration));
+        self.message.duration_nanos = nanos(duration);
     }
 
     fn period(&mut self, period: i64) {
-        self.message.signed(PERIOD, period);
+        self.message.period = period;
     }
 
     fn comment(&mut self, text: &str) {
         let text = self.text(text);
-        self.message.signed(COMMENT, text as i64);
+        self.message.comment.push(text);
     }
 
     /// Which of the two values is shown unless somebody wants the other.
     fn shown_first(&mut self, kind: &str) {
-        let kind = self.text(kind);
-        self.message.signed(DEFAULT_SAMPLE_TYPE, kind as i64);
+        self.message.default_sample_type = self.text(kind);
     }
 
-    fn text(&mut self, text: &str) -> u64 {
+    fn text(&mut self, text: &str) -> i64 {
         if let Some(index) = self.strings.get(text) {
             return *index;
         }
-        let index = self.strings.len() as u64;
+        let index = self.strings.len() as i64;
         self.strings.insert(text.to_owned(), index);
-        self.message.bytes(STRING, text.as_bytes());
+        self.message.string_table.push(text.to_owned());
         index
     }
 
     fn add(&mut self, locations: Vec<u64>, values: [i64; 2]) {
-        let sample = Message::default().packed(1, locations).packed(2, values.map(|value| value as u64));
-        self.message.nested(SAMPLE, sample);
+        self.message.sample.push(wire::Sample { location_id: locations, value: values.into() });
     }
 
     fn function(&mut self, line: &Line) -> u64 {
-        let [name, system_name, file] =
+        let [name, system_name, filename] =
             [&line.name, &line.system_name, &line.file].map(|text| self.text(text));
-        if let Some(id) = self.functions.get(&(name, file)) {
-            return *id;
-        }
-        let id = self.functions.len() as u64 + 1;
-        self.functions.insert((name, file), id);
-        let function =
-            Message::default().number(1, id).number(2, name).number(3, system_name).number(4, file);
-        self.message.nested(FUNCTION, function);
-        id
+        let next = self.functions.len() as u64 + 1;
+        *self.functions.entry((name, filename)).or_insert_with(|| {
+            self.message.function.push(wire::Function { id: next, name, system_name, filename });
+            next
+        })
     }
 
     /// One instruction: what was inlined there first.
     fn location(&mut self, lines: &[Line]) -> u64 {
-        let lines: Vec<(u64, u32)> = lines.iter().map(|line| (self.function(line), line.line)).collect();
+        let line = |line: &Line| wire::Line { function_id: self.function(line), line: line.line.into() };
+        let lines: Vec<_> = lines.iter().map(line).collect();
         if let Some(id) = self.locations.get(&lines) {
             return *id;
         }
         let id = self.locations.len() as u64 + 1;
-        let mut location = Message::default().number(1, id);
-        for (function, line) in &lines {
-            location.nested(4, Message::default().number(1, *function).number(2, u64::from(*line)));
-        }
+        self.message.location.push(wire::Location { id, line: lines.clone() });
         self.locations.insert(lines, id);
-        self.message.nested(LOCATION, location);
         id
     }
 
     fn finish(self) -> Vec<u8> {
-        self.message.into_bytes()
+        self.message.encode_to_vec()
     }
 }
 

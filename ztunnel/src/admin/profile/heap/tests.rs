@@ -2,15 +2,10 @@ use std::io::Read;
 
 use flate2::read::GzDecoder;
 use tokio::sync::Mutex;
+use ztunnel_proto::profile as wire;
+use ztunnel_proto::prost::Message;
 
 use super::*;
-use crate::admin::profile::DEFAULT_SAMPLE_TYPE;
-use crate::admin::profile::FUNCTION;
-use crate::admin::profile::LOCATION;
-use crate::admin::profile::SAMPLE;
-use crate::admin::profile::SAMPLE_TYPE;
-use crate::admin::profile::STRING;
-use crate::admin::profile::encoder::tests::fields;
 use crate::admin::profile::heap::allocator::Sampled;
 
 #[global_allocator]
@@ -46,53 +41,29 @@ struct Known {
     first: String,
 }
 
-/// The numbers of a packed field.
-fn numbers(packed: &[u8]) -> Vec<u64> {
-    // As the fields of a message are told from each other by numbers, too: give each one a tag.
-    let mut tagged = vec![8];
-    for (at, byte) in packed.iter().enumerate() {
-        tagged.push(*byte);
-        if byte & 0x80 == 0 && at + 1 < packed.len() {
-            tagged.push(8);
-        }
-    }
-    if packed.is_empty() { Vec::new() } else { fields(&tagged).iter().map(|field| field.1).collect() }
-}
-
 impl Known {
     fn read(profile: &[u8]) -> Self {
         let mut plain = Vec::new();
         GzDecoder::new(profile).read_to_end(&mut plain).expect("compressed by gzip");
-        let profile = fields(&plain);
-        let of = |field: u32| profile.iter().filter(move |known| known.0 == u64::from(field));
-        let strings: Vec<_> = of(STRING).map(|known| String::from_utf8(known.2.clone()).unwrap()).collect();
-        let number =
-            |message: &[(u64, u64, Vec<u8>)], field| message.iter().find(|it| it.0 == field).unwrap().1;
-        let text = |index: u64| strings[index as usize].clone();
-        let functions: HashMap<u64, String> = of(FUNCTION)
-            .map(|known| fields(&known.2))
-            .map(|function| (number(&function, 1), text(number(&function, 2))))
-            .collect();
-        let locations: HashMap<u64, Vec<String>> = of(LOCATION)
-            .map(|known| fields(&known.2))
-            .map(|location| {
-                let lines = location.iter().filter(|it| it.0 == 4);
-                let names = lines.map(|line| functions[&number(&fields(&line.2), 1)].clone());
-                (number(&location, 1), names.collect())
-            })
-            .collect();
-        let samples = of(SAMPLE).map(|known| {
-            let sample = fields(&known.2);
-            let packed = |field| numbers(&sample.iter().find(|it| it.0 == field).unwrap().2);
-            let stack = packed(1).iter().flat_map(|id| locations[id].clone()).collect();
-            let [objects, bytes] = packed(2)[..] else { panic!("two values") };
-            (stack, objects, bytes)
+        let profile = wire::Profile::decode(&plain[..]).unwrap();
+        let text = |index: i64| profile.string_table[index as usize].clone();
+        let functions: HashMap<u64, String> =
+            profile.function.iter().map(|function| (function.id, text(function.name))).collect();
+        let names = |location: &wire::Location| -> Vec<String> {
+            location.line.iter().map(|line| functions[&line.function_id].clone()).collect()
+        };
+        let locations: HashMap<u64, Vec<String>> =
+            profile.location.iter().map(|location| (location.id, names(location))).collect();
+        let samples = profile.sample.iter().map(|sample| {
+            let stack = sample.location_id.iter().flat_map(|id| locations[id].clone()).collect();
+            let [objects, bytes] = sample.value[..] else { panic!("two values") };
+            (stack, objects as u64, bytes as u64)
         });
         Self {
             samples: samples.collect(),
-            kinds: of(SAMPLE_TYPE).map(|known| text(number(&fields(&known.2), 1))).collect(),
-            first: text(of(DEFAULT_SAMPLE_TYPE).next().unwrap().1),
-            strings: strings.clone(),
+            kinds: profile.sample_type.iter().map(|kind| text(kind.r#type)).collect(),
+            first: text(profile.default_sample_type),
+            strings: profile.string_table.clone(),
         }
     }
 

@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io::{ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen,
     recv, sendmsg, socket,
 };
+use parking_lot::{Mutex, MutexGuard};
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::workload::zds::workload_request::Payload;
 use ztunnel_proto::workload::zds::{
@@ -256,7 +257,7 @@ impl NodeAgent {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -276,7 +277,7 @@ fn serve(listener: &Listener, state: &Mutex<State>, stop: &AtomicBool) {
             Ok(true) => {}
             Err(_interrupted) => continue,
         }
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = state.lock();
         state.seen += 1;
         let told = listener.accept(PATIENCE).and_then(|connection| {
             snapshot(&connection, state.pods.values())?;

@@ -3,8 +3,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::SOA;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::Mutex;
 
 use crate::place::Place;
 
@@ -94,7 +95,7 @@ impl Resolver {
 
     /// What was asked so far.
     pub fn asked(&self) -> Vec<Asked> {
-        self.state.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state.asked.lock().clone()
     }
 }
 
@@ -159,7 +160,7 @@ fn reply(
         (_, other) => other.to_string(),
     };
     let asked = Asked { from: client.ip().to_canonical(), what, transport };
-    state.asked.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
+    state.asked.lock().push(asked);
     if state.silent.load(Ordering::Relaxed) {
         return None;
     }

@@ -7,9 +7,9 @@ mod interrupt;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
+use parking_lot::Mutex;
 
 use crate::cgroup::{self, Cgroup};
 use crate::process::sh;
@@ -59,9 +59,7 @@ impl Run {
         for part in ["logs", "state"] {
             fs::create_dir_all(directory.join(part))?;
         }
-        if let Ok(mut active) = ACTIVE.lock() {
-            active.push(prefix.to_owned());
-        }
+        ACTIVE.lock().push(prefix.to_owned());
         // The signal may have come before the line above.
         end_here_if_interrupted();
         Ok(Self { prefix: prefix.to_owned(), directory, keep })
@@ -119,9 +117,7 @@ pub fn end_here_if_interrupted() {
 }
 
 fn forget(prefix: &str) {
-    if let Ok(mut active) = ACTIVE.lock() {
-        active.retain(|other| other != prefix);
-    }
+    ACTIVE.lock().retain(|other| other != prefix);
 }
 
 /// Removes everything that carries this prefix: processes, control groups, namespaces, pins, files.

@@ -9,6 +9,8 @@
 //! cargo-nextest could play them, as an enclosure for every test costs some 11 ms of CPU time; but it is almost 500
 //! packages to compile before the first test, and what fails, runs alone or is built before would still be said here.
 
+#![expect(clippy::disallowed_types, reason = "what must be built in seconds has no library for its locks")]
+
 pub(crate) mod tally;
 
 use std::collections::VecDeque;

@@ -67,6 +67,7 @@
 //!   certificate, for a pod that its node agent knows before the mesh does, and, if the mesh is on demand, for what it
 //!   does not have.
 //! * Nothing but `api` views is serialised: dumps do not freeze the model.
+//! * A panic does not poison a lock: each change under one is one step, so what is there is whole.
 
 pub mod admin;
 pub mod api;

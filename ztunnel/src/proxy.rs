@@ -30,15 +30,14 @@ use std::io;
 use std::net::IpAddr;
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::Weak;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::runtime;
 use tokio::sync::mpsc;
 
@@ -420,7 +419,7 @@ impl DataPlane {
         let pod = Pod::new(spec, id, network, stopped, None, handing_over, share).owned(own);
         let served = self.take(Arc::new(pod), [(accept::Kind::Hbone, hbone)], stop, None)?;
         self.apart_locked().add(&served);
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
+        *self.own.lock() = Some(served);
         Ok(())
     }
 
@@ -572,7 +571,7 @@ impl DataPlane {
     pub fn hand_over_sockets(&self) {
         self.neighbours.clear();
         // Its listener is not one of those: the other process may be in another pod, or share the port.
-        if let Some(own) = self.own.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(own) = self.own.lock().take() {
             own.leave_now();
         }
         self.handover().0.close();
@@ -594,7 +593,7 @@ impl DataPlane {
     /// Waits for the threads to end, which they do when the signal closes, so that what they drop is reset before
     /// the process ends and its sockets are closed in order.
     pub fn join(&self) {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.threads.lock();
         for thread in threads.drain(..) {
             // A panic has been reported by the thread itself.
             let _ended = thread.join();
@@ -656,11 +655,11 @@ impl DataPlane {
     }
 
     fn apart_locked(&self) -> MutexGuard<'_, Apart> {
-        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
+        self.apart.lock()
     }
 
     fn handover(&self) -> MutexGuard<'_, (Trigger, Signal)> {
-        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
+        self.handover.lock()
     }
 
     fn handing_over(&self) -> Signal {
@@ -668,10 +667,10 @@ impl DataPlane {
     }
 
     fn fading(&self) -> MutexGuard<'_, HashMap<PodUid, Trigger>> {
-        self.fading.lock().unwrap_or_else(PoisonError::into_inner)
+        self.fading.lock()
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Served>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pods.lock()
     }
 }

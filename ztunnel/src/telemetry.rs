@@ -8,14 +8,13 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
@@ -240,7 +239,7 @@ impl LocalTelemetry {
 impl Local {
     /// Counts one more connection of `parties` and says where it was counted.
     fn opened(&self, parties: &Parties) -> Arc<Counts> {
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cache = self.cache.lock();
         if let Some(counts) = cache.find(parties)
             && counts.open()
         {

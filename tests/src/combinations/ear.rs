@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
+use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netns::Netns;
@@ -45,7 +46,7 @@ impl Ear {
 
     /// The words that were heard so far.
     pub(super) fn heard(&self) -> BTreeSet<String> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.heard.lock().clone()
     }
 }
 
@@ -64,7 +65,7 @@ fn listen(mut socket: &Socket, start: &[u8], heard: &Mutex<BTreeSet<String>>, st
         match socket.read(&mut frame) {
             Ok(length) => {
                 if let Some(word) = word(&frame[..length], start) {
-                    heard.lock().unwrap_or_else(PoisonError::into_inner).insert(word);
+                    heard.lock().insert(word);
                 }
             }
             // What came before the end is heard.

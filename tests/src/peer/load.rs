@@ -9,11 +9,11 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::binaries;
@@ -95,7 +95,7 @@ pub fn load(rate: u64, targets: &[SocketAddr]) -> Result<()> {
         let _closed = std::io::stdin().read_to_end(&mut Vec::new());
         stop.store(true, Ordering::Relaxed);
     });
-    let tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let tally = tally.into_inner();
     println!("{}", serde_json::to_string(&summary(tally, start.elapsed()))?);
     Ok(())
 }
@@ -116,7 +116,7 @@ fn work(
         let begun = start.elapsed();
         let result = attempt(target);
         let took = (start.elapsed() - begun).as_millis() as u64;
-        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tally = tally.lock();
         tally.made += 1;
         if tally.made.is_multiple_of(TOLD) {
             println!("made {}", tally.made);

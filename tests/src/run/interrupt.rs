@@ -46,7 +46,7 @@ fn install() -> Result<()> {
         if std::fs::File::from(reader).read_exact(&mut byte).is_ok() {
             INTERRUPTED.store(true, Ordering::Release);
             eprintln!("\ninterrupted: taking everything down");
-            let active = ACTIVE.lock().map(|runs| runs.clone()).unwrap_or_default();
+            let active = ACTIVE.lock().clone();
             for prefix in &active {
                 if let Err(error) = take_down(prefix) {
                     eprintln!("{prefix}: {error:#}");

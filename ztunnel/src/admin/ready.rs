@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::SystemTime;
+
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 
 use crate::enrol::source::Source;
 use crate::identity::worker::Identities;
@@ -86,7 +86,7 @@ impl Readiness {
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -8,9 +8,6 @@ use std::fmt;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -26,6 +23,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use hyper_util::rt::TokioTimer;
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
@@ -127,7 +125,7 @@ async fn serve(listener: TcpListener, site: Site, limits: Limits, mut signal: Si
                 shutdown::spawn(async move {
                     let mut place = place;
                     let (number, all) = (place.number, Arc::clone(&place.open));
-                    let asked = move || lock(&all).shares.asked(number);
+                    let asked = move || all.lock().shares.asked(number);
                     tokio::select! {
                         () = converse(stream, site, signal, asked) => {}
                         _evicted = &mut place.evicted => {}
@@ -159,7 +157,7 @@ struct Place {
 
 impl Place {
     fn take(open: &Arc<Mutex<Open>>, peer: IpAddr) -> Option<Self> {
-        let mut all = lock(open);
+        let mut all = open.lock();
         let number = match all.shares.admit(peer, time::Instant::now()) {
             Admission::Taken(number) => number,
             Admission::Instead(number, victim) => {
@@ -177,15 +175,10 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut all = lock(&self.open);
+        let mut all = self.open.lock();
         all.shares.ended(self.number);
         all.closers.remove(&self.number);
     }
-}
-
-fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
-    // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
-    open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn converse(stream: TcpStream, site: Site, mut signal: Signal, asked: impl Fn()) {
@@ -203,7 +196,7 @@ async fn converse(stream: TcpStream, site: Site, mut signal: Signal, asked: impl
         async move {
             let (response, unanswered) = site.answer(&request, closing).await;
             if unanswered.is_some() {
-                *hold.lock().unwrap_or_else(PoisonError::into_inner) = unanswered;
+                *hold.lock() = unanswered;
             }
             Ok::<_, Infallible>(response)
         }

@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hickory_proto::rr::RecordType;
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 
 use crate::dns::message::Transport;
 use crate::model::workload::Workload;
@@ -97,7 +96,7 @@ impl Counts {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Arc<Series>>> {
-        self.series.lock().unwrap_or_else(PoisonError::into_inner)
+        self.series.lock()
     }
 }
 

@@ -10,12 +10,11 @@ use std::net::Ipv4Addr;
 use std::net::Ipv6Addr;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::Socket;
@@ -76,7 +75,7 @@ impl Own {
 
     /// The resolvers, the first one first.
     pub fn resolvers(&self) -> Vec<SocketAddr> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         if let Some((read, resolvers)) = &*known
             && read.elapsed() < READ_AGAIN_AFTER
         {

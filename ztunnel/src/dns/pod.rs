@@ -12,8 +12,6 @@ use std::net::TcpListener;
 use std::pin::Pin;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -21,6 +19,7 @@ use futures_util::stream::FuturesUnordered;
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::DNSClass;
 use hickory_proto::rr::RecordType;
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::tcp::OwnedWriteHalf;
@@ -87,7 +86,7 @@ pub(super) struct Shared {
 impl Shared {
     /// When the sockets that are added now are to be left to another process.
     fn handing_over(&self) -> Signal {
-        self.handing_over.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.handing_over.lock().clone()
     }
 }
 
@@ -257,7 +256,7 @@ impl Pod {
     }
 
     fn original_dst(&self, client: SocketAddr, local: SocketAddr) -> Option<SocketAddr> {
-        let mut conntrack = self.conntrack.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut conntrack = self.conntrack.lock();
         match conntrack.as_mut()?.original_dst(client, local) {
             Ok(original) => Some(original),
             // Not for this question alone.

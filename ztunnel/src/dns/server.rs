@@ -13,12 +13,11 @@ use std::net::TcpListener;
 use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::Socket;
@@ -268,14 +267,14 @@ impl Dns {
 
     /// Hands over to another process that has the same sockets: reads nothing more, and finishes what was read.
     pub fn hand_over_sockets(&self) {
-        self.handover.lock().unwrap_or_else(PoisonError::into_inner).drain();
+        self.handover.lock().drain();
     }
 
     /// Answers again after that, at the sockets of pods that are added from now on.
     pub fn serve_again(&self) {
         let (handover, handing_over) = shutdown::channel();
-        *self.shared.handing_over.lock().unwrap_or_else(PoisonError::into_inner) = handing_over;
-        *self.handover.lock().unwrap_or_else(PoisonError::into_inner) = handover;
+        *self.shared.handing_over.lock() = handing_over;
+        *self.handover.lock() = handover;
     }
 
     /// Waits until nothing is under way and nobody reads. Only a drain or [`Self::hand_over_sockets`] makes that so.
@@ -288,7 +287,7 @@ impl Dns {
 
     /// Waits for the thread to end, which it does when the signal closes.
     pub fn join(&self) {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.thread.lock().take();
         if let Some(thread) = thread {
             // A panic has been reported by the thread itself.
             let _ended = thread.join();
@@ -296,7 +295,7 @@ impl Dns {
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Trigger>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pods.lock()
     }
 }
 

@@ -6,11 +6,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 
@@ -159,7 +158,7 @@ impl Source {
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change is one step, so a panic elsewhere in the holder leaves nothing half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -5,9 +5,6 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
@@ -20,6 +17,8 @@ use http::HeaderValue;
 use http::Method;
 use http::Request;
 use http::StatusCode;
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -345,7 +344,7 @@ impl State {
 
 impl Tunnel {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Whether new streams may be tried.

@@ -5,9 +5,7 @@
 //! stream.
 
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::OnceLock;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicI64;
 use std::sync::atomic::AtomicU64;
@@ -21,6 +19,7 @@ use std::time::Duration;
 use bytes::Buf;
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::net::budget::Holder;
@@ -76,7 +75,7 @@ pub(super) struct Stream(Arc<Flow>);
 impl Stream {
     /// Its half says when it has ended.
     pub(super) fn goes_on(self) {
-        self.0.streams.lock().unwrap_or_else(PoisonError::into_inner).0 += 1;
+        self.0.streams.lock().0 += 1;
     }
 }
 
@@ -106,20 +105,20 @@ impl Flow {
 
     /// One more stream that the peer has opened.
     pub(super) fn stream(self: &Arc<Self>) -> Stream {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner).0 += 1;
+        self.streams.lock().0 += 1;
         Stream(Arc::clone(self))
     }
 
     /// One less.
     pub(super) fn stream_ended(&self) {
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut streams = self.streams.lock();
         streams.0 -= 1;
         streams.1 = Instant::now();
     }
 
     /// Since when the peer has had no streams; `None` while it has.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let streams = self.streams.lock();
         (streams.0 == 0).then_some(streams.1)
     }
 
@@ -161,7 +160,7 @@ impl Flow {
     pub(super) fn room(&self, cx: &Context<'_>) -> usize {
         let room = self.buffered_max.saturating_sub(self.buffered.load(Ordering::Relaxed));
         if room == 0 {
-            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut waiting = self.waiting.lock();
             if waiting.len() >= WAITING_MAX {
                 // Whoever still waits comes back; the others are forgotten.
                 waiting.drain(..).for_each(Waker::wake);
@@ -177,14 +176,14 @@ impl Flow {
         self.buffered.fetch_add(length, Ordering::Relaxed);
         self.earned.fetch_add(UPDATES_PER_PIECE * (1 + length / FRAME) as u64, Ordering::Relaxed);
         if self.window.fetch_sub(length as i64, Ordering::Relaxed) <= length as i64 {
-            self.exhausted.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+            self.exhausted.lock().get_or_insert_with(Instant::now);
         }
     }
 
     /// The peer takes so many bytes more, on all streams together.
     pub(super) fn widen(&self, bytes: u32) {
         if self.window.fetch_add(bytes.into(), Ordering::Relaxed) + i64::from(bytes) > 0 {
-            *self.exhausted.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *self.exhausted.lock() = None;
         }
     }
 
@@ -192,7 +191,7 @@ impl Flow {
     /// windows of its streams: a peer may make them smaller than what is on its way to it already (RFC 9113 §6.9.2).
     pub(super) fn passed(&self, all: bool) {
         let waits = self.buffered.load(Ordering::Relaxed);
-        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stuck = self.stuck.lock();
         if waits == 0 || waits < self.buffered_max / 2 {
             *stuck = None;
         } else if all {
@@ -204,7 +203,7 @@ impl Flow {
     /// streams wait for has taken the room of all.
     pub(super) fn is_exhausted(&self) -> bool {
         [&self.exhausted, &self.stuck].into_iter().any(|since| {
-            let since = since.lock().unwrap_or_else(PoisonError::into_inner);
+            let since = since.lock();
             since.is_some_and(|since| since.elapsed() >= EXHAUSTED_AFTER)
         })
     }
@@ -219,7 +218,7 @@ impl Flow {
         // By half, so that who waits has something to do then.
         let (now, enough) = (before - bytes, self.buffered_max / 2);
         if now <= enough && before > enough {
-            let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+            let waiting = std::mem::take(&mut *self.waiting.lock());
             waiting.into_iter().for_each(Waker::wake);
         }
     }
@@ -315,14 +314,14 @@ mod tests {
         let other = second.piece(Bytes::from(vec![7; 700]));
         assert!(first.poll_sent(&cx).is_pending() && second.poll_sent(&cx).is_pending());
         assert_eq!(flow.room(&cx), 0);
-        assert_eq!(flow.waiting.lock().unwrap().len(), 1);
+        assert_eq!(flow.waiting.lock().len(), 1);
         assert_eq!(flow.room(&cx), 0);
-        assert_eq!(flow.waiting.lock().unwrap().len(), 1, "no more than one for each who waits");
+        assert_eq!(flow.waiting.lock().len(), 1, "no more than one for each who waits");
         one.advance(599);
         assert_eq!(flow.room(&cx), 299);
-        assert_eq!(flow.waiting.lock().unwrap().len(), 1, "half must be free");
+        assert_eq!(flow.waiting.lock().len(), 1, "half must be free");
         drop(other);
-        assert_eq!((flow.room(&cx), flow.waiting.lock().unwrap().len()), (999, 0));
+        assert_eq!((flow.room(&cx), flow.waiting.lock().len()), (999, 0));
         assert!(first.poll_sent(&cx).is_pending() && second.poll_sent(&cx).is_ready());
         drop(one);
         assert_eq!(flow.room(&cx), 1000);

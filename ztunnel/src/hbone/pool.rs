@@ -9,11 +9,10 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 
 use crate::hbone::client::DialError;
@@ -104,7 +103,7 @@ impl Pool {
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<Key, Peer>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.peers.lock()
     }
 
     /// Room for a stream under `key`; a tunnel is dialled if there is none.

@@ -516,13 +516,13 @@ async fn many_at_once_share_one_dial() {
 async fn who_waits_shares_the_failure_and_too_many_do_not_wait() {
     struct Failing(Arc<Credentials>, Cell<usize>, HbonePeer);
     // Used from one task only.
-    struct Shared(std::sync::Mutex<Failing>);
+    struct Shared(parking_lot::Mutex<Failing>);
     impl Dialer for Shared {
         fn credentials(&self) -> Arc<Credentials> {
-            Arc::clone(&self.0.lock().unwrap().0)
+            Arc::clone(&self.0.lock().0)
         }
         fn dial(&self, _: Arc<Credentials>) -> Pin<Box<dyn Future<Output = Dialled> + Send>> {
-            let failing = self.0.lock().unwrap();
+            let failing = self.0.lock();
             failing.1.set(failing.1.get() + 1);
             let peer = failing.2;
             Box::pin(async move {
@@ -536,13 +536,13 @@ async fn who_waits_shares_the_failure_and_too_many_do_not_wait() {
     }
     let peer = HbonePeer("10.0.0.1:15008".parse().unwrap());
     let credentials = Arc::new(TestCa::new().certify(&id("client")));
-    let dialer = Shared(std::sync::Mutex::new(Failing(credentials, Cell::new(0), peer)));
+    let dialer = Shared(parking_lot::Mutex::new(Failing(credentials, Cell::new(0), peer)));
     let pool = Pool::new(3, Duration::from_secs(3));
     let key = Key { source: id("client"), netns: (0, 0), peer, expect: vec![id("server")] };
     let all = (0..5).map(|_| pool.lease(&key, &dialer));
     let errors: Vec<_> =
         futures_util::future::join_all(all).await.into_iter().map(|r| r.unwrap_err()).collect();
-    assert_eq!(dialer.0.lock().unwrap().1.get(), 1);
+    assert_eq!(dialer.0.lock().1.get(), 1);
     let timeouts = errors.iter().filter(|e| matches!(***e, DialError::Timeout { .. })).count();
     let busy = errors.iter().filter(|e| matches!(***e, DialError::Busy { waiting: 3, .. })).count();
     assert_eq!((timeouts, busy), (3, 2));

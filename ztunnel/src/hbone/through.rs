@@ -5,9 +5,6 @@ use std::io;
 use std::io::IoSlice;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
@@ -15,6 +12,7 @@ use std::task::ready;
 use bytes::Buf;
 use bytes::Bytes;
 use bytes::BytesMut;
+use parking_lot::Mutex;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
@@ -54,7 +52,7 @@ impl Tail {
     /// then whoever passes its data on may lose what it has not passed on yet.
     pub async fn ended(self) {
         poll_fn(|cx| {
-            let mut recv = lock(&self.0);
+            let mut recv = self.0.lock();
             loop {
                 match ready!(recv.poll_data(cx)) {
                     Some(Ok(data)) => recv.release(data.len()),
@@ -67,10 +65,6 @@ impl Tail {
 }
 
 // One task has both ends, one after the other: nobody ever waits for it.
-fn lock(recv: &Mutex<RecvHalf>) -> MutexGuard<'_, RecvHalf> {
-    recv.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn broken(error: StreamError) -> io::Error {
     match error {
         StreamError::Reset(_) => io::Error::new(io::ErrorKind::ConnectionReset, error),
@@ -80,7 +74,7 @@ fn broken(error: StreamError) -> io::Error {
 
 impl Carrier for Through {
     fn kept(&mut self, cx: &mut Context<'_>) -> usize {
-        self.ahead.len() + lock(&self.recv).pull(cx)
+        self.ahead.len() + self.recv.lock().pull(cx)
     }
 }
 
@@ -91,7 +85,7 @@ impl AsyncRead for Through {
         out: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         while self.ahead.is_empty() {
-            let received = ready!(lock(&self.recv).poll_data(cx));
+            let received = ready!(self.recv.lock().poll_data(cx));
             match received {
                 Some(Ok(data)) => self.ahead = data,
                 Some(Err(error)) => return Poll::Ready(Err(broken(error))),
@@ -101,7 +95,7 @@ impl AsyncRead for Through {
         let length = self.ahead.len().min(out.remaining());
         out.put_slice(&self.ahead[..length]);
         self.ahead.advance(length);
-        lock(&self.recv).release(length);
+        self.recv.lock().release(length);
         Poll::Ready(Ok(()))
     }
 }

@@ -11,15 +11,13 @@ use std::io::IoSlice;
 use std::io::Write as _;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::task::Context;
 use std::task::Poll;
 use std::task::ready;
 
 use h2::Ping;
 use h2::PingPong;
+use parking_lot::Mutex;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
@@ -193,15 +191,11 @@ pub(super) fn defer<S>(mut tls: Tls<S>, flow: Arc<Flow>) -> (Deferred<S>, Backlo
 }
 
 // The lock is there because tasks must be `Send`; a tunnel stays on its thread, so nobody ever waits for it.
-fn lock<S>(inner: &Mutex<Inner<S>>) -> MutexGuard<'_, Inner<S>> {
-    inner.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl<S: Carrier> Backlog<S> {
     /// Ends a pass: writes what has gathered, and charges for what is left. Pending when the socket takes no more for
     /// now.
     pub(super) fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut inner = lock(&self.0);
+        let mut inner = self.0.lock();
         inner.read = 0;
         let (widened, earned) = (inner.frames.take_widened(), inner.flow.take_earned());
         inner.frames.pass(earned);
@@ -218,7 +212,7 @@ impl<S: Carrier> Backlog<S> {
 
     /// Whether the peer has sent more than it had reason to. It is told so, and nothing is read any more.
     pub(super) fn is_flooded(&self, cx: &mut Context<'_>) -> bool {
-        let mut inner = lock(&self.0);
+        let mut inner = self.0.lock();
         if !inner.frames.is_flooded() {
             return false;
         }
@@ -243,7 +237,7 @@ impl<S: Carrier> Backlog<S> {
 
 impl<S: Carrier> AsyncRead for Deferred<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let inner = &mut *lock(&self.0);
+        let inner = &mut *self.0.lock();
         if inner.read >= PASS_MAX {
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -261,7 +255,7 @@ impl<S: Carrier> AsyncRead for Deferred<S> {
 
 impl<S: Carrier> AsyncWrite for Deferred<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        lock(&self.0).append(cx, &[IoSlice::new(data)])
+        self.0.lock().append(cx, &[IoSlice::new(data)])
     }
 
     fn poll_write_vectored(
@@ -269,7 +263,7 @@ impl<S: Carrier> AsyncWrite for Deferred<S> {
         cx: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        lock(&self.0).append(cx, data)
+        self.0.lock().append(cx, data)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -281,7 +275,7 @@ impl<S: Carrier> AsyncWrite for Deferred<S> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut inner = lock(&self.0);
+        let mut inner = self.0.lock();
         ready!(inner.drain(cx))?;
         Pin::new(&mut inner.tls).poll_shutdown(cx)
     }
@@ -376,7 +370,7 @@ mod tests {
         let data = [7; RECORD_MAX + 100];
         poll_fn(|cx| {
             loop {
-                let appended = lock(&deferred.0).append(cx, &[IoSlice::new(&data)]);
+                let appended = deferred.0.lock().append(cx, &[IoSlice::new(&data)]);
                 assert!(matches!(appended, Poll::Ready(Ok(_))), "there is room in the backlog");
                 if backlog.poll_drain(cx).is_pending() {
                     return Poll::Ready(());
@@ -384,9 +378,9 @@ mod tests {
             }
         })
         .await;
-        let appended = poll_fn(|cx| lock(&deferred.0).append(cx, &[IoSlice::new(b"more")])).await;
+        let appended = poll_fn(|cx| deferred.0.lock().append(cx, &[IoSlice::new(b"more")])).await;
         assert_eq!(appended.unwrap(), 4);
-        let tail = &lock(&deferred.0).tail;
+        let tail = &deferred.0.lock().tail;
         assert!(!tail.is_empty() && tail.capacity() <= RECORD_MAX, "{} of {}", tail.len(), tail.capacity());
     }
 }

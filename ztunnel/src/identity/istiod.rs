@@ -4,8 +4,6 @@
 //! (impersonation): the authority lets it if its token is of a trusted account and the workload is on its node.
 
 use std::pin::pin;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -14,6 +12,7 @@ use futures_util::future::BoxFuture;
 use futures_util::future::FutureExt;
 use futures_util::stream::FuturesUnordered;
 use futures_util::stream::StreamExt;
+use parking_lot::Mutex;
 use rcgen::CertificateParams;
 use rcgen::DistinguishedName;
 use rcgen::KeyPair;
@@ -186,7 +185,7 @@ impl Plane {
 
     fn channel(&self) -> Result<Channel, IssueError> {
         let connector = self.control.connector().map_err(unreachable)?;
-        let mut held = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.channel.lock();
         match &*held {
             Some((made_with, channel)) if *made_with == connector => Ok(channel.clone()),
             _ => {

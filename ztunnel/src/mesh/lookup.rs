@@ -1,10 +1,10 @@
 //! Which workload of the mesh a pod of this node is.
 
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::Weak;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use crate::mesh::MeshReader;
 use crate::mesh::gap::NEW_WITHIN;
@@ -59,7 +59,7 @@ impl Lookup {
         if let Named::Uid(uid) = &self.named {
             return mesh.workload(uid).map(|_| Arc::clone(uid));
         }
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = self.found.lock();
         if let Some(uid) = &found.uid
             && mesh.workload(uid).is_some_and(|workload| self.named.is(workload))
         {

@@ -13,9 +13,6 @@ use std::future::poll_fn;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
@@ -26,6 +23,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
 use slab::Slab;
 use tokio::time::Instant;
 
@@ -122,7 +120,7 @@ impl Budget {
             leaving: AtomicUsize::new(0),
             holders: Mutex::default(),
         });
-        let mut shares = lock(&self.0.shares);
+        let mut shares = self.0.shares.lock();
         shares.retain(|share| share.strong_count() > 0);
         shares.push(Arc::downgrade(&share));
         share
@@ -156,7 +154,7 @@ impl Node {
             share.relieve(|| if share.over(limit) > 0 { share.over(freed(limit)) } else { 0 });
         }
         while self.over() > 0 {
-            let shares: Vec<_> = lock(&self.shares).iter().filter_map(Weak::upgrade).collect();
+            let shares: Vec<_> = self.shares.lock().iter().filter_map(Weak::upgrade).collect();
             let stays = |share: &Arc<Share>| {
                 let used = share.used.load(Ordering::Relaxed);
                 used.saturating_sub(share.leaving.load(Ordering::Relaxed))
@@ -181,7 +179,7 @@ impl Node {
 
     fn tell(&self, name: &str, count: u64, bytes: usize) {
         self.shed.fetch_add(count, Ordering::Relaxed);
-        let mut told = lock(&self.told);
+        let mut told = self.told.lock();
         told.since += count;
         if told.at.is_none_or(|at| at.elapsed() >= TOLD_EVERY) {
             let (used, limit, closed) = (self.used.load(Ordering::Relaxed), self.limit, told.since);
@@ -221,10 +219,6 @@ fn over(used: &AtomicUsize, leaving: &AtomicUsize, limit: usize) -> usize {
     used.load(Ordering::Relaxed).saturating_sub(leaving.load(Ordering::Relaxed)).saturating_sub(limit)
 }
 
-fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
-    of.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Share {
     /// One more that costs so much, whether it holds anything or not, for what the pod itself dials.
     pub fn holder(self: &Arc<Self>, cost: usize) -> Holder {
@@ -238,7 +232,7 @@ impl Share {
 
     fn holder_of(self: &Arc<Self>, source: Option<IpAddr>, cost: usize) -> Holder {
         let holder = {
-            let mut holders = lock(&self.holders);
+            let mut holders = self.holders.lock();
             let entry = holders.vacant_entry();
             let slot = Arc::new(Slot {
                 share: Arc::clone(self),
@@ -280,7 +274,7 @@ impl Share {
     /// Has those who hold most let go of so many bytes, and says how many it were. How many that has to be is asked once
     /// nobody else is at it: what others have closed meanwhile need not be closed again.
     fn relieve(&self, wanted: impl FnOnce() -> usize) -> usize {
-        let holders = lock(&self.holders);
+        let holders = self.holders.lock();
         let wanted = wanted();
         if wanted == 0 {
             return 0;
@@ -381,7 +375,7 @@ impl Drop for Holder {
     fn drop(&mut self) {
         let (share, slot) = (&self.slot.share, &self.slot);
         // From here on it is not told to let go any more.
-        lock(&share.holders).remove(slot.key);
+        share.holders.lock().remove(slot.key);
         let leaving = slot.leaving.load(Ordering::Relaxed);
         share.leaving.fetch_sub(leaving, Ordering::Relaxed);
         share.node.leaving.fetch_sub(leaving, Ordering::Relaxed);

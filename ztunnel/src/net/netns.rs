@@ -7,10 +7,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, fstatfs};
+use parking_lot::Mutex;
 
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
 
@@ -49,7 +50,7 @@ impl Netns {
     /// The namespace of this thread, by one descriptor for all threads that are in it.
     fn current_shared() -> io::Result<Arc<Self>> {
         let current = Self::current()?;
-        let mut homes = HOMES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut homes = HOMES.lock();
         homes.retain(|home| home.strong_count() > 0);
         if let Some(home) = homes.iter().filter_map(Weak::upgrade).find(|home| home.id == current.id) {
             return Ok(home);

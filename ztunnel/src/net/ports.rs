@@ -15,10 +15,9 @@ use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use socket2::Socket;
 
 use crate::net::netns::Netns;
@@ -114,7 +113,7 @@ impl Ports {
     }
 
     fn open(&self) -> MutexGuard<'_, HashMap<Front, u32>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock()
     }
 
     /// `client` has a plain connection to `port` of the pod, for as long as the answer lives.

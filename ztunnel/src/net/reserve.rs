@@ -6,10 +6,9 @@
 use std::fs::File;
 use std::io;
 use std::net::TcpListener;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 
 use nix::errno::Errno;
+use parking_lot::Mutex;
 
 use crate::net::socket::accept;
 use crate::net::socket::reset_on_close;
@@ -21,7 +20,7 @@ static RESERVE: Mutex<Option<File>> = Mutex::new(None);
 
 /// Keeps the descriptor, if it is not kept yet.
 pub fn keep() {
-    let mut reserve = RESERVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut reserve = RESERVE.lock();
     if reserve.is_none() {
         *reserve = File::open("/dev/null").ok();
     }
@@ -34,7 +33,7 @@ pub fn is_out_of_descriptors(error: &io::Error) -> bool {
 
 /// Resets connections that wait at `listener`, and says how many.
 pub fn refuse(listener: &TcpListener) -> usize {
-    let mut reserve = RESERVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut reserve = RESERVE.lock();
     if reserve.is_none() {
         return 0;
     }

@@ -18,9 +18,6 @@ use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::Weak;
 use std::time::Duration;
 
@@ -29,6 +26,8 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt;
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use socket2::Domain;
 use socket2::Protocol;
 use socket2::SockAddr;
@@ -385,7 +384,7 @@ impl Spares {
     }
 
     fn batch(&self, ipv6: bool) -> MutexGuard<'_, Batch> {
-        self.batches[usize::from(ipv6)].lock().unwrap_or_else(PoisonError::into_inner)
+        self.batches[usize::from(ipv6)].lock()
     }
 
     /// A prepared socket. In the context of a runtime.

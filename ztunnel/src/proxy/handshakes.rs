@@ -17,11 +17,10 @@ use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::net::Ipv6Addr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -165,7 +164,7 @@ struct Places {
 
 impl Handshakes {
     fn places(&self) -> MutexGuard<'_, Places> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// A place for one more, if it gets one among `max`.

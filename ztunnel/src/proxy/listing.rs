@@ -2,10 +2,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use slab::Slab;
 
 use crate::model::addr::OriginalDst;
@@ -79,7 +78,7 @@ impl Listing {
     }
 
     fn entries(&self) -> MutexGuard<'_, Slab<Connection>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

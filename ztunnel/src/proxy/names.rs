@@ -7,11 +7,9 @@ use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
 use tokio::sync::watch;
@@ -105,7 +103,7 @@ impl Names {
 
     /// Every pair that asked so far, and how often it did.
     pub fn counted(&self) -> Vec<(Asker, u64)> {
-        lock(&self.counted).iter().map(|(asker, count)| (asker.clone(), *count)).collect()
+        self.counted.lock().iter().map(|(asker, count)| (asker.clone(), *count)).collect()
     }
 
     async fn resolve<F>(&self, host: &Arc<str>, ask: impl FnOnce() -> F) -> Answer
@@ -126,7 +124,7 @@ impl Names {
     where
         F: Future<Output = io::Result<Vec<IpAddr>>> + Send + 'static,
     {
-        let mut known = lock(&self.known);
+        let mut known = self.known.lock();
         if let Some(entry) = known.get(host).filter(|entry| holds(entry)) {
             return entry.clone();
         }
@@ -157,7 +155,7 @@ impl Names {
     }
 
     fn count(&self, host: &Arc<str>, source: &Workload) {
-        let mut counted = lock(&self.counted);
+        let mut counted = self.counted.lock();
         let asker = Asker {
             source: [
                 Arc::clone(&source.workload_name),
@@ -194,10 +192,6 @@ async fn ask(host: Arc<str>) -> io::Result<Vec<IpAddr>> {
         }
     }
     Ok(addresses)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -274,7 +268,7 @@ mod tests {
             names.resolve(&host(&number.to_string()), found).await.expect("an address");
             names.count(&host(&number.to_string()), &Workload::sample("shop", "cart"));
         }
-        assert!(lock(&names.known).len() <= NAMES_MAX);
+        assert!(names.known.lock().len() <= NAMES_MAX);
         let counted = names.counted();
         assert_eq!(counted.len(), COUNTED_MAX + 1);
         let others = counted.iter().find(|(asker, _)| asker.hostname.is_empty());

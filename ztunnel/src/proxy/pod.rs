@@ -3,12 +3,11 @@
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 
 use http::HeaderValue;
+use parking_lot::Mutex;
 
 use crate::hbone::address::Baggage;
 use crate::mesh::MeshReader;
@@ -195,7 +194,7 @@ impl Pod {
 
     /// The `baggage` of the pod's `workload`.
     pub fn baggage(&self, workload: &Arc<Workload>) -> HeaderValue {
-        let mut cached = self.baggage.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cached = self.baggage.lock();
         if let Some((rendered, value)) = &*cached
             && Arc::ptr_eq(rendered, workload)
         {

@@ -3,12 +3,11 @@
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::mpsc;
@@ -219,7 +218,7 @@ impl Count {
             return;
         }
         self.turned_away.fetch_add(count, Ordering::Relaxed);
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = self.refused.lock();
         refused.1 += count;
         if refused.0.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
             tracing::warn!(%pod, refused = refused.1, "out of descriptors: new connections are reset");

@@ -10,12 +10,12 @@ use std::net::IpAddr;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::HeaderValue;
+use parking_lot::Mutex;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
@@ -133,7 +133,7 @@ struct Net {
 
 impl Net {
     fn dial(&self, to: SocketAddr) -> Dial {
-        let place = self.places.lock().unwrap().get(&to).copied();
+        let place = self.places.lock().get(&to).copied();
         Box::pin(async move {
             let socket = TcpStream::connect(place.ok_or(io::ErrorKind::ConnectionRefused)?).await?;
             socket.set_nodelay(true)?;
@@ -146,7 +146,7 @@ struct TestPod(Arc<Net>);
 
 impl PodNetwork for TestPod {
     fn original_dst(&self, _accepted: &std::net::TcpStream) -> io::Result<OriginalDst> {
-        Ok(OriginalDst(*self.0.dst.lock().unwrap()))
+        Ok(OriginalDst(*self.0.dst.lock()))
     }
 
     fn leave(&self, to: SocketAddr) -> Dial {
@@ -163,7 +163,7 @@ struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Log {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(data);
+        self.0.lock().extend_from_slice(data);
         Ok(data.len())
     }
 
@@ -349,11 +349,11 @@ impl Node {
     }
 
     fn place(&self, address: &str, at: SocketAddr) {
-        self.net.places.lock().unwrap().insert(address.parse().unwrap(), at);
+        self.net.places.lock().insert(address.parse().unwrap(), at);
     }
 
     fn toward(&self, dst: &str) {
-        *self.net.dst.lock().unwrap() = dst.parse().unwrap();
+        *self.net.dst.lock() = dst.parse().unwrap();
     }
 
     /// The client pod's application connects, and the server's accepts.
@@ -367,7 +367,7 @@ impl Node {
     async fn logged(&self, parts: &[&str]) {
         let found = async {
             loop {
-                let text = String::from_utf8(self.log.0.lock().unwrap().clone()).unwrap();
+                let text = String::from_utf8(self.log.0.lock().clone()).unwrap();
                 if text.lines().any(|line| parts.iter().all(|part| line.contains(part))) {
                     return;
                 }
@@ -375,7 +375,7 @@ impl Node {
             }
         };
         if timeout(PATIENCE, found).await.is_err() {
-            panic!("no line has all of {parts:?}:\n{}", String::from_utf8_lossy(&self.log.0.lock().unwrap()));
+            panic!("no line has all of {parts:?}:\n{}", String::from_utf8_lossy(&self.log.0.lock()));
         }
     }
 

@@ -5,10 +5,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::time::Instant;
 
 use crate::hbone::server::Activity;
@@ -34,7 +33,7 @@ fn longest_idle(idle: impl Iterator<Item = (u64, Option<Instant>)>) -> Option<u6
 
 impl Tunnels {
     fn open(&self) -> MutexGuard<'_, Open> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// A place for one more of `identity`, if it gets one where all may have `max`.

@@ -14,9 +14,6 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -25,6 +22,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
@@ -64,7 +63,7 @@ impl Lanes {
     }
 
     fn of(&self, key: Key) -> Lane {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.lock();
         if let Some(state) = known.all.get(&key).and_then(Weak::upgrade) {
             return Lane(state);
         }
@@ -128,7 +127,7 @@ impl Lane {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Whether a task may work now. If not it is woken when it may.
@@ -308,6 +307,6 @@ mod tests {
         for n in 0..10 * LANES_MIN {
             lanes.of_source(&format!("pod-{n}").as_str().into(), ip(1));
         }
-        assert!(lanes.0.lock().unwrap().all.len() <= LANES_MIN);
+        assert!(lanes.0.lock().all.len() <= LANES_MIN);
     }
 }

@@ -13,10 +13,11 @@ mod root;
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{self, BoxFuture, FutureExt};
+use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
@@ -187,7 +188,7 @@ impl Authority {
     /// clock was set back to before it: nobody would accept what it signs.
     fn intermediate(&self, now: SystemTime) -> Result<Arc<Intermediate>, rcgen::Error> {
         // The value is replaced as a whole, so a panic elsewhere leaves it good.
-        let mut held = self.intermediate.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.intermediate.lock();
         let until = held.validity.until;
         let ends = until < now + INTERMEDIATE_LEFT_MIN && until < self.root.not_after();
         if ends || held.validity.is_ahead(now) {

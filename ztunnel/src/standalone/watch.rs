@@ -12,14 +12,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::inotify::AddWatchFlags;
 use nix::sys::inotify::InitFlags;
 use nix::sys::inotify::Inotify;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
@@ -161,7 +160,7 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce(&mut Watched) -> T + Send + 'static,
 ) -> Option<T> {
     let watched = Arc::clone(watched);
-    spawn_blocking(move || work(&mut watched.lock().unwrap_or_else(PoisonError::into_inner))).await.ok()
+    spawn_blocking(move || work(&mut watched.lock())).await.ok()
 }
 
 /// The path, and what tells whether a look at the files is worth while.

@@ -8,11 +8,10 @@ use std::fmt;
 use std::fmt::Write as _;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tracing::Event;
 use tracing::Level;
 use tracing::Subscriber;
@@ -240,7 +239,7 @@ impl Levels {
     }
 
     fn lock(&self) -> MutexGuard<'_, Filter> {
-        self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.current.lock()
     }
 }
 

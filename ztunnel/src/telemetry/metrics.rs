@@ -5,9 +5,8 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 
+use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::EncodeLabel;
@@ -160,7 +159,7 @@ impl Metrics {
 
     /// Has `source` asked at each scrape from now on.
     pub fn register(&self, source: impl Source) {
-        let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registry = self.registry.lock();
         registry.register_collector(Box::new(Collected(source)));
     }
 
@@ -168,7 +167,7 @@ impl Metrics {
     /// be megabytes: not for a data-plane thread.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut out = String::new();
-        text::encode(&mut out, &self.registry.lock().unwrap_or_else(PoisonError::into_inner))?;
+        text::encode(&mut out, &self.registry.lock())?;
         Ok(out)
     }
 }

@@ -10,12 +10,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+
+use parking_lot::Mutex;
 
 use crate::model::identity::SpiffeId;
 use crate::model::workload::Workload;
@@ -235,7 +234,7 @@ impl Series {
     /// The sums over all threads. They count as seen: from here on, the series may give way while it is idle.
     pub fn scrape(&self) -> Totals {
         let mut totals = Totals::default();
-        for (_, counts) in lock(&self.threads).iter() {
+        for (_, counts) in self.threads.lock().iter() {
             counts.unseen.store(false, Ordering::SeqCst);
             totals.opened += counts.opened.load(Ordering::Relaxed);
             totals.received += counts.received.load(Ordering::Relaxed);
@@ -248,7 +247,7 @@ impl Series {
     }
 
     fn counts_of(&self, thread: ThreadId) -> Arc<Counts> {
-        let mut threads = lock(&self.threads);
+        let mut threads = self.threads.lock();
         if let Some((_, counts)) = threads.iter().find(|(owner, _)| *owner == thread) {
             return Arc::clone(counts);
         }
@@ -259,7 +258,7 @@ impl Series {
 
     /// Gives way if it is idle and seen on all threads.
     fn retire(&self) -> bool {
-        let threads = lock(&self.threads);
+        let threads = self.threads.lock();
         let retired = threads.iter().take_while(|(_, counts)| counts.retire()).count();
         let all = retired == threads.len();
         if !all {
@@ -321,7 +320,7 @@ impl SeriesTable {
         if labels == unknown.labels {
             return Place::Own(unknown.counts_of(thread));
         }
-        let mut interned = lock(&self.interned);
+        let mut interned = self.interned.lock();
         if let Some(series) = interned.by_labels.get(&labels) {
             return Place::Own(series.counts_of(thread));
         }
@@ -343,8 +342,8 @@ impl SeriesTable {
 
     /// All series in the order of their labels, the overflow series last and only when used.
     pub fn all(&self) -> Vec<Arc<Series>> {
-        let mut all: Vec<_> = lock(&self.interned).by_labels.values().map(Arc::clone).collect();
-        all.extend(self.overflow.iter().filter(|series| !lock(&series.threads).is_empty()).map(Arc::clone));
+        let mut all: Vec<_> = self.interned.lock().by_labels.values().map(Arc::clone).collect();
+        all.extend(self.overflow.iter().filter(|series| !series.threads.lock().is_empty()).map(Arc::clone));
         all
     }
 
@@ -362,9 +361,4 @@ impl SeriesTable {
         // A sweep looks at every series under the lock: after one, that cost is first spread over many look-ups.
         interned.until_sweep = self.series_max / 8;
     }
-}
-
-/// The data under these locks is whole at every step, so a panic elsewhere in the holder does not spoil it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,9 +9,6 @@ use std::io;
 use std::io::Write;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::Condvar;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -19,6 +16,8 @@ use std::thread;
 use std::time::Duration;
 use std::time::SystemTime;
 
+use parking_lot::Condvar;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::Level;
 
@@ -75,7 +74,7 @@ struct Tally {
 
 impl Tally {
     fn advance(&self, lines: u64) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) += lines;
+        *self.done.lock() += lines;
         self.progress.notify_all();
     }
 }
@@ -122,9 +121,9 @@ impl LogQueue {
     /// Blocks: for the end of the process, and not for async code.
     pub fn flush(&self, patience: Duration) -> bool {
         let target = self.tally.queued.load(Ordering::Relaxed);
-        let done = self.tally.done.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.tally.progress.wait_timeout_while(done, patience, |done| *done < target);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+        let mut done = self.tally.done.lock();
+        self.tally.progress.wait_while_for(&mut done, |done| *done < target, patience);
+        *done >= target
     }
 
     /// How many lines of the access log were dropped because the queue was full.

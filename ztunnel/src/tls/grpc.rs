@@ -12,8 +12,6 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
@@ -24,6 +22,7 @@ use http::HeaderValue;
 use http::Uri;
 use http::header::AUTHORIZATION;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use rustls::CertificateError;
 use rustls::ClientConfig;
 use rustls::DigitallySignedStruct;
@@ -264,7 +263,7 @@ impl ControlPlane {
     /// Makes connections that trust the roots as they are now, or, if those cannot be used, as they were.
     pub fn connector(&self) -> Result<Connector, ControlError> {
         let fresh = certificates(&self.config.roots).and_then(|fresh| {
-            let mut held = self.last_good.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut held = self.last_good.lock();
             match &*held {
                 Some(trusted) if trusted.certificates == fresh => Ok(Arc::clone(&trusted.tls)),
                 _ => {
@@ -277,7 +276,7 @@ impl ControlPlane {
         match fresh {
             Ok(tls) => Ok(Connector { tls }),
             Err(error) => {
-                let held = self.last_good.lock().unwrap_or_else(PoisonError::into_inner);
+                let held = self.last_good.lock();
                 let Some(trusted) = &*held else { return Err(error) };
                 tracing::warn!(
                     control_plane = %self.config.address,

@@ -20,14 +20,13 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::CertRevocationListError;
 use rustls::CertificateError;
 use rustls::CommonState;
@@ -165,7 +164,7 @@ impl Trust {
     /// An answer of the authority named these roots, all there are. Those it no longer names go when `life`, that of
     /// a certificate, is over.
     pub fn learn(&self, named: &RootCertStore, now: SystemTime, life: Duration) -> Learnt {
-        let _one_at_a_time = self.0.learning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.0.learning.lock();
         let before = self.0.state.load_full();
         let mut roots: Vec<Root> = before
             .roots
@@ -205,7 +204,7 @@ impl Trust {
 
     /// These lists are in force from now on. Peers that are connected are judged again: [`Trust::revoked`].
     pub fn revoke(&self, lists: Lists) {
-        let _one_at_a_time = self.0.learning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.0.learning.lock();
         let revocation = Revocation::Lists(Arc::new(lists));
         self.0.state.store(Arc::new(State { revocation, ..State::clone(&self.0.state.load()) }));
         self.0.revoked.send_modify(|version| *version += 1);

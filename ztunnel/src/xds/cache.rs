@@ -17,14 +17,13 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::Condvar;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::thread;
 use std::time::Duration;
 use std::time::SystemTime;
 
+use parking_lot::Condvar;
+use parking_lot::Mutex;
+use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 use ztunnel_proto::discovery::Resource;
 
@@ -88,18 +87,18 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Waits while `condition` holds, and no longer than `time`.
     fn wait<'a>(
         &self,
-        state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, State>,
         time: Duration,
         condition: impl FnMut(&mut State) -> bool,
     ) -> MutexGuard<'a, State> {
-        let waited = self.wake.wait_timeout_while(state, time, condition);
-        waited.unwrap_or_else(PoisonError::into_inner).0
+        self.wake.wait_while_for(&mut state, condition, time);
+        state
     }
 }
 

@@ -12,6 +12,11 @@
 //!                                            └── yes ─▶ table
 //! ```
 
+#![expect(
+    clippy::disallowed_types,
+    reason = "an allocator's lock must not allocate, as `parking_lot`'s may to wait"
+)]
+
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::Write;

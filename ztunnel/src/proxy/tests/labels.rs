@@ -153,7 +153,7 @@ async fn both_ends_tell_the_same_as_istio_on_every_way() {
         let proved = !way.starts_with("plain");
         drop((client, server));
         node.logged(&["connection complete"]).await;
-        let log = String::from_utf8(node.log.0.lock().unwrap().clone()).unwrap();
+        let log = String::from_utf8(node.log.0.lock().clone()).unwrap();
         assert_eq!(log.contains("dst.identity"), proved, "{way}: {log}");
     }
 }

@@ -5,6 +5,9 @@
 //! any other, so a profile can be scaled to what it stands for. What is looked at is kept with its stack until it is
 //! freed. Memory that C code allocates by itself (the cryptography's, mostly) is not seen.
 //!
+//! By hand: jemalloc's profiler has to be prepared for when the process starts and writes to files only, and with it comes
+//! another allocator for the whole process, of which nobody has shown that idle memory and the cost of an allocation stand.
+//!
 //! ```text
 //!  allocated ─▶ is its byte in this allocation? ─ no ─▶ (nothing: some additions)
 //!                                               └ yes ▶ stack, table, mark

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::act_in;
 use ztunnel_tests::agent::{self, Listener, NodeAgent};
 use ztunnel_tests::mesh::{Enrolment, MESHED};
 use ztunnel_tests::peer::hold::Held;
@@ -18,8 +19,6 @@ use ztunnel_tests::stories::outage::{self, nothing_in_clear};
 use ztunnel_tests::stories::{Story, near, policy, restart, sockets, tunnel};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::world::{BOTH, HTTP, On, Options, SERVICE_IPS, World, curl, http, http_refused, lines_at};
-
-use common::act_in;
 
 /// Something in a world where node agents enrol the pods of these nodes.
 fn in_redirected(name: &str, nodes: &[On], backend: Backend, act: impl FnOnce(&mut World) -> Result<String>) {

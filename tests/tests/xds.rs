@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::ServerConfig;
 use tokio::sync::watch;
-use ztunnel::mesh::{MeshReader, demand, mesh};
-use ztunnel::shutdown;
-use ztunnel::telemetry::line::Format;
-use ztunnel::telemetry::{self, Telemetry, writer};
-use ztunnel::tls::grpc::{self, Roots, Token};
-use ztunnel::xds::client::{self, Config, Identity, Status};
+use ztunnel_mesh::store::{MeshReader, demand, mesh};
+use ztunnel_node::telemetry::line::Format;
+use ztunnel_node::telemetry::{self, Telemetry, writer};
+use ztunnel_node::xds::client::{self, Config, Identity, Status};
 use ztunnel_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ztunnel_proto::prost::Message;
 use ztunnel_proto::{Any, security, workload};
+use ztunnel_runtime::shutdown;
 use ztunnel_tests::ca::Keys;
 use ztunnel_tests::control_plane::{ControlPlane, Served};
+use ztunnel_tls::grpc::{self, Roots, Token};
 
 ztunnel_tests::enclosed!();
 

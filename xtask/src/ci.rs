@@ -6,6 +6,7 @@ use anyhow::Result;
 use xtask::places::repository;
 
 use crate::run::{cargo, visibly};
+use crate::test::DAEMON;
 use crate::test::tally::Tally;
 use crate::{setup, test};
 
@@ -33,7 +34,10 @@ pub(crate) fn checks() -> Tally {
     step("format of the eBPF programs", cargo().args(["fmt", "--check", "--manifest-path"]).arg(programs));
     step("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
     let mut doc = cargo();
-    doc.args(["doc", "--package", "ztunnel", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    doc.args(["doc", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    DAEMON.iter().for_each(|package| {
+        doc.args(["--package", package]);
+    });
     step("documentation", &mut doc);
     if has_cargo_deny() {
         // `--config` is relative to the working directory.

@@ -113,6 +113,17 @@ pub(crate) fn all(arguments: &Arguments) -> Result<Tally> {
     Ok(total)
 }
 
+/// The crates of the daemon.
+pub(crate) const DAEMON: [&str; 7] = [
+    "ztunnel",
+    "ztunnel-control",
+    "ztunnel-mesh",
+    "ztunnel-node",
+    "ztunnel-objects",
+    "ztunnel-runtime",
+    "ztunnel-tls",
+];
+
 fn units() -> Vec<Suite> {
     let suite = |name: &str, packages: &[&str]| {
         let mut command = cargo();
@@ -123,7 +134,7 @@ fn units() -> Vec<Suite> {
         Suite { name: name.to_owned(), command }
     };
     vec![
-        suite("the daemon's units", &["ztunnel"]),
+        suite("the daemon's units", &DAEMON),
         suite("the harness's units", &["ztunnel-tests"]),
         suite("the tools' units and the house rules", &["xtask", "ztunnel-ebpf-abi", "ztunnel-ebpf-build"]),
     ]

@@ -4,8 +4,6 @@ use std::error::Error;
 use std::fmt::Write;
 use std::process::ExitCode;
 
-use ztunnel::admin::profile::heap::allocator::Sampled;
-use ztunnel::api::Setting;
 use ztunnel::app;
 use ztunnel::app::commands;
 use ztunnel::app::privileges;
@@ -22,7 +20,9 @@ use ztunnel::config::raw::Output;
 use ztunnel::config::raw::Part;
 use ztunnel::config::raw::Show;
 use ztunnel::config::resolved;
-use ztunnel::standalone::file::Place;
+use ztunnel_node::admin::profile::heap::allocator::Sampled;
+use ztunnel_node::api::Setting;
+use ztunnel_objects::file::Place;
 
 #[global_allocator]
 static ALLOCATOR: Sampled = Sampled;

@@ -42,7 +42,8 @@ pub fn compiler() -> Result<Compiler> {
 }
 
 /// Builds the programs in `programs_dir` and returns the object's path, below `out_dir`. Uses a target
-/// directory of its own, so that it does not wait for the cargo that may be running it.
+/// directory of its own, so that it does not wait for the cargo that may be running it; all that build for one profile
+/// share it, or each set of features would compile `core` anew.
 pub fn build(programs_dir: &Path, out_dir: &Path) -> Result<PathBuf> {
     let compiler = compiler()?;
     if linker().is_none() {
@@ -50,7 +51,9 @@ pub fn build(programs_dir: &Path, out_dir: &Path) -> Result<PathBuf> {
             "bpf-linker is not installed; run `cargo xtask setup`, or set {SKIP}=1 to build without the programs"
         );
     }
-    let target_dir = out_dir.join("ebpf-target");
+    // Cargo's is <profile>/build/<package>-<hash>/out.
+    let profile = out_dir.ancestors().nth(3).filter(|_| out_dir.ends_with("out"));
+    let target_dir = profile.unwrap_or(out_dir).join("ebpf-target");
     let mut command = match &compiler {
         Compiler::Rustup(toolchain) => {
             let mut command = Command::new("rustup");

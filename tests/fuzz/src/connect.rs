@@ -7,11 +7,11 @@ use std::net::SocketAddr;
 
 use arbitrary::Unstructured;
 use http::HeaderValue;
-use ztunnel::hbone::address::Authority;
-use ztunnel::hbone::address::Baggage;
-use ztunnel::hbone::address::Forwarded;
-use ztunnel::hbone::address::TraceParent;
-use ztunnel::model::workload::WorkloadKind;
+use ztunnel_node::hbone::address::Authority;
+use ztunnel_node::hbone::address::Baggage;
+use ztunnel_node::hbone::address::Forwarded;
+use ztunnel_node::hbone::address::TraceParent;
+use ztunnel_mesh::model::workload::WorkloadKind;
 
 use crate::memory::bounded;
 

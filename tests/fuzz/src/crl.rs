@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use rustls_pki_types::UnixTime;
-use ztunnel::fuzzing;
-use ztunnel::tls::revocation::Lists;
+use ztunnel_node::fuzzing;
+use ztunnel_tls::revocation::Lists;
 
 use crate::memory::bounded;
 

@@ -2,8 +2,8 @@
 //!
 //! It is read whole or not at all, then with what is wrong on which line, and as the same mesh again.
 
-use ztunnel::standalone::local::Place;
-use ztunnel::standalone::local::load;
+use ztunnel_objects::local::Place;
+use ztunnel_objects::local::load;
 
 use crate::memory::bounded_from;
 use crate::xds_mesh::seen;

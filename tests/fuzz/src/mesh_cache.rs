@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 use arbitrary::Result;
 use arbitrary::Unstructured;
 use rustix::fs::MemfdFlags;
-use ztunnel::fuzzing;
+use ztunnel_node::fuzzing;
 
 use crate::memory::bounded;
 use crate::wire::few;

@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use ztunnel::standalone::decode::Collector;
-use ztunnel::standalone::diagnostic::Diagnostic;
-use ztunnel::standalone::translate::Options;
-use ztunnel::standalone::translate::Translation;
-use ztunnel::standalone::translate::translate;
+use ztunnel_objects::decode::Collector;
+use ztunnel_objects::diagnostic::Diagnostic;
+use ztunnel_objects::translate::Options;
+use ztunnel_objects::translate::Translation;
+use ztunnel_objects::translate::translate;
 
 use crate::memory::bounded_from;
 use crate::xds_mesh::seen;

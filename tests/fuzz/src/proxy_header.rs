@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use arbitrary::Result;
 use arbitrary::Unstructured;
-use ztunnel::net::proxy_header::encode;
+use ztunnel_node::net::proxy_header::encode;
 
 use crate::memory::bounded;
 

@@ -2,8 +2,8 @@
 
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{ProgramInfo, SkLookup, loaded_programs};
-use ztunnel::capture::guards::{DEVICES_MAX, ELSEWHERE_MAX};
 use ztunnel_ebpf_abi::{ADDRESSES_PER_SLOT, Record, SLOTS, SlotAddress};
+use ztunnel_node::capture::guards::{DEVICES_MAX, ELSEWHERE_MAX};
 
 use super::*;
 

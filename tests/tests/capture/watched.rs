@@ -1,8 +1,9 @@
 //! What is changed in a pod is heard of at once, and put right or kept closed.
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::OwnedFd;
-use ztunnel::capture::reconcile::Repair;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ztunnel_node::capture::reconcile::Repair;
 
 use super::*;
 

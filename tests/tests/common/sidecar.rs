@@ -15,7 +15,6 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use serde_json::{Value, json};
 use tonic::metadata::MetadataMap;
 use tonic::{Extensions, Request};
-use ztunnel::tls::grpc::{self, Roots, Token};
 use ztunnel_proto::auth::IstioCertificateRequest;
 use ztunnel_proto::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 use ztunnel_tests::ca::Caller;
@@ -25,6 +24,7 @@ use ztunnel_tests::topology::{Pod, in_url};
 use ztunnel_tests::wire::HBONE_PORT;
 use ztunnel_tests::world::istio::{Istio, identity};
 use ztunnel_tests::world::{HTTP, World};
+use ztunnel_tls::grpc::{self, Roots, Token};
 
 use super::envoy::{
     Side, address, cluster, connect_route, connection_manager, everywhere, extension, http1, http2, router,

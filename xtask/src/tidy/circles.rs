@@ -32,9 +32,9 @@ pub(crate) const KNOWN: &[&[&str]] = &[
     ],
     &["cli.rs", "cli/dump.rs", "cli/render.rs"],
     &["config/env/proxy_config.rs", "config/env/reader.rs"],
+    &["authority.rs", "authority/root.rs"],
     &["dns/pod.rs", "dns/server.rs"],
     &["enrol/zds/link.rs", "enrol/zds/message.rs"],
-    &["mesh.rs", "mesh/demand.rs", "mesh/demand/unused.rs", "mesh/index.rs"],
     &["policy/authorize.rs", "policy/matching.rs"],
     &[
         "proxy.rs",
@@ -48,17 +48,16 @@ pub(crate) const KNOWN: &[&[&str]] = &[
         "proxy/shard.rs",
     ],
     &["proxy/live.rs", "proxy/live/settling.rs"],
-    &["standalone/authority.rs", "standalone/authority/root.rs"],
+    &["store.rs", "store/demand.rs", "store/demand/unused.rs", "store/index.rs"],
     &[
-        "standalone/translate.rs",
-        "standalone/translate/authorization.rs",
-        "standalone/translate/authorization/rules.rs",
-        "standalone/translate/enrolment.rs",
-        "standalone/translate/peers.rs",
-        "standalone/translate/pods.rs",
-        "standalone/translate/services.rs",
+        "translate.rs",
+        "translate/authorization.rs",
+        "translate/authorization/rules.rs",
+        "translate/enrolment.rs",
+        "translate/peers.rs",
+        "translate/pods.rs",
+        "translate/services.rs",
     ],
-    &["tls/configs.rs", "tls/revocation.rs", "tls/trust.rs", "tls/verify.rs"],
 ];
 
 /// Files by their modules (`["proxy", "live"]`; the root has no name), and what they show to others.

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
-
-use crate::net::socket::readable;
+use ztunnel_node::net::socket::readable;
 
 /// Two answers to announcements are no closer together: who makes many of them does not keep the daemon busy.
 const APART: Duration = Duration::from_millis(20);

@@ -4,30 +4,31 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::admin::ready::Readiness;
+use ztunnel_control::authority::Authority;
+use ztunnel_mesh::model::identity::TrustDomain;
+use ztunnel_node::admin::ready::Readiness;
+use ztunnel_node::identity::crl;
+use ztunnel_node::identity::inheritance;
+use ztunnel_node::identity::istiod::Istiod;
+use ztunnel_node::identity::kept;
+use ztunnel_node::identity::worker::Identities;
+use ztunnel_node::telemetry::Telemetry;
+use ztunnel_node::telemetry::metrics::Families;
+use ztunnel_node::telemetry::metrics::Sample;
+use ztunnel_runtime::shutdown;
+use ztunnel_runtime::shutdown::Signal;
+use ztunnel_runtime::shutdown::Trigger;
+use ztunnel_tls::ca::CertificateAuthority;
+use ztunnel_tls::configs::Credentials;
+use ztunnel_tls::provider;
+use ztunnel_tls::provider::Compliance;
+use ztunnel_tls::trust::Revocation;
+use ztunnel_tls::trust::Side;
+use ztunnel_tls::trust::Trust;
+
 use crate::app::RunError;
 use crate::app::handover;
 use crate::config::resolved::Run;
-use crate::identity::ca::CertificateAuthority;
-use crate::identity::crl;
-use crate::identity::inheritance;
-use crate::identity::istiod::Istiod;
-use crate::identity::kept;
-use crate::identity::worker::Identities;
-use crate::model::identity::TrustDomain;
-use crate::shutdown;
-use crate::shutdown::Signal;
-use crate::shutdown::Trigger;
-use crate::standalone::authority::Authority;
-use crate::telemetry::Telemetry;
-use crate::telemetry::metrics::Families;
-use crate::telemetry::metrics::Sample;
-use crate::tls::configs;
-use crate::tls::configs::Compliance;
-use crate::tls::configs::Credentials;
-use crate::tls::trust::Revocation;
-use crate::tls::trust::Side;
-use crate::tls::trust::Trust;
 
 /// Makes what judges peers, before anything uses TLS. While revocation lists are asked for and missing, the daemon is
 /// not ready.
@@ -37,7 +38,7 @@ pub fn trust(
     ready: &Readiness,
     signal: &Signal,
 ) -> Result<Trust, RunError> {
-    configs::comply(config.compliance)?;
+    provider::comply(config.compliance)?;
     if config.compliance == Compliance::Pqc {
         tracing::info!(
             "key exchange is X25519MLKEM768 only (COMPLIANCE_POLICY): peers without it are refused"

@@ -1,8 +1,7 @@
 //! A node with pods that cannot be captured is not ready.
 
 use tokio::sync::watch;
-
-use crate::admin::ready::Readiness;
+use ztunnel_node::admin::ready::Readiness;
 
 /// What readiness says of it.
 const NAME: &str = "pods that cannot be captured and are closed";
@@ -34,7 +33,7 @@ mod tests {
     async fn a_node_is_ready_when_no_pod_is_closed() {
         let (count, closed) = watch::channel(0);
         let ready = Readiness::new();
-        let task = crate::shutdown::spawn(blocks(closed, ready.clone()));
+        let task = ztunnel_runtime::shutdown::spawn(blocks(closed, ready.clone()));
         for (pods, pending) in [(0, 0), (2, 1), (1, 1), (0, 0), (3, 1)] {
             count.send_replace(pods);
             while ready.pending().len() != pending {

@@ -6,19 +6,20 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 
-use crate::api::Setting;
+use ztunnel_node::api::Setting;
+use ztunnel_node::capture;
+use ztunnel_node::identity::kept;
+use ztunnel_objects::diagnostic::Diagnostic;
+use ztunnel_objects::file::Place;
+use ztunnel_objects::translate::NamedNetns;
+
 use crate::app::CONTROL_SOCKET;
 use crate::app::privileges;
 use crate::app::privileges::Missing;
 use crate::app::version;
-use crate::capture;
 use crate::config::env::Settings;
 use crate::config::raw::Output;
 use crate::config::resolved::Places;
-use crate::identity::kept;
-use crate::standalone::diagnostic::Diagnostic;
-use crate::standalone::file::Place;
-use crate::standalone::translate::NamedNetns;
 
 /// Where a daemon keeps the last mesh of its control plane, in the run directory.
 const MESH_CACHE: &str = "mesh.cache";

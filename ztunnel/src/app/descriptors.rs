@@ -6,9 +6,8 @@ use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 
 use nix::sys::resource::Resource::RLIMIT_NOFILE;
-
-use crate::admin::ready::Blocker;
-use crate::admin::ready::Readiness;
+use ztunnel_node::admin::ready::Blocker;
+use ztunnel_node::admin::ready::Readiness;
 
 /// A daemon with a few pods has as many for itself.
 const LIMIT_MIN: u64 = 256;

@@ -31,7 +31,7 @@
 //! If the successor goes away before it says `done`, the predecessor takes everything back: a daemon that dies
 //! while it starts costs nothing. Nor does one that dies later, for as long as the predecessor drains: a successor
 //! that ends on purpose says `leave` before. A predecessor that does not answer in time is overruled: the generation in the
-//! pinned maps tells it that it is no longer the owner (see [`crate::capture`]). Its successor stays connected all
+//! pinned maps tells it that it is no longer the owner (see [`ztunnel_node::capture`]). Its successor stays connected all
 //! the same, so that when it wakes up it does not take the node back.
 
 use std::fmt;
@@ -55,7 +55,6 @@ use rustix::net::RecvFlags;
 use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
-
 use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
@@ -65,15 +64,13 @@ use tokio::net::UnixListener;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
-
-use crate::shutdown;
-
-use crate::capture::Listeners;
-use crate::dns::server::Bound;
-use crate::dns::server::Sockets;
-use crate::enrol::zds::AgentPod;
-use crate::model::addr::PodUid;
-use crate::net::netns::Netns;
+use ztunnel_mesh::model::addr::PodUid;
+use ztunnel_node::capture::Listeners;
+use ztunnel_node::dns::server::Bound;
+use ztunnel_node::dns::server::Sockets;
+use ztunnel_node::enrol::zds::AgentPod;
+use ztunnel_node::net::netns::Netns;
+use ztunnel_runtime::shutdown;
 
 /// The version of the lines above. Another one is treated as no answer.
 const VERSION: &str = "1";

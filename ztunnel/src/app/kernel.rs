@@ -15,20 +15,19 @@ use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::sync::watch;
 use tokio::time::Instant;
-
-use crate::capture::Captured;
-use crate::capture::Node;
-use crate::capture::PodSpec;
-use crate::capture::error::EnrolError;
-use crate::capture::error::WithdrawError;
-use crate::capture::reconcile::Repair;
-use crate::enrol::pod::LocalPod;
-use crate::enrol::pods::Event;
-use crate::model::addr::PodUid;
-use crate::model::workload::Named;
-use crate::proxy;
-use crate::proxy::DataPlane;
-use crate::proxy::Leaving;
+use ztunnel_mesh::model::addr::PodUid;
+use ztunnel_mesh::model::workload::Named;
+use ztunnel_mesh::source::pod::LocalPod;
+use ztunnel_node::capture::Captured;
+use ztunnel_node::capture::Node;
+use ztunnel_node::capture::PodSpec;
+use ztunnel_node::capture::error::EnrolError;
+use ztunnel_node::capture::error::WithdrawError;
+use ztunnel_node::capture::reconcile::Repair;
+use ztunnel_node::enrol::pods::Event;
+use ztunnel_node::proxy;
+use ztunnel_node::proxy::DataPlane;
+use ztunnel_node::proxy::Leaving;
 
 /// Commands that may wait. Twice as many pods as a node has; a sender waits when it is full.
 const QUEUE: usize = 1024;

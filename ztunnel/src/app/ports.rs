@@ -18,24 +18,24 @@ use tokio::runtime::RuntimeMetrics;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use ztunnel_mesh::source::pod::Awaited;
+use ztunnel_mesh::source::status::Source;
+use ztunnel_mesh::source::status::Trouble;
+use ztunnel_node::admin::console::Console;
+use ztunnel_node::admin::ready::Readiness;
+use ztunnel_node::admin::server;
+use ztunnel_node::capture::node::CounterReader;
+use ztunnel_node::identity::worker::Identities;
+use ztunnel_node::identity::worker::Standing;
+use ztunnel_node::proxy::DataPlane;
+use ztunnel_node::proxy::names::SOURCE_LABELS;
+use ztunnel_node::telemetry::Telemetry;
+use ztunnel_node::telemetry::metrics::Families;
+use ztunnel_node::telemetry::metrics::Sample;
+use ztunnel_runtime::shutdown;
 
-use crate::admin::console::Console;
-use crate::admin::ready::Readiness;
-use crate::admin::server;
 use crate::app::RunError;
-use crate::capture::node::CounterReader;
 use crate::config::resolved::Run;
-use crate::enrol::pod::Awaited;
-use crate::enrol::source::Source;
-use crate::enrol::source::Trouble;
-use crate::identity::worker::Identities;
-use crate::identity::worker::Standing;
-use crate::proxy::DataPlane;
-use crate::proxy::names::SOURCE_LABELS;
-use crate::shutdown;
-use crate::telemetry::Telemetry;
-use crate::telemetry::metrics::Families;
-use crate::telemetry::metrics::Sample;
 
 /// Metrics, readiness and the admin port, before anybody is answered there. Nobody else can take them any more but a
 /// daemon of this node, which may still have them.

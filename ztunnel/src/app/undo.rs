@@ -3,10 +3,11 @@
 //! What an earlier daemon captured stays captured, and closed or served as it was; what only this start captured is
 //! released; and where there was nothing of ours in the kernel, nothing is left.
 
+use ztunnel_node::capture;
+use ztunnel_node::capture::uninstall::uninstall;
+
 use crate::app::control::Control;
 use crate::app::kernel::Kernel;
-use crate::capture;
-use crate::capture::uninstall::uninstall;
 
 /// What was in the kernel before a start.
 #[derive(Debug)]

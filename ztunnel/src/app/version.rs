@@ -1,6 +1,6 @@
 //! Which build this is.
 
-use crate::api::Version;
+use ztunnel_node::api::Version;
 
 /// The version of this build. `istio` is the release of Istio it was installed with, or `unknown`.
 pub fn version(istio: &str) -> Version {

@@ -12,6 +12,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
+use ztunnel_mesh::model::identity::TrustDomain;
+use ztunnel_node::net::socket::Keepalive;
+use ztunnel_node::proxy;
+use ztunnel_node::telemetry::line::Format;
+use ztunnel_node::telemetry::logging::Filter;
+use ztunnel_tls::provider::Compliance;
 
 use crate::config::env::proxy_config::ProxyConfig;
 use crate::config::env::reader::Origin;
@@ -19,12 +25,6 @@ use crate::config::env::reader::Problems;
 use crate::config::env::reader::Reader;
 use crate::config::env::reader::Shown;
 use crate::config::raw::ACCESS_LOG_RATE;
-use crate::model::identity::TrustDomain;
-use crate::net::socket::Keepalive;
-use crate::proxy;
-use crate::telemetry::line::Format;
-use crate::telemetry::logging::Filter;
-use crate::tls::configs::Compliance;
 
 pub mod control_plane;
 pub mod memory;

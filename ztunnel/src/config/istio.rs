@@ -6,8 +6,20 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::api::Setting;
-use crate::capture;
+use ztunnel_mesh::model::addr::PodUid;
+use ztunnel_mesh::model::identity::SpiffeId;
+use ztunnel_mesh::model::workload::Named;
+use ztunnel_node::api::Setting;
+use ztunnel_node::capture;
+use ztunnel_node::dns;
+use ztunnel_node::identity::istiod;
+use ztunnel_node::net::redirected;
+use ztunnel_node::net::redirected::ClientAddress;
+use ztunnel_node::net::socket::Keepalive;
+use ztunnel_node::xds::client;
+use ztunnel_tls::grpc;
+use ztunnel_tls::grpc::InvalidAddress;
+
 use crate::config::env::Dedicated;
 use crate::config::env::Dns;
 use crate::config::env::InPod;
@@ -24,17 +36,6 @@ use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
-use crate::dns;
-use crate::identity::istiod;
-use crate::model::addr::PodUid;
-use crate::model::identity::SpiffeId;
-use crate::model::workload::Named;
-use crate::net::redirected;
-use crate::net::redirected::ClientAddress;
-use crate::net::socket::Keepalive;
-use crate::tls::grpc;
-use crate::tls::grpc::InvalidAddress;
-use crate::xds::client;
 
 /// The port of readiness, which Istio does not let be changed.
 const READINESS_PORT: u16 = 15021;
@@ -261,7 +262,7 @@ mod tests {
         assert_eq!((run.ready_addr.to_string(), run.admin_port), ("0.0.0.0:15021".to_owned(), 15000));
         assert_eq!(run.drain_deadline, Duration::from_secs(25));
         assert_eq!(run.crl.as_deref(), Some(Path::new("/crl.pem")));
-        assert_eq!(run.compliance, crate::tls::configs::Compliance::Pqc);
+        assert_eq!(run.compliance, ztunnel_tls::provider::Compliance::Pqc);
         assert!(!run.proxy.near);
     }
 

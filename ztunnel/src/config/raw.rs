@@ -13,8 +13,8 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 use clap::parser::ValueSource;
+use ztunnel_node::api::Setting;
 
-use crate::api::Setting;
 use crate::config::env::memory;
 
 /// The node proxy of an ambient mesh: pods' TCP, captured with eBPF, carried over mutual TLS.

@@ -10,9 +10,27 @@ use std::time::Duration;
 
 use http::HeaderName;
 use http::HeaderValue;
+use ztunnel_mesh::model::addr::PodUid;
+use ztunnel_mesh::model::identity::InvalidSpiffeId;
+use ztunnel_mesh::model::identity::SpiffeId;
+use ztunnel_mesh::model::workload::Named;
+use ztunnel_node::api::Setting;
+use ztunnel_node::capture;
+use ztunnel_node::dns;
+use ztunnel_node::identity::istiod;
+use ztunnel_node::net::redirected;
+use ztunnel_node::net::redirected::ClientAddress;
+use ztunnel_node::net::socket::Keepalive;
+use ztunnel_node::proxy;
+use ztunnel_node::telemetry::line::Format;
+use ztunnel_node::telemetry::logging::Filter;
+use ztunnel_node::telemetry::logging::InvalidFilter;
+use ztunnel_node::xds;
+use ztunnel_objects::local;
+use ztunnel_tls::grpc;
+use ztunnel_tls::grpc::InvalidAddress;
+use ztunnel_tls::provider::Compliance;
 
-use crate::api::Setting;
-use crate::capture;
 use crate::config::env;
 use crate::config::env::Settings;
 use crate::config::env::Surroundings;
@@ -20,24 +38,6 @@ use crate::config::env::memory;
 use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
 use crate::config::raw;
-use crate::dns;
-use crate::identity::istiod;
-use crate::model::addr::PodUid;
-use crate::model::identity::InvalidSpiffeId;
-use crate::model::identity::SpiffeId;
-use crate::model::workload::Named;
-use crate::net::redirected;
-use crate::net::redirected::ClientAddress;
-use crate::net::socket::Keepalive;
-use crate::proxy;
-use crate::standalone::local;
-use crate::telemetry::line::Format;
-use crate::telemetry::logging::Filter;
-use crate::telemetry::logging::InvalidFilter;
-use crate::tls::configs::Compliance;
-use crate::tls::grpc;
-use crate::tls::grpc::InvalidAddress;
-use crate::xds;
 
 /// Why what was typed cannot be used.
 #[derive(Debug, thiserror::Error)]

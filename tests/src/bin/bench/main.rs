@@ -25,14 +25,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use column::Running;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use results::Results;
 use xtask::arguments::{Bench, Column};
 use xtask::rows::{self, Work};
 use ztunnel_tests::enclosure;
 use ztunnel_tests::run::end_here_if_interrupted;
-
-use column::Running;
-use results::Results;
 
 /// The longest failure in a report, in characters.
 const FAILURE_LIMIT: usize = 800;

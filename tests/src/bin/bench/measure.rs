@@ -4,12 +4,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use xtask::rows::Work;
 use ztunnel_tests::peer::open::Outcome;
 
 use super::column::{Running, Way};
 use super::load;
 use super::usage::{cpu_seconds, memory_mib};
-use xtask::rows::Work;
 
 /// How long memory may settle before it is read.
 const SETTLE: Duration = Duration::from_secs(2);

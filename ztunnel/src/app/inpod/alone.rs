@@ -9,11 +9,22 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
+use ztunnel_mesh::model::workload::Workload;
+use ztunnel_mesh::source::status;
+use ztunnel_node::admin::console::Console;
+use ztunnel_node::admin::dump::Sources;
+use ztunnel_node::admin::quit;
+use ztunnel_node::admin::ready::Readiness;
+use ztunnel_node::capture;
+use ztunnel_node::identity;
+use ztunnel_node::net::bypass::Unguarded;
+use ztunnel_node::net::netns::Netns;
+use ztunnel_node::proxy;
+use ztunnel_node::proxy::DataPlane;
+use ztunnel_node::telemetry::Telemetry;
+use ztunnel_node::telemetry::logging::Levels;
+use ztunnel_runtime::shutdown;
 
-use crate::admin::console::Console;
-use crate::admin::dump::Sources;
-use crate::admin::quit;
-use crate::admin::ready::Readiness;
 use crate::app::LAST_ANSWER;
 use crate::app::RunError;
 use crate::app::Signals;
@@ -29,20 +40,9 @@ use crate::app::memory::Housekeeping;
 use crate::app::ports;
 use crate::app::ports::Ports;
 use crate::app::version;
-use crate::capture;
 use crate::config::resolved::Alone;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
-use crate::enrol::source;
-use crate::identity;
-use crate::model::workload::Workload;
-use crate::net::bypass::Unguarded;
-use crate::net::netns::Netns;
-use crate::proxy;
-use crate::proxy::DataPlane;
-use crate::shutdown;
-use crate::telemetry::Telemetry;
-use crate::telemetry::logging::Levels;
 
 /// What waits for the listeners, by the name that operators know from Istio.
 const READINESS: &str = "proxy";
@@ -60,7 +60,7 @@ pub async fn serve(config: Run, alone: Alone, telemetry: Telemetry, levels: Leve
     }
 
     let reserved = Ports::bind(&config)?;
-    let (reloader, wishes) = source::reloads();
+    let (reloader, wishes) = status::reloads();
     let readiness = Readiness::new();
     let blocker = readiness.block(READINESS);
     // Before anything uses TLS.

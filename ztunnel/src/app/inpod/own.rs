@@ -3,16 +3,17 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use ztunnel_node::capture;
+use ztunnel_node::net::netns::Netns;
+use ztunnel_node::net::redirected::ClientAddress;
+use ztunnel_node::net::redirected::Settings;
+use ztunnel_node::proxy::DataPlane;
+use ztunnel_node::proxy::PodSpec;
+use ztunnel_node::proxy::pod::Own;
+
 use crate::app::inpod::agent::addresses;
-use crate::capture;
 use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
-use crate::net::netns::Netns;
-use crate::net::redirected::ClientAddress;
-use crate::net::redirected::Settings;
-use crate::proxy::DataPlane;
-use crate::proxy::PodSpec;
-use crate::proxy::pod::Own;
 
 /// Takes tunnels to the metrics port, in the network namespace of this process. Its successor may share the port.
 pub(super) fn serve(

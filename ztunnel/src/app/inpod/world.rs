@@ -9,32 +9,32 @@ use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::sleep_until;
+use ztunnel_control::changes::Changes;
+use ztunnel_control::changes::Next;
+use ztunnel_mesh::model::identity::TrustDomain;
+use ztunnel_mesh::model::workload::Reach;
+use ztunnel_mesh::model::workload::Workload;
+use ztunnel_mesh::source::status::Reload;
+use ztunnel_mesh::store;
+use ztunnel_mesh::store::MeshReader;
+use ztunnel_mesh::store::MeshWriter;
+use ztunnel_mesh::store::demand;
+use ztunnel_mesh::store::index::Mesh;
+use ztunnel_node::admin::ready::Blocker;
+use ztunnel_node::admin::ready::Readiness;
+use ztunnel_node::identity::worker::Identities;
+use ztunnel_node::telemetry::Telemetry;
+use ztunnel_node::xds::client;
+use ztunnel_node::xds::client::Status;
+use ztunnel_objects::file::Loaded;
+use ztunnel_objects::file::Place;
+use ztunnel_objects::local;
+use ztunnel_runtime::shutdown;
 
-use crate::admin::ready::Blocker;
-use crate::admin::ready::Readiness;
 use crate::app::RunError;
 use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
 use crate::config::resolved::Source;
-use crate::enrol::source::Reload;
-use crate::identity::worker::Identities;
-use crate::mesh;
-use crate::mesh::MeshReader;
-use crate::mesh::MeshWriter;
-use crate::mesh::demand;
-use crate::mesh::index::Mesh;
-use crate::model::identity::TrustDomain;
-use crate::model::workload::Reach;
-use crate::model::workload::Workload;
-use crate::shutdown;
-use crate::standalone::changes::Changes;
-use crate::standalone::changes::Next;
-use crate::standalone::file::Loaded;
-use crate::standalone::file::Place;
-use crate::standalone::local;
-use crate::telemetry::Telemetry;
-use crate::xds::client;
-use crate::xds::client::Status;
 
 /// What waits for the first mesh, by the name that operators know from Istio.
 const READINESS: &str = "state manager";
@@ -82,7 +82,7 @@ impl World {
         wishes: mpsc::Receiver<Reload>,
         signal: &shutdown::Signal,
     ) -> Result<Option<Self>, RunError> {
-        let (mut writer, mut reader) = mesh::mesh();
+        let (mut writer, mut reader) = store::mesh();
         let local = Arc::new(match &config.local {
             Some(place) => local::load(place).map_err(RunError::Mesh)?,
             None => Mesh::default(),

@@ -7,10 +7,10 @@ use std::time::Duration;
 use http::HeaderName;
 use http::HeaderValue;
 use http::Uri;
+use ztunnel_objects::local;
 
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Reader;
-use crate::standalone::local;
 
 /// Who vouches for a server.
 #[derive(Debug, Clone, PartialEq, Eq)]

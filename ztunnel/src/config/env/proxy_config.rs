@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ztunnel_objects::yaml;
+use ztunnel_objects::yaml::Node;
+use ztunnel_objects::yaml::Value;
+
 use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problem;
-use crate::standalone::yaml;
-use crate::standalone::yaml::Node;
-use crate::standalone::yaml::Value;
 
 /// Where the mesh configuration is mounted, from the working directory.
 pub const MESH_CONFIG_PATH: &str = "./etc/istio/config/mesh";

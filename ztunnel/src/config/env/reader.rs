@@ -7,7 +7,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::api::Setting;
+use ztunnel_node::api::Setting;
+
 use crate::config::env::proxy_config::ProxyConfig;
 
 /// Where a value came from.

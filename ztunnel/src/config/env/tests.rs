@@ -1,7 +1,8 @@
+use ztunnel_objects::local;
+
 use super::control_plane::RootCert;
 use super::control_plane::Token;
 use super::*;
-use crate::standalone::local;
 
 fn environment(variables: &[(&str, &str)]) -> BTreeMap<String, String> {
     variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()

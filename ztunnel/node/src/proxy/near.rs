@@ -1,0 +1,505 @@
+//! Between two pods of one node there is no wire: their connection is handed over inside the process instead of
+//! being sent through a tunnel to ourselves.
+//!
+//! Everything else is as with a tunnel: the destination's limits, its policies with the source's identity, the live
+//! re-check, both ends' reports, resets and closed halves. The rules by which a connection is handed over are in
+//! `is_neighbour` and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
+//! tunnel does if it must.
+//!
+//! A connection is handed over only to a pod whose traffic is redirected to this daemon now ([`Neighbours`]): not to
+//! one that is being captured, withdrawn, or handed over to a successor. It is then delivered inside the pod's own
+//! network namespace, over its loopback device; it cannot get anywhere else, also if the pod is withdrawn meanwhile.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::Weak;
+use std::task::Context;
+use std::task::Poll;
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use tokio::time::Instant;
+use tokio::time::Sleep;
+use tokio::time::sleep;
+use ztunnel_mesh::model::addr::HBONE_PORT;
+use ztunnel_mesh::model::addr::PodUid;
+use ztunnel_mesh::model::identity::SpiffeId;
+use ztunnel_mesh::model::workload::Named;
+use ztunnel_mesh::model::workload::Workload;
+use ztunnel_runtime::shutdown::Signal;
+use ztunnel_tls::configs::Credentials;
+use ztunnel_tls::trust::Revocation;
+
+use crate::hbone::stream::ResetCode;
+use crate::hbone::stream::StreamError;
+use crate::net::budget::Holder;
+use crate::net::copy::CopyError;
+use crate::net::copy::Holders;
+use crate::net::copy::Meter;
+use crate::net::copy::Relay;
+use crate::net::copy::ResetUnlessDone;
+use crate::proxy::ending::Tally;
+use crate::proxy::inbound;
+use crate::proxy::inbound::Asker;
+use crate::proxy::inbound::Caller;
+use crate::proxy::inbound::Delivered;
+use crate::proxy::live::Registered;
+use crate::proxy::outbound::LOOK_PERIOD;
+use crate::proxy::outbound::OutboundError;
+use crate::proxy::outbound::Route;
+use crate::proxy::passthrough::DeliveryError;
+use crate::proxy::pod::Admitted;
+use crate::proxy::pod::Pod;
+use crate::proxy::shard::Entered;
+use crate::proxy::shard::Shard;
+
+/// The pods whose traffic is redirected to this daemon now, by what they are known by. Written by who redirects it;
+/// read without a lock.
+#[derive(Default)]
+pub struct Neighbours(ArcSwap<Known>);
+
+#[derive(Clone, Default)]
+struct Known {
+    /// By the unique names of their workloads.
+    by_uid: HashMap<Arc<str>, Weak<Pod>>,
+    /// By namespace and name.
+    by_name: HashMap<(Arc<str>, Arc<str>), Weak<Pod>>,
+}
+
+impl Neighbours {
+    /// The pod's traffic is redirected to its listeners from now on.
+    pub(super) fn add(&self, pod: &Arc<Pod>) {
+        self.change(|known| {
+            match pod.named() {
+                Named::Uid(uid) => known.by_uid.insert(Arc::clone(uid), Arc::downgrade(pod)),
+                Named::Pod { name, namespace, .. } => {
+                    known.by_name.insert((Arc::clone(namespace), Arc::clone(name)), Arc::downgrade(pod))
+                }
+            };
+        });
+    }
+
+    /// The pod's traffic will no longer be. Another one of the same workload stays.
+    pub(super) fn remove(&self, uid: &PodUid) {
+        let stays = |pod: &Weak<Pod>| pod.upgrade().is_some_and(|pod| pod.uid != *uid);
+        self.change(|known| {
+            known.by_uid.retain(|_, pod| stays(pod));
+            known.by_name.retain(|_, pod| stays(pod));
+        });
+    }
+
+    /// No pod's traffic will be.
+    pub(super) fn clear(&self) {
+        self.0.store(Arc::default());
+    }
+
+    fn change(&self, change: impl Fn(&mut Known)) {
+        self.0.rcu(|known| {
+            let mut known = Known::clone(known);
+            change(&mut known);
+            known
+        });
+    }
+
+    fn find(&self, workload: &Workload) -> Option<Arc<Pod>> {
+        let known = self.0.load();
+        let pod = known.by_uid.get(&workload.uid).or_else(|| {
+            // Nobody is looked for by name unless a node agent has named somebody.
+            let named = !known.by_name.is_empty();
+            named
+                .then(|| (Arc::clone(&workload.namespace), Arc::clone(&workload.name)))
+                .and_then(|name| known.by_name.get(&name))
+        })?;
+        pod.upgrade().filter(|pod| pod.named().is(workload))
+    }
+}
+
+/// Why a connection is not handed over inside the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Far {
+    /// The tunnel would end elsewhere than at the pod: at a gateway before it, say.
+    OtherEnd,
+    /// What was dialled is not an address of the pod.
+    OtherAddress,
+    /// The pod is somebody else than was expected there.
+    OtherIdentity,
+    /// The application does not use an address of its own pod. Through a tunnel the pod's address is what the
+    /// destination sees, whatever an application with the capability to do so has made up.
+    ForeignSource,
+    /// The application and the destination use different families, so the destination cannot see the
+    /// application's own address.
+    OtherFamily,
+    /// The two pods are of different trust domains, and no server accepts that.
+    OtherTrustDomain,
+    /// One of the two certificates is not valid now.
+    NotValid,
+    /// The two pods trust different roots, so one may not accept the other's certificate.
+    OtherRoots,
+}
+
+/// What decides whether a connection may be handed over, besides certificates.
+struct Asked<'a> {
+    route: &'a Route,
+    /// The identity the destination's workload has now.
+    identity: &'a SpiffeId,
+}
+
+/// Whether a connection that was to go through a tunnel would come out of it at `to`, as the application's own.
+fn is_neighbour(asked: &Asked<'_>, to: &Pod) -> Result<(), Far> {
+    let Asked { route, identity } = *asked;
+    let (peer, target, client) = (route.peer.0, route.target, route.client.0.ip());
+    if peer.port() != HBONE_PORT || peer.ip() != target.ip() {
+        return Err(Far::OtherEnd);
+    }
+    if !to.has(target.ip()) {
+        return Err(Far::OtherAddress);
+    }
+    if !route.expect.contains(identity) {
+        return Err(Far::OtherIdentity);
+    }
+    if !route.pod.has(client) {
+        return Err(Far::ForeignSource);
+    }
+    if client.is_ipv4() != target.is_ipv4() {
+        return Err(Far::OtherFamily);
+    }
+    Ok(())
+}
+
+/// The pod itself, if its connection leads back to it: it has dialled a service, say, that it serves. There is never a
+/// tunnel then, which would be one to itself: nothing is on any wire, nobody has to be believed, and without a mesh the
+/// connection would not leave the pod either. So it is handed over whatever is true of certificates, also while another
+/// daemon takes over, and where pods of one node are to have tunnels between them. Its policies hold.
+fn itself(route: &Route) -> Option<&Arc<Pod>> {
+    let (peer, target) = (route.peer.0, route.target);
+    let here = peer.port() == HBONE_PORT && peer.ip() == target.ip() && route.pod.has(target.ip());
+    here.then_some(&route.pod)
+}
+
+/// Whether two pods' certificates would be accepted in a handshake between them at `now`: both are valid, of one
+/// trust domain, and vouched for by the same roots, to which each is known to lead.
+fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), Far> {
+    if !one.identity().shares_domain(other.identity()) {
+        return Err(Far::OtherTrustDomain);
+    }
+    if ![one, other].iter().all(|held| held.validity().holds_at(now)) {
+        return Err(Far::NotValid);
+    }
+    if one.roots().roots != other.roots().roots {
+        return Err(Far::OtherRoots);
+    }
+    Ok(())
+}
+
+/// The pod to which the connection can be handed over. `None` when it is to take its way through a tunnel: there,
+/// what is missing now is waited for, or fails.
+///
+/// The identity with which the connection is judged is the source workload's own. What proves it over the wire is the
+/// private key of its certificate; here the daemon itself accepted the connection from that pod, and holds that
+/// key. So neither end's connection gets further than its certificates reach: one that the authority refuses, or that
+/// has not been asked for yet, is waited for by way of the tunnel, and so are two that do not fit.
+///
+/// While the authority says nothing at all, neither yes nor no, the mesh alone says who the two pods are: it is the same
+/// that tells whose certificates are to be asked for, and nothing of the connection leaves this process.
+pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
+    if let Some(pod) = itself(route) {
+        return Some(Arc::clone(pod));
+    }
+    if !shard.config.near || shard.signal.is_draining() {
+        return None;
+    }
+    // Whether a certificate of this node was revoked is found out by the handshake.
+    if !matches!(shard.identities.trust().revocation(), Revocation::Off) {
+        return None;
+    }
+    // As it is now, and not as it was when the connection was planned.
+    let destination = Arc::clone(shard.mesh.snapshot().workload(&route.destination.uid)?);
+    let to = shard.neighbours.find(&destination).filter(|pod| !pod.is_leaving())?;
+    let identity = destination.identity.clone();
+    is_neighbour(&Asked { route, identity: &identity }, &to).ok()?;
+    let held = |identity| shard.identities.current(identity);
+    match [&route.source.identity, &identity].map(held) {
+        [Some(one), Some(other)] => agree(&one, &other, SystemTime::now()).ok()?,
+        // Who has none may have it only because the authority is away.
+        ends => {
+            let known = [&route.source.identity, &identity].into_iter().zip(ends);
+            let vouched = |(id, held): (&SpiffeId, Option<_>)| {
+                held.is_some() || shard.identities.is_authority_silent(id)
+            };
+            let one_domain = route.source.identity.shares_domain(&identity);
+            (one_domain && known.into_iter().all(vouched)).then_some(())?;
+        }
+    }
+    Some(to)
+}
+
+/// What the two ends tell of a connection, counted together.
+pub(super) struct Both {
+    source: Tally,
+    destination: Tally,
+}
+
+impl Meter for Both {
+    fn up(&self, bytes: u64) {
+        self.source.up(bytes);
+        self.destination.up(bytes);
+    }
+
+    fn down(&self, bytes: u64) {
+        self.source.down(bytes);
+        self.destination.down(bytes);
+    }
+}
+
+/// A connection between two pods of this daemon: all there is of it but the client's place among its pod's.
+pub(super) struct Connection {
+    relay: Relay<Both>,
+    registered: Registered,
+    admitted: Admitted,
+    ended: Result<(), DeliveryError>,
+    /// When what is open of the destination is to be cut. Of the source, its task knows.
+    cut: Option<Signal>,
+    /// The destination's connection: a drain counts it as it would the stream of a tunnel.
+    counted: Entered,
+}
+
+impl Connection {
+    /// Joins both ends.
+    pub(super) fn new(application: ResetUnlessDone, client: Holder, source: Tally, opened: Opened) -> Self {
+        let Opened { delivered, cut, counted } = opened;
+        let Delivered { application: to, tally: destination, registered, admitted, holder: server, .. } =
+            delivered;
+        let both = Both { source, destination };
+        let relay = Relay::new(application, to, Holders::Both { client, server }, both);
+        Self { relay, registered, admitted, ended: Ok(()), cut, counted }
+    }
+
+    /// Moves the bytes until both directions have ended, the destination's policies refuse it, or the destination
+    /// is gone.
+    pub(super) async fn run(&mut self) {
+        let relayed = self.registered.run(&mut self.relay);
+        self.ended = match unless_cut(&mut self.cut, relayed).await {
+            Some(Ok(ended)) => ended.map_err(DeliveryError::Copy),
+            Some(Err(cut)) => Err(DeliveryError::Cut(cut)),
+            None => Err(DeliveryError::Copy(CopyError::Server(io::ErrorKind::ConnectionReset.into()))),
+        };
+    }
+
+    /// Tells how it ended, for both ends. What was cut is dropped here, and so reset at both ends.
+    pub(super) fn close(self) {
+        let Self { relay, registered, admitted, ended, counted, .. } = self;
+        let Both { source, destination } = relay.into_meter();
+        source.close(match &ended {
+            // Of a cut, the client's end of a tunnel learns no more than that its stream was reset.
+            Err(DeliveryError::Cut(_)) => Ok(()),
+            ended => ended.as_ref().copied(),
+        });
+        destination.close(ended);
+        drop((registered, admitted, counted));
+    }
+}
+
+/// Runs `future` unless the destination is cut first, which drops it.
+async fn unless_cut<T>(cut: &mut Option<Signal>, future: impl Future<Output = T>) -> Option<T> {
+    let Some(cut) = cut else { return Some(future.await) };
+    tokio::select! {
+        biased;
+        () = cut.closing() => None,
+        done = future => Some(done),
+    }
+}
+
+/// The other end of a connection.
+pub(super) struct Opened {
+    delivered: Delivered,
+    cut: Option<Signal>,
+    counted: Entered,
+}
+
+/// Asks for the connection at `to`, as the other end of a tunnel would, and is answered as through one.
+pub(super) async fn open(
+    shard: &Shard,
+    to: &Arc<Pod>,
+    route: &Route,
+    application: &mut ResetUnlessDone,
+) -> Result<Opened, OutboundError> {
+    let counted = shard.count.connection();
+    let caller =
+        Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
+    let host = route.service.as_ref().map(|service| &*service.hostname);
+    let look = pin!(sleep(LOOK_PERIOD));
+    let mut neighbour = Neighbour { application, source: &route.source, host, look, error: None };
+    let mut cut = to.cut();
+    let admitted = inbound::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
+    match unless_cut(&mut cut, admitted).await {
+        Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
+        Some(Err(Some(refusal))) => {
+            Err(OutboundError::Refused { peer: route.peer, status: refusal.status() })
+        }
+        Some(Err(None)) | None => Err(OutboundError::Abandoned(
+            neighbour.error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        )),
+    }
+}
+
+/// The application that dialled, while the other one is being dialled for it.
+struct Neighbour<'a> {
+    application: &'a ResetUnlessDone,
+    /// Whose it is, and the service it dialled.
+    source: &'a Arc<Workload>,
+    host: Option<&'a str>,
+    look: Pin<&'a mut Sleep>,
+    error: Option<io::Error>,
+}
+
+impl Asker for Neighbour<'_> {
+    /// It has not been read: its words go from socket to socket later.
+    fn first_words(&mut self, _cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
+        None
+    }
+
+    /// It is known by itself.
+    fn baggage(&self) -> Option<&str> {
+        None
+    }
+
+    fn network(&self) -> Option<&str> {
+        None
+    }
+
+    fn host(&self) -> Option<&str> {
+        self.host
+    }
+
+    fn workload(&self) -> Option<&Arc<Workload>> {
+        Some(self.source)
+    }
+
+    /// Waits for it to reset its connection. It is not read, so it has to be asked now and then.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        while self.look.as_mut().poll(cx).is_ready() {
+            if let Ok(Some(error)) = self.application.socket.take_error() {
+                self.error = Some(error);
+                return Poll::Ready(StreamError::Reset(ResetCode::CANCEL));
+            }
+            self.look.as_mut().reset(Instant::now() + LOOK_PERIOD);
+        }
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ztunnel_mesh::model::addr::ClientAddr;
+    use ztunnel_mesh::model::addr::HbonePeer;
+
+    use super::*;
+    use crate::hbone::tests::TestCa;
+    use crate::hbone::tests::id;
+    use crate::proxy::tests::pod;
+    use crate::proxy::tests::workload;
+
+    fn route() -> Route {
+        Route {
+            pod: pod("client", &["10.0.0.1", "fd00::1"]),
+            source: workload("client", "10.0.0.1"),
+            client: ClientAddr("10.0.0.1:4000".parse().unwrap()),
+            peer: HbonePeer("10.0.0.2:15008".parse().unwrap()),
+            expect: vec![id("server")],
+            target: "10.0.0.2:80".parse().unwrap(),
+            destination: workload("server", "10.0.0.2"),
+            service: None,
+        }
+    }
+
+    #[test]
+    fn only_what_would_come_out_of_the_tunnel_unchanged_is_handed_over() {
+        let to = pod("server", &["10.0.0.2", "fd00::2"]);
+        let check = |what: &str, route: Route, identity: &SpiffeId, expect| {
+            assert_eq!(is_neighbour(&Asked { route: &route, identity }, &to), expect, "{what}");
+        };
+        let (server, other) = (id("server"), id("other"));
+        let at = |peer: &str, target: &str| Route {
+            peer: HbonePeer(peer.parse().unwrap()),
+            target: target.parse().unwrap(),
+            ..route()
+        };
+        let from = |client: &str| Route { client: ClientAddr(client.parse().unwrap()), ..route() };
+
+        check("the other pod", route(), &server, Ok(()));
+        let both = vec![other.clone(), server.clone()];
+        check("one of several identities", Route { expect: both, ..route() }, &server, Ok(()));
+        let v6 = at("[fd00::2]:15008", "[fd00::2]:80");
+        let v6 = Route { client: ClientAddr("[fd00::1]:4000".parse().unwrap()), ..v6 };
+        check("IPv6", v6, &server, Ok(()));
+
+        check("a gateway", at("10.0.0.9:15008", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
+        check("another HBONE port", at("10.0.0.2:15009", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
+        check("not its address", at("10.0.0.3:15008", "10.0.0.3:80"), &server, Err(Far::OtherAddress));
+        check("somebody else by now", route(), &other, Err(Far::OtherIdentity));
+        check("nobody expected", Route { expect: vec![], ..route() }, &server, Err(Far::OtherIdentity));
+        check("a made up source", from("10.0.0.7:4000"), &server, Err(Far::ForeignSource));
+        check("the server's own as source", from("10.0.0.2:4000"), &server, Err(Far::ForeignSource));
+        check("families", at("[fd00::2]:15008", "[fd00::2]:80"), &server, Err(Far::OtherFamily));
+    }
+
+    #[test]
+    fn what_leads_back_to_the_pod_is_handed_over_to_itself() {
+        let at = |peer: &str, target: &str| {
+            let route =
+                Route { peer: HbonePeer(peer.parse().unwrap()), target: target.parse().unwrap(), ..route() };
+            itself(&route).is_some()
+        };
+        assert!(at("10.0.0.1:15008", "10.0.0.1:80"));
+        assert!(at("[fd00::1]:15008", "[fd00::1]:80"));
+        assert!(!at("10.0.0.2:15008", "10.0.0.2:80"), "another pod");
+        // It is a waypoint or a gateway, which is asked for somebody else.
+        assert!(!at("10.0.0.1:15008", "10.0.0.2:80"));
+        assert!(!at("10.0.0.1:15009", "10.0.0.1:80"));
+    }
+
+    #[test]
+    fn certificates_must_be_acceptable_to_each_other_now() {
+        let (ca, other) = (TestCa::new(), TestCa::new());
+        let (client, server) = (ca.certify(&id("client")), ca.certify(&id("server")));
+        let now = client.not_before().max(server.not_before());
+        assert_eq!(agree(&client, &server, now), Ok(()));
+        assert_eq!(agree(&client, &client, now), Ok(()));
+        let end = client.not_after().min(server.not_after());
+        assert_eq!(agree(&client, &server, end), Err(Far::NotValid));
+        let early = client.not_before() - Duration::from_secs(1);
+        assert_eq!(agree(&client, &server, early), Err(Far::NotValid));
+        assert_eq!(agree(&client, &other.certify(&id("server")), now), Err(Far::OtherRoots));
+        let foreign = "spiffe://elsewhere/ns/test/sa/server".parse().unwrap();
+        assert_eq!(agree(&client, &ca.certify(&foreign), now), Err(Far::OtherTrustDomain));
+    }
+
+    #[test]
+    fn who_is_a_neighbour_is_known_by_its_incarnation() {
+        let neighbours = Neighbours::default();
+        let server = Workload { uid: "server".into(), ..Workload::sample("test", "server") };
+        let (old, new) = (pod("server", &["10.0.0.2"]), pod("server", &["10.0.0.2"]));
+        assert!(neighbours.find(&server).is_none());
+        neighbours.add(&old);
+        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &old)));
+        neighbours.add(&new);
+        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &new)));
+        neighbours.remove(&PodUid::from("another"));
+        assert!(neighbours.find(&server).is_some());
+        drop(new);
+        assert!(neighbours.find(&server).is_none(), "it keeps no pod alive");
+        neighbours.add(&old);
+        neighbours.remove(&old.uid);
+        assert!(neighbours.find(&server).is_none());
+        neighbours.add(&old);
+        neighbours.clear();
+        assert!(neighbours.find(&server).is_none());
+    }
+}

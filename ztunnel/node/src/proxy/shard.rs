@@ -37,6 +37,7 @@ use crate::telemetry::LocalTelemetry;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
+use crate::telemetry::events::Security;
 
 /// One data-plane thread.
 pub struct Shard {
@@ -146,12 +147,16 @@ impl Shard {
                 Some(dst) => Some(Original::Address(dst)),
                 None => parties.service.as_ref().map(|service| Original::Host(Arc::clone(&service.hostname))),
             },
-            actual,
-            carrier: match (&addresses.hbone, parties.reporter) {
-                (None, _) => Carrier::Tcp,
+            actual: match (&addresses.hbone, parties.security, parties.reporter) {
+                (Some(Authority::Address(asked)), Security::WithinNode, Reporter::Source) => *asked,
+                _ => actual,
+            },
+            carrier: match (&addresses.hbone, parties.security, parties.reporter) {
+                // What is handed over within the process is asked for as through a tunnel, and goes through none.
+                (None, ..) | (_, Security::WithinNode, _) => Carrier::Tcp,
                 // A name is asked for only beyond a gateway.
-                (Some(Authority::Hostname { .. }), Reporter::Source) => Carrier::DoubleHbone,
-                (Some(_), _) => Carrier::Hbone,
+                (Some(Authority::Hostname { .. }), _, Reporter::Source) => Carrier::DoubleHbone,
+                (Some(_), ..) => Carrier::Hbone,
             },
         });
         Tally(self.telemetry.open(parties, addresses), listed)

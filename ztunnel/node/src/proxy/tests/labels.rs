@@ -4,6 +4,7 @@ use ztunnel_mesh::model::service::GatewayAddress;
 use ztunnel_mesh::model::service::GatewayDestination;
 
 use super::*;
+use crate::proxy::listing::Carrier;
 
 const WEB: &str = "10.9.0.1";
 const ADMIN: &str = "10.9.0.2";
@@ -150,6 +151,13 @@ async fn both_ends_tell_the_same_as_istio_on_every_way() {
         let (mut server, _) = timeout(PATIENCE, node.app.accept()).await.expect("delivered").unwrap();
         say(&mut client, &mut server, b"hello").await;
         assert_eq!(node.told(), [source, destination], "{way}");
+        // What is open is shown as what it is: where there is no wire there is no tunnel.
+        let open: Vec<_> = node.plane.shards[0].listing.all();
+        let tunnelled = !way.starts_with("plain") && way != "the same node";
+        let carrier = if tunnelled { Carrier::Hbone } else { Carrier::Tcp };
+        assert!(!open.is_empty() && open.iter().all(|open| open.carrier == carrier), "{way}: {open:?}");
+        let to_tunnel_port = open.iter().any(|open| open.actual.port() == HBONE_PORT);
+        assert_eq!(to_tunnel_port, tunnelled, "{way}: {open:?}");
         // Whom nobody proved to be is not in the log.
         let proved = !way.starts_with("plain");
         drop((client, server));

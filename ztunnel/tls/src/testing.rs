@@ -64,6 +64,12 @@ pub fn id(text: &str) -> SpiffeId {
     text.parse().expect("tests use good identities")
 }
 
+impl Default for Pki {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Pki {
     /// A new root and intermediate, trusted by nobody yet.
     pub fn new() -> Self {

@@ -88,7 +88,7 @@ pub(super) fn waypoint(
         "transport_socket": extension(
             "envoy.transport_sockets.tls",
             "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            json!({ "common_tls_context": tls.clone() }),
+            json!({ "common_tls_context": tls }),
         ),
     });
     Ok(bootstrap(

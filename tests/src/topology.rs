@@ -84,7 +84,8 @@ impl Node {
         ] {
             netns.set_sysctl(key, value)?;
         }
-        netns.ip(&["link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0"])?;
+        let bridge = ["link", "add", "br0", "address", &mac(number, GATEWAY), "type", "bridge"];
+        netns.ip(&[&bridge[..], &["forward_delay", "0", "mcast_snooping", "0"]].concat())?;
         netns.ip(&["addr", "add", &format!("10.80.{number}.1/24"), "dev", "br0"])?;
         netns.ip(&["addr", "add", &format!("fd80:{number}::1/64"), "dev", "br0", "nodad"])?;
         keep_neighbours(&netns, "br0")?;
@@ -140,6 +141,8 @@ impl Node {
                 "peer",
                 "name",
                 "eth0",
+                "address",
+                &mac(number, host),
                 "netns",
                 netns.name(),
             ],
@@ -149,8 +152,11 @@ impl Node {
         netns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
         keep_neighbours(&netns, "eth0")?;
         netns.ip(&["link", "set", "eth0", "up"])?;
+        let gateway = format!("fd80:{number}::1");
         netns.ip(&["route", "add", "default", "via", &format!("10.80.{number}.1")])?;
-        netns.ip(&["-6", "route", "add", "default", "via", &format!("fd80:{number}::1")])?;
+        netns.ip(&["-6", "route", "add", "default", "via", &gateway])?;
+        know(&netns, "eth0", &gateway, &mac(number, GATEWAY))?;
+        know(&self.place.netns, "br0", &v6, &mac(number, host))?;
         let cgroup = self.kubepods.child(&format!("pod-{name}"))?;
         let place = Place { netns, cgroup, ..self.place.clone() };
         Ok(Pod {
@@ -166,6 +172,21 @@ impl Node {
     pub fn host_network_pod(&self) -> Result<Place> {
         Ok(self.place.with_cgroup(self.kubepods.child("pod-hostnetwork")?))
     }
+}
+
+/// The node itself, among the hosts of its pods' network.
+const GATEWAY: u16 = 1;
+
+/// The link-layer address of a host of a node's pods' network.
+fn mac(node: u8, host: u16) -> String {
+    format!("02:80:00:{node:02x}:{:02x}:{:02x}", host >> 8, host & 0xff)
+}
+
+/// Where this address is need not be asked for. The table of IPv6 neighbours is one for all network namespaces of a
+/// machine: what many worlds at once make the kernel drop from it is not always found again.
+fn know(netns: &Netns, device: &str, address: &str, mac: &str) -> Result<()> {
+    netns.ip(&["neigh", "replace", address, "lladdr", mac, "dev", device, "nud", "permanent"])?;
+    Ok(())
 }
 
 /// Whoever was found stays where it was for as long as a test takes: nothing moves here.

@@ -10,7 +10,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::http::{exchange, request};
 
-const LIMIT: Duration = Duration::from_secs(10);
+/// On a busy machine a handshake may have to be asked for several times.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the program does: so many connections, one request on each; says `open` and keeps them until standard
 /// input ends.

@@ -36,18 +36,6 @@ pub(crate) const KNOWN: &[&[&str]] = &[
     &["dns/pod.rs", "dns/server.rs"],
     &["enrol/zds/link.rs", "enrol/zds/message.rs"],
     &["policy/authorize.rs", "policy/matching.rs"],
-    &[
-        "proxy.rs",
-        "proxy/accept.rs",
-        "proxy/double.rs",
-        "proxy/inbound.rs",
-        "proxy/near.rs",
-        "proxy/outbound.rs",
-        "proxy/passthrough.rs",
-        "proxy/pod.rs",
-        "proxy/shard.rs",
-    ],
-    &["proxy/live.rs", "proxy/live/settling.rs"],
     &["store.rs", "store/demand.rs", "store/demand/unused.rs", "store/index.rs"],
     &[
         "translate.rs",

@@ -7,18 +7,30 @@
 //! A connection, its tunnel and its buffers stay on one thread. The listeners of a pod are accepted from on one
 //! thread, which spreads what it accepts over all of them.
 //!
+//! Where connections come from and what serves them; none of these imports another but `accept`, which starts them, and
+//! `outbound`, which may hand over or go through a gateway:
+//!
+//! * [`accept`]: listeners, and the threads that take from them.
 //! * [`outbound`]: what the pod dials.
 //! * [`double`]: what it dials of another network, through a tunnel within a tunnel.
 //! * [`near`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
+//!
+//! What they are made of, which knows none of them:
+//!
+//! * [`upstream`]: opens a stream to a peer, on a tunnel.
+//! * [`connect_error`]: why a connection that a pod dialled was not made.
+//! * [`admit`]: decides on a request for an application of a pod.
+//! * [`delivery`]: dials that application.
+//! * [`neighbours`]: the pods to which connections can be handed over.
 //! * [`relay`]: moving bytes between an application and a stream.
 //! * [`live`]: inbound connections are judged again when the mesh changes.
 //! * [`listing`]: which connections are open, for those who ask.
-//! * [`bounds`]: how much all of it may be.
+//! * [`config`], [`bounds`]: how it behaves, and how much all of it may be.
 //! * [`handshakes`], [`tunnels`]: how peers share a pod's.
 //! * [`turns`]: how all share a thread.
-//! * [`pod`], [`shard`], [`accept`]: what the connections of a pod and of a thread share, and where they come from.
+//! * [`pod`], [`shard`]: what the connections of a pod and of a thread share.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -27,7 +39,6 @@ use std::hash::DefaultHasher;
 use std::hash::Hash;
 use std::hash::Hasher;
 use std::io;
-use std::net::IpAddr;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::Weak;
@@ -42,13 +53,11 @@ use tokio::runtime;
 use tokio::sync::mpsc;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::model::workload::Named;
-use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::store::MeshReader;
 use ztunnel_runtime::shutdown;
 use ztunnel_runtime::shutdown::Signal;
 use ztunnel_runtime::shutdown::Trigger;
 
-use crate::hbone;
 use crate::identity::worker::Identities;
 use crate::net::budget::Budget;
 use crate::net::bypass::Bypass;
@@ -57,14 +66,14 @@ use crate::net::redirected::RedirectedPod;
 use crate::net::redirected::Settings;
 use crate::net::reserve;
 use crate::net::socket::CapturedPod;
-use crate::net::socket::Keepalive;
 use crate::net::socket::LOCAL_CONGESTION;
 use crate::net::socket::PodNetwork;
 use crate::net::socket::prepare_listener;
 use crate::net::socket::set_congestion;
+use crate::proxy::accept::DataThread;
 use crate::proxy::accept::Listener;
 use crate::proxy::listing::Connection;
-use crate::proxy::near::Neighbours;
+use crate::proxy::neighbours::Neighbours;
 use crate::proxy::pod::Own;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Count;
@@ -72,7 +81,11 @@ use crate::proxy::shard::Shard;
 use crate::telemetry::Telemetry;
 
 pub mod accept;
+pub mod admit;
 pub mod bounds;
+pub mod config;
+pub mod connect_error;
+pub mod delivery;
 pub mod double;
 pub mod ending;
 pub mod handshakes;
@@ -81,6 +94,7 @@ pub mod listing;
 pub mod live;
 pub mod names;
 pub mod near;
+pub mod neighbours;
 pub mod outbound;
 pub mod passthrough;
 pub mod pod;
@@ -88,97 +102,13 @@ pub mod relay;
 pub mod shard;
 pub mod tunnels;
 pub mod turns;
+pub mod upstream;
+
+pub use crate::proxy::config::Config;
+pub use crate::proxy::config::PodSpec;
 
 #[cfg(test)]
 mod tests;
-
-/// How the data plane behaves.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Config {
-    /// Data-plane threads. By default half as many as there are cores, so that the pods have the others, but two
-    /// as soon as there are two cores: on one thread alone each connection waits for the cryptography of all.
-    pub threads: usize,
-    /// A dial that takes longer is given up.
-    pub connect_timeout: Duration,
-    /// A peer that has not answered a request after so long will not: longer than peers take to dial an
-    /// application that does not answer them.
-    pub answer_timeout: Duration,
-    /// How long listeners go on accepting once the drain has begun: who has begun to connect gets through.
-    pub linger: Duration,
-    /// How long a removed pod is served as before, by whoever still believes that it is there: peers and connections
-    /// that have already begun. What arrives later is refused.
-    pub fade: Duration,
-    /// Connections one pod may have open, streams included. Further ones are reset (streams: 503).
-    pub pod_connections_max: usize,
-    /// Tunnels peers may have open to one pod, those without streams included. Further ones are reset. One identity
-    /// may have a part of them ([`tunnels`]).
-    pub pod_tunnels_max: usize,
-    /// TLS handshakes in progress with one pod as the server. One source may have a part of them; the oldest make room
-    /// for others ([`handshakes`]), or further connections to its HBONE port are reset: peers dial again.
-    pub pod_handshakes_max: usize,
-    /// Bytes that all pods together may make the daemon hold: what peers and applications do not take, and what
-    /// connections and tunnels cost themselves. When it is used up, those who hold most are closed.
-    pub buffer_memory: usize,
-    /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
-    pub handover_max: usize,
-    /// Whether connections between two pods of this daemon are handed over inside the process, see [`near`].
-    /// Otherwise they go through a tunnel as all others do.
-    pub near: bool,
-    /// Probes on dialled and accepted connections.
-    pub keepalive: Keepalive,
-    /// The network this proxy is in, where it was told (`NETWORK`): a client that says it is in another one came through
-    /// a gateway. Otherwise that of the pod counts.
-    pub network: Option<Arc<str>>,
-    /// Whether clients are told in the answer who serves them, and what they are told so is believed.
-    pub response_baggage: bool,
-    /// Whether a waypoint that is told of connections by the PROXY protocol is dialled at the loopback address, from
-    /// there, so that it need not listen anywhere else.
-    pub localhost_app_tunnel: bool,
-    /// Tunnels.
-    pub hbone: hbone::Config,
-}
-
-impl Config {
-    /// The network that the pod of `workload` is in, to peers of other ones.
-    pub(crate) fn network_of<'a>(&'a self, workload: &'a Workload) -> &'a str {
-        self.network.as_deref().unwrap_or(&workload.network)
-    }
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            threads: (cores / 2).max(2).min(cores),
-            connect_timeout: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(15),
-            linger: Duration::from_secs(3),
-            fade: Duration::from_secs(5),
-            pod_connections_max: 20_000,
-            pod_tunnels_max: 10_000,
-            pod_handshakes_max: 1024,
-            buffer_memory: 256 << 20,
-            handover_max: 1024,
-            near: true,
-            keepalive: Keepalive::default(),
-            network: None,
-            response_baggage: true,
-            localhost_app_tunnel: true,
-            hbone: hbone::Config::default(),
-        }
-    }
-}
-
-/// A pod whose connections are to be taken.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodSpec {
-    /// This incarnation of the pod.
-    pub uid: PodUid,
-    /// Which workload of the mesh it is.
-    pub workload: Named,
-    /// Its addresses, in canonical form.
-    pub addresses: Vec<IpAddr>,
-}
 
 /// Where a pod's connections arrive: sockets in its network namespace, transparent. Shared, because who redirects
 /// traffic to them may have to do so again.
@@ -295,8 +225,8 @@ pub struct ServedPod {
 pub struct DataPlane {
     config: Arc<Config>,
     bypass: Arc<dyn Bypass>,
-    shards: Vec<Arc<Shard>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Vec<Arc<DataThread>>,
+    running: Mutex<Vec<JoinHandle<()>>>,
     pods: Mutex<HashMap<PodUid, Served>>,
     /// Removed pods that are still served for now: who is dropped here is no longer.
     fading: Mutex<HashMap<PodUid, Trigger>>,
@@ -327,11 +257,11 @@ impl DataPlane {
         let mut channels: Vec<_> =
             (0..config.threads.max(1)).map(|_| mpsc::channel(config.handover_max)).collect();
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
-        let mut shards = Vec::with_capacity(channels.len());
         let mut threads = Vec::with_capacity(channels.len());
+        let mut running = Vec::with_capacity(channels.len());
         for (index, (_, arrivals)) in channels.drain(..).enumerate() {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-            let shard = Arc::new(Shard::new(
+            let shard = Shard::new(
                 Arc::clone(&config),
                 mesh.clone(),
                 identities.clone(),
@@ -339,23 +269,23 @@ impl DataPlane {
                 Arc::clone(&neighbours),
                 Arc::clone(&count),
                 signal.clone(),
-                runtime.handle().clone(),
-                // The other threads, the next one first, so that each home begins elsewhere.
-                senders.iter().cycle().skip(index + 1).take(senders.len() - 1).cloned().collect(),
-            ));
-            shards.push(Arc::clone(&shard));
-            let thread = std::thread::Builder::new()
+            );
+            // The other threads, the next one first, so that each home begins elsewhere.
+            let others = senders.iter().cycle().skip(index + 1).take(senders.len() - 1).cloned().collect();
+            let thread = Arc::new(DataThread::new(Arc::new(shard), runtime.handle().clone(), others));
+            threads.push(Arc::clone(&thread));
+            let started = std::thread::Builder::new()
                 .name(format!("data-{index}"))
-                .spawn(move || runtime.block_on(shard.run(arrivals)))?;
-            threads.push(thread);
+                .spawn(move || runtime.block_on(thread.run(arrivals)))?;
+            running.push(started);
         }
         let budget = Budget::new(config.buffer_memory);
         reserve::keep();
         Ok(Self {
             config,
             bypass,
-            shards,
-            threads: Mutex::new(threads),
+            threads,
+            running: Mutex::new(running),
             pods: Mutex::default(),
             fading: Mutex::default(),
             own: Mutex::default(),
@@ -481,7 +411,7 @@ impl DataPlane {
         stop: Trigger,
         cut: Option<Trigger>,
     ) -> io::Result<Served> {
-        let home = &self.shards[self.home_of(&pod)];
+        let home = &self.threads[self.home_of(&pod)];
         // Tasks go to the runtime whose context this is: the home thread's.
         let _context = home.runtime.enter();
         for (kind, listener) in listeners {
@@ -489,7 +419,7 @@ impl DataPlane {
             shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&pod), self.count.listener()));
         }
         let known = match pod.named() {
-            Named::Uid(uid) => home.mesh.snapshot().workload(uid).map(|workload| Named::of(workload)),
+            Named::Uid(uid) => home.shard.mesh.snapshot().workload(uid).map(|workload| Named::of(workload)),
             Named::Pod { .. } => None,
         };
         let workload = known.unwrap_or_else(|| pod.named().clone());
@@ -544,7 +474,7 @@ impl DataPlane {
         self.set_congestion(&hbone);
         let pods = self.pods();
         let Some(served) = pods.get(uid) else { return Ok(()) };
-        let home = &self.shards[self.home_of(&served.pod)];
+        let home = &self.threads[self.home_of(&served.pod)];
         let _context = home.runtime.enter();
         let listener = Listener::new(accept::Kind::Hbone, hbone)?;
         shutdown::spawn(listener.run(Arc::clone(home), Arc::clone(&served.pod), self.count.listener()));
@@ -555,7 +485,7 @@ impl DataPlane {
     fn home_of(&self, pod: &Pod) -> usize {
         let mut hasher = DefaultHasher::new();
         pod.uid.hash(&mut hasher);
-        hasher.finish() as usize % self.shards.len()
+        hasher.finish() as usize % self.threads.len()
     }
 
     /// Hands over to another process that has its own listeners in the same pods: goes on accepting for
@@ -593,8 +523,8 @@ impl DataPlane {
     /// Waits for the threads to end, which they do when the signal closes, so that what they drop is reset before
     /// the process ends and its sockets are closed in order.
     pub fn join(&self) {
-        let mut threads = self.threads.lock();
-        for thread in threads.drain(..) {
+        let mut running = self.running.lock();
+        for thread in running.drain(..) {
             // A panic has been reported by the thread itself.
             let _ended = thread.join();
         }
@@ -624,7 +554,7 @@ impl DataPlane {
     /// Who asked what names of endpoints stand for, and how often.
     pub fn names_asked(&self) -> BTreeMap<names::Asker, u64> {
         let mut all = BTreeMap::new();
-        for (asker, count) in self.shards.iter().flat_map(|shard| shard.names.counted()) {
+        for (asker, count) in self.shards().flat_map(|shard| shard.names.counted()) {
             *all.entry(asker).or_default() += count;
         }
         all
@@ -646,12 +576,16 @@ impl DataPlane {
     /// The connections and streams that are open, in no order. Not for a data-plane thread; those wait for it no
     /// longer than it takes to copy a few hundred entries.
     pub fn connections(&self) -> Vec<Connection> {
-        self.shards.iter().flat_map(|shard| shard.listing.all()).collect()
+        self.shards().flat_map(|shard| shard.listing.all()).collect()
     }
 
     /// What the runtimes of the threads tell of themselves, in the order of the threads.
     pub fn runtimes(&self) -> impl Iterator<Item = runtime::RuntimeMetrics> {
-        self.shards.iter().map(|shard| shard.runtime.metrics())
+        self.threads.iter().map(|thread| thread.runtime.metrics())
+    }
+
+    fn shards(&self) -> impl Iterator<Item = &Arc<Shard>> {
+        self.threads.iter().map(|thread| &thread.shard)
     }
 
     fn apart_locked(&self) -> MutexGuard<'_, Apart> {

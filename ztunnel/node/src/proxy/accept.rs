@@ -7,8 +7,12 @@ use std::net::TcpListener;
 use std::net::TcpStream;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
 use tokio::time::sleep;
 use ztunnel_mesh::model::addr::ClientAddr;
 use ztunnel_runtime::shutdown;
@@ -25,7 +29,6 @@ use crate::proxy::passthrough;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
-use crate::telemetry::AcceptedSocket;
 use crate::telemetry::events::Reporter;
 
 /// Connections taken from one listener before others get a turn.
@@ -103,8 +106,60 @@ fn spawn(cut: Option<Signal>, connection: impl Future<Output = ()> + Send + 'sta
     };
 }
 
-/// Counts a connection for as long as it lives: for the drain, and for telemetry.
-pub(super) type Counted = (Entered, AcceptedSocket);
+/// One data-plane thread, and the way to the others.
+pub struct DataThread {
+    /// What its connections share.
+    pub(super) shard: Arc<Shard>,
+    pub(super) runtime: Handle,
+    others: Vec<mpsc::Sender<Arrival>>,
+    turn: AtomicUsize,
+}
+
+impl DataThread {
+    /// `others` take connections from this one, in turn.
+    pub(super) fn new(shard: Arc<Shard>, runtime: Handle, others: Vec<mpsc::Sender<Arrival>>) -> Self {
+        Self { shard, runtime, others, turn: AtomicUsize::new(0) }
+    }
+
+    /// Runs the thread until the end of the process. What is open then is dropped with the runtime.
+    pub(super) async fn run(self: Arc<Self>, mut arrivals: mpsc::Receiver<Arrival>) {
+        let watching = Arc::clone(&self.shard);
+        shutdown::spawn(async move { watching.live.watch(watching.mesh.clone()).await });
+        let (mut signal, mut drain) = (self.shard.signal.clone(), self.shard.signal.clone());
+        let draining = async {
+            drain.draining().await;
+            // Until then new streams may still be opened for connections that are being accepted.
+            sleep(self.shard.config.linger).await;
+            self.shard.pool.retire_all();
+        };
+        let (mut closing, mut draining) = (pin!(signal.closing()), pin!(draining));
+        let mut drained = false;
+        loop {
+            tokio::select! {
+                () = &mut closing => return,
+                () = &mut draining, if !drained => drained = true,
+                Some(arrival) = arrivals.recv() => arrival.serve(&self.shard),
+            }
+        }
+    }
+
+    /// Serves a connection on this thread or another, in turn.
+    fn spread(&self, arrival: Arrival) {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
+        match self.others.get(turn) {
+            // A thread that is behind gets no more: this one keeps it.
+            Some(other) => match other.try_send(arrival) {
+                Ok(()) => {}
+                Err(
+                    mpsc::error::TrySendError::Full(arrival) | mpsc::error::TrySendError::Closed(arrival),
+                ) => {
+                    arrival.serve(&self.shard);
+                }
+            },
+            None => arrival.serve(&self.shard),
+        }
+    }
+}
 
 /// A listener of a pod, on its home thread.
 pub struct Listener {
@@ -120,9 +175,10 @@ impl Listener {
 
     /// Accepts until the pod has been removed or the drain has lasted for their lingers. What is queued at that
     /// moment is still taken; then the socket closes.
-    pub(super) async fn run(self, shard: Arc<Shard>, pod: Arc<Pod>, _counted: Entered) {
-        let take = |listener: &TcpListener| self.take(listener, &shard, &pod);
-        let mut end = pin!(end(&shard, &pod, self.acceptor.listener()));
+    pub(super) async fn run(self, thread: Arc<DataThread>, pod: Arc<Pod>, _counted: Entered) {
+        let shard = &thread.shard;
+        let take = |listener: &TcpListener| self.take(listener, &thread, &pod);
+        let mut end = pin!(end(shard, &pod, self.acceptor.listener()));
         loop {
             tokio::select! {
                 () = &mut end => break,
@@ -149,10 +205,10 @@ impl Listener {
     }
 
     /// Takes up to a batch. `WouldBlock` when none is left.
-    fn take(&self, listener: &TcpListener, shard: &Arc<Shard>, pod: &Arc<Pod>) -> io::Result<()> {
+    fn take(&self, listener: &TcpListener, thread: &DataThread, pod: &Arc<Pod>) -> io::Result<()> {
         for _ in 0..BATCH {
             match accept(listener) {
-                Ok((socket, client)) => self.dispatch(shard, pod, socket, client),
+                Ok((socket, client)) => self.dispatch(thread, pod, socket, client),
                 // The client is gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -162,13 +218,13 @@ impl Listener {
         Ok(())
     }
 
-    fn dispatch(&self, shard: &Arc<Shard>, pod: &Arc<Pod>, socket: TcpStream, client: SocketAddr) {
+    fn dispatch(&self, thread: &DataThread, pod: &Arc<Pod>, socket: TcpStream, client: SocketAddr) {
         let entered = match self.kind {
-            Kind::Outbound | Kind::Inbound => shard.count.connection(),
-            Kind::Hbone => shard.count.tunnel(),
+            Kind::Outbound | Kind::Inbound => thread.shard.count.connection(),
+            Kind::Hbone => thread.shard.count.tunnel(),
         };
         let (pod, client) = (Arc::clone(pod), ClientAddr(client));
-        shard.spread(Arrival { kind: self.kind, pod, socket, client, entered });
+        thread.spread(Arrival { kind: self.kind, pod, socket, client, entered });
     }
 }
 

@@ -56,10 +56,10 @@ mod tests {
     use crate::net::copy::PARTING_WITHIN;
     use crate::proxy::Config;
     use crate::proxy::handshakes::SOURCE_PART;
-    use crate::proxy::outbound::REFUSALS_MAX;
     use crate::proxy::relay::EARLY_MAX;
     use crate::proxy::tunnels::IDENTITY_PART;
     use crate::proxy::turns::SLICE;
+    use crate::proxy::upstream::REFUSALS_MAX;
 
     /// The rows of a table, without the marks of a comment.
     fn rows(text: &str) -> Vec<&str> {

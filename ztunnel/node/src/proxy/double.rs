@@ -32,16 +32,16 @@ use crate::hbone::stream::SendHalf;
 use crate::hbone::stream::StreamError;
 use crate::hbone::through::Through;
 use crate::net::copy::ResetUnlessDone;
-use crate::proxy::outbound;
-use crate::proxy::outbound::Asked;
-use crate::proxy::outbound::OutboundError;
-use crate::proxy::outbound::REFUSALS_MAX;
-use crate::proxy::outbound::TRIES_MAX;
-use crate::proxy::outbound::TunnelDialer;
-use crate::proxy::outbound::ask;
+use crate::proxy::connect_error::ConnectError;
 use crate::proxy::pod::Pod;
 use crate::proxy::relay::Early;
 use crate::proxy::shard::Shard;
+use crate::proxy::upstream::Answer;
+use crate::proxy::upstream::OpenStream;
+use crate::proxy::upstream::REFUSALS_MAX;
+use crate::proxy::upstream::TRIES_MAX;
+use crate::proxy::upstream::TunnelDialer;
+use crate::proxy::upstream::ask;
 
 /// One connection to another network: whose, from where, through whom, to what.
 pub(super) struct Route {
@@ -61,7 +61,7 @@ pub(super) struct Opened {
     /// Room on the gateway's tunnel.
     pub(super) around: Lease,
     /// The stream within.
-    pub(super) opened: outbound::Opened,
+    pub(super) opened: OpenStream,
     /// What its peer said of itself, if that is believed.
     pub(super) baggage: Option<HeaderValue>,
 }
@@ -74,9 +74,9 @@ pub(super) async fn open(
     shard: &Arc<Shard>,
     route: &Route,
     application: &mut ResetUnlessDone,
-) -> Result<Opened, OutboundError> {
+) -> Result<Opened, ConnectError> {
     let credentials =
-        shard.identities.credentials(&route.source.identity).await.map_err(OutboundError::Identity)?;
+        shard.identities.credentials(&route.source.identity).await.map_err(ConnectError::Identity)?;
     let baggage = route.pod.baggage(&route.source);
     let connect = Connect {
         authority: route.asked.clone(),
@@ -96,7 +96,7 @@ pub(super) async fn open(
 
     let (through, tail) = Through::new(halves);
     let config = &shard.config;
-    let beyond = |source| OutboundError::Beyond { host: Arc::clone(&route.service.hostname), source };
+    let beyond = |source| ConnectError::Beyond { host: Arc::clone(&route.service.hostname), source };
     let tls = dialer.credentials().client_config(&route.service.identities);
     let trust = shard.identities.trust();
     let shaken = handshake_within(through, route.gateway, tls, &config.hbone, trust).await;
@@ -119,17 +119,17 @@ pub(super) async fn open(
     let mut early = Early::default();
     let (peer, after) = (route.gateway, config.answer_timeout);
     match ask(&mut lease, &connect, application, Some(&mut early), after).await? {
-        Asked::Connected(send, recv, said) => Ok(Opened {
+        Answer::Connected(send, recv, said) => Ok(Opened {
             around,
-            opened: outbound::Opened { lease, halves: (send, recv), early },
+            opened: OpenStream { lease, halves: (send, recv), early },
             baggage: said.filter(|_| config.response_baggage),
         }),
-        Asked::Refused(status) => {
+        Answer::Refused(status) => {
             let (host, who) = (Arc::clone(&route.service.hostname), lease.peer().cloned());
-            Err(OutboundError::BeyondRefused { host, status, who })
+            Err(ConnectError::BeyondRefused { host, status, who })
         }
-        Asked::Silent => Err(OutboundError::Silent { peer, after }),
-        Asked::Unanswered(source) => Err(OutboundError::Unanswered { peer, source }),
+        Answer::Silent => Err(ConnectError::Silent { peer, after }),
+        Answer::Unanswered(source) => Err(ConnectError::Unanswered { peer, source }),
     }
 }
 
@@ -141,7 +141,7 @@ async fn reach(
     connect: &Connect<'_>,
     dialer: &TunnelDialer<'_>,
     application: &mut ResetUnlessDone,
-) -> Result<(Lease, (SendHalf, RecvHalf)), OutboundError> {
+) -> Result<(Lease, (SendHalf, RecvHalf)), ConnectError> {
     let peer = route.gateway;
     let key = Key {
         source: route.source.identity.clone(),
@@ -153,12 +153,12 @@ async fn reach(
     let (mut tries, mut refused) = (0, 0);
     loop {
         tries += 1;
-        let mut leased = shard.pool.lease(&key, dialer).await.map_err(OutboundError::Dial)?;
+        let mut leased = shard.pool.lease(&key, dialer).await.map_err(ConnectError::Dial)?;
         let source = match ask(&mut leased.lease, connect, application, None, after).await? {
-            Asked::Connected(send, recv, _) => return Ok((leased.lease, (send, recv))),
-            Asked::Refused(status) => return Err(OutboundError::Refused { peer, status }),
-            Asked::Silent => return Err(OutboundError::Silent { peer, after }),
-            Asked::Unanswered(source) => source,
+            Answer::Connected(send, recv, _) => return Ok((leased.lease, (send, recv))),
+            Answer::Refused(status) => return Err(ConnectError::Refused { peer, status }),
+            Answer::Silent => return Err(ConnectError::Silent { peer, after }),
+            Answer::Unanswered(source) => source,
         };
         let again = match source {
             StreamError::NotTaken if leased.reused => true,
@@ -170,7 +170,7 @@ async fn reach(
             StreamError::Finished | StreamError::Reset(_) => false,
         };
         if !again || tries >= TRIES_MAX {
-            return Err(OutboundError::Unanswered { peer, source });
+            return Err(ConnectError::Unanswered { peer, source });
         }
         leased.lease.retire();
     }

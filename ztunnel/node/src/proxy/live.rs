@@ -9,8 +9,6 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::net::IpAddr;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +21,6 @@ use tokio::time::sleep_until;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::policy::authorize::Denial;
-use ztunnel_mesh::policy::authorize::Inbound;
 use ztunnel_mesh::policy::authorize::Permit;
 use ztunnel_mesh::policy::authorize::Trial;
 use ztunnel_mesh::policy::authorize::rehearse;
@@ -33,10 +30,12 @@ use ztunnel_mesh::store::gap::OPEN_WITHIN;
 use ztunnel_mesh::store::gap::SETTLED_WITHIN;
 use ztunnel_mesh::store::index::Mesh;
 
+pub use crate::proxy::live::facts::Facts;
 use crate::proxy::live::settling::Settling;
 use crate::proxy::live::settling::Verdict;
 use crate::proxy::live::settling::judge;
 
+mod facts;
 mod settling;
 
 #[cfg(test)]
@@ -44,26 +43,6 @@ mod tests;
 
 /// Connections judged before others get a turn on the thread.
 const BATCH: usize = 256;
-
-/// What policies judge of an inbound connection.
-#[derive(Debug, Clone)]
-pub struct Facts {
-    /// The unique name of the workload it is for.
-    pub workload: Arc<str>,
-    /// Who the peer proved to be.
-    pub identity: Option<SpiffeId>,
-    /// Where it came from.
-    pub source: IpAddr,
-    /// Where it goes.
-    pub destination: SocketAddr,
-}
-
-impl Facts {
-    /// For the policies.
-    pub fn inbound(&self) -> Inbound<'_> {
-        Inbound { identity: self.identity.as_ref(), source: self.source, destination: self.destination }
-    }
-}
 
 /// A new connection, decided.
 #[derive(Debug)]

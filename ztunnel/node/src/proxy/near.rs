@@ -6,30 +6,25 @@
 //! `is_neighbour` and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
 //! tunnel does if it must.
 //!
-//! A connection is handed over only to a pod whose traffic is redirected to this daemon now ([`Neighbours`]): not to
+//! A connection is handed over only to a pod whose traffic is redirected to this daemon now ([`crate::proxy::neighbours`]): not to
 //! one that is being captured, withdrawn, or handed over to a successor. It is then delivered inside the pod's own
 //! network namespace, over its loopback device; it cannot get anywhere else, also if the pod is withdrawn meanwhile.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::Weak;
 use std::task::Context;
 use std::task::Poll;
 use std::time::SystemTime;
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
 use tokio::time::Instant;
 use tokio::time::Sleep;
 use tokio::time::sleep;
 use ztunnel_mesh::model::addr::HBONE_PORT;
-use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::model::identity::SpiffeId;
-use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_runtime::shutdown::Signal;
 use ztunnel_tls::configs::Credentials;
@@ -43,81 +38,20 @@ use crate::net::copy::Holders;
 use crate::net::copy::Meter;
 use crate::net::copy::Relay;
 use crate::net::copy::ResetUnlessDone;
+use crate::proxy::admit;
+use crate::proxy::admit::Asker;
+use crate::proxy::admit::Caller;
+use crate::proxy::admit::Delivered;
+use crate::proxy::connect_error::ConnectError;
+use crate::proxy::delivery::DeliveryError;
 use crate::proxy::ending::Tally;
-use crate::proxy::inbound;
-use crate::proxy::inbound::Asker;
-use crate::proxy::inbound::Caller;
-use crate::proxy::inbound::Delivered;
 use crate::proxy::live::Registered;
-use crate::proxy::outbound::LOOK_PERIOD;
-use crate::proxy::outbound::OutboundError;
-use crate::proxy::outbound::Route;
-use crate::proxy::passthrough::DeliveryError;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
-
-/// The pods whose traffic is redirected to this daemon now, by what they are known by. Written by who redirects it;
-/// read without a lock.
-#[derive(Default)]
-pub struct Neighbours(ArcSwap<Known>);
-
-#[derive(Clone, Default)]
-struct Known {
-    /// By the unique names of their workloads.
-    by_uid: HashMap<Arc<str>, Weak<Pod>>,
-    /// By namespace and name.
-    by_name: HashMap<(Arc<str>, Arc<str>), Weak<Pod>>,
-}
-
-impl Neighbours {
-    /// The pod's traffic is redirected to its listeners from now on.
-    pub(super) fn add(&self, pod: &Arc<Pod>) {
-        self.change(|known| {
-            match pod.named() {
-                Named::Uid(uid) => known.by_uid.insert(Arc::clone(uid), Arc::downgrade(pod)),
-                Named::Pod { name, namespace, .. } => {
-                    known.by_name.insert((Arc::clone(namespace), Arc::clone(name)), Arc::downgrade(pod))
-                }
-            };
-        });
-    }
-
-    /// The pod's traffic will no longer be. Another one of the same workload stays.
-    pub(super) fn remove(&self, uid: &PodUid) {
-        let stays = |pod: &Weak<Pod>| pod.upgrade().is_some_and(|pod| pod.uid != *uid);
-        self.change(|known| {
-            known.by_uid.retain(|_, pod| stays(pod));
-            known.by_name.retain(|_, pod| stays(pod));
-        });
-    }
-
-    /// No pod's traffic will be.
-    pub(super) fn clear(&self) {
-        self.0.store(Arc::default());
-    }
-
-    fn change(&self, change: impl Fn(&mut Known)) {
-        self.0.rcu(|known| {
-            let mut known = Known::clone(known);
-            change(&mut known);
-            known
-        });
-    }
-
-    fn find(&self, workload: &Workload) -> Option<Arc<Pod>> {
-        let known = self.0.load();
-        let pod = known.by_uid.get(&workload.uid).or_else(|| {
-            // Nobody is looked for by name unless a node agent has named somebody.
-            let named = !known.by_name.is_empty();
-            named
-                .then(|| (Arc::clone(&workload.namespace), Arc::clone(&workload.name)))
-                .and_then(|name| known.by_name.get(&name))
-        })?;
-        pod.upgrade().filter(|pod| pod.named().is(workload))
-    }
-}
+use crate::proxy::upstream::LOOK_PERIOD;
+use crate::proxy::upstream::Route;
 
 /// Why a connection is not handed over inside the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -327,7 +261,7 @@ pub(super) async fn open(
     to: &Arc<Pod>,
     route: &Route,
     application: &mut ResetUnlessDone,
-) -> Result<Opened, OutboundError> {
+) -> Result<Opened, ConnectError> {
     let counted = shard.count.connection();
     let caller =
         Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
@@ -335,13 +269,11 @@ pub(super) async fn open(
     let look = pin!(sleep(LOOK_PERIOD));
     let mut neighbour = Neighbour { application, source: &route.source, host, look, error: None };
     let mut cut = to.cut();
-    let admitted = inbound::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
+    let admitted = admit::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
     match unless_cut(&mut cut, admitted).await {
         Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
-        Some(Err(Some(refusal))) => {
-            Err(OutboundError::Refused { peer: route.peer, status: refusal.status() })
-        }
-        Some(Err(None)) | None => Err(OutboundError::Abandoned(
+        Some(Err(Some(refusal))) => Err(ConnectError::Refused { peer: route.peer, status: refusal.status() }),
+        Some(Err(None)) | None => Err(ConnectError::Abandoned(
             neighbour.error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
         )),
     }
@@ -479,27 +411,5 @@ mod tests {
         assert_eq!(agree(&client, &other.certify(&id("server")), now), Err(Far::OtherRoots));
         let foreign = "spiffe://elsewhere/ns/test/sa/server".parse().unwrap();
         assert_eq!(agree(&client, &ca.certify(&foreign), now), Err(Far::OtherTrustDomain));
-    }
-
-    #[test]
-    fn who_is_a_neighbour_is_known_by_its_incarnation() {
-        let neighbours = Neighbours::default();
-        let server = Workload { uid: "server".into(), ..Workload::sample("test", "server") };
-        let (old, new) = (pod("server", &["10.0.0.2"]), pod("server", &["10.0.0.2"]));
-        assert!(neighbours.find(&server).is_none());
-        neighbours.add(&old);
-        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &old)));
-        neighbours.add(&new);
-        assert!(neighbours.find(&server).is_some_and(|found| Arc::ptr_eq(&found, &new)));
-        neighbours.remove(&PodUid::from("another"));
-        assert!(neighbours.find(&server).is_some());
-        drop(new);
-        assert!(neighbours.find(&server).is_none(), "it keeps no pod alive");
-        neighbours.add(&old);
-        neighbours.remove(&old.uid);
-        assert!(neighbours.find(&server).is_none());
-        neighbours.add(&old);
-        neighbours.clear();
-        assert!(neighbours.find(&server).is_none());
     }
 }

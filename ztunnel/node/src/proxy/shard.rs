@@ -8,21 +8,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 use ztunnel_mesh::model::addr::Authority;
 use ztunnel_mesh::model::addr::OriginalDst;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::store::MeshReader;
-use ztunnel_runtime::shutdown;
 use ztunnel_runtime::shutdown::Signal;
 
 use crate::hbone::pool::Pool;
 use crate::identity::worker::Identities;
 use crate::proxy::Config;
-use crate::proxy::accept::Arrival;
 use crate::proxy::ending::Tally;
 use crate::proxy::listing::Carrier;
 use crate::proxy::listing::Connection;
@@ -30,9 +26,10 @@ use crate::proxy::listing::Listing;
 use crate::proxy::listing::Original;
 use crate::proxy::live::Live;
 use crate::proxy::names::Names;
-use crate::proxy::near::Neighbours;
+use crate::proxy::neighbours::Neighbours;
 use crate::proxy::pod::Pod;
 use crate::proxy::turns::Lanes;
+use crate::telemetry::AcceptedSocket;
 use crate::telemetry::LocalTelemetry;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
@@ -65,13 +62,9 @@ pub struct Shard {
     pub count: Arc<Count>,
     /// The end of the process.
     pub signal: Signal,
-    pub(super) runtime: Handle,
-    others: Vec<mpsc::Sender<Arrival>>,
-    turn: AtomicUsize,
 }
 
 impl Shard {
-    #[expect(clippy::too_many_arguments, reason = "each is a part of its own, joined nowhere else")]
     pub(super) fn new(
         config: Arc<Config>,
         mesh: MeshReader,
@@ -80,8 +73,6 @@ impl Shard {
         neighbours: Arc<Neighbours>,
         count: Arc<Count>,
         signal: Signal,
-        runtime: Handle,
-        others: Vec<mpsc::Sender<Arrival>>,
     ) -> Self {
         Self {
             pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
@@ -89,7 +80,6 @@ impl Shard {
             listing: Listing::default(),
             names: Names::default(),
             lanes: Lanes::default(),
-            turn: AtomicUsize::new(0),
             config,
             mesh,
             identities,
@@ -97,30 +87,6 @@ impl Shard {
             neighbours,
             count,
             signal,
-            runtime,
-            others,
-        }
-    }
-
-    /// Runs the thread until the end of the process. What is open then is dropped with the runtime.
-    pub(super) async fn run(self: Arc<Self>, mut arrivals: mpsc::Receiver<Arrival>) {
-        let watching = Arc::clone(&self);
-        shutdown::spawn(async move { watching.live.watch(watching.mesh.clone()).await });
-        let (mut signal, mut drain) = (self.signal.clone(), self.signal.clone());
-        let draining = async {
-            drain.draining().await;
-            // Until then new streams may still be opened for connections that are being accepted.
-            tokio::time::sleep(self.config.linger).await;
-            self.pool.retire_all();
-        };
-        let (mut closing, mut draining) = (pin!(signal.closing()), pin!(draining));
-        let mut drained = false;
-        loop {
-            tokio::select! {
-                () = &mut closing => return,
-                () = &mut draining, if !drained => drained = true,
-                Some(arrival) = arrivals.recv() => arrival.serve(&self),
-            }
         }
     }
 
@@ -160,23 +126,6 @@ impl Shard {
             },
         });
         Tally(self.telemetry.open(parties, addresses), listed)
-    }
-
-    /// Serves a connection on this thread or another, in turn.
-    pub fn spread(self: &Arc<Self>, arrival: Arrival) {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
-        match self.others.get(turn) {
-            // A thread that is behind gets no more: this one keeps it.
-            Some(other) => match other.try_send(arrival) {
-                Ok(()) => {}
-                Err(
-                    mpsc::error::TrySendError::Full(arrival) | mpsc::error::TrySendError::Closed(arrival),
-                ) => {
-                    arrival.serve(self);
-                }
-            },
-            None => arrival.serve(self),
-        }
     }
 }
 
@@ -260,6 +209,9 @@ impl Count {
             .sum()
     }
 }
+
+/// Counts a connection for as long as it lives: for the drain, and for telemetry.
+pub(super) type Counted = (Entered, AcceptedSocket);
 
 /// Leaves when dropped.
 #[derive(Debug)]

@@ -304,7 +304,7 @@ impl Node {
 
     /// Waits for the workload's certificate.
     async fn certified(&self, name: &str) {
-        let identities = self.plane.shards[0].identities.clone();
+        let identities = self.plane.threads[0].shard.identities.clone();
         timeout(PATIENCE, identities.credentials(&id(name))).await.expect("in time").unwrap();
     }
 
@@ -875,7 +875,7 @@ async fn a_removed_pod_keeps_its_connections_and_gets_no_new_ones() {
 async fn a_removed_pod_leaves_no_tunnels_behind() {
     let hbone = hbone::Config { client_streams_max: 1, ..hbone::Config::default() };
     let node = Node::start_with(Config { threads: 1, hbone, ..Config::default() }).await;
-    let tunnels = || node.plane.shards[0].pool.tunnels();
+    let tunnels = || node.plane.threads[0].shard.pool.tunnels();
     let (mut client, mut server) = node.connect().await;
     drop(node.connect().await);
     node.logged(&["connection complete", "direction=\"outbound\""]).await;
@@ -909,7 +909,7 @@ async fn all_tunnels_of_a_peer_that_drains_are_given_up() {
     for _ in 0..8 {
         open.push(node.connect().await);
     }
-    assert_eq!(node.plane.shards[0].pool.tunnels(), 4);
+    assert_eq!(node.plane.threads[0].shard.pool.tunnels(), 4);
     // Every tunnel has a stream, and room for another.
     for ended in [6, 4, 2, 0] {
         drop(open.remove(ended));
@@ -1315,7 +1315,7 @@ async fn neighbours_are_joined_without_a_tunnel_and_both_ends_tell() {
     ];
     node.logged(&[&told[..], &["direction=\"outbound\"", "bytes_sent=8", "bytes_recv=10"]].concat()).await;
     node.logged(&[&told[..], &["direction=\"inbound\"", "bytes_sent=10", "bytes_recv=8"]].concat()).await;
-    assert_eq!(node.plane.shards.iter().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
+    assert_eq!(node.plane.shards().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
 }
 
 #[tokio::test]
@@ -1420,7 +1420,7 @@ async fn what_is_open_of_a_removed_redirected_pod_is_cut_between_neighbours_too(
     node.plane.neighbour(&PodUid::from("server"));
     let (mut client, mut server) = node.connect().await;
     say(&mut client, &mut server, b"question").await;
-    assert_eq!(node.plane.shards.iter().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
+    assert_eq!(node.plane.shards().map(|shard| shard.pool.tunnels()).sum::<usize>(), 0);
 
     let leaving = node.plane.remove_pod(&PodUid::from("server")).unwrap();
     assert_reset(&mut client).await;
@@ -1469,7 +1469,7 @@ async fn without_a_certificate_there_is_no_neighbour() {
 async fn while_the_authority_says_nothing_neighbours_are_who_the_mesh_says() {
     for (client, server) in [("orphan", "server"), ("client", "orphan"), ("orphan", "orphan")] {
         let mut node = Node::start_near(Config::default()).await;
-        let identities = node.plane.shards[0].identities.clone();
+        let identities = node.plane.threads[0].shard.identities.clone();
         let asked = identities.clone();
         shutdown::spawn(async move { asked.credentials(&id("orphan")).await });
         let silent = async {

@@ -14,7 +14,7 @@ use ztunnel_mesh::store::gap::SETTLED_AFTER;
 use ztunnel_mesh::store::gap::SETTLED_WITHIN;
 use ztunnel_mesh::store::index::Mesh;
 
-use crate::proxy::live::Facts;
+use crate::proxy::live::facts::Facts;
 
 /// Follows the versions of the mesh.
 #[derive(Debug)]

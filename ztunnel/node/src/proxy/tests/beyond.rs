@@ -85,7 +85,7 @@ async fn a_connection_goes_through_a_tunnel_within_a_tunnel() {
         let (mut client, mut server) = node.connect().await;
         say(&mut client, &mut server, b"question").await;
         say(&mut server, &mut client, b"answer").await;
-        let carriers = node.plane.shards[0].listing.all().into_iter().map(|open| open.carrier);
+        let carriers = node.plane.threads[0].shard.listing.all().into_iter().map(|open| open.carrier);
         let carriers: Vec<_> = carriers.collect();
         assert!(
             carriers.contains(&Carrier::DoubleHbone) && carriers.contains(&Carrier::Hbone),
@@ -98,7 +98,7 @@ async fn a_connection_goes_through_a_tunnel_within_a_tunnel() {
         drop(server);
         assert_eq!(ended(&mut client).await, b"");
     }
-    assert_eq!(node.plane.shards[0].pool.tunnels(), 1, "that to the gateway");
+    assert_eq!(node.plane.threads[0].shard.pool.tunnels(), 1, "that to the gateway");
     let same = "client as client to server as server by web.test web test: mutual_tls".to_owned();
     assert_eq!(node.told(), [Some(same.clone()), Some(same)]);
     let told = [

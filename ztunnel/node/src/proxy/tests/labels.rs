@@ -152,7 +152,7 @@ async fn both_ends_tell_the_same_as_istio_on_every_way() {
         say(&mut client, &mut server, b"hello").await;
         assert_eq!(node.told(), [source, destination], "{way}");
         // What is open is shown as what it is: where there is no wire there is no tunnel.
-        let open: Vec<_> = node.plane.shards[0].listing.all();
+        let open: Vec<_> = node.plane.threads[0].shard.listing.all();
         let tunnelled = !way.starts_with("plain") && way != "the same node";
         let carrier = if tunnelled { Carrier::Hbone } else { Carrier::Tcp };
         assert!(!open.is_empty() && open.iter().all(|open| open.carrier == carrier), "{way}: {open:?}");

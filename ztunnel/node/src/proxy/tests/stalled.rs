@@ -165,7 +165,7 @@ async fn a_peer_that_refuses_every_stream_is_dialled_three_times() {
     });
     node.refused(node.outbound).await;
     node.logged(&["direction=\"outbound\"", "the peer did not take the stream"]).await;
-    assert_eq!(dials.load(Ordering::Relaxed), crate::proxy::outbound::REFUSALS_MAX);
+    assert_eq!(dials.load(Ordering::Relaxed), crate::proxy::upstream::REFUSALS_MAX);
 }
 
 #[tokio::test]

@@ -67,7 +67,7 @@ pub fn enter_or_exit() {
     if nix::unistd::geteuid().is_root()
         && let Err(error) = enter()
     {
-        eprintln!("error: cannot make a world of its own for the tests: {error:#}");
+        eprintln!("error: cannot make an enclosure for the tests: {error:#}");
         std::process::exit(1);
     }
 }

@@ -249,7 +249,7 @@ impl Drop for Istiod {
     }
 }
 
-/// A pod of the world as istiod publishes one that is enrolled: it takes tunnels.
+/// A pod of the testbed as istiod publishes one that is enrolled: it takes tunnels.
 pub fn workload(pod: &Pod) -> workload::Workload {
     let octets = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec().into(),

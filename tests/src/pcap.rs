@@ -1,6 +1,6 @@
 //! Reads a packet capture: TCP streams, who opened them to which port, and whether they are TLS 1.3.
 //!
-//! Knows the classic pcap file of an Ethernet device, as `tcpdump -w` writes it, and no more than these stories
+//! Knows the classic pcap file of an Ethernet device, as `tcpdump -w` writes it, and no more than these scenarios
 //! need of IP, TCP and TLS.
 
 pub mod tls;

@@ -161,7 +161,7 @@ impl Drop for Process {
     }
 }
 
-/// A file that a program writes and a story reads.
+/// A file that a program writes and a scenario reads.
 #[derive(Debug, Clone)]
 pub struct Log {
     path: PathBuf,

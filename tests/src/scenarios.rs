@@ -1,18 +1,18 @@
 //! The claims, each with its evidence.
 //!
-//! A story is given a [`World`] in which everything works, shows one thing, and returns what a sceptical reader
-//! should see. It may leave policies, pods and daemons as it likes: [`World::reset`] follows.
+//! A scenario is given a [`Testbed`] in which everything works, shows one thing, and returns what a sceptical reader
+//! should see. It may leave policies, pods and daemons as it likes: [`Testbed::reset`] follows.
 
 pub mod basics;
 pub mod closed;
 pub mod cost;
 pub mod enrolment;
-pub mod near;
 pub mod outage;
 pub mod policy;
 pub mod probes;
 pub mod repair;
 pub mod restart;
+pub mod same_node;
 pub mod scale;
 pub mod sockets;
 pub mod tunnel;
@@ -22,15 +22,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::world::World;
+use crate::testbed::Testbed;
 
 /// One claim.
 #[derive(Debug, Clone, Copy)]
-pub struct Story {
+pub struct Scenario {
     /// The claim, as a sentence.
     pub name: &'static str,
     /// Shows it; the text is the evidence.
-    pub tell: fn(&mut World) -> Result<String>,
+    pub run: fn(&mut Testbed) -> Result<String>,
 }
 
 /// What came of one claim.
@@ -44,24 +44,24 @@ pub struct Row {
     pub evidence: String,
 }
 
-impl Story {
-    /// Tells the story; a failure or a panic is a row that is not ok.
-    pub fn row(&self, world: &mut World) -> Row {
-        let told = catch_unwind(AssertUnwindSafe(|| (self.tell)(world)));
-        let (ok, evidence) = match told {
+impl Scenario {
+    /// Runs the scenario; a failure or a panic is a row that is not ok.
+    pub fn row(&self, testbed: &mut Testbed) -> Row {
+        let outcome = catch_unwind(AssertUnwindSafe(|| (self.run)(testbed)));
+        let (ok, evidence) = match outcome {
             Ok(Ok(evidence)) => (true, evidence),
             Ok(Err(error)) => (false, format!("{error:#}")),
-            Err(_) => (false, "the story itself panicked; see standard error".to_owned()),
+            Err(_) => (false, "the scenario itself panicked; see standard error".to_owned()),
         };
         Row { name: self.name.to_owned(), ok, evidence }
     }
 }
 
 /// What the demo shows, in its order.
-pub const DEMO: &[Story] = &[
+pub const DEMO: &[Scenario] = &[
     basics::BOTH_FAMILIES,
     basics::SERVICE,
-    near::SAME_NODE,
+    same_node::SAME_NODE,
     tunnel::ONLY_TLS,
     tunnel::IDENTITIES,
     policy::DENIED,

@@ -57,9 +57,9 @@ pub enum On {
 /// Both nodes.
 pub const BOTH: [On; 2] = [On::A, On::B];
 
-/// Everything the stories play with. Fields end in the order they stand here: programs before namespaces.
+/// Everything the scenarios work with. Fields end in the order they stand here: programs before namespaces.
 #[derive(Debug)]
-pub struct World {
+pub struct Testbed {
     daemons: [Option<Daemon>; 2],
     agents: [Option<NodeAgent>; 2],
     programs: Vec<Process>,
@@ -103,7 +103,7 @@ pub struct Answer {
     pub local: String,
 }
 
-/// How a world is to be made.
+/// How a testbed is to be made.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
     /// Leave it standing at the end.
@@ -112,7 +112,7 @@ pub struct Options {
     pub talk: bool,
 }
 
-impl World {
+impl Testbed {
     /// Makes everything, starts both daemons, and waits until client and server can talk.
     pub fn start(options: Options) -> Result<Self> {
         Self::start_prepared(options, |_| Ok(()))
@@ -120,16 +120,16 @@ impl World {
 
     /// The same, with something done before the daemons start.
     pub fn start_prepared(options: Options, prepare: impl FnOnce(&mut Self) -> Result<()>) -> Result<Self> {
-        let mut world = Self::without_daemons(options)?;
-        if let Err(error) = prepare(&mut world) {
-            world.run.take_down_after_all();
+        let mut testbed = Self::without_daemons(options)?;
+        if let Err(error) = prepare(&mut testbed) {
+            testbed.run.take_down_after_all();
             return Err(error);
         }
-        match world.start_daemons() {
-            Ok(()) => Ok(world),
+        match testbed.start_daemons() {
+            Ok(()) => Ok(testbed),
             Err(error) => {
-                let logs = world.save_logs()?;
-                world.run.take_down_after_all();
+                let logs = testbed.save_logs()?;
+                testbed.run.take_down_after_all();
                 Err(error.context(format!("logs are in {}", logs.display())))
             }
         }
@@ -198,7 +198,7 @@ impl World {
         mesh.service("server", SERVICE_IPS[0], SERVICE_IPS[1])?;
         let settings = [setting(&run, &mesh, &a), setting(&run, &mesh, &b)];
         std::fs::create_dir_all(run.path("pins"))?;
-        let mut world = Self {
+        let mut testbed = Self {
             daemons: [None, None],
             agents: [None, None],
             programs: Vec::new(),
@@ -219,11 +219,11 @@ impl World {
             talk: options.talk,
             run,
         };
-        world.write_pods()?;
-        world.start_programs()?;
+        testbed.write_pods()?;
+        testbed.start_programs()?;
         let look = |pod: &Pod| Ok((pod.clone(), Traces::look(&pod.place.netns)?));
-        world.traces = world.pods().map(look).collect::<Result<_>>()?;
-        Ok(world)
+        testbed.traces = testbed.pods().map(look).collect::<Result<_>>()?;
+        Ok(testbed)
     }
 
     /// What the machine looked like before any of this.
@@ -231,7 +231,7 @@ impl World {
         &self.before
     }
 
-    /// Tells the reader what is being done, where the world talks.
+    /// Prints what is being done, where the testbed talks.
     pub fn say(&self, what: &str) {
         if self.talk {
             eprintln!("· {what}");
@@ -429,7 +429,7 @@ impl World {
         before.nothing_left(run.prefix(), &maps)
     }
 
-    /// Remembers which BPF maps are this world's, to look for them at the end.
+    /// Remembers which BPF maps are this testbed's, to look for them at the end.
     fn note_maps(&mut self) {
         for setting in &self.settings {
             self.maps.add_pinned(&setting.pins);

@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::in_world;
+use common::in_testbed;
 use serde::Deserialize;
 use ztunnel_tests::binaries;
 use ztunnel_tests::daemon::ADMIN_PORT;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::{PATIENCE, eventually};
-use ztunnel_tests::world::{HTTP, LINES, On, World, curl, http};
+use ztunnel_tests::testbed::{HTTP, LINES, On, Testbed, curl, http};
 
 /// The document as `istioctl ztunnel-config` reads it. A field without a default is one it prints.
 #[derive(Debug, Deserialize)]
@@ -128,15 +128,15 @@ struct Connection {
     protocol: String,
 }
 
-fn dump(world: &World, on: On) -> Result<Dump> {
-    let (status, body) = world.setting(on).ask("GET", "/config_dump")?;
+fn dump(testbed: &Testbed, on: On) -> Result<Dump> {
+    let (status, body) = testbed.setting(on).ask("GET", "/config_dump")?;
     ensure!(status == 200, "{status}");
     serde_json::from_slice(&body).context("not what istioctl reads")
 }
 
 /// What `POST` answers with this status.
-fn post(world: &World, path: &str, wanted: u16) -> Result<String> {
-    let (status, body) = world.setting(On::A).ask("POST", path)?;
+fn post(testbed: &Testbed, path: &str, wanted: u16) -> Result<String> {
+    let (status, body) = testbed.setting(On::A).ask("POST", path)?;
     ensure!(status == wanted, "POST {path}: {status}");
     Ok(String::from_utf8(body)?)
 }
@@ -150,13 +150,13 @@ impl Dump {
 
 #[test]
 fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
-    in_world("config_dump", |world| {
-        world.mesh.deny("no-other", "server", "other")?;
-        let lines = SocketAddr::from((world.server.v4, LINES));
-        let mut held = Held::open(&world.client.place, lines)?;
-        let mut plain = Held::open(&world.outsider.place, lines)?;
+    in_testbed("config_dump", |testbed| {
+        testbed.mesh.deny("no-other", "server", "other")?;
+        let lines = SocketAddr::from((testbed.server.v4, LINES));
+        let mut held = Held::open(&testbed.client.place, lines)?;
+        let mut plain = Held::open(&testbed.outsider.place, lines)?;
         let (a, b) = eventually(PATIENCE, || {
-            let (a, b) = (dump(world, On::A)?, dump(world, On::B)?);
+            let (a, b) = (dump(testbed, On::A)?, dump(testbed, On::B)?);
             ensure!(a.policies.iter().any(|policy| policy.name.contains("no-other")), "no policy yet");
             // Connections made before these may not have ended yet.
             let (client, server) = (&a.pod("client")?.connections, &b.pod("server")?.connections);
@@ -168,12 +168,12 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         plain.say()?;
 
         let server = a.workloads.iter().find(|workload| workload.name == "server").context("no server")?;
-        ensure!(server.workload_ips.contains(&world.server.v4.into()), "{server:?}");
+        ensure!(server.workload_ips.contains(&testbed.server.v4.into()), "{server:?}");
         ensure!(
             server.protocol == "HBONE" && server.status == "Healthy" && server.capacity == 1,
             "{server:?}"
         );
-        ensure!(server.node == world.b.name && server.namespace == "demo", "{server:?}");
+        ensure!(server.node == testbed.b.name && server.namespace == "demo", "{server:?}");
         ensure!(!server.cluster_id.is_empty() && server.services.len() == 1, "{server:?}");
         let service = a.services.iter().find(|service| service.name == "server").context("no service")?;
         ensure!(server.services == [format!("{}/{}", service.namespace, service.hostname)], "{server:?}");
@@ -210,30 +210,30 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
         ensure!(client.state == "Up" && client.info.namespace == "demo", "{client:?}");
         ensure!(client.info.service_account == "client", "{client:?}");
         let [outbound] = &client.connections.outbound[..] else { bail!("{client:?}") };
-        ensure!(outbound.protocol == "HBONE" && outbound.src.ip() == world.client.v4, "{outbound:?}");
-        ensure!(outbound.actual_dst == SocketAddr::from((world.server.v4, 15008)), "{outbound:?}");
+        ensure!(outbound.protocol == "HBONE" && outbound.src.ip() == testbed.client.v4, "{outbound:?}");
+        ensure!(outbound.actual_dst == SocketAddr::from((testbed.server.v4, 15008)), "{outbound:?}");
         ensure!(outbound.original_dst.as_deref() == Some(&*lines.to_string()), "{outbound:?}");
         let inbound = &b.pod("server")?.connections.inbound;
         let from = |ip: std::net::Ipv4Addr| inbound.iter().find(|known| known.src.ip() == ip);
-        let (tunnelled, plain) = (from(world.client.v4), from(world.outsider.v4));
+        let (tunnelled, plain) = (from(testbed.client.v4), from(testbed.outsider.v4));
         let (tunnelled, plain) = (tunnelled.context("no tunnelled")?, plain.context("no plain")?);
         ensure!(tunnelled.protocol == "HBONE" && tunnelled.actual_dst == lines, "{tunnelled:?}");
         ensure!(plain.protocol == "TCP" && plain.actual_dst == lines, "{plain:?}");
 
-        ensure!(a.config.get("node") == Some(&world.a.name), "{:?}", a.config);
+        ensure!(a.config.get("node") == Some(&testbed.a.name), "{:?}", a.config);
         ensure!(a.config_origins["node"] == "command line", "{:?}", a.config_origins);
         drop(held);
         eventually(PATIENCE, || {
-            let left = dump(world, On::A)?.pod("client")?.connections.outbound.len();
+            let left = dump(testbed, On::A)?.pod("client")?.connections.outbound.len();
             ensure!(left == 0, "{left} connections are still listed");
             Ok(())
         })?;
         // A pod that is in the mesh no more keeps what is open, and it is said whose that is.
-        let mut kept = Held::open(&world.client.place, lines)?;
-        world.mesh.remove("pod-server")?;
-        world.wait_carried_out()?;
+        let mut kept = Held::open(&testbed.client.place, lines)?;
+        testbed.mesh.remove("pod-server")?;
+        testbed.wait_carried_out()?;
         kept.say()?;
-        let left = dump(world, On::B)?;
+        let left = dump(testbed, On::B)?;
         ensure!(left.workloads.iter().all(|workload| workload.name != "server"), "it is still in the mesh");
         let server = left.pod("server")?;
         // The one in clear, too.
@@ -241,7 +241,7 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
             server.connections.inbound.len() == 2 && server.info.service_account == "server",
             "{server:?}"
         );
-        world.write_pods()?;
+        testbed.write_pods()?;
         Ok(format!(
             "{} workloads, {} services, {} certificates, {} policies; {outbound:?}",
             a.workloads.len(),
@@ -254,11 +254,11 @@ fn a_dump_shows_the_mesh_the_certificates_and_the_open_connections() {
 
 #[test]
 fn the_command_line_shows_what_a_daemon_knows() {
-    in_world("ztunnel show", |world| {
+    in_testbed("ztunnel show", |testbed| {
         let daemon = binaries::daemon()?;
         let daemon = daemon.to_str().context("the daemon's path is no text")?;
         let said = |arguments: &[&str]| -> Result<String> {
-            let output = world.a.place.run(daemon, arguments)?;
+            let output = testbed.a.place.run(daemon, arguments)?;
             let (said, wrong) =
                 (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr).into_owned());
             ensure!(output.status.success(), "ztunnel {arguments:?}: {}: {wrong}", output.status);
@@ -269,12 +269,12 @@ fn the_command_line_shows_what_a_daemon_knows() {
             ensure!(table.lines().any(is), "no row {words:?} in\n{table}");
             Ok(())
         };
-        let mut held = Held::open(&world.client.place, SocketAddr::from((world.server.v4, LINES)))?;
+        let mut held = Held::open(&testbed.client.place, SocketAddr::from((testbed.server.v4, LINES)))?;
         held.say()?;
         let workloads = said(&["show", "workload", "server"])?;
         row(&workloads, &["NAMESPACE", "POD", "NAME", "ADDRESS", "NODE", "WAYPOINT", "PROTOCOL"])?;
-        let addresses = world.server.addresses().map(|address| address.to_string()).join(",");
-        row(&workloads, &["demo", "server", &addresses, &world.b.name, "None", "HBONE"])?;
+        let addresses = testbed.server.addresses().map(|address| address.to_string()).join(",");
+        row(&workloads, &["demo", "server", &addresses, &testbed.b.name, "None", "HBONE"])?;
         let connections = said(&["show", "connections", "client"])?;
         let target = format!("server.demo:{LINES}");
         let open = connections.lines().find(|line| line.starts_with("client.demo ")).context("no row")?;
@@ -288,14 +288,14 @@ fn the_command_line_shows_what_a_daemon_knows() {
         // JSON is for programs; a saved dump is as good as a daemon.
         let all: serde_json::Value = serde_json::from_str(&said(&["show", "-o", "json"])?)?;
         ensure!(all["workloads"].as_array().is_some_and(|workloads| workloads.len() >= 4), "{all}");
-        let saved = world.run.path("dump.json");
+        let saved = testbed.run.path("dump.json");
         std::fs::write(&saved, all.to_string())?;
         let saved = saved.to_str().context("no text")?;
         ensure!(said(&["show", "workload", "server", "--file", saved])? == workloads, "another table");
 
         ensure!(said(&["log", "access:debug"])?.contains("access=debug"), "not set");
         ensure!(!said(&["log", "--reset"])?.contains("debug"), "not reset");
-        let nobody = world.a.place.run(daemon, &["show", "--admin", "127.0.0.1:9"])?;
+        let nobody = testbed.a.place.run(daemon, &["show", "--admin", "127.0.0.1:9"])?;
         let wrong = String::from_utf8(nobody.stderr)?;
         ensure!(!nobody.status.success() && wrong.contains("no daemon answers at 127.0.0.1:9"), "{wrong}");
         Ok(open.trim().to_owned())
@@ -304,39 +304,39 @@ fn the_command_line_shows_what_a_daemon_knows() {
 
 #[test]
 fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
-    in_world("the admin port", |world| {
-        let log = world.setting(On::A).log();
-        let client = world.client.place.clone();
-        let server = world.server.v4.into();
-        let listed = post(world, "/logging", 200)?;
+    in_testbed("the admin port", |testbed| {
+        let log = testbed.setting(On::A).log();
+        let client = testbed.client.place.clone();
+        let server = testbed.server.v4.into();
+        let listed = post(testbed, "/logging", 200)?;
         ensure!(listed.starts_with("current log level is info"), "{listed}");
 
-        ensure!(post(world, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
+        ensure!(post(testbed, "/logging?level=access:off", 200)?.contains("access=off"), "not off");
         // A connection is told of when it has ended, which may be a moment after its client has.
-        let over = |world: &World| {
+        let over = |testbed: &Testbed| {
             eventually(PATIENCE, || {
-                let metrics = world.setting(On::A).metrics()?;
+                let metrics = testbed.setting(On::A).metrics()?;
                 ensure!(metrics.contains("ztunnel_connections_open 0\n"), "connections are open");
                 Ok(())
             })
         };
-        over(world)?;
+        over(testbed)?;
         let mark = log.mark();
         http(&client, server, "")?;
-        over(world)?;
+        over(testbed)?;
         // What is logged after it comes behind it.
-        post(world, "/logging?level=info&reset", 200)?;
+        post(testbed, "/logging?level=info&reset", 200)?;
         http(&client, server, "")?;
         log.wait_line(mark, PATIENCE, "an access log line", |line| line.contains("\taccess\t"))?;
         let lines = log.since(mark).lines().filter(|line| line.contains("\taccess\t")).count();
         ensure!(lines == 1, "{lines} lines of two connections, one of which was not to be logged");
-        ensure!(post(world, "/logging?level=access:loud", 400)?.contains("usage"), "no help");
+        ensure!(post(testbed, "/logging?level=access:loud", 400)?.contains("usage"), "no help");
 
         let (status, profile) =
-            world.setting(On::A).ask("GET", "/debug/pprof/profile?seconds=1&frequency=1000")?;
+            testbed.setting(On::A).ask("GET", "/debug/pprof/profile?seconds=1&frequency=1000")?;
         // The first field of every profile: what is counted.
         ensure!(status == 200 && profile.starts_with(&[0x0a]), "{status} {:?}", profile.get(..8));
-        let heap = |path: &str| world.setting(On::A).ask("GET", &format!("/debug/pprof/heap{path}"));
+        let heap = |path: &str| testbed.setting(On::A).ask("GET", &format!("/debug/pprof/heap{path}"));
         let (status, refused) = heap("")?;
         let refused = String::from_utf8(refused)?;
         ensure!(status == 500 && refused.contains("heap profiling is not active"), "{status} {refused}");
@@ -352,17 +352,17 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
         }
         for (method, path, wanted) in [("GET", "/logging", 405), ("GET", "/nothing", 404), ("GET", "/", 200)]
         {
-            let (status, _) = world.setting(On::A).ask(method, path)?;
+            let (status, _) = testbed.setting(On::A).ask(method, path)?;
             ensure!(status == wanted, "{method} {path}: {status}");
         }
-        let node = format!("10.80.{}.1", world.a.number);
+        let node = format!("10.80.{}.1", testbed.a.number);
         if let Ok(answer) =
-            curl(&world.a.place, &["-m", "3", &format!("http://{node}:{ADMIN_PORT}/config_dump")])
+            curl(&testbed.a.place, &["-m", "3", &format!("http://{node}:{ADMIN_PORT}/config_dump")])
         {
             bail!("the admin port answers on {node}: {}", answer.body.len());
         }
 
-        let metrics = world.setting(On::A).metrics()?;
+        let metrics = testbed.setting(On::A).metrics()?;
         for name in [
             "istio_build{component=\"ztunnel\",tag=",
             "workload_manager_active_proxy_count 3",
@@ -379,8 +379,8 @@ fn the_admin_port_changes_levels_takes_profiles_and_stops_the_daemon() {
             ensure!(metrics.lines().any(|line| line.starts_with(name)), "no {name} in the metrics");
         }
 
-        ensure!(post(world, "/quitquitquit", 200)? == "shutdown now\n", "another answer");
-        world.daemon(On::A)?.ended()?;
+        ensure!(post(testbed, "/quitquitquit", 200)? == "shutdown now\n", "another answer");
+        testbed.daemon(On::A)?.ended()?;
         Ok(format!("a profile of {} bytes; the daemon stopped when it was asked to", profile.len()))
     });
 }

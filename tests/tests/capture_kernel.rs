@@ -41,7 +41,7 @@ mod watched;
 ztunnel_tests::enclosed!();
 
 /// What somebody does to a pod.
-type Attack = Box<dyn Fn(&World)>;
+type Attack = Box<dyn Fn(&Testbed)>;
 
 /// Longer than a connection on one machine takes, and short enough to wait for one that is dropped.
 const CONNECTED_WITHIN: Duration = Duration::from_secs(10);
@@ -288,7 +288,7 @@ fn tcp_of(frame: &[u8]) -> Option<(IpAddr, usize)> {
 }
 
 /// One enrolled pod (10.99.0.2), one that is not (10.99.0.3).
-struct World {
+struct Testbed {
     node: Node,
     daemon: Daemon,
     captured: Option<Captured>,
@@ -297,7 +297,7 @@ struct World {
     net: Net,
 }
 
-impl World {
+impl Testbed {
     fn new() -> Self {
         let mut net = Net::new();
         let (enrolled, plain) = (net.pod(2), net.pod(3));
@@ -332,7 +332,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for Testbed {
     fn drop(&mut self) {
         self.daemon.stop.store(true, Ordering::Relaxed);
         self.captured = None;
@@ -359,9 +359,9 @@ fn settings(pod: &Pod) -> [u32; 3] {
 }
 
 /// Waits until something was counted at all.
-fn counted(world: &World, counter: Counter) {
+fn counted(testbed: &Testbed, counter: Counter) {
     let seen = eventually(PATIENCE, || {
-        anyhow::ensure!(world.count(counter) > 0, "{counter:?} was not counted");
+        anyhow::ensure!(testbed.count(counter) > 0, "{counter:?} was not counted");
         Ok(())
     });
     seen.unwrap_or_else(|error| panic!("{error:#}"));
@@ -369,59 +369,59 @@ fn counted(world: &World, counter: Counter) {
 
 #[test]
 fn connections_of_a_pod_arrive_with_their_destination() {
-    let world = World::new();
-    let sniffer = Sniffer::start(&world.net, &world.enrolled);
+    let testbed = Testbed::new();
+    let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
     let far = [address("198.51.100.7:8080"), address("[2001:db8::7]:8080"), address("198.51.100.7:65535")];
-    for to in far.into_iter().chain([at(world.plain.v4, 80), at(world.plain.v6, 15008)]) {
-        let stream = connect(&world.enrolled, to).unwrap_or_else(|error| panic!("{to}: {error}"));
+    for to in far.into_iter().chain([at(testbed.plain.v4, 80), at(testbed.plain.v6, 15008)]) {
+        let stream = connect(&testbed.enrolled, to).unwrap_or_else(|error| panic!("{to}: {error}"));
         assert_eq!(greeting(&stream), "outbound");
         echo(&stream, SECRET).expect("echoes");
-        let seen = world.daemon.next();
-        let own = if to.is_ipv4() { world.enrolled.v4 } else { world.enrolled.v6 };
+        let seen = testbed.daemon.next();
+        let own = if to.is_ipv4() { testbed.enrolled.v4 } else { testbed.enrolled.v6 };
         assert_eq!((seen.kind, seen.to, seen.from.ip()), ("outbound", to, own));
         assert_eq!(stream.peer_addr().expect("has one"), to);
     }
-    assert_eq!(world.count(Counter::ConnectCaptured), 5);
-    assert_eq!(world.count(Counter::AcceptedOutbound), 5);
+    assert_eq!(testbed.count(Counter::ConnectCaptured), 5);
+    assert_eq!(testbed.count(Counter::AcceptedOutbound), 5);
     sniffer.nothing_seen();
 }
 
 #[test]
 fn connections_to_a_pod_arrive_by_kind() {
-    let world = World::new();
-    let application = application(&world.enrolled, 8080);
-    for ip in [world.enrolled.v4, world.enrolled.v6] {
+    let testbed = Testbed::new();
+    let application = application(&testbed.enrolled, 8080);
+    for ip in [testbed.enrolled.v4, testbed.enrolled.v6] {
         for (port, kind) in [(8080, "inbound"), (15008, "hbone"), (65535, "inbound"), (1, "inbound")] {
-            let stream = connect(&world.plain, at(ip, port)).expect("connects");
+            let stream = connect(&testbed.plain, at(ip, port)).expect("connects");
             assert_eq!(greeting(&stream), kind);
-            assert_eq!(world.daemon.next().to, at(ip, port));
+            assert_eq!(testbed.daemon.next().to, at(ip, port));
         }
     }
     application.try_recv().expect_err("the application sees none of them");
 
     let loopback = ["127.0.0.1".parse().expect("ip"), "::1".parse().expect("ip")];
-    for ip in [world.enrolled.v4, world.enrolled.v6].into_iter().chain(loopback) {
-        let stream = connect(&world.enrolled, at(ip, 8080)).expect("itself is left alone");
+    for ip in [testbed.enrolled.v4, testbed.enrolled.v6].into_iter().chain(loopback) {
+        let stream = connect(&testbed.enrolled, at(ip, 8080)).expect("itself is left alone");
         assert_eq!(greeting(&stream), "app");
     }
-    world.daemon.nothing();
+    testbed.daemon.nothing();
     let refused =
-        connect(&world.enrolled, at(world.enrolled.v4, 65535)).expect_err("no listener is reachable");
+        connect(&testbed.enrolled, at(testbed.enrolled.v4, 65535)).expect_err("no listener is reachable");
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(world.count(Counter::ConnectLocal), 5);
+    assert_eq!(testbed.count(Counter::ConnectLocal), 5);
 }
 
 #[test]
 fn the_daemon_dials_the_application_as_the_client() {
-    let world = World::new();
-    let seen = application(&world.enrolled, 8080);
-    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
-        let stream = world.enrolled.ns.enter(|| transparent_dial(client, at(own, 8080)));
+    let testbed = Testbed::new();
+    let seen = application(&testbed.enrolled, 8080);
+    for (client, own) in [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)] {
+        let stream = testbed.enrolled.ns.enter(|| transparent_dial(client, at(own, 8080)));
         assert_eq!(greeting(&stream), "app");
         let (from, to) = seen.recv_timeout(PATIENCE).expect("the application accepts");
         assert_eq!((from.ip(), to), (client, at(own, 8080)));
     }
-    world.daemon.nothing();
+    testbed.daemon.nothing();
 }
 
 fn transparent_dial(client: IpAddr, to: SocketAddr) -> TcpStream {
@@ -450,17 +450,18 @@ fn transparent_dial_from(client: SocketAddr, to: SocketAddr) -> std::io::Result<
 
 #[test]
 fn a_delivery_is_not_made_from_a_port_at_which_its_client_has_a_connection_open() {
-    let world = World::new();
-    let _seen = application(&world.enrolled, 8080);
-    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
-        let front = world.plain.ns.enter(|| {
+    let testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
+    for (client, own) in [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)] {
+        let front = testbed.plain.ns.enter(|| {
             let socket = Socket::new(Domain::for_address(at(own, 8080)), Type::STREAM, None).expect("socket");
             socket.bind(&at(client, 61_500).into()).expect("binds");
             socket.connect_timeout(&at(own, 8080).into(), CONNECTED_WITHIN).expect("connects");
             TcpStream::from(socket)
         });
         assert_eq!(greeting(&front), "inbound");
-        let dial = |port| world.enrolled.ns.enter(|| transparent_dial_from(at(client, port), at(own, 8080)));
+        let dial =
+            |port| testbed.enrolled.ns.enter(|| transparent_dial_from(at(client, port), at(own, 8080)));
         let met = dial(61_500).expect_err("its end would be the client's");
         assert_eq!(met.kind(), ErrorKind::AddrNotAvailable);
         echo(&front, b"still there").expect("echoes");
@@ -475,12 +476,12 @@ fn a_delivery_is_not_made_from_a_port_at_which_its_client_has_a_connection_open(
 
 #[test]
 fn where_nobody_listens_the_daemon_is_refused_at_once_and_nothing_leaves_the_pod() {
-    let world = World::new();
-    assert_eq!(settings(&world.enrolled), [1, 1, 1]);
-    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
-        let sniffer = Sniffer::start_from_port(&world.net, &world.enrolled, 7001);
+    let testbed = Testbed::new();
+    assert_eq!(settings(&testbed.enrolled), [1, 1, 1]);
+    for (client, own) in [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)] {
+        let sniffer = Sniffer::start_from_port(&testbed.net, &testbed.enrolled, 7001);
         let begun = Instant::now();
-        let refused = world.enrolled.ns.enter(|| try_transparent_dial(client, at(own, 7001)));
+        let refused = testbed.enrolled.ns.enter(|| try_transparent_dial(client, at(own, 7001)));
         assert_eq!(refused.expect_err("nobody listens").kind(), ErrorKind::ConnectionRefused);
         // The kernel tries again after a second.
         assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
@@ -490,12 +491,12 @@ fn where_nobody_listens_the_daemon_is_refused_at_once_and_nothing_leaves_the_pod
 
 #[test]
 fn a_connection_that_an_application_does_not_know_any_more_is_reset_at_once() {
-    let world = World::new();
-    for (client, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
-        let listener = world.enrolled.ns.enter(|| TcpListener::bind(at(own, 7002)).expect("binds"));
-        let mut stream = world.enrolled.ns.enter(|| transparent_dial(client, at(own, 7002)));
+    let testbed = Testbed::new();
+    for (client, own) in [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)] {
+        let listener = testbed.enrolled.ns.enter(|| TcpListener::bind(at(own, 7002)).expect("binds"));
+        let mut stream = testbed.enrolled.ns.enter(|| transparent_dial(client, at(own, 7002)));
         let (accepted, _) = listener.accept().expect("accepts");
-        let sniffer = Sniffer::start_from_port(&world.net, &world.enrolled, 7002);
+        let sniffer = Sniffer::start_from_port(&testbed.net, &testbed.enrolled, 7002);
         // Closed in this state it is gone without a word.
         set(&accepted.into(), libc::SOL_TCP, libc::TCP_REPAIR);
         stream.set_read_timeout(Some(Duration::from_millis(900))).expect("timeout");
@@ -508,35 +509,35 @@ fn a_connection_that_an_application_does_not_know_any_more_is_reset_at_once() {
 
 #[test]
 fn what_the_settings_of_a_pod_were_is_restored_also_after_a_daemon_that_knew_less_of_them() {
-    let mut world = World::new();
-    world.node.withdraw(&world.uid()).expect("withdraws");
-    world.node.forget(&world.uid()).expect("forgets");
+    let mut testbed = Testbed::new();
+    testbed.node.withdraw(&testbed.uid()).expect("withdraws");
+    testbed.node.forget(&testbed.uid()).expect("forgets");
     for before in [[0, 1, 0], [1, 0, 1], [0, 0, 0]] {
         let [accept, v4, v6] = before;
-        world.enrolled.ns.sh(&format!(
+        testbed.enrolled.ns.sh(&format!(
             "sysctl -qw net.ipv4.tcp_fwmark_accept={accept} net.ipv4.fwmark_reflect={v4} net.ipv6.fwmark_reflect={v6}"
         ));
-        let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
-        world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
-        assert_eq!(settings(&world.enrolled), [1, 1, 1]);
+        let captured = testbed.node.bind(&spec(&testbed.enrolled)).expect("binds");
+        testbed.node.capture(&spec(&testbed.enrolled), &captured).expect("captures");
+        assert_eq!(settings(&testbed.enrolled), [1, 1, 1]);
         // Another daemon takes over, which finds them as this one has set them.
-        let mut next = Node::open(config(&world.net)).expect("opens");
-        next.bind(&spec(&world.enrolled)).expect("binds");
-        next.withdraw(&world.uid()).expect("withdraws");
-        assert_eq!(settings(&world.enrolled), [1, 1, 1], "open connections go on");
-        next.forget(&world.uid()).expect("forgets");
-        assert_eq!(settings(&world.enrolled), before);
-        world.node = next;
+        let mut next = Node::open(config(&testbed.net)).expect("opens");
+        next.bind(&spec(&testbed.enrolled)).expect("binds");
+        next.withdraw(&testbed.uid()).expect("withdraws");
+        assert_eq!(settings(&testbed.enrolled), [1, 1, 1], "open connections go on");
+        next.forget(&testbed.uid()).expect("forgets");
+        assert_eq!(settings(&testbed.enrolled), before);
+        testbed.node = next;
     }
 }
 
 /// What an application that is told nothing of the mesh does: no option is set.
 #[test]
 fn an_application_binds_a_port_that_captured_connections_were_dialled_at() {
-    let world = World::new();
+    let testbed = Testbed::new();
     for plain in ["PLAIN4", "PLAIN6"] {
         for reuse in ["", "SO_REUSEADDR", "SO_REUSEPORT"] {
-            let said = world.python(&format!(
+            let said = testbed.python(&format!(
                 "
 def listen(port, address='::', reuse='{reuse}'):
     s = socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET)
@@ -564,8 +565,8 @@ print('fine')
 
 #[test]
 fn two_applications_do_not_listen_on_one_port() {
-    let world = World::new();
-    let said = world.python(
+    let testbed = Testbed::new();
+    let said = testbed.python(
         "
 import errno
 def bound(address='0.0.0.0'):
@@ -594,20 +595,21 @@ print('fine')
 
 #[test]
 fn an_application_binds_the_source_port_of_a_delivery_or_of_a_tunnel() {
-    let world = World::new();
-    let _seen = application(&world.enrolled, 8080);
-    let _far = application(&world.plain, 9090);
-    let netns = Arc::clone(&world.captured.as_ref().expect("captured").netns);
+    let testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
+    let _far = application(&testbed.plain, 9090);
+    let netns = Arc::clone(&testbed.captured.as_ref().expect("captured").netns);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let pod = CapturedPod::new(
         netns,
-        vec![world.enrolled.v4, world.enrolled.v6],
-        world.node.vouch(),
+        vec![testbed.enrolled.v4, testbed.enrolled.v6],
+        testbed.node.vouch(),
         Keepalive::default(),
         None,
     );
     runtime.block_on(async {
-        for (plain, own) in [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)] {
+        for (plain, own) in [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)]
+        {
             let delivered = match pod.deliver(plain, at(own, 8080), &mut bytes::Bytes::new()) {
                 Ok(Delivery::Connected(stream)) => stream,
                 Ok(Delivery::Waiting(dial)) => dial.await.expect("reaches the application"),
@@ -618,7 +620,7 @@ fn an_application_binds_the_source_port_of_a_delivery_or_of_a_tunnel() {
             for ours in [delivered, tunnel] {
                 let port = ours.local_addr().expect("has one").port();
                 let address = if own.is_ipv4() { "0.0.0.0" } else { "::" };
-                let said = world.python(&format!(
+                let said = testbed.python(&format!(
                     "s = socket.socket(socket.AF_INET6 if ':' in '{address}' else socket.AF_INET)
 s.bind(('{address}', {port})); s.listen(); print('fine')"
                 ));
@@ -631,9 +633,9 @@ s.bind(('{address}', {port})); s.listen(); print('fine')"
 /// As in a container, where settings can be read and not written.
 #[test]
 fn a_pod_is_captured_and_let_go_where_settings_are_mounted_for_reading_only() {
-    let mut world = World::new();
-    world.node.withdraw(&world.uid()).expect("withdraws");
-    world.node.forget(&world.uid()).expect("forgets");
+    let mut testbed = Testbed::new();
+    testbed.node.withdraw(&testbed.uid()).expect("withdraws");
+    testbed.node.forget(&testbed.uid()).expect("forgets");
     std::thread::scope(|scope| {
         let inside = scope.spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("a mount namespace");
@@ -644,12 +646,12 @@ fn a_pod_is_captured_and_let_go_where_settings_are_mounted_for_reading_only() {
             mount(none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
             let written = std::fs::write("/proc/sys/net/ipv4/tcp_fwmark_accept", "0");
             assert_eq!(written.expect_err("for reading only").raw_os_error(), Some(libc::EROFS));
-            let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
-            world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
-            assert_eq!(settings(&world.enrolled), [1, 1, 1]);
-            world.node.withdraw(&spec(&world.enrolled).uid).expect("withdraws");
-            world.node.forget(&spec(&world.enrolled).uid).expect("forgets");
-            assert_eq!(settings(&world.enrolled), [0, 0, 0]);
+            let captured = testbed.node.bind(&spec(&testbed.enrolled)).expect("binds");
+            testbed.node.capture(&spec(&testbed.enrolled), &captured).expect("captures");
+            assert_eq!(settings(&testbed.enrolled), [1, 1, 1]);
+            testbed.node.withdraw(&spec(&testbed.enrolled).uid).expect("withdraws");
+            testbed.node.forget(&spec(&testbed.enrolled).uid).expect("forgets");
+            assert_eq!(settings(&testbed.enrolled), [0, 0, 0]);
         });
         inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
@@ -666,11 +668,11 @@ fn set(socket: &Socket, level: i32, name: i32) {
 
 #[test]
 fn a_socket_the_daemon_vouches_for_leaves_the_pod_and_the_bypass_mark_alone_does_not() {
-    let world = World::new();
-    let seen = application(&world.plain, 9090);
-    let vouch = world.node.vouch();
-    for ip in [world.plain.v4, world.plain.v6] {
-        let stream = world.enrolled.ns.enter(|| {
+    let testbed = Testbed::new();
+    let seen = application(&testbed.plain, 9090);
+    let vouch = testbed.node.vouch();
+    for ip in [testbed.plain.v4, testbed.plain.v6] {
+        let stream = testbed.enrolled.ns.enter(|| {
             let socket = Socket::new(Domain::for_address(at(ip, 9090)), Type::STREAM, None).expect("socket");
             vouch.vouch(socket.as_fd()).expect("vouches");
             socket.connect_timeout(&at(ip, 9090).into(), CONNECTED_WITHIN).expect("leaves the pod");
@@ -678,38 +680,40 @@ fn a_socket_the_daemon_vouches_for_leaves_the_pod_and_the_bypass_mark_alone_does
         });
         assert_eq!(greeting(&stream), "app");
         seen.recv_timeout(PATIENCE).expect("arrives");
-        let forged = world.enrolled.ns.enter(|| {
+        let forged = testbed.enrolled.ns.enter(|| {
             let socket = Socket::new(Domain::for_address(at(ip, 9090)), Type::STREAM, None).expect("socket");
             socket.set_mark(BYPASS).expect("mark");
             socket.connect_timeout(&at(ip, 9090).into(), CONNECTED_WITHIN).expect("is captured");
             TcpStream::from(socket)
         });
         assert_eq!(greeting(&forged), "outbound");
-        assert_eq!(world.daemon.next().to, at(ip, 9090));
+        assert_eq!(testbed.daemon.next().to, at(ip, 9090));
     }
-    assert_eq!(world.count(Counter::ConnectVouched), 2);
+    assert_eq!(testbed.count(Counter::ConnectVouched), 2);
 }
 
 #[test]
 fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
-    let mut world = World::new();
+    let mut testbed = Testbed::new();
     let root = cgroup_root().expect("cgroup v2");
-    let kubepods = world.net.cgroup(&root, "kubepods");
-    let mut config = config(&world.net);
+    let kubepods = testbed.net.cgroup(&root, "kubepods");
+    let mut config = config(&testbed.net);
     config.kubepods = Some(PathBuf::from(kubepods.file_name().expect("name")));
     // A successor that knows the cgroup takes over.
     let mut node = Node::open(config).expect("opens");
-    let captured = node.bind(&spec(&world.enrolled)).expect("binds");
-    node.capture(&spec(&world.enrolled), &captured).expect("captures");
+    let captured = node.bind(&spec(&testbed.enrolled)).expect("binds");
+    node.capture(&spec(&testbed.enrolled), &captured).expect("captures");
     let daemon = Daemon::start(&captured);
     let before = node.counters();
     let counted = |counter| node.counters().of(counter) - before.of(counter);
 
-    let seen = application(&world.enrolled, 8080);
+    let seen = application(&testbed.enrolled, 8080);
     let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
-    let mapped = address(&format!("[::ffff:{}]:8080", world.enrolled.v4));
-    for (to, source) in [(at(world.enrolled.v4, 8080), v4), (at(world.enrolled.v6, 8080), v6), (mapped, v4)] {
-        let probe = world
+    let mapped = address(&format!("[::ffff:{}]:8080", testbed.enrolled.v4));
+    for (to, source) in
+        [(at(testbed.enrolled.v4, 8080), v4), (at(testbed.enrolled.v6, 8080), v6), (mapped, v4)]
+    {
+        let probe = testbed
             .net
             .node
             .enter(|| TcpStream::connect_timeout(&to, CONNECTED_WITHIN))
@@ -721,16 +725,16 @@ fn probes_of_the_node_pass_and_those_of_host_networked_pods_do_not() {
     assert_eq!((counted(Counter::ConnectProbe), counted(Counter::AcceptedProbe)), (3, 3));
     daemon.nothing();
 
-    let nested = world.net.cgroup(&kubepods, "container");
+    let nested = testbed.net.cgroup(&kubepods, "container");
     let in_pod = |script: &str| {
         let procs = nested.join("cgroup.procs");
         let script = format!("import socket\n{script}");
-        world.net.node.sh(&format!(
+        testbed.net.node.sh(&format!(
             "echo $$ > {} && exec timeout 100 python3 - <<'END'\n{script}\nEND",
             procs.display()
         ))
     };
-    let dial = format!("s=socket.create_connection(('{}',8080),30); print(s.recv(99))", world.enrolled.v4);
+    let dial = format!("s=socket.create_connection(('{}',8080),30); print(s.recv(99))", testbed.enrolled.v4);
     let said = in_pod(&dial);
     assert!(said.contains("inbound"), "{said}");
     assert_eq!(daemon.next().kind, "inbound");
@@ -919,14 +923,14 @@ const WAYS: &[Way] = &[
 
 #[test]
 fn every_way_to_open_a_connection_is_captured_or_refused() {
-    let world = World::new();
+    let testbed = Testbed::new();
     let mut wrong = Vec::new();
     for way in WAYS {
-        let sniffer = Sniffer::start(&world.net, &world.enrolled);
+        let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
         let begin = Instant::now();
-        let said = world.python(&format!("{DIAL}{}", way.script));
+        let said = testbed.python(&format!("{DIAL}{}", way.script));
         let took = begin.elapsed();
-        let seen: Vec<Seen> = world.daemon.seen.try_iter().collect();
+        let seen: Vec<Seen> = testbed.daemon.seen.try_iter().collect();
         let outcome = match (&seen[..], said.contains("GOT b'outbound")) {
             ([seen], true) if seen.kind == "outbound" && seen.to.port() == 7777 => Expect::Captured,
             ([], false) => Expect::Refused,
@@ -948,9 +952,9 @@ fn every_way_to_open_a_connection_is_captured_or_refused() {
 
 #[test]
 fn an_io_uring_connect_is_captured() {
-    let world = World::new();
-    let to = at(world.plain.v4, 7777);
-    let stream = world.enrolled.ns.enter(|| {
+    let testbed = Testbed::new();
+    let to = at(testbed.plain.v4, 7777);
+    let stream = testbed.enrolled.ns.enter(|| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
         let address = socket2::SockAddr::from(to);
         let mut ring = io_uring::IoUring::new(2).expect("io_uring");
@@ -970,26 +974,26 @@ fn an_io_uring_connect_is_captured() {
         TcpStream::from(socket)
     });
     assert_eq!(greeting(&stream), "outbound");
-    assert_eq!(world.daemon.next().to, to);
+    assert_eq!(testbed.daemon.next().to, to);
 }
 
 #[test]
 fn a_connection_that_changes_its_mark_is_stopped() {
-    let world = World::new();
-    let sniffer = Sniffer::start(&world.net, &world.enrolled);
-    let stream = connect(&world.enrolled, at(world.plain.v4, 7777)).expect("captured");
+    let testbed = Testbed::new();
+    let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
+    let stream = connect(&testbed.enrolled, at(testbed.plain.v4, 7777)).expect("captured");
     assert_eq!(greeting(&stream), "outbound");
     SockRef::from(&stream).set_mark(BYPASS).expect("mark");
     let mut writer = &stream;
     writer.write_all(SECRET).expect("is queued");
-    counted(&world, Counter::LeaveCaptured);
+    counted(&testbed, Counter::LeaveCaptured);
     sniffer.nothing_seen();
 }
 
 #[test]
 fn forwarded_connections_do_not_leave_the_pod() {
-    let world = World::new();
-    let pod = &world.enrolled.ns;
+    let testbed = Testbed::new();
+    let pod = &testbed.enrolled.ns;
     // A machine behind the pod.
     pod.sh("ip netns exec 2>/dev/null; sysctl -qw net.ipv4.ip_forward=1");
     let inner = format!("{}-vm", pod.0);
@@ -1002,14 +1006,14 @@ fn forwarded_connections_do_not_leave_the_pod() {
         {
             run(&format!("ip -n {inner} {setup}"));
         }
-        let sniffer = Sniffer::start(&world.net, &world.enrolled);
-        let dial = format!("import socket; s=socket.create_connection((\"{}\",7777),0.5)", world.plain.v4);
+        let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
+        let dial = format!("import socket; s=socket.create_connection((\"{}\",7777),0.5)", testbed.plain.v4);
         let output = std::process::Command::new("ip")
             .args(["netns", "exec", &inner, "python3", "-c", &dial])
             .output()
             .expect("python");
         assert!(!output.status.success());
-        counted(&world, Counter::GuardSyn);
+        counted(&testbed, Counter::GuardSyn);
         sniffer.nothing_seen();
     }));
     run(&format!("ip netns del {inner}"));
@@ -1026,65 +1030,70 @@ fn open_connections_survive_enrolment_and_withdrawal() {
     // Opened before, connected after.
     let socket = enrolled.ns.enter(|| Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket"));
 
-    let mut world = World::of(net, enrolled, plain);
+    let mut testbed = Testbed::of(net, enrolled, plain);
     echo(&early, b"still there").expect("goes on");
-    socket.connect_timeout(&at(world.plain.v4, 9090).into(), CONNECTED_WITHIN).expect("connects");
+    socket.connect_timeout(&at(testbed.plain.v4, 9090).into(), CONNECTED_WITHIN).expect("connects");
     let late = TcpStream::from(socket);
     assert_eq!(greeting(&late), "outbound");
     echo(&late, b"captured").expect("echoes");
-    let inbound = connect(&world.plain, at(world.enrolled.v4, 80)).expect("captured");
+    let inbound = connect(&testbed.plain, at(testbed.enrolled.v4, 80)).expect("captured");
     assert_eq!(greeting(&inbound), "inbound");
 
-    let uid = world.uid();
-    world.node.withdraw(&uid).expect("withdraws");
-    let plain_again = connect(&world.enrolled, at(world.plain.v4, 9090)).expect("plain again");
+    let uid = testbed.uid();
+    testbed.node.withdraw(&uid).expect("withdraws");
+    let plain_again = connect(&testbed.enrolled, at(testbed.plain.v4, 9090)).expect("plain again");
     assert_eq!(greeting(&plain_again), "app");
     for (stream, name) in [(&early, "early"), (&late, "captured"), (&inbound, "inbound")] {
         echo(stream, b"after withdrawal").unwrap_or_else(|error| panic!("{name}: {error}"));
     }
     // Enrolled again, then for good.
-    let captured = world.captured.take().expect("captured");
-    world.node.capture(&spec(&world.enrolled), &captured).expect("captures again");
-    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 9090)).expect("connects")), "outbound");
+    let captured = testbed.captured.take().expect("captured");
+    testbed.node.capture(&spec(&testbed.enrolled), &captured).expect("captures again");
+    assert_eq!(
+        greeting(&connect(&testbed.enrolled, at(testbed.plain.v4, 9090)).expect("connects")),
+        "outbound"
+    );
     echo(&late, b"and again").expect("goes on");
-    world.node.withdraw(&uid).expect("withdraws");
-    world.node.forget(&uid).expect("forgets");
+    testbed.node.withdraw(&uid).expect("withdraws");
+    testbed.node.forget(&uid).expect("forgets");
     echo(&early, b"to the end").expect("goes on");
-    let rules = world.enrolled.ns.ip("rule");
+    let rules = testbed.enrolled.ns.ip("rule");
     assert!(!rules.contains("0x53"), "{rules}");
-    world.node.forget(&uid).expect_err("forgotten");
+    testbed.node.forget(&uid).expect_err("forgotten");
 }
 
 #[test]
 fn without_a_daemon_connections_are_refused() {
-    let mut world = World::new();
-    let _seen = application(&world.enrolled, 8080);
-    let _other = application(&world.plain, 9090);
-    let sniffer = Sniffer::start(&world.net, &world.enrolled);
-    let uid = world.uid();
-    world.node.close(&uid).expect("closes");
+    let mut testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
+    let _other = application(&testbed.plain, 9090);
+    let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
+    let uid = testbed.uid();
+    testbed.node.close(&uid).expect("closes");
     for attempt in [
-        connect(&world.enrolled, at(world.plain.v4, 9090)),
-        connect(&world.plain, at(world.enrolled.v6, 8080)),
+        connect(&testbed.enrolled, at(testbed.plain.v4, 9090)),
+        connect(&testbed.plain, at(testbed.enrolled.v6, 8080)),
     ] {
         attempt.expect_err("closed");
     }
-    assert!(world.count(Counter::RefusedNoListener) >= 1 && world.count(Counter::DroppedNoListener) >= 1);
-    assert_eq!(world.node.reconcile(), vec![], "closed on purpose");
+    assert!(testbed.count(Counter::RefusedNoListener) >= 1 && testbed.count(Counter::DroppedNoListener) >= 1);
+    assert_eq!(testbed.node.reconcile(), vec![], "closed on purpose");
     // A probe does not need the daemon.
-    let probe =
-        world.net.node.enter(|| TcpStream::connect_timeout(&at(world.enrolled.v4, 8080), CONNECTED_WITHIN));
+    let probe = testbed
+        .net
+        .node
+        .enter(|| TcpStream::connect_timeout(&at(testbed.enrolled.v4, 8080), CONNECTED_WITHIN));
     assert_eq!(greeting(&probe.expect("probes")), "app");
     sniffer.nothing_seen();
 }
 
 #[test]
 fn what_others_break_stays_closed_and_is_repaired() {
-    let mut world = World::new();
-    let _other = application(&world.plain, 9090);
-    let to = at(world.plain.v4, 9090);
-    assert_eq!(world.node.reconcile(), vec![], "nothing to repair at first");
-    let pins = world.net.pins.join("v1");
+    let mut testbed = Testbed::new();
+    let _other = application(&testbed.plain, 9090);
+    let to = at(testbed.plain.v4, 9090);
+    assert_eq!(testbed.node.reconcile(), vec![], "nothing to repair at first");
+    let pins = testbed.net.pins.join("v1");
     let attacks: [(&str, Attack, &str); 9] = [
         (
             "rules flushed",
@@ -1135,41 +1144,41 @@ fn what_others_break_stays_closed_and_is_repaired() {
         ),
     ];
     for (name, attack, expect) in attacks {
-        let sniffer = Sniffer::start(&world.net, &world.enrolled);
-        attack(&world);
-        if let Ok(stream) = connect(&world.enrolled, to) {
+        let sniffer = Sniffer::start(&testbed.net, &testbed.enrolled);
+        attack(&testbed);
+        if let Ok(stream) = connect(&testbed.enrolled, to) {
             assert_eq!(greeting(&stream), "outbound", "{name}");
         }
-        let repairs = world.node.reconcile();
+        let repairs = testbed.node.reconcile();
         assert!(repairs.iter().any(|r| r.what.contains(expect) && r.repaired), "{name}: {repairs:?}");
         assert!(repairs.iter().all(|r| r.repaired), "{name}: {repairs:?}");
-        let rest = world.node.reconcile();
+        let rest = testbed.node.reconcile();
         assert_eq!(rest, vec![], "{name}");
         assert!(pins.join("pods/0/lookup").exists(), "{name}");
-        let stream = connect(&world.enrolled, to).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let stream = connect(&testbed.enrolled, to).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(greeting(&stream), "outbound", "{name}");
         sniffer.nothing_seen();
     }
     // A device that appears.
-    world.enrolled.ns.ip("link add dev2 type veth peer name dev3");
-    let repairs = world.node.reconcile();
+    testbed.enrolled.ns.ip("link add dev2 type veth peer name dev3");
+    let repairs = testbed.node.reconcile();
     assert!(repairs.iter().any(|r| r.what.contains("had no guard")), "{repairs:?}");
-    world.enrolled.ns.ip("link del dev2");
-    world.node.reconcile();
+    testbed.enrolled.ns.ip("link del dev2");
+    testbed.node.reconcile();
     assert_eq!(std::fs::read_dir(pins.join("pods/0")).expect("lists").count(), 2);
     // An address that appears.
-    world.enrolled.ns.ip("addr add 10.97.0.1/32 dev eth0");
-    assert_eq!(world.node.reconcile().len(), 1);
+    testbed.enrolled.ns.ip("addr add 10.97.0.1/32 dev eth0");
+    assert_eq!(testbed.node.reconcile().len(), 1);
 }
 
 #[test]
 fn a_successor_takes_over_without_losing_a_connection() {
-    let mut world = World::new();
+    let mut testbed = Testbed::new();
     let stop = Arc::new(AtomicBool::new(false));
     let counts = [(); 2].map(|()| Arc::new(AtomicU32::new(0)));
     let clients: Vec<_> = [
-        (world.enrolled.clone(), address("198.51.100.7:80")),
-        (world.plain.clone(), at(world.enrolled.v6, 80)),
+        (testbed.enrolled.clone(), address("198.51.100.7:80")),
+        (testbed.plain.clone(), at(testbed.enrolled.v6, 80)),
     ]
     .into_iter()
     .zip(counts.clone())
@@ -1206,18 +1215,18 @@ fn a_successor_takes_over_without_losing_a_connection() {
     };
     go_on();
     for _ in 0..5 {
-        let mut successor = Node::open(config(&world.net)).expect("opens");
-        assert_eq!(successor.taken_over().pods, vec![world.uid()]);
-        let captured = successor.bind(&spec(&world.enrolled)).expect("binds");
-        successor.capture(&spec(&world.enrolled), &captured).expect("captures");
+        let mut successor = Node::open(config(&testbed.net)).expect("opens");
+        assert_eq!(successor.taken_over().pods, vec![testbed.uid()]);
+        let captured = successor.bind(&spec(&testbed.enrolled)).expect("binds");
+        successor.capture(&spec(&testbed.enrolled), &captured).expect("captures");
         let daemon = Daemon::start(&captured);
-        assert!(!world.node.is_owner() && successor.is_owner());
-        assert_eq!(world.node.reconcile(), vec![], "the old one does nothing");
-        world.node.withdraw(&world.uid()).expect_err("nor that");
-        std::mem::replace(&mut world.daemon, daemon).stop();
-        world.node = successor;
-        world.captured = Some(captured);
-        assert_eq!(world.node.reconcile(), vec![]);
+        assert!(!testbed.node.is_owner() && successor.is_owner());
+        assert_eq!(testbed.node.reconcile(), vec![], "the old one does nothing");
+        testbed.node.withdraw(&testbed.uid()).expect_err("nor that");
+        std::mem::replace(&mut testbed.daemon, daemon).stop();
+        testbed.node = successor;
+        testbed.captured = Some(captured);
+        assert_eq!(testbed.node.reconcile(), vec![]);
         go_on();
     }
     stop.store(true, Ordering::Relaxed);
@@ -1232,74 +1241,80 @@ fn a_pod_without_ipv6_is_captured() {
     let mut net = Net::new();
     let (enrolled, plain) = (net.pod(2), net.pod(3));
     enrolled.ns.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.lo.disable_ipv6=1");
-    let mut world = World::of(net, enrolled, plain);
-    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("connects")), "outbound");
-    assert_eq!(greeting(&connect(&world.plain, at(world.enrolled.v4, 15008)).expect("connects")), "hbone");
-    assert_eq!(world.node.reconcile(), vec![]);
-    world.enrolled.ns.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.lo.disable_ipv6=0");
-    assert!(!world.node.reconcile().is_empty(), "IPv6 has come back");
+    let mut testbed = Testbed::of(net, enrolled, plain);
+    assert_eq!(
+        greeting(&connect(&testbed.enrolled, at(testbed.plain.v4, 80)).expect("connects")),
+        "outbound"
+    );
+    assert_eq!(
+        greeting(&connect(&testbed.plain, at(testbed.enrolled.v4, 15008)).expect("connects")),
+        "hbone"
+    );
+    assert_eq!(testbed.node.reconcile(), vec![]);
+    testbed.enrolled.ns.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.lo.disable_ipv6=0");
+    assert!(!testbed.node.reconcile().is_empty(), "IPv6 has come back");
 }
 
 #[test]
 fn pods_that_are_gone_are_swept() {
-    let mut world = World::new();
+    let mut testbed = Testbed::new();
     // The daemon dies without a word; one pod is deleted, the other is no longer enrolled.
-    let third = world.net.pod(4);
-    let captured = world.node.bind(&spec(&third)).expect("binds");
-    world.node.capture(&spec(&third), &captured).expect("captures");
+    let third = testbed.net.pod(4);
+    let captured = testbed.node.bind(&spec(&third)).expect("binds");
+    testbed.node.capture(&spec(&third), &captured).expect("captures");
     drop(captured);
-    let node = std::mem::replace(&mut world.node, Node::open(config(&world.net)).expect("opens"));
+    let node = std::mem::replace(&mut testbed.node, Node::open(config(&testbed.net)).expect("opens"));
     drop(node);
-    assert_eq!(world.node.taken_over().pods.len(), 2);
+    assert_eq!(testbed.node.taken_over().pods.len(), 2);
     run(&format!("ip netns del {}", third.ns.0));
-    let captured = world.node.bind(&spec(&world.enrolled)).expect("binds");
-    world.node.capture(&spec(&world.enrolled), &captured).expect("captures");
-    assert_eq!(world.node.sweep(&HashSet::new()), vec![spec(&third).uid]);
-    assert_eq!(world.node.taken_over().pods, vec![world.uid()]);
-    assert!(!world.net.pins.join("v1/pods/1").exists());
-    world.node = Node::open(config(&world.net)).expect("opens");
-    assert_eq!(world.node.sweep(&HashSet::from([world.uid()])), vec![]);
-    assert_eq!(world.node.sweep(&HashSet::new()), vec![world.uid()]);
+    let captured = testbed.node.bind(&spec(&testbed.enrolled)).expect("binds");
+    testbed.node.capture(&spec(&testbed.enrolled), &captured).expect("captures");
+    assert_eq!(testbed.node.sweep(&HashSet::new()), vec![spec(&third).uid]);
+    assert_eq!(testbed.node.taken_over().pods, vec![testbed.uid()]);
+    assert!(!testbed.net.pins.join("v1/pods/1").exists());
+    testbed.node = Node::open(config(&testbed.net)).expect("opens");
+    assert_eq!(testbed.node.sweep(&HashSet::from([testbed.uid()])), vec![]);
+    assert_eq!(testbed.node.sweep(&HashSet::new()), vec![testbed.uid()]);
     assert_eq!(
-        connect(&world.enrolled, at(world.plain.v4, 9)).expect_err("plain").kind(),
+        connect(&testbed.enrolled, at(testbed.plain.v4, 9)).expect_err("plain").kind(),
         ErrorKind::ConnectionRefused
     );
-    let rules = world.enrolled.ns.ip("rule");
+    let rules = testbed.enrolled.ns.ip("rule");
     assert!(!rules.contains("0x53"), "{rules}");
 }
 
 #[test]
 fn a_pod_that_vanishes_is_reported_and_can_be_withdrawn() {
-    let mut world = World::new();
-    let third = world.net.pod(4);
-    let captured = world.node.bind(&spec(&third)).expect("binds");
-    world.node.capture(&spec(&third), &captured).expect("captures");
+    let mut testbed = Testbed::new();
+    let third = testbed.net.pod(4);
+    let captured = testbed.node.bind(&spec(&third)).expect("binds");
+    testbed.node.capture(&spec(&third), &captured).expect("captures");
     run(&format!("ip netns del {}", third.ns.0));
-    let repairs = world.node.reconcile();
+    let repairs = testbed.node.reconcile();
     assert_eq!(repairs.len(), 1);
     assert!(repairs[0].lost && !repairs[0].repaired, "{:?}", repairs[0]);
     assert!(repairs[0].to_string().contains("is gone or another one"), "{}", repairs[0]);
-    world.node.withdraw(&spec(&third).uid).expect("withdraws");
-    world.node.forget(&spec(&third).uid).expect("forgets");
-    assert_eq!(world.node.reconcile(), vec![]);
-    let error = world.node.bind(&spec(&third)).expect_err("gone");
+    testbed.node.withdraw(&spec(&third).uid).expect("withdraws");
+    testbed.node.forget(&spec(&third).uid).expect("forgets");
+    assert_eq!(testbed.node.reconcile(), vec![]);
+    let error = testbed.node.bind(&spec(&third)).expect_err("gone");
     assert!(error.to_string().contains("is the pod gone?"), "{error}");
 }
 
 /// A server that listens with multipath TCP, as Go's do: probes, captured connections and itself all work.
 #[test]
 fn a_multipath_listener_gets_its_connections() {
-    let mut world = World::new();
+    let mut testbed = Testbed::new();
     let script = "import socket\ns=socket.socket(2,1,262); s.bind(('0.0.0.0',8080)); s.listen(9)\n\
                   while True:\n c,a=s.accept(); c.sendall(b'app\\n'); c.recv(9)";
-    let server = world.enrolled.ns.command(&format!("exec python3 -c \"{script}\""));
-    world.net.start(server);
-    let to = at(world.enrolled.v4, 8080);
-    let own = eventually(PATIENCE, || Ok(connect(&world.enrolled, to)?));
+    let server = testbed.enrolled.ns.command(&format!("exec python3 -c \"{script}\""));
+    testbed.net.start(server);
+    let to = at(testbed.enrolled.v4, 8080);
+    let own = eventually(PATIENCE, || Ok(connect(&testbed.enrolled, to)?));
     let own = own.unwrap_or_else(|error| panic!("{error:#}"));
-    assert!(world.count(Counter::MultipathMarked) >= 1);
-    let probe = world.net.node.enter(|| TcpStream::connect_timeout(&to, CONNECTED_WITHIN)).expect("probes");
-    let delivered = world.enrolled.ns.enter(|| transparent_dial(world.plain.v4, to));
+    assert!(testbed.count(Counter::MultipathMarked) >= 1);
+    let probe = testbed.net.node.enter(|| TcpStream::connect_timeout(&to, CONNECTED_WITHIN)).expect("probes");
+    let delivered = testbed.enrolled.ns.enter(|| transparent_dial(testbed.plain.v4, to));
     // One at a time: the server waits for each to end.
     for stream in [own, probe, delivered] {
         assert_eq!(greeting(&stream), "app");

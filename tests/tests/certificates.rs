@@ -7,11 +7,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::in_world_that;
+use common::in_testbed_that;
 use ztunnel_tests::ca::{Answer, Authority, Keys};
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::{PATIENCE, eventually, throughout};
-use ztunnel_tests::world::{On, World, http, lines_at};
+use ztunnel_tests::testbed::{On, Testbed, http, lines_at};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 const SERVER: &str = "spiffe://cluster.local/ns/demo/sa/server";
@@ -19,10 +19,10 @@ const SERVER: &str = "spiffe://cluster.local/ns/demo/sa/server";
 const ADDRESS: ([u8; 4], u16) = ([10, 80, 0, 1], 15012);
 
 /// Starts an authority on the first node, and has both daemons ask it, with these further arguments.
-fn authority(world: &mut World, further: &[&str]) -> Result<Authority> {
+fn authority(testbed: &mut Testbed, further: &[&str]) -> Result<Authority> {
     let address = SocketAddr::from(ADDRESS);
-    let authority = world.a.place.netns.enter(|| Ok(Authority::start(Keys::new("root"), address)?))?;
-    let files = world.run.path("control-plane");
+    let authority = testbed.a.place.netns.enter(|| Ok(Authority::start(Keys::new("root"), address)?))?;
+    let files = testbed.run.path("control-plane");
     std::fs::create_dir_all(&files)?;
     std::fs::write(files.join("root-cert.pem"), authority.keys().root_pem())?;
     std::fs::write(files.join("istio-token"), "a-token")?;
@@ -31,16 +31,16 @@ fn authority(world: &mut World, further: &[&str]) -> Result<Authority> {
     let mut arguments = vec!["--ca-address", &address, "--ca-root", &roots, "--ca-token", &token];
     arguments.extend(["--ca-alt-hostname", "istiod.istio-system.svc"]);
     arguments.extend_from_slice(further);
-    world.start_with(&arguments.into_iter().map(str::to_owned).collect::<Vec<_>>());
+    testbed.start_with(&arguments.into_iter().map(str::to_owned).collect::<Vec<_>>());
     Ok(authority)
 }
 
 #[test]
 fn pods_talk_with_certificates_of_an_authority_like_istiod() {
-    in_world_that(
+    in_testbed_that(
         "certificates of an authority like istiod's",
-        |world| authority(world, &[]),
-        |world, authority| {
+        |testbed| authority(testbed, &[]),
+        |testbed, authority| {
             let asked = authority.asked();
             for identity in [CLIENT, SERVER] {
                 let asked = asked.iter().find(|asked| asked.impersonated.as_deref() == Some(identity));
@@ -53,21 +53,21 @@ fn pods_talk_with_certificates_of_an_authority_like_istiod() {
                 ensure!(asked.cluster.as_deref() == Some("Kubernetes"), "{:?}", asked.cluster);
                 ensure!(asked.validity == 86400, "{}", asked.validity);
             }
-            let log = world.setting(On::B).log();
+            let log = testbed.setting(On::B).log();
             let mark = log.mark();
-            http(&world.client.place, world.server.v4.into(), "")?;
+            http(&testbed.client.place, testbed.server.v4.into(), "")?;
             let line =
                 log.wait_line(mark, PATIENCE, "the client's identity", |line| line.contains(CLIENT))?;
             ensure!(line.contains(SERVER), "{line}");
             // It is away and says nothing at all: what is open and what is new goes on.
             authority.answer(Answer::Hang);
-            http(&world.client.place, world.server.v4.into(), "").context("while it hangs")?;
+            http(&testbed.client.place, testbed.server.v4.into(), "").context("while it hangs")?;
             authority.stop();
-            http(&world.client.place, world.server.v6.into(), "").context("while it is away")?;
+            http(&testbed.client.place, testbed.server.v6.into(), "").context("while it is away")?;
             // And a daemon that is replaced meanwhile leaves its certificates to the next.
             for on in [On::A, On::B] {
-                world.restart_daemon(on, false)?;
-                http(&world.client.place, world.server.v4.into(), "")
+                testbed.restart_daemon(on, false)?;
+                http(&testbed.client.place, testbed.server.v4.into(), "")
                     .with_context(|| format!("after a restart on {on:?} while it is away"))?;
             }
             Ok(format!("{} certificates asked for; {CLIENT} and {SERVER} met", asked.len()))
@@ -77,22 +77,22 @@ fn pods_talk_with_certificates_of_an_authority_like_istiod() {
 
 #[test]
 fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
-    in_world_that(
+    in_testbed_that(
         "revocation",
-        |world| {
-            let list = world.run.path("ca-crl.pem");
+        |testbed| {
+            let list = testbed.run.path("ca-crl.pem");
             let authority =
-                authority(world, &["--crl", &list.display().to_string(), "--compliance-policy", "pqc"])?;
+                authority(testbed, &["--crl", &list.display().to_string(), "--compliance-policy", "pqc"])?;
             std::fs::write(&list, authority.revoking(&[]))?;
             Ok(authority)
         },
-        |world, authority| {
-            let log = world.setting(On::B).log();
-            let to = lines_at(world.server.v4);
-            let mut revoked = Held::open(&world.client.place, to)?;
-            let mut other = Held::open(&world.other.place, to)?;
+        |testbed, authority| {
+            let log = testbed.setting(On::B).log();
+            let to = lines_at(testbed.server.v4);
+            let mut revoked = Held::open(&testbed.client.place, to)?;
+            let mut other = Held::open(&testbed.other.place, to)?;
             let mark = log.mark();
-            std::fs::write(world.run.path("ca-crl.pem"), authority.revoking(&[CLIENT]))?;
+            std::fs::write(testbed.run.path("ca-crl.pem"), authority.revoking(&[CLIENT]))?;
             eventually(PATIENCE, || match revoked.say() {
                 Ok(_) => bail!("still answered"),
                 Err(_) => Ok(()),
@@ -106,7 +106,7 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
                 lines.any(|line| line.contains("destination") && !line.ends_with(" 0"))
             };
             eventually(PATIENCE, || {
-                let metrics = world.setting(On::B).metrics()?;
+                let metrics = testbed.setting(On::B).metrics()?;
                 ensure!(counted(&metrics, "istio_crl_policy_rejections_total"), "{metrics}");
                 ensure!(metrics.contains("response_flags=\"CERT_REVOKED\""), "{metrics}");
                 let untracked = "istio_crl_untracked_connections_total{reporter=\"destination\"} 0\n";
@@ -114,15 +114,15 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
                 Ok(())
             })?;
             // The client's own node has noticed as well, and has another certificate.
-            eventually(PATIENCE, || http(&world.client.place, world.server.v4.into(), ""))?;
+            eventually(PATIENCE, || http(&testbed.client.place, testbed.server.v4.into(), ""))?;
             // A torn file: what was revoked stays so, and peers go on.
             let mark = log.mark();
-            std::fs::write(world.run.path("ca-crl.pem"), "torn")?;
+            std::fs::write(testbed.run.path("ca-crl.pem"), "torn")?;
             log.wait_line(mark, PATIENCE, "the last good", |line| {
                 line.contains("the last good lists stay in force")
             })?;
             other.say().context("under the last good list")?;
-            let readiness = world.setting(On::B).readiness()?;
+            let readiness = testbed.setting(On::B).readiness()?;
             Ok(format!("{}; readiness {:?}", line.trim(), readiness.trim()))
         },
     );
@@ -130,19 +130,19 @@ fn a_revoked_certificate_cuts_what_is_open_and_a_new_one_is_fetched() {
 
 #[test]
 fn an_authority_that_is_slow_is_asked_once_for_each_identity() {
-    in_world_that(
+    in_testbed_that(
         "an authority that takes six seconds for an answer",
-        |world| {
-            let authority = authority(world, &[])?;
+        |testbed| {
+            let authority = authority(testbed, &[])?;
             authority.answer(Answer::After(Duration::from_secs(6)));
             Ok(authority)
         },
-        |world, authority| {
+        |testbed, authority| {
             let began = Instant::now();
-            eventually(PATIENCE, || http(&world.client.place, world.server.v4.into(), ""))?;
+            eventually(PATIENCE, || http(&testbed.client.place, testbed.server.v4.into(), ""))?;
             // Longer than any request took, so that a second one would be seen.
             throughout(Duration::from_secs(8), || {
-                http(&world.client.place, world.server.v4.into(), "").map(drop)
+                http(&testbed.client.place, testbed.server.v4.into(), "").map(drop)
             })?;
             let mut asked: Vec<_> = authority.asked().into_iter().map(|asked| asked.impersonated).collect();
             asked.sort();
@@ -155,23 +155,23 @@ fn an_authority_that_is_slow_is_asked_once_for_each_identity() {
 }
 
 /// Has an authority on the first node answer again.
-fn restart(world: &World, authority: &mut Authority) -> Result<()> {
-    world.a.place.netns.enter(|| Ok(authority.restart()?))
+fn restart(testbed: &Testbed, authority: &mut Authority) -> Result<()> {
+    testbed.a.place.netns.enter(|| Ok(authority.restart()?))
 }
 
 #[test]
 fn a_crash_while_the_authority_is_away_is_told_and_costs_no_connection_on_the_node() {
-    in_world_that(
+    in_testbed_that(
         "a crash while the authority is away",
-        |world| authority(world, &[]),
-        |world, authority| {
-            let kept = world.run.path("kept-certificates");
-            let (to_near, to_far) = (world.near.v4.into(), world.server.v4.into());
+        |testbed| authority(testbed, &[]),
+        |testbed, authority| {
+            let kept = testbed.run.path("kept-certificates");
+            let (to_near, to_far) = (testbed.near.v4.into(), testbed.server.v4.into());
             authority.stop();
-            world.kill_daemon(On::A)?;
-            let mut daemon = world.setting(On::A).start()?;
+            testbed.kill_daemon(On::A)?;
+            let mut daemon = testbed.setting(On::A).start()?;
             let told = eventually(PATIENCE, || {
-                let told = match world.setting(On::A).readiness() {
+                let told = match testbed.setting(On::A).readiness() {
                     Ok(ready) => bail!("{ready}"),
                     Err(not_ready) => not_ready.to_string(),
                 };
@@ -179,23 +179,23 @@ fn a_crash_while_the_authority_is_away_is_told_and_costs_no_connection_on_the_no
                 Ok(told)
             })?;
             ensure!(told.contains("cannot be reached"), "{told}");
-            let answer = http(&world.client.place, to_near, "").context("to a pod of the node")?;
-            ensure!(answer.body.contains(&format!("client={}", world.client.v4)), "{}", answer.body);
+            let answer = http(&testbed.client.place, to_near, "").context("to a pod of the node")?;
+            ensure!(answer.body.contains(&format!("client={}", testbed.client.v4)), "{}", answer.body);
             ensure!(
-                http(&world.client.place, to_far, "").is_err(),
+                http(&testbed.client.place, to_far, "").is_err(),
                 "another node was reached without a certificate"
             );
-            restart(world, authority)?;
+            restart(testbed, authority)?;
             daemon.wait_ready().context("once the authority is back")?;
-            eventually(PATIENCE, || http(&world.client.place, to_far, ""))?;
-            world.replace_daemon(On::A, daemon);
+            eventually(PATIENCE, || http(&testbed.client.place, to_far, ""))?;
+            testbed.replace_daemon(On::A, daemon);
 
             // Who keeps them on a disk is not even told.
-            let mut setting = world.setting(On::A).clone();
+            let mut setting = testbed.setting(On::A).clone();
             setting.further.extend(["--cert-cache".to_owned(), kept.display().to_string()]);
             let mut next = setting.start()?;
             next.wait_ready()?;
-            let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+            let mut first = testbed.replace_daemon(On::A, next).context("no first daemon")?;
             first.ended()?;
             eventually(PATIENCE, || {
                 let about = std::fs::metadata(&kept)?;
@@ -203,12 +203,12 @@ fn a_crash_while_the_authority_is_away_is_told_and_costs_no_connection_on_the_no
                 Ok(())
             })?;
             authority.stop();
-            world.kill_daemon(On::A)?;
+            testbed.kill_daemon(On::A)?;
             let mut daemon = setting.start()?;
             daemon.wait_ready().context("with kept certificates")?;
-            world.replace_daemon(On::A, daemon);
-            http(&world.client.place, to_far, "").context("with kept certificates")?;
-            restart(world, authority)?;
+            testbed.replace_daemon(On::A, daemon);
+            http(&testbed.client.place, to_far, "").context("with kept certificates")?;
+            restart(testbed, authority)?;
             Ok(format!("{}; with --cert-cache ready at once", told.trim()))
         },
     );

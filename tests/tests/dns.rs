@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::in_world_that;
+use common::in_testbed_that;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::{RData, RecordType};
 use ztunnel_proto::workload;
@@ -15,9 +15,9 @@ use ztunnel_tests::istiod;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::redirect::Backend;
 use ztunnel_tests::resolver::{self, Resolver, TRANSPORTS, Transport, addresses, ask, question};
+use ztunnel_tests::testbed::istio::{behind, service};
+use ztunnel_tests::testbed::{BOTH, On, SERVICE_IPS, Testbed, http};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::istio::{behind, service};
-use ztunnel_tests::world::{BOTH, On, SERVICE_IPS, World, http};
 
 const SETTLE: Duration = Duration::from_secs(20);
 /// What the two resolvers answer.
@@ -30,22 +30,22 @@ struct Resolvers {
     second: Resolver,
 }
 
-/// Something in a world whose pods are enrolled by node agents that redirect their DNS, too.
+/// Something in a testbed whose pods are enrolled by node agents that redirect their DNS, too.
 fn in_redirected(
     name: &str,
     backend: Backend,
-    act: impl FnOnce(&mut World, &mut Resolvers) -> Result<String>,
+    act: impl FnOnce(&mut Testbed, &mut Resolvers) -> Result<String>,
 ) {
-    let prepare = |world: &mut World| {
-        world.enrol_by_agent(&BOTH, backend)?;
-        world.mesh.write("service-db", HEADLESS)?;
+    let prepare = |testbed: &mut Testbed| {
+        testbed.enrol_by_agent(&BOTH, backend)?;
+        testbed.mesh.write("service-db", HEADLESS)?;
         let start = |pod: &Pod, answer| Resolver::start(&pod.place, &pod.addresses(), answer);
-        Ok(Resolvers { first: start(&world.outside, FIRST)?, second: start(&world.outsider, SECOND)? })
+        Ok(Resolvers { first: start(&testbed.outside, FIRST)?, second: start(&testbed.outsider, SECOND)? })
     };
-    in_world_that(name, prepare, |world, resolvers| {
-        let told = act(world, resolvers)?;
+    in_testbed_that(name, prepare, |testbed, resolvers| {
+        let told = act(testbed, resolvers)?;
         for on in BOTH {
-            world.agent(on)?.check()?;
+            testbed.agent(on)?.check()?;
         }
         Ok(told)
     });
@@ -68,15 +68,15 @@ spec:
 ";
 
 /// What the client is answered by the resolver of the cluster.
-fn resolve(world: &World, name: &str, kind: RecordType, transport: Transport) -> Result<Message> {
-    ask(&world.client.place, world.outside.v4.into(), &question(name, kind)?, transport)
+fn resolve(testbed: &Testbed, name: &str, kind: RecordType, transport: Transport) -> Result<Message> {
+    ask(&testbed.client.place, testbed.outside.v4.into(), &question(name, kind)?, transport)
 }
 
-fn names_of_the_mesh(world: &World, resolvers: &Resolvers) -> Result<usize> {
+fn names_of_the_mesh(testbed: &Testbed, resolvers: &Resolvers) -> Result<usize> {
     let mut asked = 0;
-    let near = world.near.addresses().map(|address| address.to_string());
+    let near = testbed.near.addresses().map(|address| address.to_string());
     eventually(SETTLE, || {
-        let answer = resolve(world, "db.demo.svc.cluster.local.", RecordType::A, Transport::Udp)?;
+        let answer = resolve(testbed, "db.demo.svc.cluster.local.", RecordType::A, Transport::Udp)?;
         ensure!(answer.authoritative, "the headless service is not known yet");
         Ok(())
     })?;
@@ -90,7 +90,7 @@ fn names_of_the_mesh(world: &World, resolvers: &Resolvers) -> Result<usize> {
             ("db.demo.svc.cluster.local.", [&near[0], &near[1]]),
         ] {
             for (kind, address) in [(RecordType::A, v4), (RecordType::AAAA, v6)] {
-                let answer = resolve(world, name, kind, transport).with_context(|| name.to_owned())?;
+                let answer = resolve(testbed, name, kind, transport).with_context(|| name.to_owned())?;
                 ensure!(answer.authoritative, "{name}: {answer}");
                 ensure!(addresses(&answer) == [address], "{name}: {answer}");
                 asked += 1;
@@ -99,43 +99,43 @@ fn names_of_the_mesh(world: &World, resolvers: &Resolvers) -> Result<usize> {
     }
     ensure!(resolvers.first.asked().len() == before, "{:?}", resolvers.first.asked());
     // And what was resolved is reached.
-    http(&world.client.place, world.server.v4.into(), "").context("a server of the mesh")?;
+    http(&testbed.client.place, testbed.server.v4.into(), "").context("a server of the mesh")?;
     Ok(asked)
 }
 
 /// Whom the pod asks is asked, with the pod's address, and what is answered comes back as it is.
-fn other_names(world: &World, resolvers: &Resolvers) -> Result<usize> {
+fn other_names(testbed: &Testbed, resolvers: &Resolvers) -> Result<usize> {
     let before = [resolvers.first.asked().len(), resolvers.second.asked().len()];
     let mut asked = 0;
-    let client = world.client.addresses();
+    let client = testbed.client.addresses();
     for (number, transport) in TRANSPORTS.into_iter().enumerate() {
-        for (pod, said) in [(&world.outside, FIRST), (&world.outsider, SECOND)] {
+        for (pod, said) in [(&testbed.outside, FIRST), (&testbed.outsider, SECOND)] {
             for address in pod.addresses() {
                 let name = format!("www-{number}.example.com.");
                 let question = question(&name, RecordType::A)?;
-                let answer = ask(&world.client.place, address, &question, transport)?;
+                let answer = ask(&testbed.client.place, address, &question, transport)?;
                 ensure!(addresses(&answer) == [said.to_string()], "{answer}");
                 ensure!(!answer.authoritative && answer.additionals.len() == 1, "{answer}");
                 asked += 1;
             }
         }
-        let missing = resolve(world, "a.missing.", RecordType::AAAA, transport)?;
+        let missing = resolve(testbed, "a.missing.", RecordType::AAAA, transport)?;
         ensure!(missing.metadata.response_code == ResponseCode::NXDomain, "{missing}");
         let [authority] = &missing.authorities[..] else { anyhow::bail!("no authority: {missing}") };
         ensure!(matches!(&authority.data, RData::SOA(soa) if soa.minimum == 77), "{authority}");
-        let large = resolve(world, "a.large.", RecordType::A, transport)?;
+        let large = resolve(testbed, "a.large.", RecordType::A, transport)?;
         match transport {
             Transport::Udp => ensure!(large.truncation && large.answers.is_empty(), "{large}"),
             Transport::Tcp => ensure!(addresses(&large).len() == 100, "{large}"),
         }
         // An update is for the server it was sent to.
         let update = Message::new(4711, MessageType::Query, OpCode::Update);
-        let updated = ask(&world.client.place, world.outside.v4.into(), &update, transport)?;
+        let updated = ask(&testbed.client.place, testbed.outside.v4.into(), &update, transport)?;
         ensure!(updated.metadata.response_code == ResponseCode::NoError, "{updated}");
         ensure!(updated.op_code == OpCode::Update, "{updated}");
         asked += 3;
     }
-    let zone = resolver::transfer(&world.client.place, world.outsider.v4.into(), "zone.")?;
+    let zone = resolver::transfer(&testbed.client.place, testbed.outsider.v4.into(), "zone.")?;
     ensure!(zone.len() == resolver::PARTS, "{} messages", zone.len());
     ensure!(zone.iter().all(|part| addresses(part) == [SECOND.to_string()]), "{zone:?}");
     asked += 1;
@@ -148,10 +148,10 @@ fn other_names(world: &World, resolvers: &Resolvers) -> Result<usize> {
 }
 
 /// One socket asks two servers, as some resolvers do with all that they know.
-fn two_servers_from_one_socket(world: &World) -> Result<()> {
-    let servers = [(&world.outside, FIRST), (&world.outsider, SECOND)];
+fn two_servers_from_one_socket(testbed: &Testbed) -> Result<()> {
+    let servers = [(&testbed.outside, FIRST), (&testbed.outsider, SECOND)];
     for round in 0..3 {
-        let socket = world.client.place.netns.enter(|| resolver::unbound(world.outside.v4.into()))?;
+        let socket = testbed.client.place.netns.enter(|| resolver::unbound(testbed.outside.v4.into()))?;
         for (pod, said) in servers {
             let bytes = question(&format!("round-{round}.example.com."), RecordType::A)?.to_vec()?;
             let answer = resolver::by_datagram(&socket, pod.v4.into(), &bytes, SETTLE)
@@ -163,25 +163,25 @@ fn two_servers_from_one_socket(world: &World) -> Result<()> {
     Ok(())
 }
 
-fn requests(world: &World) -> Result<u64> {
-    let metrics = world.setting(On::A).metrics()?;
+fn requests(testbed: &Testbed) -> Result<u64> {
+    let metrics = testbed.setting(On::A).metrics()?;
     let counted = metrics.lines().filter(|line| line.starts_with("istio_dns_requests_total"));
     Ok(counted.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
 }
 
-fn everything(world: &mut World, resolvers: &mut Resolvers) -> Result<String> {
-    let known = names_of_the_mesh(world, resolvers)?;
-    let before = requests(world)?;
-    let others = other_names(world, resolvers)?;
+fn everything(testbed: &mut Testbed, resolvers: &mut Resolvers) -> Result<String> {
+    let known = names_of_the_mesh(testbed, resolvers)?;
+    let before = requests(testbed)?;
+    let others = other_names(testbed, resolvers)?;
     // The proxy's own questions would be counted if they were redirected.
-    let counted = requests(world)? - before;
+    let counted = requests(testbed)? - before;
     ensure!(counted == others as u64, "{others} questions were counted as {counted}");
-    two_servers_from_one_socket(world)?;
+    two_servers_from_one_socket(testbed)?;
     // What is not redirected is as without it: a pod outside the mesh.
-    let place = &world.outsider.place;
-    let answer = ask(place, world.outside.v4.into(), &question("server.", RecordType::A)?, Transport::Udp)?;
+    let place = &testbed.outsider.place;
+    let answer = ask(place, testbed.outside.v4.into(), &question("server.", RecordType::A)?, Transport::Udp)?;
     ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
-    let metrics = world.setting(On::A).metrics()?;
+    let metrics = testbed.setting(On::A).metrics()?;
     for name in [
         "istio_dns_requests_total{request_query_type=\"aaaa\",request_protocol=\"tcp\",source_canonical_service=\"client\"",
         "istio_dns_upstream_requests_total{request_query_type=\"a\",request_protocol=\"udp\",source_canonical_service=\"client\"",
@@ -209,30 +209,30 @@ fn names_are_resolved_through_rules_of_nftables() {
 
 #[test]
 fn a_slow_resolver_is_heard_and_one_that_is_away_is_told_at_once() {
-    in_redirected("resolver away", Backend::IptablesNft, |world, resolvers| {
+    in_redirected("resolver away", Backend::IptablesNft, |testbed, resolvers| {
         // Slower than clients wait the first time.
         resolvers.first.slow(Duration::from_millis(5500));
-        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        let answer = resolve(testbed, "www.example.com.", RecordType::A, Transport::Udp)?;
         ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
         // Names of the mesh need nobody.
-        let answer = resolve(world, "server.", RecordType::A, Transport::Udp)?;
+        let answer = resolve(testbed, "server.", RecordType::A, Transport::Udp)?;
         ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
         resolvers.first.slow(Duration::ZERO);
         // It closes the connection without an answer.
         resolvers.first.silent(true);
-        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Tcp)?;
+        let answer = resolve(testbed, "www.example.com.", RecordType::A, Transport::Tcp)?;
         ensure!(answer.metadata.response_code == ResponseCode::ServFail, "{answer}");
         resolvers.first.silent(false);
-        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        let answer = resolve(testbed, "www.example.com.", RecordType::A, Transport::Udp)?;
         ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
         // Nobody at that port: known at once.
-        let nobody = IpAddr::from(world.server.v4);
+        let nobody = IpAddr::from(testbed.server.v4);
         for transport in TRANSPORTS {
             let answer =
-                ask(&world.client.place, nobody, &question("www.example.com.", RecordType::A)?, transport)?;
+                ask(&testbed.client.place, nobody, &question("www.example.com.", RecordType::A)?, transport)?;
             ensure!(answer.metadata.response_code == ResponseCode::ServFail, "{answer}");
         }
-        let metrics = world.setting(On::A).metrics()?;
+        let metrics = testbed.setting(On::A).metrics()?;
         ensure!(metrics.contains("istio_dns_upstream_failures_total"), "{metrics}");
         Ok("answers after 5.5 s, SERVFAIL where it is refused".to_owned())
     });
@@ -241,8 +241,8 @@ fn a_slow_resolver_is_heard_and_one_that_is_away_is_told_at_once() {
 #[test]
 fn handing_over_loses_no_answer() {
     const ROUNDS: usize = 4;
-    in_redirected("hand-over", Backend::IptablesNft, |world, _resolvers| {
-        let (place, server) = (world.client.place.clone(), IpAddr::from(world.outside.v4));
+    in_redirected("hand-over", Backend::IptablesNft, |testbed, _resolvers| {
+        let (place, server) = (testbed.client.place.clone(), IpAddr::from(testbed.outside.v4));
         let stop = AtomicBool::new(false);
         // Each with a socket of its own, one question after the other, asked once.
         let asking = |name: &'static str, transport| {
@@ -266,7 +266,7 @@ fn handing_over_loses_no_answer() {
             ];
             let threads = clients.map(|(name, transport)| scope.spawn(asking(name, transport)));
             let replaced = (0..ROUNDS).try_for_each(|round| {
-                let ready = world.restart_daemon(On::A, round % 2 == 1);
+                let ready = testbed.restart_daemon(On::A, round % 2 == 1);
                 ready.with_context(|| format!("restart {round}")).map(drop)
             });
             stop.store(true, Ordering::Relaxed);
@@ -281,16 +281,16 @@ fn handing_over_loses_no_answer() {
 
 #[test]
 fn a_pod_whose_dns_port_is_taken_is_refused_in_time_and_served_afterwards() {
-    in_redirected("port taken", Backend::IptablesNft, |world, _resolvers| {
-        let server = world.server.clone();
-        world.agent(On::B)?.del(&server)?;
+    in_redirected("port taken", Backend::IptablesNft, |testbed, _resolvers| {
+        let server = testbed.server.clone();
+        testbed.agent(On::B)?.del(&server)?;
         let taken = server.place.netns.enter(|| Ok(std::net::UdpSocket::bind("127.0.0.1:15053")?))?;
-        let error = world.agent(On::B)?.add(&server).err().context("it was acknowledged")?;
+        let error = testbed.agent(On::B)?.add(&server).err().context("it was acknowledged")?;
         ensure!(format!("{error:#}").contains("cannot listen for DNS on 127.0.0.1:15053"), "{error:#}");
         drop(taken);
-        eventually(SETTLE, || world.agent(On::B)?.add(&server))?;
+        eventually(SETTLE, || testbed.agent(On::B)?.add(&server))?;
         let question = question("server.", RecordType::A)?;
-        let answer = ask(&server.place, world.outside.v4.into(), &question, Transport::Udp)?;
+        let answer = ask(&server.place, testbed.outside.v4.into(), &question, Transport::Udp)?;
         ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
         Ok(format!("{error:#}"))
     });
@@ -298,16 +298,16 @@ fn a_pod_whose_dns_port_is_taken_is_refused_in_time_and_served_afterwards() {
 
 #[test]
 fn under_istios_defaults_names_are_resolved() {
-    in_world_that("under Istio", World::under_istio, |world, istio| {
-        let resolver = Resolver::start(&world.outside.place, &world.outside.addresses(), FIRST)?;
+    in_testbed_that("under Istio", Testbed::under_istio, |testbed, istio| {
+        let resolver = Resolver::start(&testbed.outside.place, &testbed.outside.addresses(), FIRST)?;
         istio.discovery.service(service("shop"));
-        istio.discovery.workload(behind(istiod::workload(&world.server), "shop"));
-        let log = world.setting(On::A).log();
-        let (status, _) = world.setting(On::A).ask("POST", "/logging?level=dns=debug")?;
+        istio.discovery.workload(behind(istiod::workload(&testbed.server), "shop"));
+        let log = testbed.setting(On::A).log();
+        let (status, _) = testbed.setting(On::A).ask("POST", "/logging?level=dns=debug")?;
         ensure!(status == 200, "{status}");
         let mark = log.mark();
         eventually(SETTLE, || {
-            let answer = resolve(world, "shop.", RecordType::A, Transport::Udp)?;
+            let answer = resolve(testbed, "shop.", RecordType::A, Transport::Udp)?;
             ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
             Ok(())
         })?;
@@ -322,7 +322,7 @@ fn under_istios_defaults_names_are_resolved() {
         ] {
             ensure!(line.contains(field), "no {field} in {line}");
         }
-        let answer = resolve(world, "www.example.com.", RecordType::A, Transport::Udp)?;
+        let answer = resolve(testbed, "www.example.com.", RecordType::A, Transport::Udp)?;
         ensure!(addresses(&answer) == [FIRST.to_string()], "{answer}");
         log.wait_line(mark, SETTLE, "the other", |line| line.contains("result=\"forwarded\""))?;
         drop(resolver);
@@ -340,9 +340,9 @@ fn negative(answer: &Message) -> Result<(ResponseCode, String)> {
 
 #[test]
 fn a_name_that_only_the_mesh_has_is_not_denied() {
-    in_world_that("names of the mesh alone", World::under_istio, |world, istio| {
+    in_testbed_that("names of the mesh alone", Testbed::under_istio, |testbed, istio| {
         // Which knows nothing below `missing.`.
-        let resolver = Resolver::start(&world.outside.place, &world.outside.addresses(), FIRST)?;
+        let resolver = Resolver::start(&testbed.outside.place, &testbed.outside.addresses(), FIRST)?;
         let external = |hostname: &str| workload::Service {
             hostname: hostname.to_owned(),
             canonical: false,
@@ -354,11 +354,11 @@ fn a_name_that_only_the_mesh_has_is_not_denied() {
         let endpoint = |status: workload::WorkloadStatus| {
             istio.discovery.workload(workload::Workload {
                 status: status.into(),
-                ..behind(istiod::workload(&world.server), "db")
+                ..behind(istiod::workload(&testbed.server), "db")
             });
         };
         endpoint(workload::WorkloadStatus::Unhealthy);
-        let ask = |name: &str, kind, transport| resolve(world, name, kind, transport);
+        let ask = |name: &str, kind, transport| resolve(testbed, name, kind, transport);
         eventually(SETTLE, || {
             let answer = ask("x.wild.missing.", RecordType::A, Transport::Udp)?;
             ensure!(addresses(&answer) == [SERVICE_IPS[0]], "{answer}");
@@ -390,7 +390,7 @@ fn a_name_that_only_the_mesh_has_is_not_denied() {
         endpoint(workload::WorkloadStatus::Healthy);
         eventually(SETTLE, || {
             let answer = ask("db.demo.svc.cluster.local.", RecordType::A, Transport::Udp)?;
-            ensure!(addresses(&answer) == [world.server.v4.to_string()], "{answer}");
+            ensure!(addresses(&answer) == [testbed.server.v4.to_string()], "{answer}");
             Ok(())
         })?;
         drop(resolver);
@@ -403,27 +403,27 @@ fn a_pod_costs_a_few_descriptors() {
     /// Its network namespace, three listeners, two sockets for names in each family, and one for connection tracking.
     const EACH: usize = 9;
     const PODS: usize = 10;
-    in_redirected("descriptors", Backend::IptablesNft, |world, _resolvers| {
+    in_redirected("descriptors", Backend::IptablesNft, |testbed, _resolvers| {
         let name = |number| format!("more-{number}");
-        let pods = (0..PODS).map(|number| world.a.add_pod(&world.run, &name(number)));
+        let pods = (0..PODS).map(|number| testbed.a.add_pod(&testbed.run, &name(number)));
         let pods = pods.collect::<Result<Vec<_>>>()?;
-        let before = world.daemon(On::A)?.descriptors()?;
+        let before = testbed.daemon(On::A)?.descriptors()?;
         for pod in &pods {
-            world.agent(On::A)?.add(pod)?;
+            testbed.agent(On::A)?.add(pod)?;
         }
         // What others have open meanwhile comes and goes.
-        let settled = |world: &mut World, count: usize| {
+        let settled = |testbed: &mut Testbed, count: usize| {
             eventually(SETTLE, || {
-                let open = world.daemon(On::A)?.descriptors()?;
+                let open = testbed.daemon(On::A)?.descriptors()?;
                 ensure!(open == count, "{open} descriptors, {before} without the pods");
                 Ok(())
             })
         };
-        settled(world, before + PODS * EACH)?;
+        settled(testbed, before + PODS * EACH)?;
         for pod in &pods {
-            world.agent(On::A)?.del(pod)?;
+            testbed.agent(On::A)?.del(pod)?;
         }
-        settled(world, before)?;
+        settled(testbed, before)?;
         Ok(format!("{EACH} descriptors a pod"))
     });
 }

@@ -12,16 +12,16 @@ use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::process::{Log, Process, spawn};
-use ztunnel_tests::world::{HTTP, Options, World, http, lines_at};
+use ztunnel_tests::testbed::{HTTP, Options, Testbed, http, lines_at};
 
 ztunnel_tests::enclosed!();
 
 #[test]
 fn pods_talk_in_clear_without_a_daemon_and_the_capture_sees_it() -> Result<()> {
-    let world = World::without_daemons(Options::default())?;
-    let watch = world.watch_link("harness")?;
-    for address in world.server.addresses() {
-        let answer = http(&world.client.place, address, "?marker=in-clear")?;
+    let testbed = Testbed::without_daemons(Options::default())?;
+    let watch = testbed.watch_link("harness")?;
+    for address in testbed.server.addresses() {
+        let answer = http(&testbed.client.place, address, "?marker=in-clear")?;
         ensure!(answer.body.contains("marker=in-clear"), "{}", answer.body);
         ensure!(answer.body.contains(&answer.local), "{} is not in {}", answer.local, answer.body);
     }
@@ -30,26 +30,26 @@ fn pods_talk_in_clear_without_a_daemon_and_the_capture_sees_it() -> Result<()> {
     ensure!(packets.attempts_by_port().get(&HTTP) == Some(&2), "{:?}", packets.attempts_by_port());
     ensure!(ztunnel_tests::wire::tunnels_only(&packets).is_err(), "plain HTTP passed for a tunnel");
 
-    let mut held = Held::open(&world.client.place, lines_at(world.server.v6))?;
-    ensure!(held.say()? == world.client.v6);
+    let mut held = Held::open(&testbed.client.place, lines_at(testbed.server.v6))?;
+    ensure!(held.say()? == testbed.client.v6);
     let mut load = Load::start(
-        &world.client.place,
+        &testbed.client.place,
         600,
-        &[(world.server.v4, HTTP).into(), (world.server.v6, HTTP).into()],
+        &[(testbed.server.v4, HTTP).into(), (testbed.server.v6, HTTP).into()],
     )?;
     load.goes_on(500)?;
     let outcome = load.finish()?;
     ensure!(outcome.failed.is_empty() && outcome.ok >= 500, "{}", outcome.evidence());
-    let mut refused = Load::start(&world.client.place, 100, &[(world.server.v4, 1).into()])?;
+    let mut refused = Load::start(&testbed.client.place, 100, &[(testbed.server.v4, 1).into()])?;
     refused.goes_on(20)?;
     let outcome = refused.finish()?;
     ensure!(outcome.ok == 0 && outcome.failed.contains_key("refused"), "{}", outcome.evidence());
 
     drop(held);
-    world.write_pods()?;
-    let (before, prefix) = (world.machine_before().clone(), world.run.prefix().to_owned());
-    ensure!(before.differs(&prefix, &BpfMaps::default()).is_err(), "the standing world was not seen");
-    drop(world);
+    testbed.write_pods()?;
+    let (before, prefix) = (testbed.machine_before().clone(), testbed.run.prefix().to_owned());
+    ensure!(before.differs(&prefix, &BpfMaps::default()).is_err(), "the standing testbed was not seen");
+    drop(testbed);
     before.nothing_left(&prefix, &BpfMaps::default())?;
     Ok(())
 }

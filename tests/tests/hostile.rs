@@ -8,19 +8,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::hbone::{Came, impostor, inside, request, tls, until_closed};
-use common::in_world;
+use common::in_testbed;
 use http::{Method, StatusCode};
 use tokio::net::TcpStream;
 use ztunnel_tests::certificates::{Signed, Signer};
 use ztunnel_tests::mesh::{Enrolment, PLAIN};
 use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::testbed::{HTTP, On, Testbed, http, http_refused};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::{HTTP, On, World, http, http_refused};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
-fn signer(world: &World) -> Result<Signer> {
-    Signer::of_mesh(&world.setting(On::B).state)
+fn signer(testbed: &Testbed) -> Result<Signer> {
+    Signer::of_mesh(&testbed.setting(On::B).state)
 }
 
 fn tunnel_port(pod: &Pod) -> SocketAddr {
@@ -28,29 +28,29 @@ fn tunnel_port(pod: &Pod) -> SocketAddr {
 }
 
 /// One CONNECT from the pod outside the mesh, which sits in no daemon's way.
-fn connect(world: &World, own: Option<Signed>, method: Method, authority: &str) -> Result<Came> {
-    inside(&world.outsider.place.netns, async {
-        request(tls(tunnel_port(&world.server), own, &["h2"]).await?, method, authority).await
+fn connect(testbed: &Testbed, own: Option<Signed>, method: Method, authority: &str) -> Result<Came> {
+    inside(&testbed.outsider.place.netns, async {
+        request(tls(tunnel_port(&testbed.server), own, &["h2"]).await?, method, authority).await
     })
 }
 
-fn to_nginx(world: &World) -> String {
-    format!("{}:{HTTP}", world.server.v4)
+fn to_nginx(testbed: &Testbed) -> String {
+    format!("{}:{HTTP}", testbed.server.v4)
 }
 
 /// The server's daemon has the same process still, and serves.
-fn unharmed(world: &mut World) -> Result<()> {
-    world.daemon(On::B)?.process().must_run()?;
-    http(&world.client.place, world.server.v4.into(), "").context("an honest client afterwards").map(drop)
+fn unharmed(testbed: &mut Testbed) -> Result<()> {
+    testbed.daemon(On::B)?.process().must_run()?;
+    http(&testbed.client.place, testbed.server.v4.into(), "").context("an honest client afterwards").map(drop)
 }
 
 #[test]
 fn only_a_certificate_of_the_mesh_gets_in() {
-    in_world("certificates", |world| {
-        let (mesh, stranger) = (signer(world)?, Signer::stranger()?);
-        let authority = to_nginx(world);
+    in_testbed("certificates", |testbed| {
+        let (mesh, stranger) = (signer(testbed)?, Signer::stranger()?);
+        let authority = to_nginx(testbed);
         // First an honest one: the refusals below are not this test's own mistakes.
-        match connect(world, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, &authority)? {
+        match connect(testbed, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, &authority)? {
             Came::Tunnel(text) if text.contains("pod=server") => {}
             other => bail!("an honest client got {other:?}"),
         }
@@ -67,23 +67,23 @@ fn only_a_certificate_of_the_mesh_gets_in() {
         ];
         let mut said = Vec::new();
         for (what, own) in cases {
-            match connect(world, own, Method::CONNECT, &authority) {
+            match connect(testbed, own, Method::CONNECT, &authority) {
                 Ok(came) => bail!("a certificate {what} got {came:?}"),
                 Err(error) if format!("{error:#}").contains("left waiting") => bail!("{what}: {error:#}"),
                 Err(error) => said.push(format!("{what}: {}", error.root_cause())),
             }
         }
-        unharmed(world)?;
+        unharmed(testbed)?;
         Ok(said.join("; "))
     });
 }
 
 #[test]
 fn a_tunnel_leads_to_its_own_pod_only() {
-    in_world("authorities", |world| {
-        let mesh = signer(world)?;
-        let outside = format!("{}:{HTTP}", world.outside.v4);
-        let near = format!("{}:{HTTP}", world.near.v4);
+    in_testbed("authorities", |testbed| {
+        let mesh = signer(testbed)?;
+        let outside = format!("{}:{HTTP}", testbed.outside.v4);
+        let near = format!("{}:{HTTP}", testbed.near.v4);
         let mut said = Vec::new();
         for authority in [
             &outside,
@@ -94,7 +94,7 @@ fn a_tunnel_leads_to_its_own_pod_only() {
             "169.254.169.254:80",
             "server:8080",
         ] {
-            match connect(world, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, authority)? {
+            match connect(testbed, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, authority)? {
                 Came::Status(status) if status.is_client_error() || status.is_server_error() => {
                     said.push(format!("{authority}: {status}"));
                 }
@@ -103,27 +103,27 @@ fn a_tunnel_leads_to_its_own_pod_only() {
         }
         // The daemon's own ports in the pod, which would be a loop.
         for port in [15001, 15006, 15008] {
-            let authority = format!("{}:{port}", world.server.v4);
-            match connect(world, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, &authority)? {
+            let authority = format!("{}:{port}", testbed.server.v4);
+            match connect(testbed, Some(mesh.sign(&[CLIENT])?), Method::CONNECT, &authority)? {
                 Came::Status(status) if status != StatusCode::OK => {
                     said.push(format!("port {port}: {status}"))
                 }
                 other => bail!("CONNECT {authority} got {other:?}"),
             }
         }
-        let came = connect(world, Some(mesh.sign(&[CLIENT])?), Method::GET, &to_nginx(world))?;
+        let came = connect(testbed, Some(mesh.sign(&[CLIENT])?), Method::GET, &to_nginx(testbed))?;
         ensure!(matches!(came, Came::Status(status) if status.is_client_error()), "GET got {came:?}");
-        unharmed(world)?;
+        unharmed(testbed)?;
         Ok(said.join("; "))
     });
 }
 
 #[test]
 fn what_is_no_tunnel_at_all_is_closed() {
-    in_world("garbage", |world| {
-        let mesh = signer(world)?;
-        let to = tunnel_port(&world.server);
-        let netns = &world.outsider.place.netns;
+    in_testbed("garbage", |testbed| {
+        let mesh = signer(testbed)?;
+        let to = tunnel_port(&testbed.server);
+        let netns = &testbed.outsider.place.netns;
         let random: Vec<u8> = (0..4096).map(|_| rand::random()).collect();
         let cases: [(&str, &[u8]); 4] = [
             ("random bytes", &random),
@@ -149,7 +149,7 @@ fn what_is_no_tunnel_at_all_is_closed() {
             request(tls(to, Some(no_alpn), &["http/1.1"]).await?, Method::CONNECT, "10.80.2.10:8080").await
         });
         ensure!(came.is_err(), "another protocol than h2 got {came:?}");
-        unharmed(world)?;
+        unharmed(testbed)?;
         Ok("random bytes, HTTP/1, HTTP/2 in clear, half a record, HTTP/1 within TLS, no ALPN: all closed"
             .to_owned())
     });
@@ -157,16 +157,16 @@ fn what_is_no_tunnel_at_all_is_closed() {
 
 #[test]
 fn a_server_with_another_identity_is_not_spoken_to() {
-    in_world("impostors", |world| {
-        let (mesh, stranger) = (signer(world)?, Signer::stranger()?);
-        let pod = world.outside.clone();
+    in_testbed("impostors", |testbed| {
+        let (mesh, stranger) = (signer(testbed)?, Signer::stranger()?);
+        let pod = testbed.outside.clone();
         // From now on the mesh says: that pod takes tunnels, as plain/outside.
-        let yaml = std::fs::read_to_string(world.mesh.path().join("pod-outside.yaml"))?;
+        let yaml = std::fs::read_to_string(testbed.mesh.path().join("pod-outside.yaml"))?;
         let native =
             yaml.replace("    app: outside\n", "    app: outside\n    networking.istio.io/tunnel: http\n");
         ensure!(native != yaml, "the pod's labels are not where this test looks for them");
-        world.mesh.pod(PLAIN, &pod, Enrolment::Inherit)?;
-        world.mesh.write("pod-outside", &native)?;
+        testbed.mesh.pod(PLAIN, &pod, Enrolment::Inherit)?;
+        testbed.mesh.write("pod-outside", &native)?;
         let honest = "spiffe://cluster.local/ns/plain/sa/outside";
         let other = "spiffe://cluster.local/ns/plain/sa/other";
         let cases = [
@@ -181,7 +181,7 @@ fn a_server_with_another_identity_is_not_spoken_to() {
             let server = impostor(&pod.place.netns, own, Arc::clone(&served))?;
             // The impostor refuses every stream, so no request succeeds; the question is whether one is made.
             let refusal = eventually(PATIENCE, || {
-                let refusal = http_refused(&world.client.place, pod.v4.into())?;
+                let refusal = http_refused(&testbed.client.place, pod.v4.into())?;
                 ensure!(!trusted || served.load(Ordering::SeqCst) > 0, "no request arrived: {refusal}");
                 Ok(refusal)
             })

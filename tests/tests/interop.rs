@@ -9,29 +9,29 @@ use common::envoy::{
     Side, address, cluster, connect_route, connection_manager, everywhere, extension, http2, router, start,
     tls_socket,
 };
-use common::in_world;
+use common::in_testbed;
 use serde_json::{Value, json};
 use ztunnel_tests::certificates::{Signed, Signer};
 use ztunnel_tests::mesh::PLAIN;
 use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::testbed::{HTTP, On, Options, Testbed, curl, http, http_refused};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::HBONE_PORT;
-use ztunnel_tests::world::{HTTP, On, Options, World, curl, http, http_refused};
 
 const ENTRANCE: u16 = 10000;
 
 #[test]
 fn envoy_as_client_reaches_a_pod_of_the_mesh() {
-    in_world("Envoy as client", |world| {
-        let (pod, server) = (world.outsider.clone(), world.server.clone());
-        world.mesh.peer_authentication("STRICT")?;
+    in_testbed("Envoy as client", |testbed| {
+        let (pod, server) = (testbed.outsider.clone(), testbed.server.clone());
+        testbed.mesh.peer_authentication("STRICT")?;
         eventually(PATIENCE, || http_refused(&pod.place, server.v4.into()))?;
         let mut evidence = Vec::new();
         for address in server.addresses() {
-            let mesh = signer(world)?;
+            let mesh = signer(testbed)?;
             let own = mesh.sign(&[&identity(PLAIN, "outsider")])?;
-            let config = client(&files(world, &pod, &own, &mesh)?, address, &identity("demo", "server"));
-            let mut envoy = start(world, &pod, &config)?;
+            let config = client(&files(testbed, &pod, &own, &mesh)?, address, &identity("demo", "server"));
+            let mut envoy = start(testbed, &pod, &config)?;
             let entrance = format!("http://127.0.0.1:{ENTRANCE}/");
             let answer = eventually(PATIENCE, || curl(&pod.place, &[&entrance]))
                 .with_context(|| format!("through Envoy to {address}: {}", envoy.log().tail(5)))?;
@@ -49,21 +49,21 @@ fn envoy_as_client_reaches_a_pod_of_the_mesh() {
 
 #[test]
 fn a_pod_of_the_mesh_reaches_envoy_as_server() {
-    in_world("Envoy as server", |world| {
-        let pod = world.outside.clone();
-        let mesh = signer(world)?;
+    in_testbed("Envoy as server", |testbed| {
+        let pod = testbed.outside.clone();
+        let mesh = signer(testbed)?;
         let own = mesh.sign(&[&identity(PLAIN, "outside")])?;
-        let config = server(&files(world, &pod, &own, &mesh)?, &identity("demo", "client"));
-        let envoy = start(world, &pod, &config)?;
-        let yaml = std::fs::read_to_string(world.mesh.path().join("pod-outside.yaml"))?;
+        let config = server(&files(testbed, &pod, &own, &mesh)?, &identity("demo", "client"));
+        let envoy = start(testbed, &pod, &config)?;
+        let yaml = std::fs::read_to_string(testbed.mesh.path().join("pod-outside.yaml"))?;
         let native =
             yaml.replace("    app: outside\n", "    app: outside\n    networking.istio.io/tunnel: http\n");
         ensure!(native != yaml, "the pod's labels are not where this test looks for them");
-        world.mesh.write("pod-outside", &native)?;
+        testbed.mesh.write("pod-outside", &native)?;
         let mut evidence = Vec::new();
         for address in pod.addresses() {
             let answer = eventually(PATIENCE, || {
-                let answer = http(&world.client.place, address, "")?;
+                let answer = http(&testbed.client.place, address, "")?;
                 // Envoy delivers from its own address: any other is a connection that went past it.
                 ensure!(answer.body.contains("client=127.0.0.1"), "not through the tunnel: {}", answer.body);
                 Ok(answer)
@@ -71,12 +71,12 @@ fn a_pod_of_the_mesh_reaches_envoy_as_server() {
             .with_context(|| format!("{address}; Envoy: {}", envoy.log().tail(5)))?;
             ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
             for _ in 0..20 {
-                http(&world.client.place, address, "").context("once more")?;
+                http(&testbed.client.place, address, "").context("once more")?;
             }
             evidence.push(format!("{address}: {}", answer.body));
         }
         // Envoy was told to expect the client: it refuses the other service account.
-        http_refused(&world.other.place, pod.v4.into())?;
+        http_refused(&testbed.other.place, pod.v4.into())?;
         Ok(format!("21 requests each: {}; another service account is refused by Envoy", evidence.join("; ")))
     });
 }
@@ -84,16 +84,16 @@ fn a_pod_of_the_mesh_reaches_envoy_as_server() {
 /// A control: what the tests above tell Envoy is right, with Envoy on both ends and no daemon at all.
 #[test]
 fn envoy_understands_itself() -> Result<()> {
-    let world = World::without_daemons(Options::default())?;
+    let testbed = Testbed::without_daemons(Options::default())?;
     let root = Signer::stranger()?;
-    let (from, to) = (world.outsider.clone(), world.outside.clone());
+    let (from, to) = (testbed.outsider.clone(), testbed.outside.clone());
     let [client_id, server_id] = [identity(PLAIN, "outsider"), identity(PLAIN, "outside")];
     let own = root.sign(&[&server_id])?;
-    let served = start(&world, &to, &server(&files(&world, &to, &own, &root)?, &client_id))?;
+    let served = start(&testbed, &to, &server(&files(&testbed, &to, &own, &root)?, &client_id))?;
     for address in to.addresses() {
         let own = root.sign(&[&client_id])?;
         let mut dialled =
-            start(&world, &from, &client(&files(&world, &from, &own, &root)?, address, &server_id))?;
+            start(&testbed, &from, &client(&files(&testbed, &from, &own, &root)?, address, &server_id))?;
         let answer = eventually(PATIENCE, || curl(&from.place, &[&format!("http://127.0.0.1:{ENTRANCE}/")]))
             .with_context(|| format!("{}; {}", served.log().tail(5), dialled.log().tail(5)))?;
         ensure!(answer.body.starts_with("pod=outside client=127.0.0.1"), "{}", answer.body);
@@ -102,8 +102,8 @@ fn envoy_understands_itself() -> Result<()> {
     Ok(())
 }
 
-fn signer(world: &World) -> Result<Signer> {
-    Signer::of_mesh(&world.setting(On::B).state)
+fn signer(testbed: &Testbed) -> Result<Signer> {
+    Signer::of_mesh(&testbed.setting(On::B).state)
 }
 
 fn identity(namespace: &str, service_account: &str) -> String {
@@ -117,9 +117,9 @@ struct Files {
     root: String,
 }
 
-fn files(world: &World, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files> {
+fn files(testbed: &Testbed, pod: &Pod, own: &Signed, root: &Signer) -> Result<Files> {
     let write = |name: &str, text: &str| -> Result<String> {
-        let path = world.run.path("state").join(format!("{}-{name}", pod.name));
+        let path = testbed.run.path("state").join(format!("{}-{name}", pod.name));
         std::fs::write(&path, text)?;
         Ok(path.display().to_string())
     };

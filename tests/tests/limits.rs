@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use common::hbone::{inside, tls};
-use common::{in_world, in_world_that};
+use common::{in_testbed, in_testbed_that};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ztunnel_tests::binaries;
 use ztunnel_tests::certificates::Signer;
@@ -16,8 +16,8 @@ use ztunnel_tests::memory::MemoryLimit;
 use ztunnel_tests::peer::open::Outcome;
 use ztunnel_tests::place::Place;
 use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::testbed::{BOTH, HTTP, On, Testbed, http};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::{BOTH, HTTP, On, World, http};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
@@ -87,51 +87,51 @@ fn stalled((from, to): (&Pod, &Pod), count: usize, (neighbour, server): (&Pod, &
     Ok(Seen { opened, coming, there })
 }
 
-fn metric(world: &World, on: On, name: &str) -> Result<f64> {
-    let text = world.setting(on).metrics()?;
+fn metric(testbed: &Testbed, on: On, name: &str) -> Result<f64> {
+    let text = testbed.setting(on).metrics()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.with_context(|| format!("no {name}"))?.parse().context("not a number")
 }
 
 /// Both daemons live, hold no more than they may, and this is told of them.
-fn bounded(world: &mut World, what: &str) -> Result<String> {
+fn bounded(testbed: &mut Testbed, what: &str) -> Result<String> {
     for on in BOTH {
-        world.daemon(on)?.process().must_run()?;
-        let held = metric(world, on, "ztunnel_buffer_bytes")?;
+        testbed.daemon(on)?.process().must_run()?;
+        let held = metric(testbed, on, "ztunnel_buffer_bytes")?;
         ensure!(held <= 128e6 * 1.1, "{what}: {on:?} holds {held} bytes");
     }
-    let shed = BOTH.map(|on| metric(world, on, "ztunnel_connections_shed_total"));
+    let shed = BOTH.map(|on| metric(testbed, on, "ztunnel_connections_shed_total"));
     let [a, b] = shed;
     Ok(format!("{} and {} shed", a?, b?))
 }
 
-/// In a world whose daemons have [`MEMORY`].
-fn in_little_memory(name: &str, act: impl FnOnce(&mut World, &mut Vec<String>) -> Result<()>) {
-    in_world_that(
+/// In a testbed whose daemons have [`MEMORY`].
+fn in_little_memory(name: &str, act: impl FnOnce(&mut Testbed, &mut Vec<String>) -> Result<()>) {
+    in_testbed_that(
         name,
-        |world| {
-            world.start_with(&["--buffer-memory".to_owned(), BUFFERS.to_owned()]);
+        |testbed| {
+            testbed.start_with(&["--buffer-memory".to_owned(), BUFFERS.to_owned()]);
             Ok(Vec::new())
         },
-        |world, limits| {
+        |testbed, limits| {
             for on in BOTH {
-                let daemon = world.daemon(on)?;
+                let daemon = testbed.daemon(on)?;
                 // What it uses already counts elsewhere.
                 let (pid, used) = (daemon.process().pid(), daemon.memory()?);
-                let own = &world.setting(on).place.cgroup;
-                let name = format!("{}-memory-{on:?}", world.run.prefix());
+                let own = &testbed.setting(on).place.cgroup;
+                let name = format!("{}-memory-{on:?}", testbed.run.prefix());
                 let limit = MemoryLimit::new(&name, own, MEMORY - used)?;
                 limit.hold(pid)?;
                 limits.push(limit);
             }
             let mut said = Vec::new();
-            act(world, &mut said)?;
+            act(testbed, &mut said)?;
             for limit in limits.iter() {
                 limit.must_not_have_killed()?;
                 said.push(format!("at most {} MiB", limit.peak()? >> 20));
             }
             limits.clear();
-            http(&world.client.place, world.server.v4.into(), "").context("afterwards")?;
+            http(&testbed.client.place, testbed.server.v4.into(), "").context("afterwards")?;
             Ok(said.join("; "))
         },
     );
@@ -139,10 +139,10 @@ fn in_little_memory(name: &str, act: impl FnOnce(&mut World, &mut Vec<String>) -
 
 #[test]
 fn what_nobody_reads_does_not_use_up_the_memory_of_a_daemon() {
-    in_little_memory("stalled", |world, said| {
-        let [client, other] = [world.client.clone(), world.other.clone()];
-        let [near, server] = [world.near.clone(), world.server.clone()];
-        let [outsider, outside] = [world.outsider.clone(), world.outside.clone()];
+    in_little_memory("stalled", |testbed, said| {
+        let [client, other] = [testbed.client.clone(), testbed.other.clone()];
+        let [near, server] = [testbed.near.clone(), testbed.server.clone()];
+        let [outsider, outside] = [testbed.outsider.clone(), testbed.outside.clone()];
         let many = count(STALLED_BY_TUNNEL)?;
         let plain = (&outsider, &outside);
         // What the machine makes of it without a mesh.
@@ -156,7 +156,7 @@ fn what_nobody_reads_does_not_use_up_the_memory_of_a_daemon() {
             ("to a pod outside the mesh", (&client, &outside), STALLED),
         ] {
             let seen = stalled(whom, count, meshed)?;
-            said.push(format!("{what}: {seen}, {}", bounded(world, what)?));
+            said.push(format!("{what}: {seen}, {}", bounded(testbed, what)?));
         }
         Ok(())
     });
@@ -164,11 +164,12 @@ fn what_nobody_reads_does_not_use_up_the_memory_of_a_daemon() {
 
 #[test]
 fn tunnels_that_nobody_uses_cost_no_other_its_own() {
-    in_little_memory("idle tunnels", |world, said| {
-        let mesh = Signer::of_mesh(&world.setting(On::B).state)?;
-        let to = (world.server.v4, 15008).into();
+    in_little_memory("idle tunnels", |testbed, said| {
+        let mesh = Signer::of_mesh(&testbed.setting(On::B).state)?;
+        let to = (testbed.server.v4, 15008).into();
         let many = count(IDLE_TUNNELS)?;
-        let [other, server, outsider] = [world.other.clone(), world.server.clone(), world.outsider.clone()];
+        let [other, server, outsider] =
+            [testbed.other.clone(), testbed.server.clone(), testbed.outsider.clone()];
         said.push(format!("idle: p99 {:.1} ms", p99(&requests(&other.place, &server, 3)?)));
         // Of several identities, as one may have a part of a pod's tunnels only.
         let own = |account| mesh.sign(&[&format!("spiffe://cluster.local/ns/demo/sa/{account}")]);
@@ -200,22 +201,22 @@ fn tunnels_that_nobody_uses_cost_no_other_its_own() {
             let (opened, coming) = (format!("{many} tunnels"), coming.context("it was asked")?);
             anyhow::Ok(Seen { opened, coming, there })
         })?;
-        said.push(format!("{busy}, {}", bounded(world, "idle tunnels")?));
+        said.push(format!("{busy}, {}", bounded(testbed, "idle tunnels")?));
         Ok(())
     });
 }
 
 #[test]
 fn a_flood_of_frames_is_cut_and_a_neighbour_served() {
-    in_world("floods", |world| {
-        let mesh = Signer::of_mesh(&world.setting(On::B).state)?;
-        let to = (world.server.v4, 15008).into();
-        let netns = world.outsider.place.netns.clone();
+    in_testbed("floods", |testbed| {
+        let mesh = Signer::of_mesh(&testbed.setting(On::B).state)?;
+        let to = (testbed.server.v4, 15008).into();
+        let netns = testbed.outsider.place.netns.clone();
         let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
         let ping = [&[0, 0, 8, 6, 0, 0, 0, 0, 0][..], b"12345678"].concat();
         let update = [0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1].to_vec();
         let priority = [&[0, 0, 5, 2, 0, 0, 0, 0, 1][..], &[0, 0, 0, 0, 9]].concat();
-        let idle = requests(&world.other.place, &world.server, 3)?;
+        let idle = requests(&testbed.other.place, &testbed.server, 3)?;
         let mut said = vec![format!("idle: p99 {:.1} ms", idle.p99 / 1000.0)];
         for (what, frame) in [
             ("SETTINGS", settings.to_vec()),
@@ -238,7 +239,7 @@ fn a_flood_of_frames_is_cut_and_a_neighbour_served() {
                 Ok(ended.is_err() || heard.windows(17).any(calm))
             })?;
             ensure!(cut, "a flood of {what} was not told to be calm");
-            let busy = requests(&world.other.place, &world.server, 3)?;
+            let busy = requests(&testbed.other.place, &testbed.server, 3)?;
             said.push(format!("after {what}: p99 {:.1} ms", busy.p99 / 1000.0));
         }
         Ok(said.join("; "))
@@ -247,22 +248,24 @@ fn a_flood_of_frames_is_cut_and_a_neighbour_served() {
 
 #[test]
 fn half_open_handshakes_keep_no_peer_out() {
-    in_world("half open", |world| {
-        let to = std::net::SocketAddr::from((world.server.v4, 15008));
-        let outsider = world.outsider.place.netns.clone();
+    in_testbed("half open", |testbed| {
+        let to = std::net::SocketAddr::from((testbed.server.v4, 15008));
+        let outsider = testbed.outsider.place.netns.clone();
         let opened = outsider.enter(|| {
             let open = || std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5));
             Ok((0..1500).filter_map(|_| open().ok()).collect::<Vec<_>>())
         })?;
         // Each from a tunnel of its own: the pod that asks has none yet to that port of the address.
-        let mesh = Signer::of_mesh(&world.setting(On::B).state)?;
+        let mesh = Signer::of_mesh(&testbed.setting(On::B).state)?;
         for _ in 0..10 {
             let certificate = mesh.sign(&[CLIENT])?;
-            inside(&world.outside.place.netns, async { tls(to, Some(certificate), &["h2"]).await.map(drop) })
-                .context("an honest handshake")?;
+            inside(&testbed.outside.place.netns, async {
+                tls(to, Some(certificate), &["h2"]).await.map(drop)
+            })
+            .context("an honest handshake")?;
         }
         drop(opened);
-        eventually(PATIENCE, || http(&world.client.place, world.server.v4.into(), "").map(drop))?;
+        eventually(PATIENCE, || http(&testbed.client.place, testbed.server.v4.into(), "").map(drop))?;
         Ok("1,500 begun and not finished, 10 of 10 others done".to_owned())
     });
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::hbone::{Came, inside, request, tls};
-use common::in_world_that;
+use common::in_testbed_that;
 use http::Method;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -20,11 +20,11 @@ use ztunnel_tests::istiod;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::eventually;
 use ztunnel_tests::process::Process;
-use ztunnel_tests::stories::outage::nothing_in_clear;
+use ztunnel_tests::scenarios::outage::nothing_in_clear;
+use ztunnel_tests::testbed::istio::{Istio, behind, service};
+use ztunnel_tests::testbed::{HTTP, LINES, On, SERVICE_IPS, Testbed, curl, http, refused};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::{HBONE_PORT, Watch, tunnels_only};
-use ztunnel_tests::world::istio::{Istio, behind, service};
-use ztunnel_tests::world::{HTTP, LINES, On, SERVICE_IPS, World, curl, http, refused};
 
 const SETTLE: Duration = Duration::from_secs(20);
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
@@ -33,9 +33,9 @@ const GATEWAY: &str = "spiffe://cluster.local/ns/istio-system/sa/gateway";
 const HOST: &str = "shop.demo.svc.cluster.local";
 const WAYPOINT_PORT: u16 = 15088;
 
-fn in_istio(name: &str, act: impl FnOnce(&mut World, &mut Istio) -> Result<String>) {
-    in_world_that(name, World::under_istio, |world, istio| {
-        let told = act(world, istio)?;
+fn in_istio(name: &str, act: impl FnOnce(&mut Testbed, &mut Istio) -> Result<String>) {
+    in_testbed_that(name, Testbed::under_istio, |testbed, istio| {
+        let told = act(testbed, istio)?;
         ensure!(istio.discovery.rejected().is_empty(), "rejected: {:?}", istio.discovery.rejected());
         Ok(told)
     });
@@ -54,8 +54,8 @@ fn gateway(network: &str, ip: Ipv4Addr) -> Option<workload::GatewayAddress> {
     Some(workload::GatewayAddress { destination: Some(destination), hbone_mtls_port: HBONE_PORT.into() })
 }
 
-fn start_envoy(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
+fn start_envoy(testbed: &Testbed, pod: &Pod, config: &Value) -> Result<Process> {
+    let path = testbed.run.path("state").join(format!("{}-envoy.json", pod.name));
     std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
     let mut command = pod.place.command(binaries::envoy()?)?;
     command.arg("-c").arg(&path).args(["--use-dynamic-base-id", "--concurrency", "1"]);
@@ -124,9 +124,9 @@ fn tunnelled(pod: &Pod, protocol: workload::application_tunnel::Protocol, port: 
 
 #[test]
 fn a_waypoint_behind_the_proxy_is_told_who_comes_and_where_to() {
-    in_istio("sandwich", |world, istio| {
-        let (client, server) = (world.client.clone(), world.server.clone());
-        let waypoint = start_envoy(world, &server, &waypoint())?;
+    in_istio("sandwich", |testbed, istio| {
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
+        let waypoint = start_envoy(testbed, &server, &waypoint())?;
         let proxy = workload::application_tunnel::Protocol::Proxy;
         istio.discovery.workload(tunnelled(&server, proxy, WAYPOINT_PORT));
         let mut shop = service("shop");
@@ -150,7 +150,7 @@ fn a_waypoint_behind_the_proxy_is_told_who_comes_and_where_to() {
         for _ in 0..20 {
             curl(&client.place, &[&format!("http://{vip}/")])?;
         }
-        curl(&world.other.place, &["-o", "/dev/null", &format!("http://{vip}/large")])
+        curl(&testbed.other.place, &["-o", "/dev/null", &format!("http://{vip}/large")])
             .context("much at once")?;
         waypoint.log().wait_line(0, SETTLE, "the other client", |line| line.contains("/sa/other"))?;
         // By its own address the same.
@@ -181,8 +181,8 @@ fn signed(istio: &Istio, identity: &str) -> Result<Signed> {
 
 #[test]
 fn a_name_leads_to_a_service_of_the_pod_only() {
-    in_istio("names", |world, istio| {
-        let server = world.server.clone();
+    in_istio("names", |testbed, istio| {
+        let server = testbed.server.clone();
         let mut own = behind(istiod::workload(&server), "shop");
         let ports = own.services.values_mut().next().context("it is behind no service")?;
         ports.ports.push(workload::Port { service_port: 81, target_port: 15008, ..Default::default() });
@@ -191,7 +191,7 @@ fn a_name_leads_to_a_service_of_the_pod_only() {
         istio.discovery.workload(own);
         let ask = |authority: &str| {
             let own = signed(istio, CLIENT)?;
-            inside(&world.outsider.place.netns, async {
+            inside(&testbed.outsider.place.netns, async {
                 let stream = tls((server.v4, HBONE_PORT).into(), Some(own), &["h2"]).await?;
                 request(stream, Method::CONNECT, authority).await
             })
@@ -223,10 +223,10 @@ fn a_name_leads_to_a_service_of_the_pod_only() {
 
 /// The gateway of a network: it takes tunnels, and carries what is in one for the service, which it cannot read, to
 /// the pod's own tunnel port.
-fn east_west(world: &World, istio: &Istio, pod: &Pod, to: &Pod) -> Result<Value> {
+fn east_west(testbed: &Testbed, istio: &Istio, pod: &Pod, to: &Pod) -> Result<Value> {
     let (chain, key) = istio.authority.keys().for_peer(GATEWAY);
     let write = |name: &str, text: &str| -> Result<String> {
-        let path = world.run.path("state").join(format!("{}-{name}", pod.name));
+        let path = testbed.run.path("state").join(format!("{}-{name}", pod.name));
         std::fs::write(&path, text)?;
         Ok(path.display().to_string())
     };
@@ -284,11 +284,11 @@ fn east_west(world: &World, istio: &Istio, pod: &Pod, to: &Pod) -> Result<Value>
 }
 
 /// Has the nodes be two networks: the server in `far`, everybody else in `near`, and `pod` the gateway of `far`.
-fn divide(world: &World, istio: &Istio, pod: &Pod) {
-    for here in [&world.client, &world.other, &world.near] {
+fn divide(testbed: &Testbed, istio: &Istio, pod: &Pod) {
+    for here in [&testbed.client, &testbed.other, &testbed.near] {
         istio.discovery.workload(workload::Workload { network: "near".to_owned(), ..istiod::workload(here) });
     }
-    let mut server = behind(istiod::workload(&world.server), "shop");
+    let mut server = behind(istiod::workload(&testbed.server), "shop");
     server.network = "far".to_owned();
     server.network_gateway = gateway("far", pod.v4);
     for ports in server.services.values_mut() {
@@ -325,8 +325,8 @@ fn shop(identities: &[&str]) -> workload::Service {
     shop
 }
 
-fn connections(world: &World, on: On, pod: &Pod, direction: &str) -> Result<Vec<Value>> {
-    let (status, body) = world.setting(on).ask("GET", "/config_dump")?;
+fn connections(testbed: &Testbed, on: On, pod: &Pod, direction: &str) -> Result<Vec<Value>> {
+    let (status, body) = testbed.setting(on).ask("GET", "/config_dump")?;
     ensure!(status == 200, "status {status}");
     let dump: Value = serde_json::from_slice(&body)?;
     let list = &dump["workloadState"][istiod::uid(pod)]["connections"][direction];
@@ -339,10 +339,10 @@ fn connections(world: &World, on: On, pod: &Pod, direction: &str) -> Result<Vec<
 #[test]
 fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
     const REQUESTS: usize = 20;
-    in_istio("two networks", |world, istio| {
-        let (client, server, pod) = (world.client.clone(), world.server.clone(), world.outside.clone());
-        let gateway = start_envoy(world, &pod, &east_west(world, istio, &pod, &server)?)?;
-        divide(world, istio, &pod);
+    in_istio("two networks", |testbed, istio| {
+        let (client, server, pod) = (testbed.client.clone(), testbed.server.clone(), testbed.outside.clone());
+        let gateway = start_envoy(testbed, &pod, &east_west(testbed, istio, &pod, &server)?)?;
+        divide(testbed, istio, &pod);
         let url = format!("http://{}/?marker=secret", SERVICE_IPS[0]);
         let expected = format!("pod=server client={} marker=secret", pod.v4);
         eventually(SETTLE, || {
@@ -352,9 +352,9 @@ fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
         })
         .with_context(|| gateway.log().tail(5))?;
 
-        let link = world.watch_link("networks-link")?;
+        let link = testbed.watch_link("networks-link")?;
         let before = Watch::start(&pod.place, "eth0", "networks-gateway", "")?;
-        let logs = [On::A, On::B].map(|on| world.setting(on).log());
+        let logs = [On::A, On::B].map(|on| testbed.setting(on).log());
         let marks = logs.each_ref().map(|log| log.mark());
         let mark = gateway.log().mark();
         for _ in 0..REQUESTS {
@@ -401,7 +401,7 @@ fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
             ),
             (On::B, ["reporter=\"destination\"", "source_workload=\"client\"", "source_principal=\"spiffe"]),
         ] {
-            let metrics = world.setting(on).metrics()?;
+            let metrics = testbed.setting(on).metrics()?;
             let service = format!("destination_service=\"{HOST}\"");
             let found = metrics.lines().any(|line| {
                 line.starts_with("istio_tcp_connections_opened_total")
@@ -428,12 +428,12 @@ fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
         let lines: SocketAddr = (SERVICE_IPS[0].parse::<IpAddr>()?, LINES).into();
         let mut held = Held::open(&client.place, lines)?;
         eventually(SETTLE, || {
-            let outbound = connections(world, On::A, &client, "outbound")?;
+            let outbound = connections(testbed, On::A, &client, "outbound")?;
             let double = outbound.iter().find(|open| open["protocol"] == "DOUBLEHBONE");
             let double = double.with_context(|| format!("{outbound:?}"))?;
             ensure!(double["originalDst"] == lines.to_string(), "{double}");
             ensure!(double["actualDst"] == format!("{}:{HBONE_PORT}", pod.v4), "{double}");
-            let inbound = connections(world, On::B, &server, "inbound")?;
+            let inbound = connections(testbed, On::B, &server, "inbound")?;
             let named = inbound.iter().find(|open| open["originalDst"] == HOST);
             let named = named.with_context(|| format!("{inbound:?}"))?;
             ensure!(named["protocol"] == "HBONE", "{named}");
@@ -443,7 +443,7 @@ fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
         held.say()?;
         // Much of it at a time, and what stays on the node as before.
         curl(&client.place, &["-o", "/dev/null", &format!("http://{}/large", SERVICE_IPS[0])])?;
-        let near = http(&client.place, world.near.v4.into(), "")?;
+        let near = http(&client.place, testbed.near.v4.into(), "")?;
         ensure!(near.body.contains(&format!("pod=near client={}", client.v4)), "{}", near.body);
         Ok(format!(
             "{REQUESTS} requests: {opened} TLS 1.3 connections at the gateway, {} encrypted records; {}; {}; {}",
@@ -457,10 +457,10 @@ fn another_network_is_reached_through_its_gateway_which_sees_nothing() {
 
 #[test]
 fn whoever_is_not_expected_beyond_or_at_a_gateway_is_not_spoken_to() {
-    in_istio("two networks, wrong identities", |world, istio| {
-        let (client, server, pod) = (world.client.clone(), world.server.clone(), world.outside.clone());
-        let gateway = start_envoy(world, &pod, &east_west(world, istio, &pod, &server)?)?;
-        divide(world, istio, &pod);
+    in_istio("two networks, wrong identities", |testbed, istio| {
+        let (client, server, pod) = (testbed.client.clone(), testbed.server.clone(), testbed.outside.clone());
+        let gateway = start_envoy(testbed, &pod, &east_west(testbed, istio, &pod, &server)?)?;
+        divide(testbed, istio, &pod);
         let url = format!("http://{}/", SERVICE_IPS[0]);
         let works = || {
             eventually(SETTLE, || {
@@ -471,7 +471,7 @@ fn whoever_is_not_expected_beyond_or_at_a_gateway_is_not_spoken_to() {
             .with_context(|| gateway.log().tail(5))
         };
         works()?;
-        let (log, served) = (world.setting(On::A).log(), world.setting(On::B).log());
+        let (log, served) = (testbed.setting(On::A).log(), testbed.setting(On::B).log());
         let mut said = Vec::new();
         // Refused, and for this reason; nothing reaches the server's application, and nothing the gateway if that is
         // the one who is somebody else.

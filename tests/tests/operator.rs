@@ -10,13 +10,13 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::{act_in, in_world, in_world_that};
+use common::{act_in, in_testbed, in_testbed_that};
 use nix::sys::signal::Signal;
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::process::sh;
+use ztunnel_tests::testbed::{On, Options, Testbed, Traces, http};
 use ztunnel_tests::topology::Pod;
 use ztunnel_tests::wire::tunnels_only;
-use ztunnel_tests::world::{On, Options, Traces, World, http};
 
 /// Longer than a change that is doubtful waits until it is carried out.
 const LONGER: Duration = Duration::from_secs(5);
@@ -67,22 +67,22 @@ fn said(output: &Output) -> String {
 }
 
 /// For a while both pods are captured, and what the client sends goes through the mesh.
-fn nothing_is_released(world: &World, pods: &[&Pod], how_long: Duration) -> Result<u32> {
+fn nothing_is_released(testbed: &Testbed, pods: &[&Pod], how_long: Duration) -> Result<u32> {
     let until = Instant::now() + how_long;
     let mut asked = 0;
     while Instant::now() < until {
         for pod in pods {
             ensure!(Traces::look(&pod.place.netns)?.is_captured(), "{} is released", pod.name);
         }
-        http(&world.client.place, world.server.v4.into(), "")?;
+        http(&testbed.client.place, testbed.server.v4.into(), "")?;
         asked += 1;
     }
     Ok(asked)
 }
 
-fn wait_ready_again(world: &World, on: On) -> Result<()> {
+fn wait_ready_again(testbed: &Testbed, on: On) -> Result<()> {
     eventually(PATIENCE, || {
-        let said = world.setting(on).readiness()?;
+        let said = testbed.setting(on).readiness()?;
         ensure!(said.trim() == "ready", "{said}");
         Ok(())
     })
@@ -90,45 +90,45 @@ fn wait_ready_again(world: &World, on: On) -> Result<()> {
 
 #[test]
 fn what_looks_as_if_everything_were_gone_releases_no_pod() {
-    let prepare = |world: &mut World| {
-        let map = ConfigMap::create(world.run.path("configmap"), &whole(world.mesh.path())?)?;
-        world.read_mesh_from(On::A, map.dir.clone());
+    let prepare = |testbed: &mut Testbed| {
+        let map = ConfigMap::create(testbed.run.path("configmap"), &whole(testbed.mesh.path())?)?;
+        testbed.read_mesh_from(On::A, map.dir.clone());
         Ok(map)
     };
-    in_world_that("everything gone", prepare, |world, map| {
-        let (client, server) = (world.client.clone(), world.server.clone());
+    in_testbed_that("everything gone", prepare, |testbed, map| {
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
         let pods = [&client, &server];
         let text = fs::read_to_string(map.file())?;
         let first_pod = text.find("kind: Pod").context("no pod in the mesh")?;
         let boundary = text[..first_pod].rfind("---").context("no document before it")?;
-        let watch = world.watch_link("everything-gone")?;
+        let watch = testbed.watch_link("everything-gone")?;
         let mut asked = 0;
         // Of the file: emptied, cut between two objects, cut within one.
         for cut in [0, boundary, first_pod + 200] {
             fs::write(map.file(), &text[..cut])?;
-            asked += nothing_is_released(world, &pods, LONGER).with_context(|| format!("cut at {cut}"))?;
-            let readiness = world.setting(On::A).readiness()?;
+            asked += nothing_is_released(testbed, &pods, LONGER).with_context(|| format!("cut at {cut}"))?;
+            let readiness = testbed.setting(On::A).readiness()?;
             ensure!(readiness.starts_with("ready, with the mesh as it was"), "cut at {cut}: {readiness}");
             fs::write(map.file(), &text)?;
-            wait_ready_again(world, On::A)?;
+            wait_ready_again(testbed, On::A)?;
         }
         // In two steps, as a shell's `>` does it, and by swaps.
         fs::write(map.file(), "")?;
-        asked += nothing_is_released(world, &pods, Duration::from_millis(300))?;
+        asked += nothing_is_released(testbed, &pods, Duration::from_millis(300))?;
         fs::write(map.file(), &text)?;
         map.swap(&text)?;
         fs::rename(map.dir.join("..data"), map.dir.join("..gone"))?;
-        asked += nothing_is_released(world, &pods, Duration::from_millis(200))?;
+        asked += nothing_is_released(testbed, &pods, Duration::from_millis(200))?;
         fs::rename(map.dir.join("..gone"), map.dir.join("..data"))?;
         map.swap(&text)?;
-        asked += nothing_is_released(world, &pods, LONGER)?;
-        wait_ready_again(world, On::A)?;
+        asked += nothing_is_released(testbed, &pods, LONGER)?;
+        wait_ready_again(testbed, On::A)?;
         // Of the directory that the other node reads: emptied for a moment, and for good.
-        let (directory, aside) = (world.mesh.path().to_owned(), world.run.path("aside"));
+        let (directory, aside) = (testbed.mesh.path().to_owned(), testbed.run.path("aside"));
         for how_long in [Duration::from_millis(200), LONGER] {
             fs::rename(&directory, &aside)?;
             fs::create_dir(&directory)?;
-            asked += nothing_is_released(world, &pods, how_long).context("the directory is empty")?;
+            asked += nothing_is_released(testbed, &pods, how_long).context("the directory is empty")?;
             fs::remove_dir(&directory)?;
             fs::rename(&aside, &directory)?;
         }
@@ -140,11 +140,11 @@ fn what_looks_as_if_everything_were_gone_releases_no_pod() {
         for file in &files {
             fs::rename(file, aside.join(file.file_name().context("a name")?))?;
         }
-        asked += nothing_is_released(world, &pods, LONGER).context("without the objects of pods")?;
+        asked += nothing_is_released(testbed, &pods, LONGER).context("without the objects of pods")?;
         for file in &files {
             fs::rename(aside.join(file.file_name().context("a name")?), file)?;
         }
-        wait_ready_again(world, On::B)?;
+        wait_ready_again(testbed, On::B)?;
         let packets = watch.finish()?;
         tunnels_only(&packets)?;
         Ok(format!("{asked} requests through the mesh meanwhile, nothing in clear"))
@@ -153,25 +153,25 @@ fn what_looks_as_if_everything_were_gone_releases_no_pod() {
 
 #[test]
 fn what_is_held_is_said_and_carried_out_by_force() {
-    in_world("held", |world| {
-        let client = world.client.clone();
-        let setting = world.setting(On::A).clone();
-        let before = fs::read_to_string(world.mesh.path().join("pod-client.yaml"))?;
+    in_testbed("held", |testbed| {
+        let client = testbed.client.clone();
+        let setting = testbed.setting(On::A).clone();
+        let before = fs::read_to_string(testbed.mesh.path().join("pod-client.yaml"))?;
         // One pod of many goes without a word, though its object is only missing.
-        world.mesh.remove("pod-client")?;
+        testbed.mesh.remove("pod-client")?;
         eventually(PATIENCE, || {
             ensure!(!Traces::look(&client.place.netns)?.is_captured(), "{} is captured still", client.name);
             Ok(())
         })?;
-        world.mesh.write("pod-client", &before)?;
+        testbed.mesh.write("pod-client", &before)?;
         eventually(PATIENCE, || {
             ensure!(Traces::look(&client.place.netns)?.is_captured(), "{} is not captured yet", client.name);
             Ok(())
         })?;
-        wait_ready_again(world, On::A)?;
+        wait_ready_again(testbed, On::A)?;
 
-        for pod in world.meshed() {
-            world.mesh.remove(&format!("pod-{}", pod.name))?;
+        for pod in testbed.meshed() {
+            testbed.mesh.remove(&format!("pod-{}", pod.name))?;
         }
         let readiness = eventually(PATIENCE, || {
             let readiness = setting.readiness()?;
@@ -192,16 +192,16 @@ fn what_is_held_is_said_and_carried_out_by_force() {
         ensure!(!unforced.status.success() && said(&unforced).contains("is held"), "{}", said(&unforced));
         ensure!(Traces::look(&client.place.netns)?.is_captured(), "released without force");
         for on in [On::A, On::B] {
-            let forced = world.setting(on).command(&["reload", "--force"])?;
+            let forced = testbed.setting(on).command(&["reload", "--force"])?;
             ensure!(forced.status.success(), "{}", said(&forced));
         }
-        for pod in world.meshed() {
+        for pod in testbed.meshed() {
             eventually(PATIENCE, || {
                 ensure!(!Traces::look(&pod.place.netns)?.is_captured(), "{} is captured still", pod.name);
                 Ok(())
             })?;
         }
-        wait_ready_again(world, On::A)?;
+        wait_ready_again(testbed, On::A)?;
         let again = setting.command(&["reload"])?;
         ensure!(again.status.success(), "{}", said(&again));
         Ok(readiness)
@@ -210,25 +210,25 @@ fn what_is_held_is_said_and_carried_out_by_force() {
 
 #[test]
 fn a_start_with_fewer_pods_leaves_the_others_closed() {
-    in_world("earlier pods", |world| {
-        let (client, other) = (world.client.clone(), world.other.clone());
-        world.kill_daemon(On::A)?;
+    in_testbed("earlier pods", |testbed| {
+        let (client, other) = (testbed.client.clone(), testbed.other.clone());
+        testbed.kill_daemon(On::A)?;
         // What is left of the mesh while the daemon is away: one of three pods of the node.
         for pod in [&client, &other] {
-            world.mesh.remove(&format!("pod-{}", pod.name))?;
+            testbed.mesh.remove(&format!("pod-{}", pod.name))?;
         }
-        let watch = world.watch_link("earlier-pods")?;
-        world.start_daemon(On::A)?;
-        let setting = world.setting(On::A).clone();
+        let watch = testbed.watch_link("earlier-pods")?;
+        testbed.start_daemon(On::A)?;
+        let setting = testbed.setting(On::A).clone();
         eventually(PATIENCE, || {
             let readiness = setting.readiness()?;
             ensure!(readiness.contains("an earlier daemon captured is held"), "{readiness}");
             Ok(())
         })?;
         ensure!(Traces::look(&client.place.netns)?.is_captured(), "the client is released");
-        ensure!(http(&client.place, world.server.v4.into(), "").is_err(), "the client is open");
+        ensure!(http(&client.place, testbed.server.v4.into(), "").is_err(), "the client is open");
         // The one that is named still goes through the mesh.
-        http(&world.near.place, world.server.v4.into(), "")?;
+        http(&testbed.near.place, testbed.server.v4.into(), "")?;
         tunnels_only(&watch.finish()?)?;
         let forced = setting.command(&["reload", "--force"])?;
         ensure!(forced.status.success(), "{}", said(&forced));
@@ -236,16 +236,16 @@ fn a_start_with_fewer_pods_leaves_the_others_closed() {
             ensure!(!Traces::look(&client.place.netns)?.is_captured(), "the client is captured still");
             Ok(())
         })?;
-        wait_ready_again(world, On::A)?;
+        wait_ready_again(testbed, On::A)?;
         Ok("closed until it was confirmed".to_owned())
     });
 }
 
 #[test]
 fn a_rejected_change_is_said_everywhere() {
-    in_world("rejected", |world| {
-        world.mesh.write("broken", "kind: [")?;
-        let setting = world.setting(On::A).clone();
+    in_testbed("rejected", |testbed| {
+        testbed.mesh.write("broken", "kind: [")?;
+        let setting = testbed.setting(On::A).clone();
         let readiness = eventually(PATIENCE, || {
             let readiness = setting.readiness()?;
             ensure!(readiness.contains("is rejected") && readiness.contains("broken.yaml"), "{readiness}");
@@ -256,21 +256,21 @@ fn a_rejected_change_is_said_everywhere() {
         let shown = said(&setting.command(&["show"])?);
         ensure!(shown.starts_with("Not in force: "), "{shown}");
         ensure!(!setting.command(&["reload", "--force"])?.status.success(), "errors were forced");
-        world.mesh.remove("broken")?;
-        wait_ready_again(world, On::A)?;
+        testbed.mesh.remove("broken")?;
+        wait_ready_again(testbed, On::A)?;
         Ok(readiness)
     });
 }
 
 #[test]
 fn a_start_that_fails_leaves_the_node_as_it_was() {
-    let world = World::without_daemons(Options::default());
-    act_in(world, "busy port", |world| {
-        let client = world.client.clone();
-        let setting = world.setting(On::A).clone();
+    let testbed = Testbed::without_daemons(Options::default());
+    act_in(testbed, "busy port", |testbed| {
+        let client = testbed.client.clone();
+        let setting = testbed.setting(On::A).clone();
         let before = Traces::look(&client.place.netns)?;
         // Somebody who does not share it.
-        let taken = world.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15020))?))?;
+        let taken = testbed.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15020))?))?;
         let fails = || -> Result<String> {
             let mut daemon = setting.start()?;
             let mark = daemon.process().log().mark();
@@ -292,29 +292,29 @@ fn a_start_that_fails_leaves_the_node_as_it_was() {
             Traces::look(&client.place.netns)? == before,
             "the pod is not as it was after a late failure"
         );
-        http(&client.place, world.outside.v4.into(), "").context("the client is cut off")?;
+        http(&client.place, testbed.outside.v4.into(), "").context("the client is cut off")?;
         fs::remove_dir_all(&obstacle)?;
         // Where a daemon was before, what it captured stays captured.
-        world.start_daemons()?;
-        world.kill_daemon(On::A)?;
-        let taken = world.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15021))?))?;
+        testbed.start_daemons()?;
+        testbed.kill_daemon(On::A)?;
+        let taken = testbed.a.place.netns.enter(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, 15021))?))?;
         fails()?;
         ensure!(Traces::look(&client.place.netns)?.is_captured(), "the pod was released");
-        ensure!(http(&client.place, world.server.v4.into(), "").is_err(), "the pod is open");
+        ensure!(http(&client.place, testbed.server.v4.into(), "").is_err(), "the pod is open");
         drop(taken);
-        world.start_daemon(On::A)?;
-        eventually(PATIENCE, || http(&client.place, world.server.v4.into(), ""))?;
+        testbed.start_daemon(On::A)?;
+        eventually(PATIENCE, || http(&client.place, testbed.server.v4.into(), ""))?;
         Ok(text.lines().last().unwrap_or_default().to_owned())
     });
 }
 
 #[test]
 fn a_pod_that_cannot_answer_its_node_is_named_beforehand_and_in_the_log() {
-    let world = World::without_daemons(Options::default());
-    act_in(world, "no route", |world| {
-        let client = world.client.clone();
-        let setting = world.setting(On::A).clone();
-        let file = world.run.path("no-route.yaml");
+    let testbed = Testbed::without_daemons(Options::default());
+    act_in(testbed, "no route", |testbed| {
+        let client = testbed.client.clone();
+        let setting = testbed.setting(On::A).clone();
+        let file = testbed.run.path("no-route.yaml");
         let netns = client.place.netns.name();
         let text = format!(
             "{{apiVersion: v1, kind: Namespace, metadata: {{name: demo, labels: {{istio.io/dataplane-mode: ambient}}}}}}\n\
@@ -336,7 +336,7 @@ fn a_pod_that_cannot_answer_its_node_is_named_beforehand_and_in_the_log() {
         ensure!(!text.contains("fd16:"), "it has a route of the other family: {text}");
         // Nor is it passed over in silence by the daemon.
         let mark = setting.log().mark();
-        world.start_daemon(On::A)?;
+        testbed.start_daemon(On::A)?;
         let line = setting.log().wait_line(mark, PATIENCE, "the warning", |line| {
             line.contains("the pod has no route") && line.contains("169.254.7.127")
         })?;
@@ -344,22 +344,22 @@ fn a_pod_that_cannot_answer_its_node_is_named_beforehand_and_in_the_log() {
         let mut route = vec!["-n", netns, "route", "add"];
         route.extend(default.split_whitespace());
         sh("ip", &route)?;
-        world.kill_daemon(On::A)?;
-        world.start_daemons()?;
+        testbed.kill_daemon(On::A)?;
+        testbed.start_daemons()?;
         Ok(line)
     });
 }
 
 #[test]
 fn a_daemon_that_does_not_answer_is_named() {
-    in_world("stopped", |world| {
-        let setting = world.setting(On::A).clone();
-        let daemon = world.daemon(On::A)?;
+    in_testbed("stopped", |testbed| {
+        let setting = testbed.setting(On::A).clone();
+        let daemon = testbed.daemon(On::A)?;
         daemon.process().signal(Signal::SIGSTOP);
         let pid = daemon.process().pid();
         let shown = setting.command(&["show"]);
         let log = setting.command(&["log"]);
-        world.daemon(On::A)?.process().signal(Signal::SIGCONT);
+        testbed.daemon(On::A)?.process().signal(Signal::SIGCONT);
         for output in [shown?, log?] {
             let text = said(&output);
             ensure!(!output.status.success(), "{text}");
@@ -371,12 +371,12 @@ fn a_daemon_that_does_not_answer_is_named() {
 
 #[test]
 fn a_check_names_pods_that_will_not_be_captured_as_meant() {
-    in_world("check", |world| {
-        let setting = world.setting(On::A).clone();
+    in_testbed("check", |testbed| {
+        let setting = testbed.setting(On::A).clone();
         // It looks for network namespaces where it is the node itself that is checked.
         let host = String::from_utf8(setting.place.run("uname", &["-n"])?.stdout)?;
         let host = host.trim();
-        let mesh = world.run.path("checked");
+        let mesh = testbed.run.path("checked");
         fs::create_dir_all(&mesh)?;
         let pod = |name: &str, namespace: &str, netns: &str, ip: u8| {
             format!(
@@ -385,9 +385,9 @@ fn a_check_names_pods_that_will_not_be_captured_as_meant() {
                  10.80.9.{ip}\n"
             )
         };
-        let there = world.client.place.netns.name();
+        let there = testbed.client.place.netns.name();
         for name in ["namespace-demo", "namespace-plain"] {
-            fs::copy(world.mesh.path().join(format!("{name}.yaml")), mesh.join(format!("{name}.yaml")))?;
+            fs::copy(testbed.mesh.path().join(format!("{name}.yaml")), mesh.join(format!("{name}.yaml")))?;
         }
         let check = |strict: bool| {
             let path = mesh.display().to_string();
@@ -423,27 +423,27 @@ fn a_check_names_pods_that_will_not_be_captured_as_meant() {
 
 #[test]
 fn an_uninstallation_without_privileges_is_an_error() {
-    in_world("uninstall", |world| {
-        let setting = world.setting(On::A).clone();
-        world.kill_daemon(On::A)?;
+    in_testbed("uninstall", |testbed| {
+        let setting = testbed.setting(On::A).clone();
+        testbed.kill_daemon(On::A)?;
         let pins = setting.pins.display().to_string();
         let binary = ztunnel_tests::binaries::daemon()?.display().to_string();
         let plain = format!("setpriv --reuid 65534 --clear-groups {binary} uninstall --pin-dir {pins}");
         let plain = setting.place.run("sh", &["-c", &plain])?;
         ensure!(!plain.status.success() && said(&plain).contains("root"), "{}", said(&plain));
-        ensure!(Traces::look(&world.client.place.netns)?.is_captured(), "it removed something");
-        world.start_daemon(On::A)?;
+        ensure!(Traces::look(&testbed.client.place.netns)?.is_captured(), "it removed something");
+        testbed.start_daemon(On::A)?;
         Ok(said(&plain))
     });
 }
 
 #[test]
 fn slow_connections_do_not_starve_the_nodes_probes() {
-    in_world("starved probes", |world| {
-        let setting = world.setting(On::A).clone();
+    in_testbed("starved probes", |testbed| {
+        let setting = testbed.setting(On::A).clone();
         // From a pod, by the way its traffic takes to the node: many that say nothing.
         let node: std::net::IpAddr = "10.80.0.1".parse()?;
-        let attacker = world.outside.clone();
+        let attacker = testbed.outside.clone();
         let held = attacker.place.netns.enter(|| {
             let mut held = Vec::new();
             for port in [15021, 15020] {

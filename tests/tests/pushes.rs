@@ -6,7 +6,7 @@ mod common;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::in_world_that;
+use common::in_testbed_that;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -17,15 +17,15 @@ use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::peer::load::Load;
 use ztunnel_tests::poll::{PATIENCE, eventually};
-use ztunnel_tests::stories::outage::nothing_in_clear;
-use ztunnel_tests::world::istio::{Istio, behind, service};
-use ztunnel_tests::world::{BOTH, HTTP, On, SERVICE_IPS, World, http, http_refused, lines_at, refused};
+use ztunnel_tests::scenarios::outage::nothing_in_clear;
+use ztunnel_tests::testbed::istio::{Istio, behind, service};
+use ztunnel_tests::testbed::{BOTH, HTTP, On, SERVICE_IPS, Testbed, http, http_refused, lines_at, refused};
 
-fn under_istio(name: &str, act: impl FnOnce(&mut World, &mut Istio) -> Result<String>) {
-    in_world_that(name, World::under_istio, |world, istio| {
-        let told = act(world, istio)?;
+fn under_istio(name: &str, act: impl FnOnce(&mut Testbed, &mut Istio) -> Result<String>) {
+    in_testbed_that(name, Testbed::under_istio, |testbed, istio| {
+        let told = act(testbed, istio)?;
         for on in BOTH {
-            world.agent(on)?.check()?;
+            testbed.agent(on)?.check()?;
         }
         Ok(told)
     });
@@ -64,32 +64,32 @@ fn strict() -> Authorization {
 const STRICT: &str = "istio-system/istio_converted_static_strict";
 
 /// The server, which names these policies.
-fn server(world: &World, policies: &[&str]) -> Change {
+fn server(testbed: &Testbed, policies: &[&str]) -> Change {
     let authorization_policies = policies.iter().map(|name| (*name).to_owned()).collect();
-    Change::workload(workload::Workload { authorization_policies, ..istiod::workload(&world.server) })
+    Change::workload(workload::Workload { authorization_policies, ..istiod::workload(&testbed.server) })
 }
 
 /// One mesh after another. In all of them the client is allowed, and the other pod is not.
-fn meshes(world: &World) -> Vec<Vec<Change>> {
+fn meshes(testbed: &Testbed) -> Vec<Vec<Change>> {
     use security::Action::{Allow, Deny};
     use security::Scope::{Namespace, WorkloadSelector};
     vec![
         // A first policy with a selector takes the place of one for the namespace.
         vec![
-            server(world, &["demo/p"]),
+            server(testbed, &["demo/p"]),
             Change::policy(about("p", WorkloadSelector, Allow, "client")),
             Change::remove(AUTHORIZATION, "demo/all"),
         ],
         // Another one takes its place, and the namespace becomes STRICT.
         vec![
-            server(world, &["demo/q", STRICT]),
+            server(testbed, &["demo/q", STRICT]),
             Change::policy(about("q", WorkloadSelector, Deny, "other")),
             Change::policy(strict()),
             Change::remove(AUTHORIZATION, "demo/p"),
         ],
         // The same policy loses its selector.
         vec![
-            server(world, &[]),
+            server(testbed, &[]),
             Change::policy(about("q", Namespace, Deny, "other")),
             Change::remove(AUTHORIZATION, STRICT),
         ],
@@ -135,9 +135,9 @@ fn pieces(changes: &[Change], order: Order) -> Vec<Vec<Change>> {
 
 #[test]
 fn no_order_of_pushes_cuts_who_is_allowed_or_lets_in_who_is_not() {
-    under_istio("orders of pushes", |world, istio| {
-        let (client, other) = (world.client.clone(), world.other.clone());
-        let server = world.server.clone();
+    under_istio("orders of pushes", |testbed, istio| {
+        let (client, other) = (testbed.client.clone(), testbed.other.clone());
+        let server = testbed.server.clone();
         istio.discovery.push(&[Change::policy(about(
             "all",
             security::Scope::Namespace,
@@ -152,7 +152,7 @@ fn no_order_of_pushes_cuts_who_is_allowed_or_lets_in_who_is_not() {
         let orders = [Order::Istiods, Order::PoliciesFirst].into_iter().chain((1..=4).map(Order::Scattered));
         let mut pushes = 0;
         for order in orders {
-            for (at, changes) in meshes(world).into_iter().enumerate() {
+            for (at, changes) in meshes(testbed).into_iter().enumerate() {
                 for piece in pieces(&changes, order) {
                     istio.discovery.push(&piece)?;
                     pushes += 1;
@@ -171,17 +171,17 @@ fn no_order_of_pushes_cuts_who_is_allowed_or_lets_in_who_is_not() {
 
 #[test]
 fn a_policy_that_comes_late_is_enforced_on_what_is_open() {
-    under_istio("late policies", |world, istio| {
-        let place = world.server.clone();
-        let mut client = Held::open(&world.client.place, lines_at(place.v4))?;
-        let mut other = Held::open(&world.other.place, lines_at(place.v4))?;
-        let mut plain = Held::open(&world.outside.place, lines_at(place.v4))?;
-        istio.discovery.push(&[server(world, &["demo/p", STRICT])])?;
+    under_istio("late policies", |testbed, istio| {
+        let place = testbed.server.clone();
+        let mut client = Held::open(&testbed.client.place, lines_at(place.v4))?;
+        let mut other = Held::open(&testbed.other.place, lines_at(place.v4))?;
+        let mut plain = Held::open(&testbed.outside.place, lines_at(place.v4))?;
+        istio.discovery.push(&[server(testbed, &["demo/p", STRICT])])?;
         // Nothing is decided yet.
         for held in [&mut client, &mut other, &mut plain] {
             held.say().context("while the policy is missing")?;
         }
-        let log = world.setting(On::B).log();
+        let log = testbed.setting(On::B).log();
         let mark = log.mark();
         let only = about("p", security::Scope::WorkloadSelector, security::Action::Allow, "client");
         istio.discovery.push(&[Change::policy(only), Change::policy(strict())])?;
@@ -194,23 +194,23 @@ fn a_policy_that_comes_late_is_enforced_on_what_is_open() {
         let line = log.wait_line(mark, PATIENCE, "the cut", |line| line.contains("due to policy change"))?;
         client.say().context("allowed by the policy that came late")?;
         // One that never comes: in the end nobody is left, and nobody let in.
-        istio.discovery.push(&[server(world, &["demo/p", "demo/never", STRICT])])?;
-        http_refused(&world.client.place, place.v4.into())?;
+        istio.discovery.push(&[server(testbed, &["demo/p", "demo/never", STRICT])])?;
+        http_refused(&testbed.client.place, place.v4.into())?;
         log.wait_line(mark, PATIENCE, "which is missing", |line| line.contains("demo/never"))?;
         eventually(PATIENCE, || match client.say() {
             Ok(_) => bail!("still answered"),
             Err(_) => Ok(()),
         })?;
-        istio.discovery.push(&[server(world, &["demo/p", STRICT])])?;
-        eventually(PATIENCE, || http(&world.client.place, place.v4.into(), ""))?;
+        istio.discovery.push(&[server(testbed, &["demo/p", STRICT])])?;
+        eventually(PATIENCE, || http(&testbed.client.place, place.v4.into(), ""))?;
         Ok(line.trim().to_owned())
     });
 }
 
 #[test]
 fn what_is_rejected_is_not_dialled_in_clear() {
-    under_istio("rejected resources", |world, istio| {
-        let (client, pod) = (world.client.clone(), world.server.clone());
+    under_istio("rejected resources", |testbed, istio| {
+        let (client, pod) = (testbed.client.clone(), testbed.server.clone());
         let good = istiod::workload(&pod);
         let bad = workload::Workload {
             tunnel_protocol: workload::TunnelProtocol::LegacyIstioMtls.into(),
@@ -220,9 +220,9 @@ fn what_is_rejected_is_not_dialled_in_clear() {
             workload::Service { waypoint: Some(workload::GatewayAddress::default()), ..service("shop") };
         // As if it had never been there, then a first version that is no good.
         istio.discovery.push(&[Change::remove(ADDRESS, &good.uid)])?;
-        let watch = world.watch_link_for_clear("rejected")?;
+        let watch = testbed.watch_link_for_clear("rejected")?;
         istio.discovery.push(&[Change::workload(bad), Change::service(bad_service)])?;
-        let log = world.setting(On::A).log();
+        let log = testbed.setting(On::A).log();
         let mark = log.mark();
         for address in pod.addresses() {
             http_refused(&client.place, address)?;
@@ -232,18 +232,18 @@ fn what_is_rejected_is_not_dialled_in_clear() {
         let line = log.wait_line(mark, PATIENCE, "why", |line| {
             line.contains("is not dialled, as it was rejected") && line.contains("LEGACY_ISTIO_MTLS")
         })?;
-        let metrics = world.setting(On::A).metrics()?;
+        let metrics = testbed.setting(On::A).metrics()?;
         ensure!(metrics.contains("ztunnel_xds_refused_resources 2"), "{metrics}");
-        let (_, dump) = world.setting(On::A).ask("GET", "/config_dump")?;
+        let (_, dump) = testbed.setting(On::A).ask("GET", "/config_dump")?;
         let dump: serde_json::Value = serde_json::from_slice(&dump)?;
         let shown = dump["refusedResources"].as_array().context("it is not shown")?;
         ensure!(shown.len() == 2, "{shown:?}");
         // The next daemon does not know better while istiod is away.
         istio.discovery.stop();
-        world.kill_daemon(On::A)?;
-        world.start_daemon(On::A)?;
+        testbed.kill_daemon(On::A)?;
+        testbed.start_daemon(On::A)?;
         http_refused(&client.place, pod.v4.into())?;
-        world.a.place.netns.enter(|| istio.discovery.restart())?;
+        testbed.a.place.netns.enter(|| istio.discovery.restart())?;
         // Good versions.
         istio.discovery.push(&[Change::workload(behind(good, "shop")), Change::service(service("shop"))])?;
         eventually(PATIENCE, || http(&client.place, pod.v4.into(), ""))?;

@@ -5,14 +5,14 @@ mod common;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::in_world;
+use common::in_testbed;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use ztunnel_tests::mesh::{Enrolment, MESHED};
 use ztunnel_tests::poll::throughout;
+use ztunnel_tests::testbed::{On, Testbed, http, http_refused};
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::{On, World, http, http_refused};
 
 const SEQUENCES: usize = 3;
 const STEPS: usize = 10;
@@ -91,28 +91,28 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn act(world: &mut World, step: Step) -> Result<()> {
+fn act(testbed: &mut Testbed, step: Step) -> Result<()> {
     let enrolment = |enrolled| if enrolled { Enrolment::Inherit } else { Enrolment::None };
     match step {
-        Step::ClientEnrolled(enrolled) => world.mesh.pod(MESHED, &world.client, enrolment(enrolled)),
-        Step::ServerEnrolled(enrolled) => world.mesh.pod(MESHED, &world.server, enrolment(enrolled)),
-        Step::Mode(Some(mode)) => world.mesh.peer_authentication(mode),
-        Step::Mode(None) => world.mesh.remove("policy-peer-authentication"),
-        Step::ClientDenied(true) => world.mesh.deny("no-client", "server", "client"),
-        Step::ClientDenied(false) => world.mesh.remove("policy-no-client"),
-        Step::Restart(on) => world.restart_daemon(on, false).map(drop),
+        Step::ClientEnrolled(enrolled) => testbed.mesh.pod(MESHED, &testbed.client, enrolment(enrolled)),
+        Step::ServerEnrolled(enrolled) => testbed.mesh.pod(MESHED, &testbed.server, enrolment(enrolled)),
+        Step::Mode(Some(mode)) => testbed.mesh.peer_authentication(mode),
+        Step::Mode(None) => testbed.mesh.remove("policy-peer-authentication"),
+        Step::ClientDenied(true) => testbed.mesh.deny("no-client", "server", "client"),
+        Step::ClientDenied(false) => testbed.mesh.remove("policy-no-client"),
+        Step::Restart(on) => testbed.restart_daemon(on, false).map(drop),
         Step::Kill(on) => {
-            world.kill_daemon(on)?;
-            world.start_daemon(on)
+            testbed.kill_daemon(on)?;
+            testbed.start_daemon(on)
         }
     }
 }
 
-fn agrees(world: &World, model: &Model) -> Result<()> {
+fn agrees(testbed: &Testbed, model: &Model) -> Result<()> {
     let clients: [(Who, &Pod); 3] =
-        [(Who::Client, &world.client), (Who::Other, &world.other), (Who::Outsider, &world.outsider)];
+        [(Who::Client, &testbed.client), (Who::Other, &testbed.other), (Who::Outsider, &testbed.outsider)];
     for (who, pod) in clients {
-        for address in world.server.addresses() {
+        for address in testbed.server.addresses() {
             if model.reaches(who) {
                 http(&pod.place, address, "").with_context(|| format!("{who:?} should reach {address}"))?;
             } else {
@@ -120,15 +120,16 @@ fn agrees(world: &World, model: &Model) -> Result<()> {
             }
         }
     }
-    for address in world.outside.addresses() {
-        http(&world.client.place, address, "").context("the client should reach what is outside the mesh")?;
+    for address in testbed.outside.addresses() {
+        http(&testbed.client.place, address, "")
+            .context("the client should reach what is outside the mesh")?;
     }
     Ok(())
 }
 
 #[test]
 fn any_sequence_of_changes_ends_as_the_model_says() {
-    in_world("random changes", |world| {
+    in_testbed("random changes", |testbed| {
         let mut runner = TestRunner::default();
         let mut told = Vec::new();
         for number in 0..SEQUENCES {
@@ -139,13 +140,13 @@ fn any_sequence_of_changes_ends_as_the_model_says() {
             let mut model = Model::START;
             for (at, step) in steps.iter().enumerate() {
                 let sofar = || format!("sequence {number}, after step {at} of {:?}", &steps[..=at]);
-                act(world, *step).with_context(sofar)?;
+                act(testbed, *step).with_context(sofar)?;
                 model.apply(*step);
-                world.wait_carried_out().with_context(sofar)?;
-                throughout(STAYS, || agrees(world, &model)).with_context(sofar)?;
+                testbed.wait_carried_out().with_context(sofar)?;
+                throughout(STAYS, || agrees(testbed, &model)).with_context(sofar)?;
             }
             told.push(format!("{steps:?}"));
-            world.reset()?;
+            testbed.reset()?;
         }
         ensure!(told.len() == SEQUENCES);
         Ok(format!("{SEQUENCES} sequences of {STEPS} steps: {}", told.join("; ")))

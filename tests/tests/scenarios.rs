@@ -1,24 +1,25 @@
-//! The demo's stories and more, each in a world of its own, each ending with a look for leftovers.
+//! The demo's scenarios and more, each in a testbed of its own, each ending with a look for leftovers.
 
 mod common;
 
-use common::tell;
-use ztunnel_tests::stories::{
-    basics, closed, cost, enrolment, near, outage, policy, probes, repair, restart, scale, sockets, tunnel,
+use common::run;
+use ztunnel_tests::scenarios::{
+    basics, closed, cost, enrolment, outage, policy, probes, repair, restart, same_node, scale, sockets,
+    tunnel,
 };
 
-macro_rules! stories {
-    ($($name:ident => $story:expr;)*) => {
-        $(#[test] fn $name() { tell($story); })*
+macro_rules! scenarios {
+    ($($name:ident => $scenario:expr;)*) => {
+        $(#[test] fn $name() { run($scenario); })*
     };
 }
 
-stories! {
+scenarios! {
     client_and_server_talk_on_both_families => basics::BOTH_FAMILIES;
     a_service_is_reached_by_its_cluster_ip => basics::SERVICE;
-    a_pod_of_the_same_node_is_reached => near::SAME_NODE;
-    between_pods_of_a_node_policies_hold_and_restarts_keep => near::POLICY_AND_CHANGE;
-    between_pods_of_a_node_all_can_be_encrypted => near::ENCRYPTED;
+    a_pod_of_the_same_node_is_reached => same_node::SAME_NODE;
+    between_pods_of_a_node_policies_hold_and_restarts_keep => same_node::POLICY_AND_CHANGE;
+    between_pods_of_a_node_all_can_be_encrypted => same_node::ENCRYPTED;
     only_tls_1_3_goes_over_the_link => tunnel::ONLY_TLS;
     both_sides_verify_an_identity => tunnel::IDENTITIES;
     a_denied_service_account_is_refused_and_logged => policy::DENIED;

@@ -5,12 +5,12 @@ mod common;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use common::in_world_that;
+use common::in_testbed_that;
 use ztunnel_tests::mesh::{MESHED, PLAIN};
 use ztunnel_tests::peer::hold::Held;
 use ztunnel_tests::poll::{PATIENCE, eventually};
+use ztunnel_tests::testbed::{BOTH, SERVICE_IPS, Testbed, curl, http, lines_at};
 use ztunnel_tests::topology::{Pod, in_url};
-use ztunnel_tests::world::{BOTH, SERVICE_IPS, World, curl, http, lines_at};
 
 /// The labels of the traffic metrics, in Istio's order.
 const LABELS: [&str; 27] = [
@@ -110,10 +110,10 @@ impl Told<'_> {
 }
 
 /// How many connections were opened, by label set, as both daemons tell.
-fn opened(world: &World) -> Result<BTreeMap<Vec<(String, String)>, u64>> {
+fn opened(testbed: &Testbed) -> Result<BTreeMap<Vec<(String, String)>, u64>> {
     let mut all = BTreeMap::new();
     for on in BOTH {
-        let metrics = world.setting(on).metrics()?;
+        let metrics = testbed.setting(on).metrics()?;
         for line in metrics.lines() {
             let Some(sample) = line.strip_prefix("istio_tcp_connections_opened_total{") else { continue };
             let (labels, count) = sample.rsplit_once("} ").context("not a sample")?;
@@ -129,18 +129,18 @@ fn opened(world: &World) -> Result<BTreeMap<Vec<(String, String)>, u64>> {
 
 /// Does something that is one connection, and compares all that both ends tell of it.
 fn check(
-    world: &World,
+    testbed: &Testbed,
     way: &str,
     [source, destination]: [Option<Told<'_>>; 2],
     connect: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let before = opened(world)?;
+    let before = opened(testbed)?;
     connect().with_context(|| way.to_owned())?;
     let mut expected = BTreeMap::new();
     expected.extend(source.map(|told| (told.labels("source"), 1)));
     expected.extend(destination.map(|told| (told.labels("destination"), 1)));
     eventually(PATIENCE, || {
-        let mut new = opened(world)?;
+        let mut new = opened(testbed)?;
         new.retain(|labels, count| {
             *count -= before.get(labels).copied().unwrap_or_default();
             *count > 0
@@ -158,8 +158,8 @@ fn plain(pod: &Pod) -> Party<'_> {
     Party { namespace: PLAIN, ..meshed(pod) }
 }
 
-fn every_way(world: &World) -> Result<String> {
-    let World { client, server, near, outsider, outside, .. } = world;
+fn every_way(testbed: &Testbed) -> Result<String> {
+    let Testbed { client, server, near, outsider, outside, .. } = testbed;
     let place = &client.place;
     // Within a node everything is known, and nothing is encrypted.
     let from_client = |to, service, security| {
@@ -168,7 +168,7 @@ fn every_way(world: &World) -> Result<String> {
     let mut ways = 0;
     let mut check = |way: &str, told, connect: &dyn Fn() -> Result<()>| {
         ways += 1;
-        check(world, way, told, connect)
+        check(testbed, way, told, connect)
     };
     for (address, vip) in server.addresses().into_iter().zip(SERVICE_IPS) {
         let told = |service| from_client(server, service, "mutual_tls");
@@ -211,6 +211,6 @@ fn every_way(world: &World) -> Result<String> {
 
 #[test]
 fn both_ends_tell_who_was_reached_by_which_service_on_every_way() {
-    let prepare = |world: &mut World| world.mesh.write("service-db", HEADLESS);
-    in_world_that("labels", prepare, |world, ()| every_way(world));
+    let prepare = |testbed: &mut Testbed| testbed.mesh.write("service-db", HEADLESS);
+    in_testbed_that("labels", prepare, |testbed, ()| every_way(testbed));
 }

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use common::in_world_that;
+use common::in_testbed_that;
 use common::sidecar::{ENTRANCE, Sidecar};
 use ztunnel_proto::security::{self, Authorization};
 use ztunnel_proto::workload;
@@ -18,31 +18,35 @@ use ztunnel_tests::istiod;
 use ztunnel_tests::mesh::{MESHED, ROOT};
 use ztunnel_tests::poll::{PATIENCE, eventually};
 use ztunnel_tests::process::Log;
-use ztunnel_tests::stories::outage::nothing_in_clear;
-use ztunnel_tests::stories::tunnel::field;
+use ztunnel_tests::scenarios::outage::nothing_in_clear;
+use ztunnel_tests::scenarios::tunnel::field;
+use ztunnel_tests::testbed::istio::{Istio, behind, hostname, identity, service};
+use ztunnel_tests::testbed::{BOTH, HTTP, On, SERVICE_IPS, Testbed, curl, http, http_refused, refused};
 use ztunnel_tests::topology::{Pod, in_url};
 use ztunnel_tests::wire::{HBONE_PORT, Watch};
-use ztunnel_tests::world::istio::{Istio, behind, hostname, identity, service};
-use ztunnel_tests::world::{BOTH, HTTP, On, SERVICE_IPS, World, curl, http, http_refused, refused};
 
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// Something in a world whose nodes are as Istio's charts make them.
-fn under_istio(name: &str, act: impl FnOnce(&mut World, &mut Istio) -> Result<String>) {
+/// Something in a testbed whose nodes are as Istio's charts make them.
+fn under_istio(name: &str, act: impl FnOnce(&mut Testbed, &mut Istio) -> Result<String>) {
     under_istio_that(name, Answer::Issue, act);
 }
 
 /// The same, with an authority that answers so.
-fn under_istio_that(name: &str, answer: Answer, act: impl FnOnce(&mut World, &mut Istio) -> Result<String>) {
-    let prepare = |world: &mut World| {
-        let istio = world.under_istio()?;
+fn under_istio_that(
+    name: &str,
+    answer: Answer,
+    act: impl FnOnce(&mut Testbed, &mut Istio) -> Result<String>,
+) {
+    let prepare = |testbed: &mut Testbed| {
+        let istio = testbed.under_istio()?;
         istio.authority.answer(answer);
         Ok(istio)
     };
-    in_world_that(name, prepare, |world, istio| {
-        let told = act(world, istio)?;
+    in_testbed_that(name, prepare, |testbed, istio| {
+        let told = act(testbed, istio)?;
         for on in BOTH {
-            world.agent(on)?.check()?;
+            testbed.agent(on)?.check()?;
         }
         ensure!(istio.discovery.rejected().is_empty(), "rejected: {:?}", istio.discovery.rejected());
         Ok(told)
@@ -137,9 +141,9 @@ fn baggage(pod: &str) -> String {
 }
 
 /// Checks that the server's daemon has taken a connection from somebody with this identity.
-fn taken_from(world: &World, source: &str) -> Result<String> {
+fn taken_from(testbed: &Testbed, source: &str) -> Result<String> {
     eventually(SETTLE, || {
-        let metrics = world.setting(On::B).metrics()?;
+        let metrics = testbed.setting(On::B).metrics()?;
         let line = metrics.lines().find(|line| {
             line.starts_with("istio_tcp_connections_opened_total{reporter=\"destination\"")
                 && line.contains(&format!("source_principal=\"{}\"", identity(MESHED, source)))
@@ -151,18 +155,18 @@ fn taken_from(world: &World, source: &str) -> Result<String> {
 
 #[test]
 fn a_waypoint_stands_between_client_and_server() {
-    under_istio("waypoint", |world, istio| {
-        let way = world.b.add_pod(&world.run, "waypoint")?;
-        let (client, other, server) = (world.client.clone(), world.other.clone(), world.server.clone());
+    under_istio("waypoint", |testbed, istio| {
+        let way = testbed.b.add_pod(&testbed.run, "waypoint")?;
+        let (client, other, server) = (testbed.client.clone(), testbed.other.clone(), testbed.server.clone());
         let routes = routes(&server)?;
-        let mut envoy = Sidecar::new(world, istio, &way)?;
-        envoy.start(world, &envoy.waypoint(&routes, &identity(MESHED, "client"), "600s"))?;
+        let mut envoy = Sidecar::new(testbed, istio, &way)?;
+        envoy.start(testbed, &envoy.waypoint(&routes, &identity(MESHED, "client"), "600s"))?;
         publish(istio, &way, istiod::workload(&server));
-        let logs = BOTH.map(|on| world.setting(on).log());
+        let logs = BOTH.map(|on| testbed.setting(on).log());
         let marks = logs.each_ref().map(Log::mark);
         let [(v4, _), (v6, _)] = routes;
         eventually(SETTLE, || through(&client, &way, v4))?;
-        let on_link = world.watch_link_for_clear("waypoint-link")?;
+        let on_link = testbed.watch_link_for_clear("waypoint-link")?;
         let at_waypoint = Watch::start(&way.place, "eth0", "waypoint-eth0", "not tcp port 15008")?;
         let mut seen = String::new();
         for pod in [&client, &other] {
@@ -213,7 +217,7 @@ fn a_waypoint_stands_between_client_and_server() {
                 && field(line, "src.identity") == Some(&identity(MESHED, "client"))
                 && line.contains("connection complete")
         })?;
-        let taken = taken_from(world, "waypoint")?;
+        let taken = taken_from(testbed, "waypoint")?;
         ensure!(taken.contains("destination_service_name=\"shop\""), "the service is not told: {taken}");
 
         // Only the waypoint may.
@@ -288,15 +292,15 @@ fn renewed_since(
 
 #[test]
 fn certificates_are_renewed_and_the_waypoint_restarts_without_a_failed_request() {
-    under_istio_that("renewals", OFTEN, |world, istio| {
-        let way = world.b.add_pod(&world.run, "waypoint")?;
-        let (client, server) = (world.client.clone(), world.server.clone());
+    under_istio_that("renewals", OFTEN, |testbed, istio| {
+        let way = testbed.b.add_pod(&testbed.run, "waypoint")?;
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
         let routes = routes(&server)?;
         let [v4, v6] = routes.map(|(vip, _)| vip);
-        let mut envoy = Sidecar::new(world, istio, &way)?;
+        let mut envoy = Sidecar::new(testbed, istio, &way)?;
         // Its own tunnels are made anew every second, with the certificate it has then.
         let config = envoy.waypoint(&routes, &identity(MESHED, "nobody"), "1s");
-        envoy.start(world, &config)?;
+        envoy.start(testbed, &config)?;
         publish(istio, &way, istiod::workload(&server));
         eventually(SETTLE, || through(&client, &way, v4))?;
         let _so_far = istio.authority.asked();
@@ -325,7 +329,7 @@ fn certificates_are_renewed_and_the_waypoint_restarts_without_a_failed_request()
             envoy.kill()?;
             let said = refused(&client.place, &[&format!("http://{}/via", in_url(v4.ip()))])?;
             ensure!(!said.is_empty(), "refused without a word");
-            envoy.start(world, &config)?;
+            envoy.start(testbed, &config)?;
             eventually(SETTLE, || through(&client, &way, v4)).with_context(|| format!("restart {round}"))?;
             for _ in 0..20 {
                 for vip in [v4, v6] {
@@ -342,8 +346,8 @@ fn certificates_are_renewed_and_the_waypoint_restarts_without_a_failed_request()
 
 #[test]
 fn a_gateway_reaches_a_pod_under_strict() {
-    under_istio("gateway", |world, istio| {
-        let (pod, server) = (world.outsider.clone(), world.server.clone());
+    under_istio("gateway", |testbed, istio| {
+        let (pod, server) = (testbed.outsider.clone(), testbed.server.clone());
         let name = "istio_converted_static_strict";
         let anybody = security::Match { not_principals: vec![principal("")], ..Default::default() };
         istio.discovery.policy(policy(ROOT, name, security::Action::Deny, anybody));
@@ -353,11 +357,11 @@ fn a_gateway_reaches_a_pod_under_strict() {
         });
         eventually(SETTLE, || http_refused(&pod.place, server.v4.into()))?;
         http_refused(&pod.place, server.v6.into())?;
-        let mut envoy = Sidecar::new(world, istio, &pod)?;
+        let mut envoy = Sidecar::new(testbed, istio, &pod)?;
         let mut seen = String::new();
         for address in server.addresses() {
             let to = SocketAddr::new(address, HTTP);
-            envoy.start(world, &envoy.gateway(to))?;
+            envoy.start(testbed, &envoy.gateway(to))?;
             let url = format!("http://127.0.0.1:{ENTRANCE}/via");
             let own = if address.is_ipv4() { IpAddr::from(pod.v4) } else { pod.v6.into() };
             let get = || {
@@ -371,17 +375,17 @@ fn a_gateway_reaches_a_pod_under_strict() {
             }
             said(&envoy, "originated", &[format!("to={to}"), baggage("server")])?;
         }
-        taken_from(world, "outsider")?;
+        taken_from(testbed, "outsider")?;
         Ok(seen)
     });
 }
 
 #[test]
 fn beside_an_application_it_takes_tunnels() {
-    under_istio("beside an application", |world, istio| {
-        let (pod, client) = (world.outside.clone(), world.client.clone());
-        let mut envoy = Sidecar::new(world, istio, &pod)?;
-        envoy.start(world, &envoy.beside_application())?;
+    under_istio("beside an application", |testbed, istio| {
+        let (pod, client) = (testbed.outside.clone(), testbed.client.clone());
+        let mut envoy = Sidecar::new(testbed, istio, &pod)?;
+        envoy.start(testbed, &envoy.beside_application())?;
         istio.discovery.workload(workload::Workload { native_tunnel: true, ..istiod::workload(&pod) });
         let url = |address| format!("http://{}:{HTTP}/via", in_url(address));
         let mut seen = String::new();
@@ -394,7 +398,7 @@ fn beside_an_application_it_takes_tunnels() {
             seen = eventually(SETTLE, || get(&client)).with_context(|| format!("to {address}"))?;
             for _ in 0..20 {
                 get(&client).context("once more")?;
-                get(&world.other)?;
+                get(&testbed.other)?;
             }
             let authority = SocketAddr::new(address, HTTP);
             for pod in ["client", "other"] {
@@ -403,11 +407,11 @@ fn beside_an_application_it_takes_tunnels() {
             }
         }
         // With a good certificate of somebody else it is nobody's peer.
-        let log = world.setting(On::A).log();
+        let log = testbed.setting(On::A).log();
         let mark = log.mark();
         envoy.kill()?;
-        let mut impostor = Sidecar::known_as(world, istio, &pod, "impostor")?;
-        impostor.start(world, &impostor.beside_application())?;
+        let mut impostor = Sidecar::known_as(testbed, istio, &pod, "impostor")?;
+        impostor.start(testbed, &impostor.beside_application())?;
         eventually(SETTLE, || impostor.stat("server.state"))?;
         let refused = refused(&client.place, &[&url(pod.v4.into())])?;
         let line = log.wait_line(mark, SETTLE, "the impostor", |line| {

@@ -8,9 +8,9 @@ use clap::Parser;
 use serde::Serialize;
 use xtask::arguments::Demo;
 use ztunnel_tests::enclosure;
-use ztunnel_tests::stories::{DEMO, Row};
+use ztunnel_tests::scenarios::{DEMO, Row};
+use ztunnel_tests::testbed::{HTTP, Options, SERVICE_IPS, Testbed};
 use ztunnel_tests::topology::{Pod, in_url};
-use ztunnel_tests::world::{HTTP, Options, SERVICE_IPS, World};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -38,7 +38,7 @@ fn run(arguments: &Demo) -> Result<ExitCode> {
         enclosure::take_down_standing().context("what an earlier demo has left standing")?;
     }
     // From here on in a child process, beside whatever else runs on this machine.
-    enclosure::enter().context("cannot make a world of its own for the demo")?;
+    enclosure::enter().context("cannot make an enclosure for the demo")?;
     let mut rows = Vec::new();
     let options = Options { keep: arguments.keep, talk: true };
     let kept = show(options, arguments.json, &mut rows)?;
@@ -53,7 +53,7 @@ fn run(arguments: &Demo) -> Result<ExitCode> {
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Plays all stories; returns what to try next when everything is left standing.
+/// Runs all scenarios; returns what to try next when everything is left standing.
 fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<String>> {
     let mut add = |row: Row| {
         if !json {
@@ -61,27 +61,27 @@ fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<Stri
         }
         rows.push(row);
     };
-    let mut world = World::start(options).context("cannot set the scene")?;
+    let mut testbed = Testbed::start(options).context("cannot set the scene")?;
     // The last line is about what is left, and there is none when everything is.
     let lines = if options.keep { DEMO.len() } else { DEMO.len() + 1 };
-    for (number, story) in DEMO.iter().enumerate() {
-        world.say(&format!("{} of {lines}: {}", number + 1, story.name));
-        let mut row = story.row(&mut world);
-        if let Err(error) = world.reset() {
+    for (number, scenario) in DEMO.iter().enumerate() {
+        testbed.say(&format!("{} of {lines}: {}", number + 1, scenario.name));
+        let mut row = scenario.row(&mut testbed);
+        if let Err(error) = testbed.reset() {
             row.ok = false;
             row.evidence += &format!("; and after that: {error:#}");
         }
         add(row);
     }
     if options.keep {
-        let hints = hints(&world);
-        let entrance = world.leave_standing()?;
+        let hints = hints(&testbed);
+        let entrance = testbed.leave_standing()?;
         return Ok(Some(format!(
             "Still standing, in namespaces of its own. As root, enter them with a shell:\n  {entrance}\n{hints}"
         )));
     }
     let name = "after the demo nothing is left on the machine".to_owned();
-    add(match world.end() {
+    add(match testbed.end() {
         Ok(compared) => Row { name, ok: true, evidence: compared.to_string() },
         Err(error) => Row { name, ok: false, evidence: format!("{error:#}") },
     });
@@ -92,18 +92,18 @@ fn show(options: Options, json: bool, rows: &mut Vec<Row>) -> Result<Option<Stri
 const STRICT: &str = "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, \
     metadata: {name: strict, namespace: demo}, spec: {mtls: {mode: STRICT}}}";
 
-fn hints(world: &World) -> String {
-    let prefix = world.run.prefix();
-    let server = world.server.v4;
+fn hints(testbed: &Testbed) -> String {
+    let prefix = testbed.run.prefix();
+    let server = testbed.server.v4;
     // Not `ip netns exec`, which hides the control groups and the BPF file system behind a mount of its own.
     let inside = |name: &str| format!("nsenter --net=/run/netns/{prefix}-{name}");
     let in_pod = |pod: &Pod| {
         let procs = pod.place.cgroup.procs();
         format!("sh -c 'echo $$ > {}; exec {}", procs.display(), inside(&pod.name))
     };
-    let client = in_pod(&world.client);
-    let outsider = in_pod(&world.outsider);
-    let node = inside(&world.a.name);
+    let client = in_pod(&testbed.client);
+    let outsider = in_pod(&testbed.outsider);
+    let node = inside(&testbed.a.name);
     format!(
         "and in it try:
   # from a pod in the mesh, to the server, its IPv6 address, and the service
@@ -123,9 +123,9 @@ fn hints(world: &World) -> String {
   # both daemons' logs
   tail {logs}/daemon-node-*.log
 Take it down, which ends that shell: cargo xtask demo --down",
-        v6 = in_url(world.server.v6.into()),
+        v6 = in_url(testbed.server.v6.into()),
         service = SERVICE_IPS[0],
-        mesh = world.mesh.path().display(),
-        logs = world.run.path("logs").display(),
+        mesh = testbed.mesh.path().display(),
+        logs = testbed.run.path("logs").display(),
     )
 }

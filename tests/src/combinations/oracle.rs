@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::axes::{Combination, End, Mesh, Path, Server, no_connection};
 use crate::peer::script::{Came, Report};
-use crate::stories::tunnel::field;
+use crate::scenarios::tunnel::field;
 
 /// How much later than without a mesh something may be: what is at once there is so here, on a machine that does other
 /// things too. A proxy that gives up does so after ten seconds.

@@ -27,9 +27,9 @@ use crate::peer::script::{Came, LIMIT, Report, Script};
 use crate::poll::eventually;
 use crate::process::{Log, Process, sh};
 use crate::redirect::Backend;
-use crate::stories::tunnel::field;
+use crate::scenarios::tunnel::field;
+use crate::testbed::{BOTH, HTTP, On, Options, Testbed};
 use crate::topology::Pod;
-use crate::world::{BOTH, HTTP, On, Options, World};
 
 /// How many connections are played at once.
 const AT_ONCE: usize = 16;
@@ -48,14 +48,14 @@ const FEW_PORTS: &str = "40000 40031";
 
 /// The stage.
 pub(super) struct Stage {
-    // Ends before the world it lives in.
+    // Ends before the testbed it lives in.
     actors: BTreeMap<String, Actor>,
     events: Receiver<Event>,
     ears: Vec<Ear>,
     source: Source,
     /// Who reads nothing.
     crowd: Option<Process>,
-    world: World,
+    testbed: Testbed,
     /// A pod outside the mesh beside the client's, with which nobody has to do.
     bystander: Pod,
     services: Services,
@@ -107,48 +107,48 @@ impl Stage {
         };
         let mut prepared = None;
         let services = Services::new();
-        let world = World::start_prepared(Options::default(), |world| {
-            let bystander = world.a.add_pod(&world.run, "bystander")?;
+        let testbed = Testbed::start_prepared(Options::default(), |testbed| {
+            let bystander = testbed.a.add_pod(&testbed.run, "bystander")?;
             let source = match backend {
                 None => {
-                    world.start_with(&["--buffer-memory".to_owned(), BUFFERS.to_owned()]);
-                    services.write(&world.mesh)?;
+                    testbed.start_with(&["--buffer-memory".to_owned(), BUFFERS.to_owned()]);
+                    services.write(&testbed.mesh)?;
                     Source::Files
                 }
                 Some(backend) => {
-                    let published = Published::publish(world, backend, &services, &bystander)?;
+                    let published = Published::publish(testbed, backend, &services, &bystander)?;
                     Source::Istiod(Box::new(published))
                 }
             };
             prepared = Some((bystander, source));
             Ok(())
         })?;
-        let (bystander, source) = prepared.context("a world without its pods")?;
+        let (bystander, source) = prepared.context("a testbed without its pods")?;
         let (sender, events) = channel();
         let mut actors = BTreeMap::new();
         let further = match &source {
             Source::Files => Vec::new(),
             Source::Istiod(published) => vec![&published.guarded, &published.beyond],
         };
-        for pod in world.pods().chain([&bystander]).chain(further) {
+        for pod in testbed.pods().chain([&bystander]).chain(further) {
             actors.insert(pod.name.clone(), Actor::start(pod, sender.clone())?);
         }
         let start = format!("combi-{:08x}-", rand::random::<u32>());
         let ears =
-            BOTH.iter().map(|on| Ear::open(&world.node(*on).place.netns, &start)).collect::<Result<_>>()?;
+            BOTH.iter().map(|on| Ear::open(&testbed.node(*on).place.netns, &start)).collect::<Result<_>>()?;
         let crowd = None;
-        Ok(Self { actors, events, ears, source, crowd, world, bystander, services, start, next: 0 })
+        Ok(Self { actors, events, ears, source, crowd, testbed, bystander, services, start, next: 0 })
     }
 
     pub(super) fn save_logs(&self) -> Result<PathBuf> {
-        self.world.save_logs()
+        self.testbed.save_logs()
     }
 
     /// Takes it down; nothing may be left.
     pub(super) fn end(self) -> Result<()> {
-        let Self { actors, ears, source, crowd, world, bystander, .. } = self;
+        let Self { actors, ears, source, crowd, testbed, bystander, .. } = self;
         drop((actors, ears, source, crowd, bystander));
-        world.end().map(drop)
+        testbed.end().map(drop)
     }
 
     /// Plays all of these: by what the mesh goes through, so many at once.
@@ -165,7 +165,7 @@ impl Stage {
         }
         for ((mesh, limits, long), phase) in phases {
             let begun = Instant::now();
-            self.source.prepare(&mut self.world, mesh).with_context(|| format!("before it is {mesh}"))?;
+            self.source.prepare(&mut self.testbed, mesh).with_context(|| format!("before it is {mesh}"))?;
             let marks = self.marks()?;
             let spared = self.limit(limits).with_context(|| format!("before there are {limits}"))?;
             let mut told = Vec::new();
@@ -182,7 +182,7 @@ impl Stage {
                 let what = format!("{what} (while the mesh is {mesh}, limits {limits})");
                 outcome.failures.push((it.unwrap_or(*phase[0]), what));
             }
-            self.source.undo(&self.world, mesh).with_context(|| format!("after it was {mesh}"))?;
+            self.source.undo(&self.testbed, mesh).with_context(|| format!("after it was {mesh}"))?;
             let kind = if long { ", idle for long" } else { "" };
             eprintln!("· {mesh}, {limits}{kind}: {} in {:.1} s", phase.len(), begun.elapsed().as_secs_f64());
         }
@@ -194,12 +194,12 @@ impl Stage {
         match limits {
             Limits::Ample => {}
             Limits::FewPorts => {
-                for pod in self.world.pods() {
+                for pod in self.testbed.pods() {
                     pod.place.netns.set_sysctl(PORT_RANGE, FEW_PORTS)?;
                 }
             }
             Limits::MemoryFull => {
-                let [from, to] = [&self.world.other, &self.world.server];
+                let [from, to] = [&self.testbed.other, &self.testbed.server];
                 let mut command = from.place.command(binaries::peer()?)?;
                 command.args(["stall", &format!("{}:{HTTP}", to.v4), "/large", &CROWD.to_string()]);
                 let crowd = from.place.start_with("crowd", command, Stdio::piped())?;
@@ -211,7 +211,7 @@ impl Stage {
                 };
                 eventually(TOLD_WITHIN, || {
                     let held =
-                        held(&self.world.setting(On::A).metrics()?).context("no ztunnel_buffer_bytes")?;
+                        held(&self.testbed.setting(On::A).metrics()?).context("no ztunnel_buffer_bytes")?;
                     ensure!(held > FULL, "the crowd has the daemon hold {held} bytes");
                     Ok(())
                 })?;
@@ -219,7 +219,7 @@ impl Stage {
             Limits::NoDescriptors => {
                 let mut spared = Vec::new();
                 for on in BOTH {
-                    let pid = self.world.daemon(on)?.process().pid();
+                    let pid = self.testbed.daemon(on)?.process().pid();
                     let before = sh(
                         "prlimit",
                         &["--pid", &pid.to_string(), "--nofile", "-o", "SOFT", "--noheadings"],
@@ -238,7 +238,7 @@ impl Stage {
     fn unlimit(&mut self, limits: Limits, spared: &[(u32, String)]) -> Result<()> {
         if limits == Limits::FewPorts {
             // As in every new namespace.
-            for pod in self.world.pods() {
+            for pod in self.testbed.pods() {
                 pod.place.netns.set_sysctl(PORT_RANGE, "32768 60999")?;
             }
         }
@@ -264,9 +264,9 @@ impl Stage {
                 // Beside the mesh, with everything else as there.
                 let stands_for = combinations.iter().find(|it| self::key(&plain(it)) == *key);
                 let stands_for = stands_for.context("a reference of nothing")?;
-                let outsider = self.world.outsider.clone();
+                let outsider = self.testbed.outsider.clone();
                 let to = match place {
-                    Place::TwoNodes => self.world.outside.clone(),
+                    Place::TwoNodes => self.testbed.outside.clone(),
                     Place::OneNode => self.bystander.clone(),
                     Place::OnePod => outsider.clone(),
                 };
@@ -298,22 +298,22 @@ impl Stage {
         references: &BTreeMap<String, [Option<Report>; 2]>,
         (outcome, told): (&mut Outcome, &mut Vec<(On, Combination, Told)>),
     ) -> Result<()> {
-        let marks = BOTH.map(|on| self.world.setting(on).log()).map(|log| log.mark());
+        let marks = BOTH.map(|on| self.testbed.setting(on).log()).map(|log| log.mark());
         let mut parts: Vec<Part<'_>> = chunk.iter().map(|it| self.part(it)).collect();
         self.run(&mut parts, |stage, parts| {
             match mesh {
                 Mesh::DeniedMeanwhile => {
-                    stage.source.deny(&stage.world, "client")?;
+                    stage.source.deny(&stage.testbed, "client")?;
                     // Who is not cut all the same is found by what it sees.
                     let _not_all = stage.wait_cut(parts, marks);
                 }
-                Mesh::OtherPolicyMeanwhile => stage.source.deny(&stage.world, "nobody")?,
+                Mesh::OtherPolicyMeanwhile => stage.source.deny(&stage.testbed, "nobody")?,
                 _ => {}
             }
             stage.go(parts)
         })?;
         if meanwhile(mesh) {
-            self.source.no_policies(&self.world)?;
+            self.source.no_policies(&self.testbed)?;
         }
         // What is to come has come by then, for all of them.
         let told_by = Instant::now() + TOLD_WITHIN;
@@ -331,7 +331,7 @@ impl Stage {
     }
 
     fn node_of(&self, pod: &Pod) -> On {
-        if pod.node == self.world.a.name { On::A } else { On::B }
+        if pod.node == self.testbed.a.name { On::A } else { On::B }
     }
 
     /// Waits until as many connections are cut as are open.
@@ -341,7 +341,7 @@ impl Stage {
             let cut: usize = BOTH
                 .into_iter()
                 .zip(marks)
-                .map(|(on, mark)| self.world.setting(on).log().since(mark))
+                .map(|(on, mark)| self.testbed.setting(on).log().since(mark))
                 .map(|said| said.lines().filter(|line| line.contains("due to policy change")).count())
                 .sum();
             ensure!(cut >= open, "{cut} of {open} are cut");
@@ -354,7 +354,7 @@ impl Stage {
         let it = part.combination;
         let who = |name: &str| {
             let outside =
-                [&self.world.outsider.name, &self.world.outside.name].into_iter().any(|pod| pod == name);
+                [&self.testbed.outsider.name, &self.testbed.outside.name].into_iter().any(|pod| pod == name);
             let namespace = if outside || name == "nobody" { PLAIN } else { MESHED };
             Who { name: name.to_owned(), namespace: namespace.to_owned() }
         };
@@ -391,17 +391,19 @@ impl Stage {
     /// Who is who in a combination.
     fn part<'a>(&mut self, it: &'a Combination) -> Part<'a> {
         let (id, port) = self.number();
-        let world = &self.world;
+        let testbed = &self.testbed;
         let (client, server) = match it.path {
-            Path::Tunnel => (&world.client, &world.server),
-            Path::SameNode => (&world.client, &world.near),
-            Path::PlainIn => (&world.outsider, &world.server),
-            Path::PlainOut => (&world.client, &world.outside),
-            Path::Itself => (&world.near, &world.near),
+            Path::Tunnel => (&testbed.client, &testbed.server),
+            Path::SameNode => (&testbed.client, &testbed.near),
+            Path::PlainIn => (&testbed.outsider, &testbed.server),
+            Path::PlainOut => (&testbed.client, &testbed.outside),
+            Path::Itself => (&testbed.near, &testbed.near),
             Path::Waypoint => {
-                (&world.client, self.published().map_or(&world.server, |istiod| &istiod.guarded))
+                (&testbed.client, self.published().map_or(&testbed.server, |istiod| &istiod.guarded))
             }
-            Path::Double => (&world.client, self.published().map_or(&world.server, |istiod| &istiod.beyond)),
+            Path::Double => {
+                (&testbed.client, self.published().map_or(&testbed.server, |istiod| &istiod.beyond))
+            }
         };
         let gone = it.server == Server::Gone;
         let v6 = it.family == Family::V6;
@@ -569,7 +571,7 @@ impl Stage {
         ];
         for (direction, pod, _) in sides.into_iter().filter(|(_, _, tells)| *tells) {
             let on = self.node_of(pod);
-            let log = self.world.setting(on).log();
+            let log = self.testbed.setting(on).log();
             let server =
                 if it.path == Path::Waypoint && direction == "outbound" { "way" } else { &part.server.name };
             // Of few ports each is soon used again, towards somebody else.
@@ -588,13 +590,13 @@ impl Stage {
             .map(|on| {
                 // What came before has been counted.
                 let series = eventually(TOLD_WITHIN, || self.settled_series(on))?;
-                Ok(Mark { on, log: self.world.setting(on).log().mark(), series })
+                Ok(Mark { on, log: self.testbed.setting(on).log().mark(), series })
             })
             .collect()
     }
 
     fn settled_series(&self, on: On) -> Result<Series> {
-        let series = labels::series(&self.world.setting(on).metrics()?, &self.world.other.name);
+        let series = labels::series(&self.testbed.setting(on).metrics()?, &self.testbed.other.name);
         ensure!(labels::is_settled(&series), "on {on:?} some are opened and not closed: {series:?}");
         Ok(series)
     }
@@ -610,13 +612,13 @@ impl Stage {
         for Mark { on, log, series: before } in marks {
             let now = eventually(TOLD_WITHIN, || {
                 let now = self.settled_series(*on)?;
-                let said = self.world.setting(*on).log().since(*log);
+                let said = self.testbed.setting(*on).log().since(*log);
                 for (direction, reporter) in [("outbound", "source"), ("inbound", "destination")] {
                     let lines = said
                         .lines()
                         .filter(|line| line.contains("connection complete"))
                         .filter(|line| field(line, "direction") == Some(direction))
-                        .filter(|line| field(line, "src.workload") != Some(&self.world.other.name))
+                        .filter(|line| field(line, "src.workload") != Some(&self.testbed.other.name))
                         .count() as u64;
                     let of = |series: &Series| labels::count(series, "opened", reporter);
                     let counted = of(&now) - of(before);

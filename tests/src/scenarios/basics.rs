@@ -4,18 +4,18 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Story;
+use super::Scenario;
+use crate::testbed::{Answer, SERVICE_IPS, curl, http};
 use crate::topology::{Pod, in_url};
-use crate::world::{Answer, SERVICE_IPS, curl, http};
 
 /// Both address families, and the addresses both sides see.
-pub const BOTH_FAMILIES: Story = Story {
+pub const BOTH_FAMILIES: Scenario = Scenario {
     name: "client → server works over IPv4 and IPv6; each side sees the other's real address",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
-        for address in world.server.addresses() {
-            let answer = http(&world.client.place, address, "")?;
-            sees_client(&answer, &world.client, address)?;
+        for address in testbed.server.addresses() {
+            let answer = http(&testbed.client.place, address, "")?;
+            sees_client(&answer, &testbed.client, address)?;
             ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
             evidence.push(format!("server saw {}, client's socket shows {}", answer.local, answer.remote));
         }
@@ -24,13 +24,13 @@ pub const BOTH_FAMILIES: Story = Story {
 };
 
 /// A service's cluster IP.
-pub const SERVICE: Story = Story {
+pub const SERVICE: Scenario = Scenario {
     name: "a service's cluster IP works over IPv4 and IPv6",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
         for cluster_ip in cluster_ips()? {
-            let answer = curl(&world.client.place, &[&format!("http://{}/", in_url(cluster_ip))])?;
-            sees_client(&answer, &world.client, cluster_ip)?;
+            let answer = curl(&testbed.client.place, &[&format!("http://{}/", in_url(cluster_ip))])?;
+            sees_client(&answer, &testbed.client, cluster_ip)?;
             ensure!(answer.remote == cluster_ip.to_string(), "the client's socket shows {}", answer.remote);
             evidence.push(format!("http://{}/ answered by {}", in_url(cluster_ip), answer.body));
         }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Story;
+use super::Scenario;
 use crate::binaries;
 use crate::peer::open::Outcome;
 use crate::syscalls::{Calls, Counting};
-use crate::world::{BOTH, HTTP, LARGE_MIB, World};
+use crate::testbed::{BOTH, HTTP, LARGE_MIB, Testbed};
 
 /// What one unit may cost a daemon: the calls that do something, and the waits.
 #[derive(Debug, Clone, Copy)]
@@ -33,12 +33,12 @@ const PER_CONNECTION: [Cost; 2] = [Cost { done: 20.0, waits: 12.0 }, Cost { done
 const CONNECTIONS: u32 = 300;
 
 /// New connections, one after the other.
-pub const NEW_CONNECTIONS: Story = Story {
+pub const NEW_CONNECTIONS: Scenario = Scenario {
     name: "a new connection with a request costs the daemons a bounded number of system calls",
-    tell: |world| {
-        let urls = format!("http://{}:{HTTP}/?[1-{CONNECTIONS}]", world.server.v4);
-        let place = world.client.place.clone();
-        let (counted, ()) = counting(world, "connections", || {
+    run: |testbed| {
+        let urls = format!("http://{}:{HTTP}/?[1-{CONNECTIONS}]", testbed.server.v4);
+        let place = testbed.client.place.clone();
+        let (counted, ()) = counting(testbed, "connections", || {
             let arguments = ["-q", "-sS", "-m", "100", "-o", "/dev/null", "-w", "%{num_connects}\n"];
             let output =
                 place.run("curl", &[&arguments[..], &["-H", "Connection: close", &urls]].concat())?;
@@ -52,12 +52,12 @@ pub const NEW_CONNECTIONS: Story = Story {
 };
 
 /// Requests over one connection, one after the other.
-pub const REQUESTS: Story = Story {
+pub const REQUESTS: Scenario = Scenario {
     name: "a request costs each daemon six system calls: wait, read and write, in each direction",
-    tell: |world| {
-        let target = format!("{}:{HTTP}", world.server.v4);
-        let place = world.client.place.clone();
-        let (counted, outcome) = counting(world, "requests", || {
+    run: |testbed| {
+        let target = format!("{}:{HTTP}", testbed.server.v4);
+        let place = testbed.client.place.clone();
+        let (counted, outcome) = counting(testbed, "requests", || {
             let program = binaries::peer()?.display().to_string();
             let output = place.run(&program, &["open", &target, "/", "400", "1", "2"])?;
             let text = String::from_utf8_lossy(&output.stdout);
@@ -71,12 +71,12 @@ pub const REQUESTS: Story = Story {
 };
 
 /// One large answer.
-pub const BULK: Story = Story {
+pub const BULK: Scenario = Scenario {
     name: "a megabyte costs each daemon far fewer system calls than it has TLS records",
-    tell: |world| {
-        let url = format!("http://{}:{HTTP}/large", world.server.v4);
-        let place = world.client.place.clone();
-        let (counted, ()) = counting(world, "bulk", || {
+    run: |testbed| {
+        let url = format!("http://{}:{HTTP}/large", testbed.server.v4);
+        let place = testbed.client.place.clone();
+        let (counted, ()) = counting(testbed, "bulk", || {
             let arguments = ["-q", "-sS", "-m", "100", "-o", "/dev/null", "-w", "%{size_download}", &url];
             let output = place.run("curl", &arguments)?;
             let got = String::from_utf8_lossy(&output.stdout);
@@ -89,10 +89,14 @@ pub const BULK: Story = Story {
 };
 
 /// What the data plane of both daemons does meanwhile.
-fn counting<T>(world: &mut World, name: &str, load: impl FnOnce() -> Result<T>) -> Result<([Calls; 2], T)> {
-    let logs: PathBuf = world.run.path("logs");
+fn counting<T>(
+    testbed: &mut Testbed,
+    name: &str,
+    load: impl FnOnce() -> Result<T>,
+) -> Result<([Calls; 2], T)> {
+    let logs: PathBuf = testbed.run.path("logs");
     let mut start = |on| {
-        let pid = world.daemon(on)?.process().pid();
+        let pid = testbed.daemon(on)?.process().pid();
         Counting::start(pid, "data-", &logs.join(format!("strace-{name}-{on:?}")))
     };
     let [a, b] = BOTH.map(&mut start);
@@ -104,12 +108,12 @@ fn counting<T>(world: &mut World, name: &str, load: impl FnOnce() -> Result<T>) 
 /// `limits`: the client's daemon, the server's.
 fn hold_to(counted: &[Calls; 2], units: f64, limits: [Cost; 2], unit: &str) -> Result<String> {
     let each = |count: u64| count as f64 / units;
-    let tell = |calls: &Calls| {
+    let described = |calls: &Calls| {
         let (all, done) = (each(calls.total()), each(calls.done()));
         format!("{all:.2}, of which {done:.2} do something ({})", calls.per(units))
     };
     let [a, b] = counted;
-    let said = format!("per {unit}, the client's daemon: {}; the server's: {}", tell(a), tell(b));
+    let said = format!("per {unit}, the client's daemon: {}; the server's: {}", described(a), described(b));
     for (calls, limit) in counted.iter().zip(limits) {
         ensure!(each(calls.done()) <= limit.done, "more than {limit:?}: {said}");
         ensure!(each(calls.waits()) <= limit.waits, "more than {limit:?}: {said}");

@@ -5,47 +5,47 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Story;
+use super::Scenario;
 use crate::mesh::{Enrolment, MESHED};
 use crate::netns::Netns;
 use crate::peer::hold::Held;
 use crate::peer::load::Load;
 use crate::poll::{PATIENCE, eventually};
+use crate::testbed::{HTTP, Testbed, http, lines_at};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
-use crate::world::{HTTP, World, http, lines_at};
 
 /// Enrolling and withdrawing leave open connections alone.
-pub const OPEN_CONNECTIONS: Story = Story {
+pub const OPEN_CONNECTIONS: Scenario = Scenario {
     name: "withdrawing and enrolling a pod: its open connections stay open, only new ones change",
-    tell: |world| {
-        let client = world.client.clone();
-        let targets = world.server.addresses().map(lines_at);
+    run: |testbed| {
+        let client = testbed.client.clone();
+        let targets = testbed.server.addresses().map(lines_at);
         let mut tunnelled =
             targets.iter().map(|to| Held::open(&client.place, *to)).collect::<Result<Vec<_>>>()?;
-        world.mesh.pod(MESHED, &client, Enrolment::None)?;
-        wait_for_port(world, &client, HTTP).context("after the client was withdrawn")?;
+        testbed.mesh.pod(MESHED, &client, Enrolment::None)?;
+        wait_for_port(testbed, &client, HTTP).context("after the client was withdrawn")?;
         for held in &mut tunnelled {
             let seen = held.say().context("opened before the withdrawal")?;
             ensure!(client.addresses().contains(&seen), "the server saw {seen}");
         }
         let mut plain =
             targets.iter().map(|to| Held::open(&client.place, *to)).collect::<Result<Vec<_>>>()?;
-        world.mesh.pod(MESHED, &client, Enrolment::Inherit)?;
-        wait_for_port(world, &client, HBONE_PORT).context("after the client was enrolled")?;
+        testbed.mesh.pod(MESHED, &client, Enrolment::Inherit)?;
+        wait_for_port(testbed, &client, HBONE_PORT).context("after the client was enrolled")?;
         for held in plain.iter_mut().chain(&mut tunnelled) {
             held.say().context("opened before the enrolment")?;
         }
         // The server's side of it.
-        let server = world.server.clone();
-        let mut inward = Held::open(&world.outsider.place, targets[0])?;
-        world.mesh.pod(MESHED, &server, Enrolment::None)?;
-        wait_for_port(world, &client, HTTP).context("after the server was withdrawn")?;
+        let server = testbed.server.clone();
+        let mut inward = Held::open(&testbed.outsider.place, targets[0])?;
+        testbed.mesh.pod(MESHED, &server, Enrolment::None)?;
+        wait_for_port(testbed, &client, HTTP).context("after the server was withdrawn")?;
         for held in plain.iter_mut().chain(&mut tunnelled).chain([&mut inward]) {
             held.say().context("opened before the server was withdrawn")?;
         }
-        world.mesh.pod(MESHED, &server, Enrolment::Inherit)?;
-        wait_for_port(world, &client, HBONE_PORT).context("after the server was enrolled again")?;
+        testbed.mesh.pod(MESHED, &server, Enrolment::Inherit)?;
+        wait_for_port(testbed, &client, HBONE_PORT).context("after the server was enrolled again")?;
         for held in plain.iter_mut().chain(&mut tunnelled).chain([&mut inward]) {
             held.say().context("opened before the server was enrolled again")?;
         }
@@ -62,53 +62,53 @@ pub const OPEN_CONNECTIONS: Story = Story {
 const RATE: u64 = 100;
 
 /// Pods that leave the mesh while others call them and they call others.
-pub const UNDER_LOAD: Story = Story {
+pub const UNDER_LOAD: Scenario = Scenario {
     name: "pods go out of the mesh under a steady load of new connections: not one attempt fails",
-    tell: |world| {
-        let (client, server) = (world.client.clone(), world.server.clone());
+    run: |testbed| {
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
         let targets = server.addresses().map(|address| SocketAddr::new(address, HTTP));
-        let mut told = Vec::new();
+        let mut seen = Vec::new();
         // The one that is called, the one that calls, and both.
         for pods in [vec![&server], vec![&client], vec![&server, &client]] {
             let mut load = Load::start(&client.place, RATE, &targets)?;
             load.goes_on(100)?;
             for pod in &pods {
-                world.mesh.pod(MESHED, pod, Enrolment::None)?;
+                testbed.mesh.pod(MESHED, pod, Enrolment::None)?;
             }
-            world.wait_carried_out()?;
+            testbed.wait_carried_out()?;
             load.goes_on(300)?;
             let outcome = load.finish()?;
             ensure!(outcome.failed.is_empty(), "{}", outcome.evidence());
-            told.push(outcome.evidence());
-            // On its way back a pod may be dialled by a tunnel before it listens: that is another story.
+            seen.push(outcome.evidence());
+            // On its way back a pod may be dialled by a tunnel before it listens: that is another scenario.
             for pod in &pods {
-                world.mesh.pod(MESHED, pod, Enrolment::Inherit)?;
+                testbed.mesh.pod(MESHED, pod, Enrolment::Inherit)?;
             }
-            world.wait_carried_out()?;
+            testbed.wait_carried_out()?;
         }
-        Ok(told.join("; "))
+        Ok(seen.join("; "))
     },
 };
 
 /// Withdrawal leaves nothing behind.
-pub const WITHDRAWN_CLEAN: Story = Story {
+pub const WITHDRAWN_CLEAN: Scenario = Scenario {
     name: "after a withdrawal nothing is left in the pod: no rule, route, sysctl, filter or listener",
-    tell: |world| {
-        let pods: Vec<Pod> = world.meshed().map(Pod::clone).to_vec();
+    run: |testbed| {
+        let pods: Vec<Pod> = testbed.meshed().map(Pod::clone).to_vec();
         let mut removed = 0;
         for pod in &pods {
-            let before = world.traces_before(pod)?.clone();
-            let during = crate::world::Traces::look(&pod.place.netns)?;
+            let before = testbed.traces_before(pod)?.clone();
+            let during = crate::testbed::Traces::look(&pod.place.netns)?;
             let added = during.new_since(&before).len();
             ensure!(added > 0, "{} was not captured in the first place", pod.name);
             removed += added;
-            world.mesh.pod(MESHED, pod, Enrolment::None)?;
+            testbed.mesh.pod(MESHED, pod, Enrolment::None)?;
         }
         for pod in &pods {
-            let before = world.traces_before(pod)?;
+            let before = testbed.traces_before(pod)?;
             before.same_again(&pod.place.netns).with_context(|| format!("pod {}", pod.name))?;
         }
-        http(&world.client.place, world.server.v4.into(), "").context("without the mesh")?;
+        http(&testbed.client.place, testbed.server.v4.into(), "").context("without the mesh")?;
         Ok(format!(
             "{} pods withdrawn: {removed} rules, routes, sysctls, filters and listeners gone",
             pods.len()
@@ -117,29 +117,29 @@ pub const WITHDRAWN_CLEAN: Story = Story {
 };
 
 /// A pod that is deleted while it is enrolled: its namespace is gone, the daemon goes on.
-pub const POD_DELETED: Story = Story {
+pub const POD_DELETED: Scenario = Scenario {
     name: "a pod whose network namespace is deleted, before or after its object, does no harm",
-    tell: |world| {
+    run: |testbed| {
         for namespace_first in [true, false] {
             let name = if namespace_first { "brief-1" } else { "brief-2" };
-            let pod = world.a.add_pod(&world.run, name)?;
-            world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
+            let pod = testbed.a.add_pod(&testbed.run, name)?;
+            testbed.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
             eventually(PATIENCE, || {
-                http(&pod.place, world.server.v4.into(), "")?;
-                match crate::world::Traces::look(&pod.place.netns)?.is_captured() {
+                http(&pod.place, testbed.server.v4.into(), "")?;
+                match crate::testbed::Traces::look(&pod.place.netns)?.is_captured() {
                     true => Ok(()),
                     false => bail!("{name} is not captured yet"),
                 }
             })?;
             if namespace_first {
                 pod.place.netns.remove()?;
-                world.mesh.remove(&format!("pod-{name}"))?;
+                testbed.mesh.remove(&format!("pod-{name}"))?;
             } else {
-                world.mesh.remove(&format!("pod-{name}"))?;
+                testbed.mesh.remove(&format!("pod-{name}"))?;
                 pod.place.netns.remove()?;
             }
-            for address in world.server.addresses() {
-                http(&world.client.place, address, "")
+            for address in testbed.server.addresses() {
+                http(&testbed.client.place, address, "")
                     .with_context(|| format!("after {name} was deleted"))?;
             }
         }
@@ -148,12 +148,12 @@ pub const POD_DELETED: Story = Story {
 };
 
 /// A pod whose network namespace is made again under the same name, as a restarted container's is.
-pub const NAMESPACE_REMADE: Story = Story {
+pub const NAMESPACE_REMADE: Scenario = Scenario {
     name: "a network namespace that is made again under the name of an enrolled one is captured too",
-    tell: |world| {
-        let pod = world.a.add_pod(&world.run, "remade")?;
-        world.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
-        let captured = || match crate::world::Traces::look(&pod.place.netns)?.is_captured() {
+    run: |testbed| {
+        let pod = testbed.a.add_pod(&testbed.run, "remade")?;
+        testbed.mesh.pod(MESHED, &pod, Enrolment::Inherit)?;
+        let captured = || match crate::testbed::Traces::look(&pod.place.netns)?.is_captured() {
             true => Ok(()),
             false => bail!("not captured"),
         };
@@ -166,20 +166,20 @@ pub const NAMESPACE_REMADE: Story = Story {
         let new = std::fs::metadata(pod.place.netns.path())?.ino();
         ensure!(old != new, "it is the same namespace");
         eventually(PATIENCE, captured).context("after it was made again")?;
-        world.mesh.remove("pod-remade")?;
+        testbed.mesh.remove("pod-remade")?;
         pod.place.netns.remove()?;
-        http(&world.client.place, world.server.v4.into(), "")
+        http(&testbed.client.place, testbed.server.v4.into(), "")
             .context("another pod of the node, afterwards")?;
         Ok(format!("namespace {old} was captured, and {new} in its place"))
     },
 };
 
 /// Waits until a new connection of the client goes over the link to this port and to no other.
-pub fn wait_for_port(world: &World, client: &Pod, port: u16) -> Result<()> {
+pub fn wait_for_port(testbed: &Testbed, client: &Pod, port: u16) -> Result<()> {
     eventually(PATIENCE, || {
         let mark = super::tunnel::marker();
-        let watch = world.watch_link("enrolment")?;
-        for address in world.server.addresses() {
+        let watch = testbed.watch_link("enrolment")?;
+        for address in testbed.server.addresses() {
             http(&client.place, address, &format!("?marker={mark}"))?;
         }
         let packets = watch.finish()?;

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rand::RngExt;
 
-use super::Story;
+use super::Scenario;
 use super::tunnel::marker;
 use crate::pcap::Packets;
 use crate::peer::hold::Held;
 use crate::poll::{PATIENCE, eventually, throughout};
+use crate::testbed::{BOTH, On, Testbed, http, http_refused, lines_at, refused};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
-use crate::world::{BOTH, On, World, http, http_refused, lines_at, refused};
 
 /// On a machine on which [`pace`] takes no longer than a fifth of that; on a slower one so much more.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
@@ -21,16 +21,16 @@ const BACK_WITHIN: Duration = Duration::from_secs(1);
 const STARTS: usize = 5;
 
 /// The daemon on the client's side.
-pub const KILLED_SOURCE: Story = Story {
+pub const KILLED_SOURCE: Scenario = Scenario {
     name: "kill -9 of the client's daemon: nothing goes out in clear, and it is back in under a second",
-    tell: |world| {
-        let (client, server) = (world.client.clone(), world.server.clone());
+    run: |testbed| {
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
         let marker = marker();
-        let watch = world.watch_link("killed-source")?;
-        world.kill_daemon(On::A)?;
+        let watch = testbed.watch_link("killed-source")?;
+        testbed.kill_daemon(On::A)?;
         let mut said = String::new();
         let tries = throughout(Duration::from_secs(1), || {
-            for to in [&server, &world.outside] {
+            for to in [&server, &testbed.outside] {
                 for address in to.addresses() {
                     said = closed(&client, address, &marker)?;
                 }
@@ -39,7 +39,7 @@ pub const KILLED_SOURCE: Story = Story {
         })?;
         let packets = watch.finish()?;
         nothing_in_clear(&packets, &client, &marker)?;
-        let back = comes_back(world, On::A, &client, server.v4.into())?;
+        let back = comes_back(testbed, On::A, &client, server.v4.into())?;
         Ok(format!(
             "{} attempts on both families refused (\"{said}\"), 0 connections of the client on the link; back {} ms \
              after its start",
@@ -50,13 +50,14 @@ pub const KILLED_SOURCE: Story = Story {
 };
 
 /// The daemon on the server's side.
-pub const KILLED_DESTINATION: Story = Story {
+pub const KILLED_DESTINATION: Scenario = Scenario {
     name: "kill -9 of the server's daemon: tunnelled or plain, nothing gets in until it is back, in under a second",
-    tell: |world| {
-        let (client, server, outsider) = (world.client.clone(), world.server.clone(), world.outsider.clone());
+    run: |testbed| {
+        let (client, server, outsider) =
+            (testbed.client.clone(), testbed.server.clone(), testbed.outsider.clone());
         let marker = marker();
-        let watch = world.watch_link("killed-destination")?;
-        world.kill_daemon(On::B)?;
+        let watch = testbed.watch_link("killed-destination")?;
+        testbed.kill_daemon(On::B)?;
         let mut said = String::new();
         let tries = throughout(Duration::from_secs(1), || {
             for from in [&client, &outsider] {
@@ -68,7 +69,7 @@ pub const KILLED_DESTINATION: Story = Story {
         })?;
         let packets = watch.finish()?;
         nothing_in_clear(&packets, &client, &marker)?;
-        let back = comes_back(world, On::B, &client, server.v4.into())?;
+        let back = comes_back(testbed, On::B, &client, server.v4.into())?;
         let outsider_back = eventually(PATIENCE, || http(&outsider.place, server.v4.into(), ""));
         outsider_back.context("a pod outside the mesh, after the daemon is back")?;
         Ok(format!(
@@ -80,23 +81,23 @@ pub const KILLED_DESTINATION: Story = Story {
 };
 
 /// Killed at any moment of its start, enrolment and take-over.
-pub const KILLED_AT_ANY_MOMENT: Story = Story {
+pub const KILLED_AT_ANY_MOMENT: Scenario = Scenario {
     name: "killed at any moment of start, enrolment or take-over: closed or working, never in clear",
-    tell: |world| {
+    run: |testbed| {
         const ROUNDS: u32 = 20;
-        let (client, server) = (world.client.clone(), world.server.clone());
+        let (client, server) = (testbed.client.clone(), testbed.server.clone());
         let marker = marker();
-        let watch = world.watch_link_for_clear("killed-any")?;
+        let watch = testbed.watch_link_for_clear("killed-any")?;
         let mut delays = Vec::new();
         for round in 0..ROUNDS {
             let on = BOTH[round as usize % 2];
             let delay = Duration::from_millis(rand::rng().random_range(0..400));
-            world.say(&format!("round {} of {ROUNDS}: kill after {} ms", round + 1, delay.as_millis()));
+            testbed.say(&format!("round {} of {ROUNDS}: kill after {} ms", round + 1, delay.as_millis()));
             // Every third time there is no first daemon that goes on: the start itself is hit.
             if round % 3 == 2 {
-                world.kill_daemon(on)?;
+                testbed.kill_daemon(on)?;
             }
-            let mut next = world.setting(on).start()?;
+            let mut next = testbed.setting(on).start()?;
             let begun = Instant::now();
             while begun.elapsed() < delay {
                 let _closed_or_working = http(&client.place, server.v4.into(), &format!("?marker={marker}"));
@@ -105,8 +106,8 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
             delays.push(delay.as_millis());
             drop(next);
             // The first may have been told to go: whoever is left, one more start must put it right.
-            let next = world.setting(on).start_ready().with_context(|| format!("round {round}"))?;
-            if let Some(first) = world.replace_daemon(on, next) {
+            let next = testbed.setting(on).start_ready().with_context(|| format!("round {round}"))?;
+            if let Some(first) = testbed.replace_daemon(on, next) {
                 first.stop().with_context(|| format!("round {round}: the first daemon"))?;
             }
             eventually(PATIENCE, || http(&client.place, server.v4.into(), ""))
@@ -119,14 +120,14 @@ pub const KILLED_AT_ANY_MOMENT: Story = Story {
 };
 
 /// Killed after its take-over, or in its midst, while the one before it still drains.
-pub const KILLED_AFTER_TAKE_OVER: Story = Story {
+pub const KILLED_AFTER_TAKE_OVER: Scenario = Scenario {
     name: "a daemon that is killed while the one before it drains: that one serves the pods again",
-    tell: |world| {
-        killed_after_take_over(world, &|world| {
-            for address in world.server.addresses() {
-                http(&world.client.place, address, "")?;
+    run: |testbed| {
+        killed_after_take_over(testbed, &|testbed| {
+            for address in testbed.server.addresses() {
+                http(&testbed.client.place, address, "")?;
             }
-            http(&world.outsider.place, world.server.v4.into(), "").map(drop)
+            http(&testbed.outsider.place, testbed.server.v4.into(), "").map(drop)
         })
     },
 };
@@ -141,7 +142,10 @@ enum Moment {
 }
 
 /// Kills a daemon at many moments while the one before it drains; `works`: the pods are served.
-pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Result<()>) -> Result<String> {
+pub fn killed_after_take_over(
+    testbed: &mut Testbed,
+    works: &dyn Fn(&Testbed) -> Result<()>,
+) -> Result<String> {
     const MOMENTS: [Moment; 9] = [
         Moment::Serves(Duration::ZERO),
         Moment::Serves(Duration::ZERO),
@@ -154,22 +158,22 @@ pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Resul
         Moment::Says("the node is handed over"),
         Moment::Says("serving"),
     ];
-    let (client, marker) = (world.client.clone(), marker());
+    let (client, marker) = (testbed.client.clone(), marker());
     let mut slowest = Duration::ZERO;
-    let watch = world.watch_link_for_clear("killed-after")?;
+    let watch = testbed.watch_link_for_clear("killed-after")?;
     for (round, moment) in MOMENTS.into_iter().enumerate() {
         let on = BOTH[round % 2];
         let what = || format!("round {round} on {on:?}: killed at {moment:?}");
         // What the first daemon drains.
-        let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
-        let log = world.setting(on).log();
+        let mut held = Held::open(&client.place, lines_at(testbed.server.v4))?;
+        let log = testbed.setting(on).log();
         let mark = log.mark();
-        let mut next = world.setting(on).start()?;
+        let mut next = testbed.setting(on).start()?;
         match moment {
             Moment::Serves(period) => {
                 next.wait_ready().with_context(what)?;
                 if !period.is_zero() {
-                    throughout(period, || works(world)).with_context(what)?;
+                    throughout(period, || works(testbed)).with_context(what)?;
                 }
             }
             Moment::Says(words) => {
@@ -179,19 +183,19 @@ pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Resul
         next.process().kill_9().with_context(what)?;
         let killed = Instant::now();
         drop(next);
-        eventually(PATIENCE, || works(world)).with_context(what)?;
+        eventually(PATIENCE, || works(testbed)).with_context(what)?;
         slowest = slowest.max(killed.elapsed());
         held.say().with_context(what).context("what the first daemon drained")?;
-        world.daemon(on)?.process().must_run().with_context(what)?;
+        testbed.daemon(on)?.process().must_run().with_context(what)?;
         // Others can take over from it as from any.
-        let mut again = world.setting(on).start()?;
+        let mut again = testbed.setting(on).start()?;
         again.wait_ready().with_context(what)?;
-        let mut first = world.replace_daemon(on, again).context("no first daemon")?;
-        works(world).with_context(what).context("after another daemon took over")?;
+        let mut first = testbed.replace_daemon(on, again).context("no first daemon")?;
+        works(testbed).with_context(what).context("after another daemon took over")?;
         held.say().with_context(what).context("after another daemon took over")?;
         drop(held);
         first.ended().with_context(what).context("the first daemon was to end with its last connection")?;
-        works(world).with_context(what).context("after the first daemon ended")?;
+        works(testbed).with_context(what).context("after the first daemon ended")?;
     }
     nothing_in_clear(&watch.finish()?, &client, &marker)?;
     Ok(format!(
@@ -203,7 +207,7 @@ pub fn killed_after_take_over(world: &mut World, works: &dyn Fn(&World) -> Resul
 
 /// One request that must be refused, not answered and not left waiting.
 fn closed(from: &Pod, to: IpAddr, marker: &str) -> Result<String> {
-    let url = format!("http://{}:{}/?marker={marker}", crate::topology::in_url(to), crate::world::HTTP);
+    let url = format!("http://{}:{}/?marker={marker}", crate::topology::in_url(to), crate::testbed::HTTP);
     refused(&from.place, &[&url]).with_context(|| format!("{} → {to}", from.name))
 }
 
@@ -223,22 +227,22 @@ pub fn nothing_in_clear(packets: &Packets, client: &Pod, marker: &str) -> Result
 }
 
 /// Starts the killed daemon; how long after that the first connection works.
-fn comes_back(world: &mut World, on: On, client: &Pod, to: IpAddr) -> Result<Duration> {
+fn comes_back(testbed: &mut Testbed, on: On, client: &Pod, to: IpAddr) -> Result<Duration> {
     let mut late = Vec::new();
     for start in 0..STARTS {
         if start > 0 {
-            world.kill_daemon(on)?;
+            testbed.kill_daemon(on)?;
         }
-        let before = pace(world)?;
-        let daemon = world.setting(on).start()?;
+        let before = pace(testbed)?;
+        let daemon = testbed.setting(on).start()?;
         let started = daemon.started();
-        world.replace_daemon(on, daemon);
+        testbed.replace_daemon(on, daemon);
         eventually(PATIENCE, || http(&client.place, to, "")).context("after the restart")?;
         let back = started.elapsed();
-        world.daemon(on)?.wait_ready()?;
+        testbed.daemon(on)?.wait_ready()?;
         // And not once only.
         throughout(Duration::from_millis(300), || http(&client.place, to, "").map(drop))?;
-        let within = BACK_WITHIN.max(5 * before.max(pace(world)?));
+        let within = BACK_WITHIN.max(5 * before.max(pace(testbed)?));
         if back < within {
             return Ok(back);
         }
@@ -248,25 +252,25 @@ fn comes_back(world: &mut World, on: On, client: &Pod, to: IpAddr) -> Result<Dur
 }
 
 /// How fast this machine is now: the time for some requests that no daemon has a part in.
-fn pace(world: &World) -> Result<Duration> {
+fn pace(testbed: &Testbed) -> Result<Duration> {
     let begun = Instant::now();
     for _ in 0..10 {
-        http(&world.outsider.place, world.outside.v4.into(), "")?;
+        http(&testbed.outsider.place, testbed.outside.v4.into(), "")?;
     }
     Ok(begun.elapsed())
 }
 
 /// While a policy forbids it, a kill must not open a way: the refusal outlives the daemon.
-pub const KILLED_UNDER_POLICY: Story = Story {
+pub const KILLED_UNDER_POLICY: Scenario = Scenario {
     name: "under STRICT, killing and restarting the server's daemon never lets plaintext in",
-    tell: |world| {
-        let (outsider, server) = (world.outsider.clone(), world.server.clone());
-        world.mesh.peer_authentication("STRICT")?;
+    run: |testbed| {
+        let (outsider, server) = (testbed.outsider.clone(), testbed.server.clone());
+        testbed.mesh.peer_authentication("STRICT")?;
         eventually(PATIENCE, || http_refused(&outsider.place, server.v4.into()))?;
         let mut tries = 0;
         for _ in 0..5 {
-            world.kill_daemon(On::B)?;
-            let mut next = world.setting(On::B).start()?;
+            testbed.kill_daemon(On::B)?;
+            let mut next = testbed.setting(On::B).start()?;
             // All the way through the start: a daemon that opens before it knows the policies is caught here.
             let begun = Instant::now();
             let mut since_ready = 0;
@@ -279,7 +283,7 @@ pub const KILLED_UNDER_POLICY: Story = Story {
                     tries += 1;
                 }
             }
-            world.replace_daemon(On::B, next);
+            testbed.replace_daemon(On::B, next);
         }
         Ok(format!("5 kills and restarts, {tries} plaintext attempts in the midst of it, all refused"))
     },

@@ -2,30 +2,30 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Story;
+use super::Scenario;
 use super::basics::sees_client;
 use crate::peer::hold::Held;
 use crate::poll::{PATIENCE, eventually};
+use crate::testbed::{On, Testbed, http, http_refused, lines_at};
 use crate::wire::HBONE_PORT;
-use crate::world::{On, World, http, http_refused, lines_at};
 
 /// An AuthorizationPolicy that refuses one service account.
-pub const DENIED: Story = Story {
+pub const DENIED: Scenario = Scenario {
     name: "an AuthorizationPolicy refuses another service account, and the log names it",
-    tell: |world| {
-        let log = world.setting(On::B).log();
-        world.mesh.deny("no-other", "server", "other")?;
-        let server = world.server.clone();
+    run: |testbed| {
+        let log = testbed.setting(On::B).log();
+        testbed.mesh.deny("no-other", "server", "other")?;
+        let server = testbed.server.clone();
         let mark = log.mark();
-        let said = eventually(PATIENCE, || http_refused(&world.other.place, server.v4.into()))?;
+        let said = eventually(PATIENCE, || http_refused(&testbed.other.place, server.v4.into()))?;
         for address in server.addresses() {
-            http_refused(&world.other.place, address).with_context(|| format!("other → {address}"))?;
-            http(&world.client.place, address, "").context("the policy does not name the client")?;
+            http_refused(&testbed.other.place, address).with_context(|| format!("other → {address}"))?;
+            http(&testbed.client.place, address, "").context("the policy does not name the client")?;
         }
         let line =
             log.wait_line(mark, PATIENCE, "the policy's name", |line| line.contains("demo/no-other"))?;
-        world.mesh.remove("policy-no-other")?;
-        eventually(PATIENCE, || http(&world.other.place, server.v4.into(), ""))
+        testbed.mesh.remove("policy-no-other")?;
+        eventually(PATIENCE, || http(&testbed.other.place, server.v4.into(), ""))
             .context("after the policy was removed")?;
         let error = super::tunnel::field(&line, "error").unwrap_or(&line);
         Ok(format!("other: \"{said}\"; client: 200; log of node-b: error=\"{error}\""))
@@ -33,33 +33,34 @@ pub const DENIED: Story = Story {
 };
 
 /// STRICT and PERMISSIVE.
-pub const STRICT: Story = Story {
+pub const STRICT: Scenario = Scenario {
     name: "PeerAuthentication STRICT refuses plaintext from outside the mesh, PERMISSIVE lets it in",
-    tell: |world| {
-        let server = world.server.clone();
-        world.mesh.peer_authentication("STRICT")?;
-        let said = eventually(PATIENCE, || http_refused(&world.outsider.place, server.v4.into()))?;
+    run: |testbed| {
+        let server = testbed.server.clone();
+        testbed.mesh.peer_authentication("STRICT")?;
+        let said = eventually(PATIENCE, || http_refused(&testbed.outsider.place, server.v4.into()))?;
         for address in server.addresses() {
-            http_refused(&world.outsider.place, address).with_context(|| format!("STRICT, {address}"))?;
-            http(&world.client.place, address, "").context("STRICT must not touch the mesh")?;
+            http_refused(&testbed.outsider.place, address).with_context(|| format!("STRICT, {address}"))?;
+            http(&testbed.client.place, address, "").context("STRICT must not touch the mesh")?;
         }
-        world.mesh.peer_authentication("PERMISSIVE")?;
-        let answer = eventually(PATIENCE, || http(&world.outsider.place, server.v4.into(), ""))?;
-        sees_client(&answer, &world.outsider, server.v4.into())?;
-        let answer = http(&world.outsider.place, server.v6.into(), "")?;
-        sees_client(&answer, &world.outsider, server.v6.into())?;
+        testbed.mesh.peer_authentication("PERMISSIVE")?;
+        let answer = eventually(PATIENCE, || http(&testbed.outsider.place, server.v4.into(), ""))?;
+        sees_client(&answer, &testbed.outsider, server.v4.into())?;
+        let answer = http(&testbed.outsider.place, server.v6.into(), "")?;
+        sees_client(&answer, &testbed.outsider, server.v6.into())?;
         Ok(format!("STRICT: \"{said}\", the client still gets 200; PERMISSIVE: {}", answer.body))
     },
 };
 
 /// Pods outside the mesh, and calls to outside it.
-pub const OUTSIDE_UNTOUCHED: Story = Story {
+pub const OUTSIDE_UNTOUCHED: Scenario = Scenario {
     name: "pods outside the mesh, and calls from the mesh to outside, work as without it",
-    tell: |world| {
-        let watch = world.watch_link("outside")?;
+    run: |testbed| {
+        let watch = testbed.watch_link("outside")?;
         let mut evidence = Vec::new();
-        for (from, what) in [(&world.outsider, "outside to outside"), (&world.client, "mesh to outside")] {
-            for address in world.outside.addresses() {
+        for (from, what) in [(&testbed.outsider, "outside to outside"), (&testbed.client, "mesh to outside")]
+        {
+            for address in testbed.outside.addresses() {
                 let answer = http(&from.place, address, "").context(what)?;
                 sees_client(&answer, from, address)?;
                 ensure!(answer.remote == address.to_string(), "the client's socket shows {}", answer.remote);
@@ -68,31 +69,31 @@ pub const OUTSIDE_UNTOUCHED: Story = Story {
         }
         let tunnels = watch.finish()?.attempts_by_port();
         ensure!(!tunnels.contains_key(&HBONE_PORT), "a tunnel was opened: {tunnels:?}");
-        untouched(world)?;
+        untouched(testbed)?;
         evidence.push(format!("connections on the link by port {tunnels:?}"));
         Ok(evidence.join("; "))
     },
 };
 
 /// Checks that nothing was changed in the network of the pods outside the mesh.
-fn untouched(world: &World) -> Result<()> {
-    for pod in [&world.outsider, &world.outside] {
-        world.traces_before(pod)?.same_again(&pod.place.netns).with_context(|| pod.name.clone())?;
+fn untouched(testbed: &Testbed) -> Result<()> {
+    for pod in [&testbed.outsider, &testbed.outside] {
+        testbed.traces_before(pod)?.same_again(&pod.place.netns).with_context(|| pod.name.clone())?;
     }
     Ok(())
 }
 
 /// A policy that changes while a connection is open.
-pub const OPEN_CONNECTION_CUT: Story = Story {
+pub const OPEN_CONNECTION_CUT: Scenario = Scenario {
     name: "a connection that a new policy refuses is cut at once, and others are not",
-    tell: |world| {
-        let log = world.setting(On::B).log();
-        let targets = world.server.addresses().map(lines_at);
+    run: |testbed| {
+        let log = testbed.setting(On::B).log();
+        let targets = testbed.server.addresses().map(lines_at);
         let open = |place| targets.iter().map(|to| Held::open(place, *to)).collect::<Result<Vec<_>>>();
-        let (mut refused, mut allowed) = (open(&world.other.place)?, open(&world.client.place)?);
-        let mut plain = open(&world.outsider.place)?;
+        let (mut refused, mut allowed) = (open(&testbed.other.place)?, open(&testbed.client.place)?);
+        let mut plain = open(&testbed.outsider.place)?;
         let mark = log.mark();
-        world.mesh.deny("no-other", "server", "other")?;
+        testbed.mesh.deny("no-other", "server", "other")?;
         for held in &mut refused {
             eventually(PATIENCE, || match held.say() {
                 Ok(_) => bail!("still answered"),
@@ -104,7 +105,7 @@ pub const OPEN_CONNECTION_CUT: Story = Story {
         for held in allowed.iter_mut().chain(&mut plain) {
             held.say().context("the policy does not name it")?;
         }
-        world.mesh.peer_authentication("STRICT")?;
+        testbed.mesh.peer_authentication("STRICT")?;
         for held in &mut plain {
             eventually(PATIENCE, || match held.say() {
                 Ok(_) => bail!("plaintext still answered under STRICT"),

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Story;
+use super::Scenario;
 use super::outage::nothing_in_clear;
 use super::tunnel::marker;
 use crate::netns::Netns;
 use crate::poll::{PATIENCE, eventually, throughout};
-use crate::world::{On, World, http};
+use crate::testbed::{On, Testbed, http};
 
 type Damage = fn(&Netns) -> Result<()>;
 
@@ -29,15 +29,15 @@ const DAMAGE: [(&str, Damage); 4] = [
 ];
 
 /// Rules, routes and sysctl of a pod.
-pub const DAMAGED_POD: Story = Story {
+pub const DAMAGED_POD: Scenario = Scenario {
     name: "rules, routes or the sysctl of a pod are deleted: closed meanwhile, repaired by itself",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
         for (what, damage) in DAMAGE {
-            for pod in [world.client.clone(), world.server.clone()] {
-                world.say(&format!("{what} in {}", pod.name));
-                let whole = crate::world::Traces::look(&pod.place.netns)?;
-                let took = survive(world, || damage(&pod.place.netns))
+            for pod in [testbed.client.clone(), testbed.server.clone()] {
+                testbed.say(&format!("{what} in {}", pod.name));
+                let whole = crate::testbed::Traces::look(&pod.place.netns)?;
+                let took = survive(testbed, || damage(&pod.place.netns))
                     .with_context(|| format!("{what} in {}", pod.name))?;
                 whole.same_again(&pod.place.netns).with_context(|| format!("{what} in {}", pod.name))?;
                 evidence.push(format!("{what} in {}: {} ms", pod.name, took.as_millis()));
@@ -48,13 +48,13 @@ pub const DAMAGED_POD: Story = Story {
 };
 
 /// The pins of the daemon.
-pub const PINS_DELETED: Story = Story {
+pub const PINS_DELETED: Scenario = Scenario {
     name: "the pins are deleted under a running daemon: it goes on, and restores them or says so",
-    tell: |world| {
-        let pins = world.setting(On::A).pins.clone();
+    run: |testbed| {
+        let pins = testbed.setting(On::A).pins.clone();
         let count = files_below(&pins)?.len();
         ensure!(count > 0, "no pins in {}", pins.display());
-        survive(world, || {
+        survive(testbed, || {
             for file in files_below(&pins)? {
                 std::fs::remove_file(&file).with_context(|| file.display().to_string())?;
             }
@@ -66,17 +66,17 @@ pub const PINS_DELETED: Story = Story {
             Ok(now)
         })?;
         // The point of pins: what a successor finds.
-        world.restart_daemon(On::A, false)?;
-        http(&world.client.place, world.server.v4.into(), "")
+        testbed.restart_daemon(On::A, false)?;
+        http(&testbed.client.place, testbed.server.v4.into(), "")
             .context("after a restart with restored pins")?;
         Ok(format!("{count} pins deleted, {restored} restored; a restart after that works"))
     },
 };
 
 /// Does the damage, and checks that the client is closed or in the mesh from then on, and in the mesh at the end.
-fn survive(world: &World, damage: impl FnOnce() -> Result<()>) -> Result<Duration> {
-    let (client, server, marker) = (&world.client, &world.server, marker());
-    let watch = world.watch_link("repair")?;
+fn survive(testbed: &Testbed, damage: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    let (client, server, marker) = (&testbed.client, &testbed.server, marker());
+    let watch = testbed.watch_link("repair")?;
     damage()?;
     let begun = std::time::Instant::now();
     let query = format!("?marker={marker}");

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::Story;
+use super::Scenario;
 use super::enrolment::wait_for_port;
 use super::outage::nothing_in_clear;
 use crate::mesh::{Enrolment, MESHED};
 use crate::peer::hold::Held;
 use crate::peer::load::Load;
 use crate::poll::throughout;
-use crate::world::{BOTH, HTTP, LINES, On, World, lines_at};
+use crate::testbed::{BOTH, HTTP, LINES, On, Testbed, lines_at};
 
 /// New connections per second, as far as the machine can.
 const RATE: u64 = 600;
@@ -22,21 +22,21 @@ const RATE: u64 = 600;
 const BETWEEN: u64 = 100;
 
 /// For the demo.
-pub const THREE_RESTARTS: Story = Story {
+pub const THREE_RESTARTS: Scenario = Scenario {
     name: "restarts under a steady load of new connections: not one attempt fails",
-    tell: |world| restarts(world, 3),
+    run: |testbed| restarts(testbed, 3),
 };
 
 /// For the tests.
-pub const TWENTY_RESTARTS: Story = Story {
+pub const TWENTY_RESTARTS: Scenario = Scenario {
     name: "twenty restarts under a steady load of new connections: not one attempt fails",
-    tell: |world| restarts(world, 20),
+    run: |testbed| restarts(testbed, 20),
 };
 
-fn restarts(world: &mut World, count: u32) -> Result<String> {
-    let (client, server) = (world.client.clone(), world.server.clone());
+fn restarts(testbed: &mut Testbed, count: u32) -> Result<String> {
+    let (client, server) = (testbed.client.clone(), testbed.server.clone());
     let targets: Vec<SocketAddr> = server.addresses().map(|address| SocketAddr::new(address, HTTP)).to_vec();
-    let watch = world.watch_link_for_clear("restarts")?;
+    let watch = testbed.watch_link_for_clear("restarts")?;
     let mut load = Load::start(&client.place, RATE, &targets)?;
     load.goes_on(BETWEEN)?;
     let mut slowest = Duration::ZERO;
@@ -44,9 +44,9 @@ fn restarts(world: &mut World, count: u32) -> Result<String> {
         let on = BOTH[round as usize % 2];
         // Both ways a first daemon may go: told by the second alone, and by a service manager too.
         let ask = round / 2 % 2 == 1;
-        world.say(&format!("restart {} of {count}, {on:?}", round + 1));
+        testbed.say(&format!("restart {} of {count}, {on:?}", round + 1));
         let ready =
-            world.restart_daemon(on, ask).with_context(|| format!("restart {} on {on:?}", round + 1))?;
+            testbed.restart_daemon(on, ask).with_context(|| format!("restart {} on {on:?}", round + 1))?;
         slowest = slowest.max(ready);
         load.goes_on(BETWEEN)?;
     }
@@ -61,13 +61,13 @@ fn restarts(world: &mut World, count: u32) -> Result<String> {
 }
 
 /// What is open when the restart begins.
-pub const OPEN_CONNECTIONS_DRAIN: Story = Story {
+pub const OPEN_CONNECTIONS_DRAIN: Scenario = Scenario {
     name: "a connection that is open during a restart goes on until the drain's deadline",
-    tell: |world| {
-        let mut held = Held::open(&world.client.place, lines_at(world.server.v4))?;
-        let mut next = world.setting(On::A).start()?;
+    run: |testbed| {
+        let mut held = Held::open(&testbed.client.place, lines_at(testbed.server.v4))?;
+        let mut next = testbed.setting(On::A).start()?;
         next.wait_ready()?;
-        let first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        let first = testbed.replace_daemon(On::A, next).context("no first daemon")?;
         held.say().context("after the second daemon took over")?;
         let mut first = first;
         // As a service manager would that replaces one daemon by another. In a second it must not have acted on it.
@@ -87,17 +87,17 @@ pub const OPEN_CONNECTIONS_DRAIN: Story = Story {
 };
 
 /// What a withdrawn pod's open connection needs in the kernel outlives the daemon that withdrew it.
-pub const WITHDRAWN_THEN_RESTARTED: Story = Story {
+pub const WITHDRAWN_THEN_RESTARTED: Scenario = Scenario {
     name: "a pod is withdrawn and the daemon restarted: what was open stays in its tunnel to the end, never in clear",
-    tell: |world| {
-        let client = world.client.clone();
-        let mut held = Held::open(&client.place, lines_at(world.server.v4))?;
-        world.mesh.pod(MESHED, &client, Enrolment::None)?;
-        wait_for_port(world, &client, HTTP).context("after the client was withdrawn")?;
-        let watch = world.watch_link("withdrawn-restarted")?;
-        let mut next = world.setting(On::A).start()?;
+    run: |testbed| {
+        let client = testbed.client.clone();
+        let mut held = Held::open(&client.place, lines_at(testbed.server.v4))?;
+        testbed.mesh.pod(MESHED, &client, Enrolment::None)?;
+        wait_for_port(testbed, &client, HTTP).context("after the client was withdrawn")?;
+        let watch = testbed.watch_link("withdrawn-restarted")?;
+        let mut next = testbed.setting(On::A).start()?;
         next.wait_ready()?;
-        let mut first = world.replace_daemon(On::A, next).context("no first daemon")?;
+        let mut first = testbed.replace_daemon(On::A, next).context("no first daemon")?;
         let began = Instant::now();
         let mut said = 0;
         // Longer than the second daemon takes to look at the kernel, twice.
@@ -111,7 +111,7 @@ pub const WITHDRAWN_THEN_RESTARTED: Story = Story {
         let packets = watch.finish()?;
         let clear = packets.segments_by_port().get(&LINES).copied().unwrap_or_default();
         ensure!(clear == 0, "{clear} packets of the connection were on the link in clear");
-        world.traces_before(&client)?.same_again(&client.place.netns)?;
+        testbed.traces_before(&client)?.same_again(&client.place.netns)?;
         Ok(format!(
             "{said} lines answered after the take-over, 0 packets to port {LINES} on the link; when the first daemon \
              had gone nothing was left in the pod"

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Story;
+use super::Scenario;
 use crate::mesh::{Enrolment, MESHED};
 use crate::poll::{PATIENCE, eventually};
 use crate::syscalls::Counting;
+use crate::testbed::{On, Testbed, http};
 use crate::topology::Pod;
-use crate::world::{On, World, http};
 
 const PODS: usize = 200;
 /// What a pod may cost the daemon, in bytes of resident memory and in descriptors.
@@ -26,42 +26,42 @@ const IDLE_CALLS: u64 = 50 * PODS as u64;
 const IDLE_TIMES: usize = 6;
 
 /// Two hundred pods.
-pub const TWO_HUNDRED_PODS: Story = Story {
+pub const TWO_HUNDRED_PODS: Scenario = Scenario {
     name: "two hundred pods on one node: enrolled in reasonable time, memory and descriptors",
-    tell: |world| {
-        world.say(&format!("making {PODS} pods"));
+    run: |testbed| {
+        testbed.say(&format!("making {PODS} pods"));
         let pods = (0..PODS)
-            .map(|number| world.a.add_pod(&world.run, &format!("many-{number}")))
+            .map(|number| testbed.a.add_pod(&testbed.run, &format!("many-{number}")))
             .collect::<Result<Vec<_>>>()?;
-        let (memory, descriptors) = usage(world)?;
-        world.say(&format!("enrolling {PODS} pods"));
+        let (memory, descriptors) = usage(testbed)?;
+        testbed.say(&format!("enrolling {PODS} pods"));
         let begun = Instant::now();
         for pod in &pods {
-            world.mesh.pod(MESHED, pod, Enrolment::Inherit)?;
+            testbed.mesh.pod(MESHED, pod, Enrolment::Inherit)?;
         }
         wait_captured(&pods, true)?;
         let enrolled = begun.elapsed();
         for pod in [&pods[0], &pods[PODS / 2], &pods[PODS - 1]] {
-            http(&pod.place, world.server.v4.into(), "").with_context(|| pod.name.clone())?;
+            http(&pod.place, testbed.server.v4.into(), "").with_context(|| pod.name.clone())?;
         }
-        let (memory_then, descriptors_then) = usage(world)?;
-        let idle = idle(world)?;
+        let (memory_then, descriptors_then) = usage(testbed)?;
+        let idle = idle(testbed)?;
         let per_pod = memory_then.saturating_sub(memory) / PODS as u64;
         let descriptors_per_pod = descriptors_then.saturating_sub(descriptors) / PODS;
-        world.say("restarting the daemon");
-        let restart = world.restart_daemon(On::A, false)?;
-        world.say(&format!("withdrawing {PODS} pods"));
+        testbed.say("restarting the daemon");
+        let restart = testbed.restart_daemon(On::A, false)?;
+        testbed.say(&format!("withdrawing {PODS} pods"));
         let begun = Instant::now();
-        world.mesh.remove_all("pod-many-")?;
+        testbed.mesh.remove_all("pod-many-")?;
         // To the daemons it looks as if everything were gone.
-        let meant = world.setting(On::A).command(&["reload", "--force"])?;
+        let meant = testbed.setting(On::A).command(&["reload", "--force"])?;
         ensure!(meant.status.success(), "{}", String::from_utf8_lossy(&meant.stderr));
         wait_captured(&pods, false)?;
         let withdrawn = begun.elapsed();
         ensure!(per_pod <= MEMORY_PER_POD, "{per_pod} bytes per pod");
         ensure!(descriptors_per_pod <= DESCRIPTORS_PER_POD, "{descriptors_per_pod} descriptors per pod");
         eventually(PATIENCE, || {
-            let (_, after) = usage(world)?;
+            let (_, after) = usage(testbed)?;
             ensure!(
                 after < descriptors + PODS,
                 "descriptors: {descriptors} before, {descriptors_then} with the pods, {after} after"
@@ -82,11 +82,11 @@ pub const TWO_HUNDRED_PODS: Story = Story {
 };
 
 /// How many system calls the daemon makes while nothing happens, once it has come to rest.
-fn idle(world: &mut World) -> Result<u64> {
-    let pid = world.daemon(On::A)?.process().pid();
+fn idle(testbed: &mut Testbed) -> Result<u64> {
+    let pid = testbed.daemon(On::A)?.process().pid();
     let mut seen = Vec::new();
     for _ in 0..IDLE_TIMES {
-        let counting = Counting::start(pid, "", &world.run.path("logs").join("strace-idle"))?;
+        let counting = Counting::start(pid, "", &testbed.run.path("logs").join("strace-idle"))?;
         std::thread::sleep(IDLE);
         let calls = counting.finish()?;
         if calls.total() <= IDLE_CALLS {
@@ -97,8 +97,8 @@ fn idle(world: &mut World) -> Result<u64> {
     bail!("system calls in {} s of doing nothing, and of which each per second: {seen:?}", IDLE.as_secs())
 }
 
-fn usage(world: &mut World) -> Result<(u64, usize)> {
-    let daemon = world.daemon(On::A)?;
+fn usage(testbed: &mut Testbed) -> Result<(u64, usize)> {
+    let daemon = testbed.daemon(On::A)?;
     Ok((daemon.memory()?, daemon.descriptors()?))
 }
 

@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Story;
+use super::Scenario;
 use super::basics::cluster_ips;
 use crate::binaries;
 use crate::netns::Netns;
 use crate::poll::{PATIENCE, eventually};
 use crate::process::Log;
+use crate::testbed::{HTTP, On, curl, lines_at};
 use crate::topology::{Pod, in_url};
 use crate::wire::Watch;
-use crate::world::{HTTP, On, curl, lines_at};
 
 /// A port on which nobody listens.
 const CLOSED: u16 = 7009;
@@ -23,15 +23,15 @@ const CLOSED: u16 = 7009;
 const AT_ONCE: Duration = Duration::from_millis(900);
 
 /// A server that is not there.
-pub const CLOSED_PORT: Story = Story {
+pub const CLOSED_PORT: Scenario = Scenario {
     name: "a port on which nobody listens is refused at once, and nothing of the refusal leaves the pod but by the mesh",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
         for (how, from, to) in [
-            ("by tunnel", &world.client, &world.server),
-            ("on one node", &world.client, &world.near),
-            ("plain", &world.outsider, &world.server),
-            ("plain, on one node", &world.outsider, &world.near),
+            ("by tunnel", &testbed.client, &testbed.server),
+            ("on one node", &testbed.client, &testbed.near),
+            ("plain", &testbed.outsider, &testbed.server),
+            ("plain, on one node", &testbed.outsider, &testbed.near),
         ] {
             let watch = Watch::start(
                 &to.place,
@@ -69,11 +69,11 @@ const REJECTED: [(u16, [&str; 2]); 2] = [
 const SOON: Duration = Duration::from_secs(6);
 
 /// A server that answers by ICMP errors.
-pub const REJECTED_PORT: Story = Story {
+pub const REJECTED_PORT: Scenario = Scenario {
     name: "a port that a pod's firewall rejects is refused soon, and its ICMP errors do not leave the pod",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
-        for to in [&world.server, &world.near] {
+        for to in [&testbed.server, &testbed.near] {
             for (port, kinds) in REJECTED {
                 for (program, kind) in ["iptables-nft", "ip6tables-nft"].into_iter().zip(kinds) {
                     let port = port.to_string();
@@ -87,9 +87,9 @@ pub const REJECTED_PORT: Story = Story {
         }
         // That it is looked for at the right place: without a mesh the errors come by the device.
         for (how, from, to, leaves) in [
-            ("by tunnel", &world.client, &world.server, false),
-            ("on one node", &world.client, &world.near, false),
-            ("plain", &world.outsider, &world.server, true),
+            ("by tunnel", &testbed.client, &testbed.server, false),
+            ("on one node", &testbed.client, &testbed.near, false),
+            ("plain", &testbed.outsider, &testbed.server, true),
         ] {
             let watch = Watch::start(
                 &to.place,
@@ -160,11 +160,11 @@ fn is_refusal_or_unreachable(error: &std::io::Error) -> bool {
 const FEW_PORTS: (u16, u16, usize) = (40_000, 40_031, 32);
 
 /// Clients that have few ports to choose from.
-pub const FEW_SOURCE_PORTS: Story = Story {
+pub const FEW_SOURCE_PORTS: Scenario = Scenario {
     name: "a client without a mesh opens as many connections to a pod as it has source ports, and all work",
-    tell: |world| {
+    run: |testbed| {
         let (low, high, count) = FEW_PORTS;
-        let narrowed = [&world.outsider, &world.server];
+        let narrowed = [&testbed.outsider, &testbed.server];
         let set = |range: &str| -> Result<Vec<String>> {
             let each = narrowed.iter().map(|pod| {
                 let netns = &pod.place.netns;
@@ -175,8 +175,8 @@ pub const FEW_SOURCE_PORTS: Story = Story {
             each.collect()
         };
         let before = set(&format!("{low} {high}"))?;
-        let opened = world.server.addresses().into_iter().map(|address| {
-            hold(&world.outsider, lines_at(address), count).with_context(|| format!("to {address}"))
+        let opened = testbed.server.addresses().into_iter().map(|address| {
+            hold(&testbed.outsider, lines_at(address), count).with_context(|| format!("to {address}"))
         });
         let opened = opened.collect::<Result<Vec<_>>>();
         set(&before[0])?;
@@ -221,16 +221,16 @@ fn exchange(stream: &mut BufReader<TcpStream>, own: IpAddr, word: &str) -> Resul
 const CROWD: usize = 5000;
 
 /// A client with very many connections.
-pub const MANY_CONNECTIONS: Story = Story {
+pub const MANY_CONNECTIONS: Scenario = Scenario {
     name: "a client without a mesh holds thousands of connections to one pod",
-    tell: |world| {
-        let mut command = world.outsider.place.command(binaries::peer()?)?;
-        let to = SocketAddr::new(world.server.v4.into(), HTTP);
+    run: |testbed| {
+        let mut command = testbed.outsider.place.command(binaries::peer()?)?;
+        let to = SocketAddr::new(testbed.server.v4.into(), HTTP);
         command.args(["crowd", &to.to_string(), "/", &CROWD.to_string()]);
-        let log = Log::at(world.outsider.place.logs.join("crowd.log"));
+        let log = Log::at(testbed.outsider.place.logs.join("crowd.log"));
         let mark = log.mark();
         let begun = Instant::now();
-        let mut crowd = world.outsider.place.start_with("crowd", command, Stdio::piped())?;
+        let mut crowd = testbed.outsider.place.start_with("crowd", command, Stdio::piped())?;
         let limit = 10 * PATIENCE;
         // One that has ended will not open them any more.
         let opened = eventually(limit, || {
@@ -252,36 +252,37 @@ pub const MANY_CONNECTIONS: Story = Story {
 };
 
 /// A pod that is a client of its own service.
-pub const ITSELF: Story = Story {
+pub const ITSELF: Scenario = Scenario {
     name: "a pod that dials a service which it serves itself is connected to itself, and nothing leaves it",
-    tell: |world| {
+    run: |testbed| {
         let mut evidence = Vec::new();
         for encrypted in [false, true] {
             if encrypted {
-                let mut setting = world.setting(On::B).clone();
+                let mut setting = testbed.setting(On::B).clone();
                 setting.further.push("--encrypt-same-node".to_owned());
                 let mut next = setting.start()?;
                 next.wait_ready()?;
-                let mut first = world.replace_daemon(On::B, next).context("no first daemon")?;
+                let mut first = testbed.replace_daemon(On::B, next).context("no first daemon")?;
                 first.ended().context("the first daemon was to drain")?;
             }
-            let watch = Watch::start(&world.server.place, "eth0", &format!("itself-{encrypted}"), "tcp")?;
+            let watch = Watch::start(&testbed.server.place, "eth0", &format!("itself-{encrypted}"), "tcp")?;
             for cluster_ip in cluster_ips()? {
                 let own: IpAddr =
-                    if cluster_ip.is_ipv4() { world.server.v4.into() } else { world.server.v6.into() };
+                    if cluster_ip.is_ipv4() { testbed.server.v4.into() } else { testbed.server.v6.into() };
                 for _ in 0..3 {
-                    let answer = curl(&world.server.place, &[&format!("http://{}/", in_url(cluster_ip))])
-                        .with_context(|| format!("itself by {cluster_ip}, encrypted: {encrypted}"))?;
+                    let answer =
+                        curl(&testbed.server.place, &[&format!("http://{}/", in_url(cluster_ip))])
+                            .with_context(|| format!("itself by {cluster_ip}, encrypted: {encrypted}"))?;
                     let expected = format!("pod=server client={own} ");
                     ensure!(answer.body.contains(&expected), "{}", answer.body);
                     ensure!(answer.remote == cluster_ip.to_string(), "{answer:?}");
                 }
-                curl(&world.server.place, &[&format!("http://{}:{HTTP}/", in_url(own))])
+                curl(&testbed.server.place, &[&format!("http://{}:{HTTP}/", in_url(own))])
                     .with_context(|| format!("itself by {own}"))?;
                 evidence.push(cluster_ip.to_string());
             }
             let seen = watch.finish()?.segments;
-            let own = |at: SocketAddr| world.server.addresses().contains(&at.ip());
+            let own = |at: SocketAddr| testbed.server.addresses().contains(&at.ip());
             let service = |at: SocketAddr| cluster_ips().is_ok_and(|all| all.contains(&at.ip()));
             let left =
                 seen.iter().find(|it| (own(it.from) && own(it.to)) || service(it.from) || service(it.to));
@@ -297,22 +298,22 @@ const OF_TWO: [&str; 2] = ["10.96.0.20", "fd96::20"];
 const CALLS: usize = 40;
 
 /// A pod that is a client of a service of which it is one endpoint of several.
-pub const ONE_OF_SEVERAL: Story = Story {
+pub const ONE_OF_SEVERAL: Scenario = Scenario {
     name: "a pod that dials a service of which it is one endpoint of two reaches both, itself like the other",
-    tell: |world| {
-        let client = world.near.clone();
-        for pod in [&client, &world.server] {
-            let path = world.mesh.path().join(format!("pod-{}.yaml", pod.name));
+    run: |testbed| {
+        let client = testbed.near.clone();
+        for pod in [&client, &testbed.server] {
+            let path = testbed.mesh.path().join(format!("pod-{}.yaml", pod.name));
             let label = format!("    app: {}\n", pod.name);
             let text = std::fs::read_to_string(&path)?;
             ensure!(text.contains(&label), "another text: {text}");
             let both = text.replacen(&label, &format!("{label}    group: both\n"), 1);
-            world.mesh.write(&format!("pod-{}", pod.name), &both)?;
+            testbed.mesh.write(&format!("pod-{}", pod.name), &both)?;
         }
         let [v4, v6] = OF_TWO;
-        world.mesh.service("both", v4, v6)?;
-        let service = std::fs::read_to_string(world.mesh.path().join("service-both.yaml"))?;
-        world.mesh.write("service-both", &service.replace("    app: both\n", "    group: both\n"))?;
+        testbed.mesh.service("both", v4, v6)?;
+        let service = std::fs::read_to_string(testbed.mesh.path().join("service-both.yaml"))?;
+        testbed.mesh.write("service-both", &service.replace("    app: both\n", "    group: both\n"))?;
         let mut reached = [0; 2];
         for (cluster_ip, own) in OF_TWO.into_iter().zip(client.addresses()) {
             let cluster_ip: IpAddr = cluster_ip.parse()?;
@@ -331,8 +332,8 @@ pub const ONE_OF_SEVERAL: Story = Story {
             ensure!(beside.is_empty(), "not in a tunnel: {:?}", beside[0]);
         }
         ensure!(reached.into_iter().all(|calls| calls > 0), "one was never reached: {reached:?}");
-        world.mesh.remove("service-both")?;
-        world.write_pods()?;
+        testbed.mesh.remove("service-both")?;
+        testbed.write_pods()?;
         let [itself, other] = reached;
         Ok(format!("of {} calls {itself} were answered by the pod itself, {other} by the other", 2 * CALLS))
     },

@@ -4,23 +4,23 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Story;
+use super::Scenario;
 use crate::certificates::{Signer, let_in};
 use crate::poll::PATIENCE;
 use crate::process::Log;
+use crate::testbed::{On, Testbed, http};
 use crate::wire::{HBONE_PORT, tunnels_only};
-use crate::world::{On, World, http};
 
 /// Nothing but TLS 1.3 on the link.
-pub const ONLY_TLS: Story = Story {
+pub const ONLY_TLS: Scenario = Scenario {
     name: "between the nodes there is only TLS 1.3 to port 15008; the payload is never seen in clear",
-    tell: |world| {
+    run: |testbed| {
         let marker = marker();
-        let watch = world.watch_link("only-tls")?;
+        let watch = testbed.watch_link("only-tls")?;
         let mut requests = 0;
-        for address in world.server.addresses() {
+        for address in testbed.server.addresses() {
             for _ in 0..10 {
-                let answer = http(&world.client.place, address, &format!("?marker={marker}"))?;
+                let answer = http(&testbed.client.place, address, &format!("?marker={marker}"))?;
                 ensure!(answer.body.contains(&marker), "the marker did not come back: {}", answer.body);
                 requests += 1;
             }
@@ -30,8 +30,8 @@ pub const ONLY_TLS: Story = Story {
         ensure!(seen == 0, "{seen} packets carry the payload in clear");
         let tunnels = tunnels_only(&packets)?;
         // The same look at a connection outside the mesh shows that the capture would have seen it.
-        let control = world.watch_link("only-tls-control")?;
-        http(&world.outsider.place, world.outside.v4.into(), &format!("?marker={marker}"))?;
+        let control = testbed.watch_link("only-tls-control")?;
+        http(&testbed.outsider.place, testbed.outside.v4.into(), &format!("?marker={marker}"))?;
         let control = control.finish()?.with_marker(&marker);
         ensure!(control > 0, "the capture does not see what is in clear");
         Ok(format!(
@@ -44,15 +44,15 @@ pub const ONLY_TLS: Story = Story {
 };
 
 /// The identities in the access logs of both sides.
-pub const IDENTITIES: Story = Story {
+pub const IDENTITIES: Scenario = Scenario {
     name: "each side presented and verified a SPIFFE identity; one that a stranger signed is refused",
-    tell: |world| {
-        let (source, destination) = (world.setting(On::A).log(), world.setting(On::B).log());
+    run: |testbed| {
+        let (source, destination) = (testbed.setting(On::A).log(), testbed.setting(On::B).log());
         let marks = (source.mark(), destination.mark());
-        http(&world.client.place, world.server.v4.into(), "")?;
+        http(&testbed.client.place, testbed.server.v4.into(), "")?;
         let out = outbound_line(&source, marks.0, "client", "server")?;
         let inward = inbound_line(&destination, marks.1, "client", "server")?;
-        let refusals = strangers_are_refused(world)?;
+        let refusals = strangers_are_refused(testbed)?;
         Ok(format!(
             "node-a verified {}; node-b verified {}; {refusals}",
             field(&out, "dst.identity").unwrap_or_default(),
@@ -63,11 +63,11 @@ pub const IDENTITIES: Story = Story {
 
 /// Shows node-b's daemon certificates with the same identity, from where nobody captures: it must look at who signed
 /// them. The first, of the mesh's own root, shows that this way of looking would see somebody let in.
-fn strangers_are_refused(world: &World) -> Result<String> {
+fn strangers_are_refused(testbed: &Testbed) -> Result<String> {
     let claimed = identity("client");
-    let to = SocketAddr::from((world.server.v4, HBONE_PORT));
-    let look = |own| world.outsider.place.netns.enter(|| let_in(to, own));
-    look(Some(Signer::of_mesh(&world.setting(On::B).state)?.sign(&[&claimed])?))
+    let to = SocketAddr::from((testbed.server.v4, HBONE_PORT));
+    let look = |own| testbed.outsider.place.netns.enter(|| let_in(to, own));
+    look(Some(Signer::of_mesh(&testbed.setting(On::B).state)?.sign(&[&claimed])?))
         .context("a certificate of the mesh's root was refused")?;
     let mut said = Vec::new();
     for (what, own) in [

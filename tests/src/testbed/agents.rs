@@ -2,12 +2,12 @@
 
 use anyhow::{Context, Result};
 
-use super::{On, World};
+use super::{On, Testbed};
 use crate::agent::NodeAgent;
 use crate::redirect::{self, Backend};
 use crate::topology::Pod;
 
-impl World {
+impl Testbed {
     /// Has a node agent enrol the pods of these nodes, with rules of its own. Before the daemons start.
     pub fn enrol_by_agent(&mut self, nodes: &[On], backend: Backend) -> Result<()> {
         for on in nodes.iter().copied() {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::Result;
 use ztunnel_proto::workload;
 
-use super::{BOTH, SERVICE_IPS, World};
+use super::{BOTH, SERVICE_IPS, Testbed};
 use crate::ca::{Authority, Caller, Keys};
 use crate::daemon::Chart;
 use crate::istiod::{self, Istiod};
@@ -26,7 +26,7 @@ pub struct Istio {
     pub authority: Authority,
 }
 
-impl World {
+impl Testbed {
     /// Has both nodes run as under Istio: the mesh and certificates from istiod, pods from a node agent, and daemons
     /// that are started as the chart starts them. Before the daemons start.
     pub fn under_istio(&mut self) -> Result<Istio> {

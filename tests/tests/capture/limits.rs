@@ -7,9 +7,9 @@ use ztunnel_node::capture::guards::{DEVICES_MAX, ELSEWHERE_MAX};
 
 use super::*;
 
-fn capture(world: &mut World, pod: &Pod) -> Result<Captured, String> {
-    let captured = world.node.bind(&spec(pod)).map_err(|error| error.to_string())?;
-    world.node.capture(&spec(pod), &captured).map_err(|error| error.to_string())?;
+fn capture(testbed: &mut Testbed, pod: &Pod) -> Result<Captured, String> {
+    let captured = testbed.node.bind(&spec(pod)).map_err(|error| error.to_string())?;
+    testbed.node.capture(&spec(pod), &captured).map_err(|error| error.to_string())?;
     Ok(captured)
 }
 
@@ -23,70 +23,73 @@ fn batch(pod: &Pod, commands: impl Iterator<Item = String>) {
 }
 
 /// Something to dial, outside of the pod and in it.
-fn applications(world: &World, pod: &Pod) {
-    let _outside = application(&world.plain, 9090);
+fn applications(testbed: &Testbed, pod: &Pod) {
+    let _outside = application(&testbed.plain, 9090);
     let _inside = application(pod, 8080);
 }
 
 /// Neither side of the pod is open.
-fn is_closed(world: &World, pod: &Pod) {
-    for (own, other) in [(pod.v4, world.plain.v4), (pod.v6, world.plain.v6)] {
+fn is_closed(testbed: &Testbed, pod: &Pod) {
+    for (own, other) in [(pod.v4, testbed.plain.v4), (pod.v6, testbed.plain.v6)] {
         let out = connect(pod, at(other, 9090)).expect_err("what it dials is refused");
         assert_eq!(out.kind(), ErrorKind::ConnectionRefused);
         let to = at(own, 8080);
-        let inward = world.plain.ns.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+        let inward = testbed.plain.ns.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
         inward.expect_err("what is dialled to it is refused");
     }
 }
 
 #[test]
 fn an_enrolment_that_fails_leaves_the_pod_closed() {
-    let mut world = World::new();
-    let pod = world.net.pod(4);
+    let mut testbed = Testbed::new();
+    let pod = testbed.net.pod(4);
     // Its rules cannot be made: no device has this address.
     let wrong = PodSpec { addresses: vec!["10.99.0.77".parse().expect("ip"), pod.v6], ..spec(&pod) };
-    applications(&world, &pod);
-    let captured = world.node.bind(&wrong).expect("binds");
-    world.node.capture(&wrong, &captured).expect_err("it has another address");
-    assert_eq!(world.node.closed(), 1);
-    is_closed(&world, &pod);
-    assert_eq!(world.node.reconcile(), vec![], "nor does anybody open it");
-    is_closed(&world, &pod);
+    applications(&testbed, &pod);
+    let captured = testbed.node.bind(&wrong).expect("binds");
+    testbed.node.capture(&wrong, &captured).expect_err("it has another address");
+    assert_eq!(testbed.node.closed(), 1);
+    is_closed(&testbed, &pod);
+    assert_eq!(testbed.node.reconcile(), vec![], "nor does anybody open it");
+    is_closed(&testbed, &pod);
 
-    let captured = capture(&mut world, &pod).expect("captures");
-    assert_eq!(world.node.closed(), 0);
+    let captured = capture(&mut testbed, &pod).expect("captures");
+    assert_eq!(testbed.node.closed(), 0);
     let daemon = Daemon::start(&captured);
-    assert_eq!(greeting(&connect(&pod, at(world.plain.v4, 9090)).expect("captured")), "outbound");
-    assert_eq!(greeting(&connect(&world.plain, at(pod.v6, 8080)).expect("captured")), "inbound");
+    assert_eq!(greeting(&connect(&pod, at(testbed.plain.v4, 9090)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&testbed.plain, at(pod.v6, 8080)).expect("captured")), "inbound");
     drop(captured);
     daemon.stop();
 }
 
 #[test]
 fn a_pod_with_very_many_addresses_takes_no_room_from_others() {
-    let mut world = World::new();
+    let mut testbed = Testbed::new();
     let ip = |n: usize| format!("10.50.{}.{}", n / 250, n % 250 + 1);
-    batch(&world.enrolled, (0..2_000).map(|n| format!("addr add {}/32 dev lo", ip(n))));
-    let repairs = world.node.reconcile();
+    batch(&testbed.enrolled, (0..2_000).map(|n| format!("addr add {}/32 dev lo", ip(n))));
+    let repairs = testbed.node.reconcile();
     assert!(repairs.iter().any(|repair| repair.what.contains("addresses more than")), "{repairs:?}");
-    assert_eq!(world.node.reconcile(), vec![], "it is said once");
-    let map = MapData::from_pin(world.net.pins.join("v1/ADDRESSES")).expect("is pinned");
+    assert_eq!(testbed.node.reconcile(), vec![], "it is said once");
+    let map = MapData::from_pin(testbed.net.pins.join("v1/ADDRESSES")).expect("is pinned");
     let map = HashMap::<_, SlotAddress, u32>::try_from(Map::HashMap(map)).expect("of that kind");
     assert_eq!(map.keys().flatten().count(), ADDRESSES_PER_SLOT as usize);
-    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")), "outbound");
-    assert_eq!(world.daemon.next().kind, "outbound");
+    assert_eq!(
+        greeting(&connect(&testbed.enrolled, at(testbed.plain.v4, 80)).expect("captured")),
+        "outbound"
+    );
+    assert_eq!(testbed.daemon.next().kind, "outbound");
 
-    let third = world.net.pod(4);
-    let captured = capture(&mut world, &third).expect("there is room for the next");
+    let third = testbed.net.pod(4);
+    let captured = capture(&mut testbed, &third).expect("there is room for the next");
     let daemon = Daemon::start(&captured);
-    assert_eq!(greeting(&connect(&third, at(world.plain.v4, 80)).expect("captured")), "outbound");
-    assert_eq!(greeting(&connect(&world.plain, at(third.v4, 80)).expect("captured")), "inbound");
+    assert_eq!(greeting(&connect(&third, at(testbed.plain.v4, 80)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&testbed.plain, at(third.v4, 80)).expect("captured")), "inbound");
     drop(captured);
     daemon.stop();
 
     // What is delivered to an address there is no room for does not come back to the daemon, again and again.
     let unknown = at(ip(1_900).parse().expect("ip"), 80);
-    world
+    testbed
         .enrolled
         .ns
         .enter(|| {
@@ -94,67 +97,70 @@ fn a_pod_with_very_many_addresses_takes_no_room_from_others() {
             socket.bind_device(Some(b"lo")).expect("device");
             set(&socket, libc::SOL_IP, libc::IP_TRANSPARENT);
             socket.set_mark(REPLY).expect("mark");
-            socket.bind(&at(world.plain.v4, 0).into()).expect("binds");
+            socket.bind(&at(testbed.plain.v4, 0).into()).expect("binds");
             socket.connect_timeout(&unknown.into(), Duration::from_millis(300))
         })
         .expect_err("it is refused");
-    assert!(world.count(Counter::DroppedUnknownAddress) > 0);
-    world.daemon.nothing();
+    assert!(testbed.count(Counter::DroppedUnknownAddress) > 0);
+    testbed.daemon.nothing();
 }
 
 #[test]
 fn a_pod_with_too_many_devices_is_closed_and_the_others_are_served() {
-    let mut world = World::new();
-    let third = world.net.pod(4);
+    let mut testbed = Testbed::new();
+    let third = testbed.net.pod(4);
     batch(&third, (0..40).map(|n| format!("link add a{n} type veth peer name b{n}")));
-    let error = capture(&mut world, &third).expect_err("it has too many devices");
+    let error = capture(&mut testbed, &third).expect_err("it has too many devices");
     assert!(error.contains("at most 64"), "{error}");
-    applications(&world, &third);
-    is_closed(&world, &third);
-    assert_eq!(world.node.closed(), 1);
+    applications(&testbed, &third);
+    is_closed(&testbed, &third);
+    assert_eq!(testbed.node.closed(), 1);
     // One that is served already.
-    batch(&world.enrolled, (0..40).map(|n| format!("link add a{n} type veth peer name b{n}")));
-    let repairs = world.node.reconcile();
+    batch(&testbed.enrolled, (0..40).map(|n| format!("link add a{n} type veth peer name b{n}")));
+    let repairs = testbed.node.reconcile();
     assert!(
         repairs.iter().any(|repair| !repair.repaired && repair.what.contains("at most 64")),
         "{repairs:?}"
     );
-    connect(&world.enrolled, at(world.plain.v4, 9090)).expect_err("closed");
-    assert_eq!(world.node.closed(), 2);
+    connect(&testbed.enrolled, at(testbed.plain.v4, 9090)).expect_err("closed");
+    assert_eq!(testbed.node.closed(), 2);
 
-    let fourth = world.net.pod(5);
-    let captured = capture(&mut world, &fourth).expect("captures");
+    let fourth = testbed.net.pod(5);
+    let captured = capture(&mut testbed, &fourth).expect("captures");
     let daemon = Daemon::start(&captured);
-    assert_eq!(greeting(&connect(&fourth, at(world.plain.v4, 80)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&fourth, at(testbed.plain.v4, 80)).expect("captured")), "outbound");
     drop(captured);
     daemon.stop();
 
     // With fewer it is served again, without being enrolled again.
-    batch(&world.enrolled, (0..20).map(|n| format!("link del a{n}")));
+    batch(&testbed.enrolled, (0..20).map(|n| format!("link del a{n}")));
     let served = eventually(PATIENCE, || {
-        world.node.reconcile();
-        anyhow::ensure!(world.node.closed() == 1, "it is still closed");
+        testbed.node.reconcile();
+        anyhow::ensure!(testbed.node.closed() == 1, "it is still closed");
         Ok(())
     });
     served.unwrap_or_else(|error| panic!("{error:#}"));
-    assert_eq!(greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")), "outbound");
+    assert_eq!(
+        greeting(&connect(&testbed.enrolled, at(testbed.plain.v4, 80)).expect("captured")),
+        "outbound"
+    );
 }
 
 #[test]
 fn a_pod_that_goes_on_moving_devices_elsewhere_is_closed_and_its_guards_are_bounded() {
-    let mut world = World::new();
-    let hideout = Ns(format!("{}-x", world.enrolled.ns.0));
+    let mut testbed = Testbed::new();
+    let hideout = Ns(format!("{}-x", testbed.enrolled.ns.0));
     run(&format!("ip netns add {}", hideout.0));
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let directory = world.net.pins.join("v1/pods/0");
+        let directory = testbed.net.pins.join("v1/pods/0");
         let guards = || std::fs::read_dir(&directory).expect("lists").count() - 1;
-        let guarded = |world: &mut World| {
+        let guarded = |testbed: &mut Testbed| {
             // Some devices each time.
             for _ in 0..4 {
-                world.node.reconcile();
+                testbed.node.reconcile();
             }
             let looked = eventually(PATIENCE, || {
-                let repairs = world.node.reconcile();
+                let repairs = testbed.node.reconcile();
                 anyhow::ensure!(repairs.is_empty(), "{repairs:?}");
                 Ok(())
             });
@@ -163,34 +169,34 @@ fn a_pod_that_goes_on_moving_devices_elsewhere_is_closed_and_its_guards_are_boun
         // Twice as many as there may be, in all.
         let rounds = 2 * (DEVICES_MAX + ELSEWHERE_MAX) / 40 + 1;
         for round in 0..rounds {
-            batch(&world.enrolled, (0..20).map(|n| format!("link add a{n} type veth peer name b{n}")));
-            guarded(&mut world);
+            batch(&testbed.enrolled, (0..20).map(|n| format!("link add a{n} type veth peer name b{n}")));
+            guarded(&mut testbed);
             let devices = ["a", "b"].into_iter().flat_map(|side| (0..20).map(move |n| format!("{side}{n}")));
             let moves =
                 devices.map(|device| format!("link set {device} netns {} name {device}r{round}", hideout.0));
-            batch(&world.enrolled, moves);
+            batch(&testbed.enrolled, moves);
             // That they are gone is heard of.
-            guarded(&mut world);
+            guarded(&mut testbed);
             assert!(guards() < DEVICES_MAX + ELSEWHERE_MAX, "{} guards in round {round}", guards());
         }
-        batch(&world.enrolled, std::iter::once("link add a0 type veth peer name b0".to_owned()));
-        let repairs = world.node.reconcile();
-        world.node.reconcile();
-        assert_eq!(world.node.closed(), 1, "{repairs:?}");
-        applications(&world, &world.enrolled);
-        connect(&world.enrolled, at(world.plain.v4, 9090)).expect_err("closed");
+        batch(&testbed.enrolled, std::iter::once("link add a0 type veth peer name b0".to_owned()));
+        let repairs = testbed.node.reconcile();
+        testbed.node.reconcile();
+        assert_eq!(testbed.node.closed(), 1, "{repairs:?}");
+        applications(&testbed, &testbed.enrolled);
+        connect(&testbed.enrolled, at(testbed.plain.v4, 9090)).expect_err("closed");
         // What is no more takes no room, and it is served again.
         run(&format!("ip netns del {}", hideout.0));
         let served = eventually(PATIENCE, || {
-            world.node.reconcile();
-            anyhow::ensure!(world.node.closed() == 0, "it is still closed");
+            testbed.node.reconcile();
+            anyhow::ensure!(testbed.node.closed() == 0, "it is still closed");
             Ok(())
         });
         served.unwrap_or_else(|error| panic!("{error:#}"));
-        guarded(&mut world);
+        guarded(&mut testbed);
         assert_eq!(guards(), 3, "of eth0 and the last two");
         assert_eq!(
-            greeting(&connect(&world.enrolled, at(world.plain.v4, 80)).expect("captured")),
+            greeting(&connect(&testbed.enrolled, at(testbed.plain.v4, 80)).expect("captured")),
             "outbound"
         );
     }));
@@ -201,8 +207,8 @@ fn a_pod_that_goes_on_moving_devices_elsewhere_is_closed_and_its_guards_are_boun
 }
 
 /// The records of the node's pods.
-fn records(world: &World) -> HashMap<MapData, u32, Record> {
-    let map = MapData::from_pin(world.net.pins.join("v1/RECORDS")).expect("is pinned");
+fn records(testbed: &Testbed) -> HashMap<MapData, u32, Record> {
+    let map = MapData::from_pin(testbed.net.pins.join("v1/RECORDS")).expect("is pinned");
     HashMap::try_from(Map::HashMap(map)).expect("of that kind")
 }
 
@@ -223,26 +229,26 @@ fn empty(records: &mut HashMap<MapData, u32, Record>, keep: &[u32]) {
 
 #[test]
 fn a_pod_for_which_there_is_no_slot_is_closed() {
-    let mut world = World::new();
-    let third = world.net.pod(4);
-    applications(&world, &third);
-    let mut records = records(&world);
+    let mut testbed = Testbed::new();
+    let third = testbed.net.pod(4);
+    applications(&testbed, &third);
+    let mut records = records(&testbed);
     fill(&mut records);
-    world.node.bind(&spec(&third)).expect_err("there is no slot");
-    is_closed(&world, &third);
+    testbed.node.bind(&spec(&third)).expect_err("there is no slot");
+    is_closed(&testbed, &third);
     // Taken out of the mesh it is as without one.
-    world.node.withdraw(&spec(&third).uid).expect("withdraws");
-    for (from, to) in [(&third, at(world.plain.v4, 9090)), (&world.plain, at(third.v6, 8080))] {
+    testbed.node.withdraw(&spec(&third).uid).expect("withdraws");
+    for (from, to) in [(&third, at(testbed.plain.v4, 9090)), (&testbed.plain, at(third.v6, 8080))] {
         assert_eq!(greeting(&connect(from, to).expect("is open")), "app");
     }
-    world.node.bind(&spec(&third)).expect_err("there is no slot");
-    is_closed(&world, &third);
+    testbed.node.bind(&spec(&third)).expect_err("there is no slot");
+    is_closed(&testbed, &third);
     // One is free.
     records.remove(&7).expect("there");
-    let captured = capture(&mut world, &third).expect("captures");
+    let captured = capture(&mut testbed, &third).expect("captures");
     let daemon = Daemon::start(&captured);
-    assert_eq!(greeting(&connect(&third, at(world.plain.v4, 9090)).expect("captured")), "outbound");
-    assert_eq!(greeting(&connect(&world.plain, at(third.v6, 8080)).expect("captured")), "inbound");
+    assert_eq!(greeting(&connect(&third, at(testbed.plain.v4, 9090)).expect("captured")), "outbound");
+    assert_eq!(greeting(&connect(&testbed.plain, at(third.v6, 8080)).expect("captured")), "inbound");
     drop(captured);
     daemon.stop();
     empty(&mut records, &[0, 7]);
@@ -260,23 +266,23 @@ fn crowd_out(pod: &Pod) -> SkLookup {
 
 #[test]
 fn a_pod_without_a_slot_that_could_be_closed_one_way_only_is_closed_later_and_let_go() {
-    let mut world = World::new();
-    let third = world.net.pod(4);
-    applications(&world, &third);
-    let mut records = records(&world);
+    let mut testbed = Testbed::new();
+    let third = testbed.net.pod(4);
+    applications(&testbed, &third);
+    let mut records = records(&testbed);
     fill(&mut records);
-    let out = at(world.plain.v4, 9090);
+    let out = at(testbed.plain.v4, 9090);
     for then_close in [false, true] {
         let crowd = crowd_out(&third);
-        world.node.bind(&spec(&third)).expect_err("there is no slot");
+        testbed.node.bind(&spec(&third)).expect_err("there is no slot");
         connect(&third, out).expect_err("this way it is closed");
         drop(crowd);
         if then_close {
-            world.node.bind(&spec(&third)).expect_err("there is no slot");
-            is_closed(&world, &third);
+            testbed.node.bind(&spec(&third)).expect_err("there is no slot");
+            is_closed(&testbed, &third);
         }
-        world.node.withdraw(&spec(&third).uid).expect("withdraws");
-        for (from, to) in [(&third, out), (&world.plain, at(third.v6, 8080))] {
+        testbed.node.withdraw(&spec(&third).uid).expect("withdraws");
+        for (from, to) in [(&third, out), (&testbed.plain, at(third.v6, 8080))] {
             assert_eq!(greeting(&connect(from, to).expect("is open")), "app");
         }
     }

@@ -9,17 +9,17 @@ use super::*;
 const MPTCP: i32 = 262;
 
 /// A sniffer at every port of the node's bridge that leads to the pod.
-fn watch(world: &World) -> Sniffer {
-    Sniffer::start(&world.net, &world.enrolled)
+fn watch(testbed: &Testbed) -> Sniffer {
+    Sniffer::start(&testbed.net, &testbed.enrolled)
 }
 
-fn both(world: &World) -> [(IpAddr, IpAddr); 2] {
-    [(world.plain.v4, world.enrolled.v4), (world.plain.v6, world.enrolled.v6)]
+fn both(testbed: &Testbed) -> [(IpAddr, IpAddr); 2] {
+    [(testbed.plain.v4, testbed.enrolled.v4), (testbed.plain.v6, testbed.enrolled.v6)]
 }
 
 /// A listener of the application.
-fn listening(world: &World, own: IpAddr, prepare: impl FnOnce(&Socket) + Send) -> TcpListener {
-    world.enrolled.ns.enter(|| {
+fn listening(testbed: &Testbed, own: IpAddr, prepare: impl FnOnce(&Socket) + Send) -> TcpListener {
+    testbed.enrolled.ns.enter(|| {
         let socket = Socket::new(Domain::for_address(at(own, 0)), Type::STREAM, None).expect("socket");
         socket.set_reuse_address(true).expect("option");
         prepare(&socket);
@@ -30,9 +30,9 @@ fn listening(world: &World, own: IpAddr, prepare: impl FnOnce(&Socket) + Send) -
 }
 
 /// The daemon dials the application for `client`; both ends of that.
-fn delivered(world: &World, client: IpAddr, listener: &TcpListener) -> (TcpStream, TcpStream) {
+fn delivered(testbed: &Testbed, client: IpAddr, listener: &TcpListener) -> (TcpStream, TcpStream) {
     let to = listener.local_addr().expect("bound");
-    let ours = world.enrolled.ns.enter(|| transparent_dial(client, to));
+    let ours = testbed.enrolled.ns.enter(|| transparent_dial(client, to));
     let (taken, from) = listener.accept().expect("takes it");
     assert_eq!(canonical(from).ip(), client);
     (ours, taken)
@@ -46,9 +46,9 @@ fn says_secret(stream: &TcpStream) {
 }
 
 /// Waits until packets of captured connections were stopped since `before`.
-fn stopped(world: &World, before: u64) {
+fn stopped(testbed: &Testbed, before: u64) {
     let stopped = eventually(PATIENCE, || {
-        let now = world.count(Counter::LeaveCaptured);
+        let now = testbed.count(Counter::LeaveCaptured);
         anyhow::ensure!(now > before, "no packet of a captured connection was stopped");
         Ok(())
     });
@@ -57,16 +57,16 @@ fn stopped(world: &World, before: u64) {
 
 #[test]
 fn an_accepted_connection_that_changes_its_mark_is_stopped() {
-    let world = World::new();
-    for (client, own) in both(&world) {
+    let testbed = Testbed::new();
+    for (client, own) in both(&testbed) {
         for mark in [0, BYPASS, 0x1234] {
-            let sniffer = watch(&world);
-            let before = world.count(Counter::LeaveCaptured);
-            let listener = listening(&world, own, |_| {});
-            let (_ours, taken) = delivered(&world, client, &listener);
+            let sniffer = watch(&testbed);
+            let before = testbed.count(Counter::LeaveCaptured);
+            let listener = listening(&testbed, own, |_| {});
+            let (_ours, taken) = delivered(&testbed, client, &listener);
             SockRef::from(&taken).set_mark(mark).expect("mark");
             says_secret(&taken);
-            stopped(&world, before);
+            stopped(&testbed, before);
             sniffer.nothing_seen();
         }
     }
@@ -74,17 +74,17 @@ fn an_accepted_connection_that_changes_its_mark_is_stopped() {
 
 #[test]
 fn a_listener_with_a_mark_of_the_mesh_gains_nothing() {
-    let world = World::new();
-    for (client, own) in both(&world) {
+    let testbed = Testbed::new();
+    for (client, own) in both(&testbed) {
         // What has its answers stay in the pod until the connection is there.
         for mark in [REPLY, ztunnel_ebpf_abi::CAPTURE, 0x1_0000 | REPLY] {
-            let sniffer = watch(&world);
-            let before = world.count(Counter::LeaveCaptured);
-            let listener = listening(&world, own, |socket| socket.set_mark(mark).expect("mark"));
-            let (_ours, taken) = delivered(&world, client, &listener);
+            let sniffer = watch(&testbed);
+            let before = testbed.count(Counter::LeaveCaptured);
+            let listener = listening(&testbed, own, |socket| socket.set_mark(mark).expect("mark"));
+            let (_ours, taken) = delivered(&testbed, client, &listener);
             SockRef::from(&taken).set_mark(0).expect("mark");
             says_secret(&taken);
-            stopped(&world, before);
+            stopped(&testbed, before);
             sniffer.nothing_seen();
         }
     }
@@ -92,32 +92,32 @@ fn a_listener_with_a_mark_of_the_mesh_gains_nothing() {
 
 #[test]
 fn a_delivery_is_known_without_its_mark() {
-    let world = World::new();
-    let pod = &world.enrolled.ns;
+    let testbed = Testbed::new();
+    let pod = &testbed.enrolled.ns;
     pod.sh("sysctl -qw net.ipv4.tcp_fwmark_accept=0");
-    for (client, own) in both(&world) {
+    for (client, own) in both(&testbed) {
         let family = if client.is_ipv4() { "" } else { "-6 " };
         let rule = format!("from {own} to {client} priority 5 table 100");
         pod.ip(&format!("{family}rule add {rule}"));
-        let sniffer = watch(&world);
-        let before = world.count(Counter::LeaveCaptured);
-        let listener = listening(&world, own, |_| {});
-        let (_ours, taken) = delivered(&world, client, &listener);
+        let sniffer = watch(&testbed);
+        let before = testbed.count(Counter::LeaveCaptured);
+        let listener = listening(&testbed, own, |_| {});
+        let (_ours, taken) = delivered(&testbed, client, &listener);
         pod.ip(&format!("{family}rule del {rule}"));
         says_secret(&taken);
-        stopped(&world, before);
+        stopped(&testbed, before);
         sniffer.nothing_seen();
     }
 }
 
 #[test]
 fn a_connection_that_had_a_mark_of_the_mesh_when_it_was_dialled_is_stopped() {
-    let world = World::new();
-    for (remote, own) in both(&world) {
+    let testbed = Testbed::new();
+    for (remote, own) in both(&testbed) {
         for mark in [REPLY, ztunnel_ebpf_abi::CAPTURE, BYPASS] {
-            let sniffer = watch(&world);
-            let before = world.count(Counter::LeaveCaptured);
-            let stream = world.enrolled.ns.enter(|| {
+            let sniffer = watch(&testbed);
+            let before = testbed.count(Counter::LeaveCaptured);
+            let stream = testbed.enrolled.ns.enter(|| {
                 let socket =
                     Socket::new(Domain::for_address(at(remote, 0)), Type::STREAM, None).expect("socket");
                 socket.set_mark(mark).expect("mark");
@@ -125,10 +125,10 @@ fn a_connection_that_had_a_mark_of_the_mesh_when_it_was_dialled_is_stopped() {
                 TcpStream::from(socket)
             });
             assert_eq!(greeting(&stream), "outbound");
-            assert_eq!(world.daemon.next().from.ip(), own);
+            assert_eq!(testbed.daemon.next().from.ip(), own);
             SockRef::from(&stream).set_mark(0).expect("mark");
             says_secret(&stream);
-            stopped(&world, before);
+            stopped(&testbed, before);
             sniffer.nothing_seen();
         }
     }
@@ -136,11 +136,11 @@ fn a_connection_that_had_a_mark_of_the_mesh_when_it_was_dialled_is_stopped() {
 
 #[test]
 fn a_multipath_connection_that_changes_its_mark_is_stopped() {
-    let world = World::new();
-    for (remote, _) in both(&world) {
-        let sniffer = watch(&world);
-        let before = world.count(Counter::LeaveCaptured);
-        let stream = world.enrolled.ns.enter(|| {
+    let testbed = Testbed::new();
+    for (remote, _) in both(&testbed) {
+        let sniffer = watch(&testbed);
+        let before = testbed.count(Counter::LeaveCaptured);
+        let stream = testbed.enrolled.ns.enter(|| {
             let domain = Domain::for_address(at(remote, 0));
             let socket = Socket::new(domain, Type::STREAM, Some(Protocol::from(MPTCP))).expect("socket");
             socket.connect(&at(remote, 7777).into()).expect("is captured");
@@ -149,7 +149,7 @@ fn a_multipath_connection_that_changes_its_mark_is_stopped() {
         assert_eq!(greeting(&stream), "outbound");
         SockRef::from(&stream).set_mark(0).expect("mark");
         says_secret(&stream);
-        stopped(&world, before);
+        stopped(&testbed, before);
         sniffer.nothing_seen();
     }
 }
@@ -157,20 +157,20 @@ fn a_multipath_connection_that_changes_its_mark_is_stopped() {
 /// A device that nobody guards yet, and no rule that keeps anything in the pod.
 #[test]
 fn without_rules_and_by_an_unguarded_device_nothing_captured_leaves() {
-    let world = World::new();
-    let pod = &world.enrolled.ns;
-    let open: Vec<_> = both(&world)
+    let testbed = Testbed::new();
+    let pod = &testbed.enrolled.ns;
+    let open: Vec<_> = both(&testbed)
         .into_iter()
         .map(|(remote, own)| {
-            let dialled = connect(&world.enrolled, at(remote, 7777)).expect("captured");
+            let dialled = connect(&testbed.enrolled, at(remote, 7777)).expect("captured");
             assert_eq!(greeting(&dialled), "outbound");
-            let listener = listening(&world, own, |_| {});
-            (dialled, delivered(&world, remote, &listener))
+            let listener = listening(&testbed, own, |_| {});
+            (dialled, delivered(&testbed, remote, &listener))
         })
         .collect();
-    world.net.node.ip(&format!("link add late type veth peer name eth1 netns {}", pod.0));
-    world.net.node.ip("link set late master br0 up");
-    let sniffer = Sniffer::start(&world.net, &Pod { veth: "late".to_owned(), ..world.enrolled.clone() });
+    testbed.net.node.ip(&format!("link add late type veth peer name eth1 netns {}", pod.0));
+    testbed.net.node.ip("link set late master br0 up");
+    let sniffer = Sniffer::start(&testbed.net, &Pod { veth: "late".to_owned(), ..testbed.enrolled.clone() });
     pod.sh(
         "ip rule flush; ip rule add pref 32766 lookup main; ip -6 rule flush; ip -6 rule add pref 32766 lookup main; \
          ip link set eth1 up; ip route add 10.99.0.3/32 dev eth1 src 10.99.0.2; ip -6 route add fd99::3/128 dev eth1 src \
@@ -178,18 +178,18 @@ fn without_rules_and_by_an_unguarded_device_nothing_captured_leaves() {
     );
     for (dialled, (_ours, taken)) in &open {
         for stream in [dialled, taken] {
-            let before = world.count(Counter::LeaveCaptured);
+            let before = testbed.count(Counter::LeaveCaptured);
             says_secret(stream);
-            stopped(&world, before);
+            stopped(&testbed, before);
         }
     }
-    let before = world.count(Counter::LeaveCaptured);
-    world
+    let before = testbed.count(Counter::LeaveCaptured);
+    testbed
         .enrolled
         .ns
-        .enter(|| TcpStream::connect_timeout(&at(world.plain.v4, 7778), Duration::from_millis(300)))
+        .enter(|| TcpStream::connect_timeout(&at(testbed.plain.v4, 7778), Duration::from_millis(300)))
         .expect_err("nothing brings it to the daemon");
-    stopped(&world, before);
+    stopped(&testbed, before);
     sniffer.nothing_seen();
 }
 
@@ -206,25 +206,26 @@ fn connections_from_before_the_enrolment_go_on_both_ways() {
         })
         .collect();
     early.iter().for_each(|stream| assert_eq!(greeting(stream), "app"));
-    let world = World::of(net, enrolled, plain);
+    let testbed = Testbed::of(net, enrolled, plain);
     for stream in &early {
         stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
         echo(stream, SECRET).expect("goes on");
     }
-    assert_eq!(world.count(Counter::LeaveCaptured) + world.count(Counter::GuardLostMark), 0);
+    assert_eq!(testbed.count(Counter::LeaveCaptured) + testbed.count(Counter::GuardLostMark), 0);
 }
 
 /// What the program on the way out of every socket takes, by the kernel's own count.
 #[test]
 fn what_runs_for_every_packet_is_short() {
-    let world = World::new();
-    let _outside = application(&world.plain, 9090);
+    let testbed = Testbed::new();
+    let _outside = application(&testbed.plain, 9090);
     let ours = egress_programs();
     let _counting = enable_stats(Stats::RunTime).expect("needs root");
     let before = run(&ours);
-    let captured = connect(&world.enrolled, at(world.plain.v4, 9090)).expect("captured");
-    let free = connect(&world.plain, at(world.plain.v4, 9090)).expect("itself");
-    let probe = world.net.node.enter(|| TcpStream::connect(at(world.plain.v4, 9090))).expect("not captured");
+    let captured = connect(&testbed.enrolled, at(testbed.plain.v4, 9090)).expect("captured");
+    let free = connect(&testbed.plain, at(testbed.plain.v4, 9090)).expect("itself");
+    let probe =
+        testbed.net.node.enter(|| TcpStream::connect(at(testbed.plain.v4, 9090))).expect("not captured");
     for stream in [&captured, &free, &probe] {
         greeting(stream);
         (0..2000).for_each(|_| echo(stream, b"a line").expect("echoes"));

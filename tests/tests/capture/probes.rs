@@ -5,14 +5,14 @@ use super::*;
 const PROBE: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
 
 /// A neighbour that the pod takes for its gateway.
-fn spoof_gateway(world: &World) {
-    let link = world.plain.ns.ip("-o link show dev eth0");
+fn spoof_gateway(testbed: &Testbed) {
+    let link = testbed.plain.ns.ip("-o link show dev eth0");
     let address = link.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).expect("has one");
     for ip in ["10.99.0.1", "fd99::1"] {
-        world.enrolled.ns.ip(&format!("neigh replace {ip} lladdr {} dev eth0 nud permanent", address));
+        testbed.enrolled.ns.ip(&format!("neigh replace {ip} lladdr {} dev eth0 nud permanent", address));
     }
-    world.plain.ns.ip(&format!("addr add {}/32 dev eth0", PROBE[0]));
-    world.plain.ns.ip(&format!("addr add {}/128 dev eth0 nodad", PROBE[1]));
+    testbed.plain.ns.ip(&format!("addr add {}/32 dev eth0", PROBE[0]));
+    testbed.plain.ns.ip(&format!("addr add {}/128 dev eth0 nodad", PROBE[1]));
 }
 
 fn dial_from(pod: &Pod, source: SocketAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
@@ -27,50 +27,50 @@ fn dial_from(pod: &Pod, source: SocketAddr, to: SocketAddr) -> std::io::Result<T
 
 #[test]
 fn a_neighbour_with_the_probes_source_address_is_no_probe() {
-    let world = World::new();
-    let _seen = application(&world.enrolled, 8080);
-    spoof_gateway(&world);
-    for (source, own) in PROBE.into_iter().zip([world.enrolled.v4, world.enrolled.v6]) {
+    let testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
+    spoof_gateway(&testbed);
+    for (source, own) in PROBE.into_iter().zip([testbed.enrolled.v4, testbed.enrolled.v6]) {
         let source = at(source.parse().expect("ip"), 0);
         for _ in 0..3 {
-            let stream = dial_from(&world.plain, source, at(own, 8080)).expect("the daemon takes it");
+            let stream = dial_from(&testbed.plain, source, at(own, 8080)).expect("the daemon takes it");
             assert_eq!(greeting(&stream), "inbound");
-            assert_eq!(world.daemon.next().from.ip(), source.ip());
+            assert_eq!(testbed.daemon.next().from.ip(), source.ip());
         }
     }
-    assert_eq!(world.count(Counter::AcceptedProbe), 0);
+    assert_eq!(testbed.count(Counter::AcceptedProbe), 0);
 }
 
 #[test]
 fn a_probe_is_forgotten_when_it_has_ended() {
-    let world = World::new();
-    let _seen = application(&world.enrolled, 8080);
+    let testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
     let mut used = Vec::new();
-    for own in [world.enrolled.v4, world.enrolled.v6] {
-        let probe = world.net.node.enter(|| TcpStream::connect_timeout(&at(own, 8080), CONNECTED_WITHIN));
+    for own in [testbed.enrolled.v4, testbed.enrolled.v6] {
+        let probe = testbed.net.node.enter(|| TcpStream::connect_timeout(&at(own, 8080), CONNECTED_WITHIN));
         let probe = probe.expect("probes");
         assert_eq!(greeting(&probe), "app");
         used.push((probe.local_addr().expect("has one"), own));
         // Its end is at once, on both sides.
         SockRef::from(&probe).set_linger(Some(Duration::ZERO)).expect("linger");
     }
-    assert_eq!(world.count(Counter::AcceptedProbe), 2);
-    spoof_gateway(&world);
+    assert_eq!(testbed.count(Counter::AcceptedProbe), 2);
+    spoof_gateway(&testbed);
     for (source, own) in used {
-        let stream = dial_from(&world.plain, source, at(own, 8080)).expect("the daemon takes it");
+        let stream = dial_from(&testbed.plain, source, at(own, 8080)).expect("the daemon takes it");
         assert_eq!(greeting(&stream), "inbound");
     }
-    assert_eq!(world.count(Counter::AcceptedProbe), 2);
+    assert_eq!(testbed.count(Counter::AcceptedProbe), 2);
 }
 
 #[test]
 fn many_probes_at_once_all_pass() {
-    let world = World::new();
-    let _seen = application(&world.enrolled, 8080);
-    let to = at(world.enrolled.v4, 8080);
-    let probes: Vec<TcpStream> = world.net.node.enter(|| {
+    let testbed = Testbed::new();
+    let _seen = application(&testbed.enrolled, 8080);
+    let to = at(testbed.enrolled.v4, 8080);
+    let probes: Vec<TcpStream> = testbed.net.node.enter(|| {
         (0..300).map(|_| TcpStream::connect_timeout(&to, CONNECTED_WITHIN).expect("probes")).collect()
     });
     probes.iter().for_each(|probe| assert_eq!(greeting(probe), "app"));
-    assert_eq!(world.count(Counter::AcceptedProbe), 300);
+    assert_eq!(testbed.count(Counter::AcceptedProbe), 300);
 }

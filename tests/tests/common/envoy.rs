@@ -6,12 +6,12 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use ztunnel_tests::binaries;
 use ztunnel_tests::process::Process;
+use ztunnel_tests::testbed::Testbed;
 use ztunnel_tests::topology::Pod;
-use ztunnel_tests::world::World;
 
 /// Starts Envoy in this pod. What it prints goes to the log of that name, its own access log soon after the fact.
-pub(crate) fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
+pub(crate) fn start(testbed: &Testbed, pod: &Pod, config: &Value) -> Result<Process> {
+    let path = testbed.run.path("state").join(format!("{}-envoy.json", pod.name));
     std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
     let mut command = pod.place.command(binaries::envoy()?)?;
     command.arg("-c").arg(&path).args([

@@ -20,10 +20,10 @@ use ztunnel_proto::auth::istio_certificate_service_client::IstioCertificateServi
 use ztunnel_tests::ca::Caller;
 use ztunnel_tests::mesh::MESHED;
 use ztunnel_tests::process::Process;
+use ztunnel_tests::testbed::istio::{Istio, identity};
+use ztunnel_tests::testbed::{HTTP, Testbed};
 use ztunnel_tests::topology::{Pod, in_url};
 use ztunnel_tests::wire::HBONE_PORT;
-use ztunnel_tests::world::istio::{Istio, identity};
-use ztunnel_tests::world::{HTTP, World};
 use ztunnel_tls::grpc::{self, Roots, Token};
 
 use super::envoy::{
@@ -57,16 +57,21 @@ pub(crate) struct Sidecar {
 
 impl Sidecar {
     /// Prepares one: its service account is called as its pod. istiod's authority knows it by a token of its own.
-    pub(crate) fn new(world: &World, istio: &Istio, pod: &Pod) -> Result<Self> {
-        Self::known_as(world, istio, pod, &pod.name)
+    pub(crate) fn new(testbed: &Testbed, istio: &Istio, pod: &Pod) -> Result<Self> {
+        Self::known_as(testbed, istio, pod, &pod.name)
     }
 
     /// The same with another service account.
-    pub(crate) fn known_as(world: &World, istio: &Istio, pod: &Pod, service_account: &str) -> Result<Self> {
+    pub(crate) fn known_as(
+        testbed: &Testbed,
+        istio: &Istio,
+        pod: &Pod,
+        service_account: &str,
+    ) -> Result<Self> {
         let token = format!("token-of-{service_account}");
         let own = Caller { identity: identity(MESHED, service_account), impersonates: Vec::new() };
         istio.authority.admit(&token, own);
-        let directory = world.run.path("state").join(format!("sds-{}", pod.name));
+        let directory = testbed.run.path("state").join(format!("sds-{}", pod.name));
         std::fs::create_dir_all(&directory)?;
         let plane = grpc::Config {
             address: istio.authority.address().to_string().parse()?,
@@ -125,9 +130,9 @@ impl Sidecar {
     }
 
     /// Starts Envoy, in place of the one before it.
-    pub(crate) fn start(&mut self, world: &World, config: &Value) -> Result<()> {
+    pub(crate) fn start(&mut self, testbed: &Testbed, config: &Value) -> Result<()> {
         self.kill()?;
-        self.process = Some(start(world, &self.pod, config)?);
+        self.process = Some(start(testbed, &self.pod, config)?);
         Ok(())
     }
 
@@ -144,7 +149,7 @@ impl Sidecar {
     /// One of Envoy's numbers.
     pub(crate) fn stat(&self, name: &str) -> Result<u64> {
         let url = format!("http://127.0.0.1:{ADMIN}/stats?filter=^{name}$");
-        let answer = ztunnel_tests::world::curl(&self.pod.place, &[&url])?;
+        let answer = ztunnel_tests::testbed::curl(&self.pod.place, &[&url])?;
         let (_, value) = answer.body.split_once(": ").with_context(|| format!("no {name}"))?;
         Ok(value.trim().parse()?)
     }

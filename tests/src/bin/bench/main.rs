@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Bench) -> Result<ExitCode> {
     let mut results = plan(arguments)?;
-    enclosure::enter().context("cannot make a world of its own for the benchmark")?;
+    enclosure::enter().context("cannot make an enclosure for the benchmark")?;
     raise_file_limit();
     if arguments.scale {
         facts()?.iter().take(1).for_each(|fact| println!("{fact}"));

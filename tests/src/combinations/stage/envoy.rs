@@ -7,17 +7,17 @@ use serde_json::{Value, json};
 
 use crate::binaries;
 use crate::process::Process;
+use crate::testbed::Testbed;
+use crate::testbed::istio::Istio;
 use crate::topology::{Pod, in_url};
 use crate::wire::HBONE_PORT;
-use crate::world::World;
-use crate::world::istio::Istio;
 
 /// Where a connection is meant to go, from one of Envoy's own listeners to the next.
 const MEANT: &str = "envoy.filters.listener.original_dst.local_ip";
 
 /// Starts Envoy in a pod that nobody captures.
-pub(super) fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process> {
-    let path = world.run.path("state").join(format!("{}-envoy.json", pod.name));
+pub(super) fn start(testbed: &Testbed, pod: &Pod, config: &Value) -> Result<Process> {
+    let path = testbed.run.path("state").join(format!("{}-envoy.json", pod.name));
     std::fs::write(&path, serde_json::to_vec_pretty(config)?)?;
     let mut command = pod.place.command(binaries::envoy()?)?;
     command.arg("-c").arg(&path).args([
@@ -33,13 +33,13 @@ pub(super) fn start(world: &World, pod: &Pod, config: &Value) -> Result<Process>
 /// A waypoint: what comes for an address of the first column goes to that of the second, at the same port, and
 /// everything else to where it was meant to go.
 pub(super) fn waypoint(
-    world: &World,
+    testbed: &Testbed,
     istio: &Istio,
     pod: &Pod,
     own: &str,
     routes: &[(IpAddr, IpAddr)],
 ) -> Result<Value> {
-    let tls = tls(world, istio, pod, own)?;
+    let tls = tls(testbed, istio, pod, own)?;
     let chain = |to: Option<IpAddr>, meant: &str| {
         let mut chain = json!({ "filters": [
             extension(
@@ -103,8 +103,8 @@ pub(super) fn waypoint(
 }
 
 /// The gateway of a network, which carries everything, and cannot read it, to the tunnel port of one pod.
-pub(super) fn gateway(world: &World, istio: &Istio, pod: &Pod, own: &str, to: &Pod) -> Result<Value> {
-    let tls = tls(world, istio, pod, own)?;
+pub(super) fn gateway(testbed: &Testbed, istio: &Istio, pod: &Pod, own: &str, to: &Pod) -> Result<Value> {
+    let tls = tls(testbed, istio, pod, own)?;
     let at = SocketAddr::from((to.v4, HBONE_PORT));
     let endpoint = json!({ "endpoint": { "address": address(at.ip(), at.port()) } });
     let cluster = json!({
@@ -116,11 +116,11 @@ pub(super) fn gateway(world: &World, istio: &Istio, pod: &Pod, own: &str, to: &P
 }
 
 /// A certificate of the authority's, and whom to believe.
-fn tls(world: &World, istio: &Istio, pod: &Pod, own: &str) -> Result<Value> {
+fn tls(testbed: &Testbed, istio: &Istio, pod: &Pod, own: &str) -> Result<Value> {
     let keys = istio.authority.keys();
     let (chain, key) = keys.for_peer(own);
     let write = |name: &str, text: &str| -> Result<String> {
-        let path = world.run.path("state").join(format!("{}-{name}", pod.name));
+        let path = testbed.run.path("state").join(format!("{}-{name}", pod.name));
         std::fs::write(&path, text)?;
         Ok(path.display().to_string())
     };

@@ -14,10 +14,10 @@ use crate::mesh::{MESHED, PLAIN};
 use crate::poll::{PATIENCE, eventually};
 use crate::process::Process;
 use crate::redirect::Backend;
+use crate::testbed::istio::{Istio, identity};
+use crate::testbed::{BOTH, On, Testbed};
 use crate::topology::Pod;
 use crate::wire::HBONE_PORT;
-use crate::world::istio::{Istio, identity};
-use crate::world::{BOTH, On, World};
 
 /// The network of everybody but one, and that one's.
 const NEAR: &str = "near";
@@ -30,7 +30,7 @@ const BROKEN: &str =
 
 /// Where the mesh is.
 pub(super) enum Source {
-    /// In the world's files.
+    /// In the testbed's files.
     Files,
     /// In istiod.
     Istiod(Box<Published>),
@@ -55,44 +55,44 @@ pub(super) struct Published {
 
 impl Source {
     /// Denies a service account at all servers in the mesh.
-    pub(super) fn deny(&self, world: &World, account: &str) -> Result<()> {
+    pub(super) fn deny(&self, testbed: &Testbed, account: &str) -> Result<()> {
         match self {
             Self::Files => {
-                for app in [&world.server, &world.near] {
-                    world.mesh.deny(&format!("no-{}", app.name), &app.name, account)?;
+                for app in [&testbed.server, &testbed.near] {
+                    testbed.mesh.deny(&format!("no-{}", app.name), &app.name, account)?;
                 }
-                world.wait_carried_out()
+                testbed.wait_carried_out()
             }
             Self::Istiod(published) => published.select(&denial(account)),
         }
     }
 
     /// Back to no policy.
-    pub(super) fn no_policies(&self, world: &World) -> Result<()> {
+    pub(super) fn no_policies(&self, testbed: &Testbed) -> Result<()> {
         match self {
             Self::Files => {
-                world.mesh.no_policies()?;
-                world.wait_carried_out()
+                testbed.mesh.no_policies()?;
+                testbed.wait_carried_out()
             }
             Self::Istiod(published) => published.select_nobody(),
         }
     }
 
     /// Has the mesh be so before connections are made.
-    pub(super) fn prepare(&mut self, world: &mut World, mesh: Mesh) -> Result<()> {
+    pub(super) fn prepare(&mut self, testbed: &mut Testbed, mesh: Mesh) -> Result<()> {
         match (self, mesh) {
             (Self::Files, Mesh::Strict) => {
-                world.mesh.peer_authentication("STRICT")?;
-                world.wait_carried_out()
+                testbed.mesh.peer_authentication("STRICT")?;
+                testbed.wait_carried_out()
             }
             (Self::Files, Mesh::SourceAway) => {
-                let files = world.mesh.path();
+                let files = testbed.mesh.path();
                 Ok(std::fs::rename(files, files.with_extension("away"))?)
             }
             (Self::Files, Mesh::Rejected) => {
-                let logs = BOTH.map(|on| world.setting(on).log());
+                let logs = BOTH.map(|on| testbed.setting(on).log());
                 let marks = logs.each_ref().map(|log| log.mark());
-                world.mesh.write("broken", BROKEN)?;
+                testbed.mesh.write("broken", BROKEN)?;
                 for (log, mark) in logs.iter().zip(marks) {
                     log.wait_line(mark, PATIENCE, "the broken object", |line| line.contains("broken"))?;
                 }
@@ -115,30 +115,30 @@ impl Source {
             (Self::Istiod(published), Mesh::Stale) => {
                 published.istio.discovery.stop();
                 for on in BOTH {
-                    world.kill_daemon(on)?;
+                    testbed.kill_daemon(on)?;
                 }
-                BOTH.into_iter().try_for_each(|on| world.start_daemon(on))
+                BOTH.into_iter().try_for_each(|on| testbed.start_daemon(on))
             }
-            (source, Mesh::Denied) => source.deny(world, "client"),
+            (source, Mesh::Denied) => source.deny(testbed, "client"),
             _ => Ok(()),
         }
     }
 
     /// Takes that back.
-    pub(super) fn undo(&mut self, world: &World, mesh: Mesh) -> Result<()> {
+    pub(super) fn undo(&mut self, testbed: &Testbed, mesh: Mesh) -> Result<()> {
         match (self, mesh) {
             (Self::Files, Mesh::SourceAway) => {
-                let files = world.mesh.path();
+                let files = testbed.mesh.path();
                 std::fs::rename(files.with_extension("away"), files)?;
-                world.wait_carried_out()
+                testbed.wait_carried_out()
             }
             (Self::Files, Mesh::Rejected) => {
-                world.mesh.remove("broken")?;
-                world.wait_carried_out()
+                testbed.mesh.remove("broken")?;
+                testbed.wait_carried_out()
             }
             (Self::Istiod(published), Mesh::SourceAway | Mesh::Stale) => {
                 let discovery = &mut published.istio.discovery;
-                world.a.place.netns.enter(|| discovery.restart())?;
+                testbed.a.place.netns.enter(|| discovery.restart())?;
                 eventually(PATIENCE, || {
                     let answered = discovery.answered();
                     ensure!(answered == BOTH.len(), "{answered} daemons are back");
@@ -150,22 +150,22 @@ impl Source {
                 published.istio.discovery.push(&good)
             }
             (_, Mesh::Stable | Mesh::NoEndpoint) => Ok(()),
-            (source, _) => source.no_policies(world),
+            (source, _) => source.no_policies(testbed),
         }
     }
 }
 
 impl Published {
-    /// Has a world be one of istiod's, with all that is to be in it. Before the daemons start.
+    /// Has a testbed be one of istiod's, with all that is to be in it. Before the daemons start.
     pub(super) fn publish(
-        world: &mut World,
+        testbed: &mut Testbed,
         backend: Backend,
         services: &Services,
         bystander: &Pod,
     ) -> Result<Self> {
-        let [guarded, beyond] = [world.add_meshed(On::B, GUARDED)?, world.add_meshed(On::B, BEYOND)?];
-        let [way, gate] = [world.b.add_pod(&world.run, "way")?, world.b.add_pod(&world.run, "gate")?];
-        let istio = world.under_istio_by(backend)?;
+        let [guarded, beyond] = [testbed.add_meshed(On::B, GUARDED)?, testbed.add_meshed(On::B, BEYOND)?];
+        let [way, gate] = [testbed.b.add_pod(&testbed.run, "way")?, testbed.b.add_pod(&testbed.run, "gate")?];
+        let istio = testbed.under_istio_by(backend)?;
         // Idle connections are probed sooner, and what may be held is soon held.
         for (name, value) in [
             ("KEEPALIVE_TIME", "2s"),
@@ -173,15 +173,15 @@ impl Published {
             ("KEEPALIVE_RETRIES", "3"),
             ("ZTUNNEL_BUFFER_MEMORY", super::BUFFERS),
         ] {
-            world.start_with_variable(name, value);
+            testbed.start_with_variable(name, value);
         }
-        for pod in [&world.outsider, &world.outside] {
+        for pod in [&testbed.outsider, &testbed.outside] {
             istio.discovery.remove(ADDRESS, &istiod::workload(pod).uid);
         }
         let behind = |workload: workload::Workload| member(services, workload);
         let servers = vec![
-            behind(at_home(&world.server)),
-            behind(at_home(&world.near)),
+            behind(at_home(&testbed.server)),
+            behind(at_home(&testbed.near)),
             behind(workload::Workload {
                 network: FAR.to_owned(),
                 network_gateway: gateway(FAR, gate.v4),
@@ -195,10 +195,10 @@ impl Published {
             service_account: name.to_owned(),
             workload_name: name.to_owned(),
             canonical_name: name.to_owned(),
-            ..at_home(&world.server)
+            ..at_home(&testbed.server)
         };
         let mut workloads = servers.clone();
-        workloads.extend([at_home(&world.client), at_home(&world.other)]);
+        workloads.extend([at_home(&testbed.client), at_home(&testbed.other)]);
         workloads.push(behind(workload::Workload { waypoint: gateway(NEAR, way.v4), ..at_home(&guarded) }));
         workloads.push(workload::Workload { native_tunnel: true, ..at_home(&way) });
         workloads.push(workload::Workload {
@@ -213,7 +213,7 @@ impl Published {
         });
         workloads.push(behind(nobody("ghost", cast::ghost)));
         workloads.push(behind(outside(nobody("nobody", cast::nobody))));
-        for pod in [&world.outsider, &world.outside, bystander] {
+        for pod in [&testbed.outsider, &testbed.outside, bystander] {
             workloads.push(behind(outside(at_home(pod))));
         }
         workloads.into_iter().for_each(|workload| istio.discovery.workload(workload));
@@ -230,9 +230,9 @@ impl Published {
         }
         let routes = [(Family::V4, guarded.v4.into()), (Family::V6, guarded.v6.into())]
             .map(|(family, pod)| (services.vip(GUARDED, family), pod));
-        let passes = envoy::waypoint(world, &istio, &way, &identity(MESHED, &way.name), &routes)?;
-        let carries = envoy::gateway(world, &istio, &gate, &identity(GATEWAY_NAMESPACE, GATEWAY), &beyond)?;
-        let envoys = [envoy::start(world, &way, &passes)?, envoy::start(world, &gate, &carries)?];
+        let passes = envoy::waypoint(testbed, &istio, &way, &identity(MESHED, &way.name), &routes)?;
+        let carries = envoy::gateway(testbed, &istio, &gate, &identity(GATEWAY_NAMESPACE, GATEWAY), &beyond)?;
+        let envoys = [envoy::start(testbed, &way, &passes)?, envoy::start(testbed, &gate, &carries)?];
         for envoy in &envoys {
             let listening = |pod: &Pod| {
                 pod.place

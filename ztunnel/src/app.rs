@@ -71,6 +71,7 @@ pub mod descriptors;
 pub mod handover;
 pub mod inpod;
 pub mod kernel;
+pub mod lifecycle;
 pub mod memory;
 pub mod ports;
 pub mod privileges;

@@ -15,14 +15,6 @@ pub(crate) const KNOWN: &[&[&str]] = &[
     &["admin/console.rs", "admin/server.rs"],
     &["admin/profile.rs", "admin/profile/heap.rs", "admin/profile/heap/allocator.rs"],
     &[
-        "app.rs",
-        "app/certificates.rs",
-        "app/inpod.rs",
-        "app/inpod/alone.rs",
-        "app/inpod/world.rs",
-        "app/ports.rs",
-    ],
-    &[
         "capture.rs",
         "capture/host.rs",
         "capture/listeners.rs",

@@ -26,7 +26,7 @@ use ztunnel_tls::trust::Revocation;
 use ztunnel_tls::trust::Side;
 use ztunnel_tls::trust::Trust;
 
-use crate::app::RunError;
+use crate::app::error::RunError;
 use crate::app::handover;
 use crate::config::resolved::Run;
 

@@ -13,7 +13,7 @@ use ztunnel_objects::diagnostic::Diagnostic;
 use ztunnel_objects::file::Place;
 use ztunnel_objects::translate::NamedNetns;
 
-use crate::app::CONTROL_SOCKET;
+use crate::app::meeting::CONTROL_SOCKET;
 use crate::app::privileges;
 use crate::app::privileges::Missing;
 use crate::app::version;

@@ -9,7 +9,6 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::model::identity::SpiffeId;
-use ztunnel_mesh::model::identity::TrustDomain;
 use ztunnel_mesh::source::loss::Caution;
 use ztunnel_mesh::source::loss::Census;
 use ztunnel_mesh::source::loss::Change;
@@ -60,8 +59,6 @@ pub struct Control {
     /// The pods that earlier daemons had captured when this one started.
     recorded: HashSet<PodUid>,
     source: Source,
-    /// Of the first version of the mesh; it cannot change while the daemon runs.
-    trust_domain: TrustDomain,
     identities: Identities,
     kernel: Kernel,
     pods: Pods,
@@ -89,13 +86,11 @@ impl Control {
         kernel: Kernel,
         blocker: Blocker,
         source: Source,
-        first: &Loaded,
     ) -> Self {
         let (events, answers) = mpsc::channel(EVENTS);
         Self {
             writer,
             reader,
-            trust_domain: first.mesh.trust_domain().clone(),
             census: Census::default(),
             earlier: Caution::default(),
             held: false,
@@ -255,26 +250,11 @@ impl Control {
         }
     }
 
-    /// Whether a new version of the mesh can be applied: the authority's root vouches for one trust domain.
-    fn accepts(&self, loaded: &Loaded) -> bool {
-        let (new, old) = (loaded.mesh.trust_domain(), &self.trust_domain);
-        if new != old {
-            tracing::error!(
-                %new, %old,
-                "the changed mesh file is not applied: its trust domain is another one; stop all daemons, remove the \
-                 root of the old one from the state directory, and start them again"
-            );
-        }
-        new == old
-    }
-
     /// Publishes a version of the mesh without touching the kernel: whoever is still connected to a daemon that
     /// stops stays under the newest policy.
     pub fn publish(&mut self, loaded: Loaded) {
-        if self.accepts(&loaded) {
-            self.writer.publish(loaded.mesh);
-            (self.desired, self.census) = (loaded.pods, loaded.census);
-        }
+        self.writer.publish(loaded.mesh);
+        (self.desired, self.census) = (loaded.pods, loaded.census);
     }
 
     /// Takes the node back from a daemon that served it and died; `departing` as for [`Self::own`]. What the mesh has
@@ -298,9 +278,6 @@ impl Control {
     /// Brings a new version of the mesh into force: decisions first, so that a pod that is captured by it already
     /// finds its workload.
     pub async fn apply(&mut self, loaded: Loaded) {
-        if !self.accepts(&loaded) {
-            return;
-        }
         self.identities.retain(local_identities(&loaded));
         // What was said when the last version was applied needs no repetition.
         for warning in loaded.warnings.iter().filter(|warning| !self.warned.contains(warning)) {

@@ -34,7 +34,7 @@ use ztunnel_node::telemetry::metrics::Families;
 use ztunnel_node::telemetry::metrics::Sample;
 use ztunnel_runtime::shutdown;
 
-use crate::app::RunError;
+use crate::app::error::RunError;
 use crate::config::resolved::Run;
 
 /// Metrics, readiness and the admin port, before anybody is answered there. Nobody else can take them any more but a

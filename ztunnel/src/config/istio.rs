@@ -30,10 +30,9 @@ use crate::config::env::control_plane::RootCert;
 use crate::config::env::control_plane::Server;
 use crate::config::env::control_plane::Token;
 use crate::config::resolved;
-use crate::config::resolved::Alone;
 use crate::config::resolved::Invalid;
-use crate::config::resolved::OwnPod;
 use crate::config::resolved::Run;
+use crate::config::resolved::SelfPod;
 use crate::config::resolved::Source;
 use crate::config::resolved::Zds;
 
@@ -72,21 +71,21 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
     let impersonate = settings.dedicated.is_none();
     // A mesh that is written by hand need not say in which cluster it is.
     let cluster = if control_plane.discovery.is_some() { own.cluster.clone() } else { String::new() };
-    let (zds, alone, self_proxy) = match settings.dedicated {
-        Some(workload) => (None, Some(alone(workload, &own.node, &cluster, listeners)), None),
+    let (zds, dedicated, self_pod) = match settings.dedicated {
+        Some(workload) => (None, Some(dedicated(workload, &own.node, &cluster, listeners)), None),
         None => {
             let dns = dns_in_pods(&dns, &listeners, &own.cluster_domain);
-            let self_proxy = self_proxy(&own, &cluster)?;
-            (Some(Zds { socket: in_pod.socket.clone(), listeners, cluster, dns }), None, self_proxy)
+            let self_pod = self_pod(&own, &cluster)?;
+            (Some(Zds { socket: in_pod.socket.clone(), listeners, cluster, dns }), None, self_pod)
         }
     };
     let mut warnings: Vec<String> = settings.warnings.iter().map(Ineffective::to_string).collect();
-    if alone.is_some() && dns.enabled {
+    if dedicated.is_some() && dns.enabled {
         let why =
             "ISTIO_META_DNS_CAPTURE=true has no effect: a proxy of one workload does not answer its DNS";
         warnings.push(why.to_owned());
     }
-    if alone.is_none() && !dns.enabled {
+    if dedicated.is_none() && !dns.enabled {
         let why = "pods' DNS is not answered (ISTIO_META_DNS_CAPTURE=false): istio-cni must not redirect it either \
                    (ambient.dnsCapture=false, AMBIENT_DNS_CAPTURE), or names resolve in no enrolled pod";
         warnings.push(why.to_owned());
@@ -112,9 +111,9 @@ pub fn run(settings: Settings) -> Result<Run, Invalid> {
         metrics_addr: any(settings.stats_port),
         ready_addr: any(READINESS_PORT),
         zds,
-        alone,
+        dedicated,
         network: own.network,
-        own: self_proxy,
+        self_pod,
         admin_port: settings.admin_port,
         settings: settings.shown.iter().map(Setting::from).collect(),
         kept_running: true,
@@ -155,7 +154,7 @@ fn identity(own: &Own) -> client::Identity {
 }
 
 /// This proxy's own pod, if it is told which that is.
-fn self_proxy(own: &Own, cluster: &str) -> Result<Option<OwnPod>, Invalid> {
+fn self_pod(own: &Own, cluster: &str) -> Result<Option<SelfPod>, Invalid> {
     let Own { pod, namespace, service_account, node, .. } = own;
     if [pod, namespace, service_account].into_iter().any(String::is_empty) {
         return Ok(None);
@@ -165,17 +164,22 @@ fn self_proxy(own: &Own, cluster: &str) -> Result<Option<OwnPod>, Invalid> {
     let [name, namespace, service_account, node, cluster] =
         [&**pod, namespace, service_account, node, cluster].map(Arc::from);
     let workload = Named::Pod { name, namespace, service_account, node, cluster };
-    Ok(Some(OwnPod { uid, workload, identity }))
+    Ok(Some(SelfPod { uid, workload, identity }))
 }
 
-fn alone(workload: Dedicated, node: &str, cluster: &str, listeners: capture::rules::Config) -> Alone {
+fn dedicated(
+    workload: Dedicated,
+    node: &str,
+    cluster: &str,
+    listeners: capture::rules::Config,
+) -> resolved::Dedicated {
     let Dedicated { namespace, name, service_account } = workload;
     let uid = PodUid(format!("{namespace}/{name}").into());
     let [name, namespace, service_account] = [name, namespace, service_account].map(Arc::from);
     // Where no node is named, that of the workload is not asked for.
     let [node, cluster] = [node, cluster].map(Arc::from);
     let workload = Named::Pod { name, namespace, service_account, node, cluster };
-    Alone { uid, workload, listeners }
+    resolved::Dedicated { uid, workload, listeners }
 }
 
 fn listeners(in_pod: &InPod, keepalive: &Keepalive) -> capture::rules::Config {
@@ -249,7 +253,7 @@ mod tests {
         assert_eq!(authority.planes[0].address.to_string(), "https://istiod-canary.istio-system.svc:15012");
         assert!(authority.impersonate && authority.planes[0].headers.is_empty());
         assert_eq!(&*run.places.node, "node-1");
-        let own = run.own.as_ref().unwrap();
+        let own = run.self_pod.as_ref().unwrap();
         assert_eq!(own.identity.as_str(), "spiffe://example.org/ns/istio-system/sa/ztunnel");
         assert_eq!(own.workload.to_string(), "ztunnel.istio-system (ztunnel-x)");
         assert_eq!(run.places.run_dir, Path::new("/var/run/ztunnel"));
@@ -288,7 +292,7 @@ mod tests {
     fn an_empty_address_is_no_control_plane() {
         let run = configured(&[("XDS_ADDRESS", ""), ("NODE_NAME", "n"), ("ZTUNNEL_MESH_CACHE", "")]).unwrap();
         assert!(matches!(run.mesh, Source::Nothing));
-        assert_eq!(run.own, None, "it does not know its own pod");
+        assert_eq!(run.self_pod, None, "it does not know its own pod");
     }
 
     #[test]
@@ -301,11 +305,11 @@ mod tests {
             ("SERVICE_ACCOUNT", "ztunnel"),
         ]);
         let run = run.unwrap();
-        assert!(run.zds.is_none() && run.own.is_none() && !run.authority.unwrap().impersonate);
-        let alone = run.alone.unwrap();
-        assert_eq!(alone.workload.to_string(), "cart.shop (cart-1)");
-        assert_eq!(alone.listeners.settings.client_address, ClientAddress::Hidden);
-        assert_eq!(alone.listeners.settings.mark, 0);
+        assert!(run.zds.is_none() && run.self_pod.is_none() && !run.authority.unwrap().impersonate);
+        let dedicated = run.dedicated.unwrap();
+        assert_eq!(dedicated.workload.to_string(), "cart.shop (cart-1)");
+        assert_eq!(dedicated.listeners.settings.client_address, ClientAddress::Hidden);
+        assert_eq!(dedicated.listeners.settings.mark, 0);
     }
 
     #[test]

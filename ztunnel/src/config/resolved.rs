@@ -248,7 +248,7 @@ pub(super) fn dns_in_pods(
 
 /// One workload, in the network namespace of this process.
 #[derive(Debug, Clone)]
-pub struct Alone {
+pub struct Dedicated {
     /// What it is called here.
     pub uid: PodUid,
     /// Which workload of the mesh it is.
@@ -259,7 +259,7 @@ pub struct Alone {
 
 /// This proxy's own pod, as a server of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OwnPod {
+pub struct SelfPod {
     /// What it is called here: a node agent does not say its own name for it.
     pub uid: PodUid,
     /// Its name, its namespace, its service account and its node.
@@ -317,11 +317,11 @@ pub struct Run {
     /// Enrolment by a node agent; `None` where the mesh says which pods are captured.
     pub zds: Option<Zds>,
     /// The one workload that is served instead, where this process is.
-    pub alone: Option<Alone>,
+    pub dedicated: Option<Dedicated>,
     /// The network this proxy is told that its pods are in; empty: it is not told.
     pub network: String,
     /// This proxy's own pod, if its metrics are to be had through a tunnel.
-    pub own: Option<OwnPod>,
+    pub self_pod: Option<SelfPod>,
     /// The port of the loopback where operators ask.
     pub admin_port: u16,
     /// What was typed, and what was completed.
@@ -393,9 +393,9 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         metrics_addr: typed.metrics_addr,
         ready_addr: typed.ready_addr,
         zds,
-        alone: None,
+        dedicated: None,
         network: String::new(),
-        own: None,
+        self_pod: None,
         proxy,
         log_format: match typed.log_format {
             raw::LogFormat::Plain => Format::Plain,

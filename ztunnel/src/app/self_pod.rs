@@ -11,13 +11,13 @@ use ztunnel_node::proxy::DataPlane;
 use ztunnel_node::proxy::PodSpec;
 use ztunnel_node::proxy::pod::Own;
 
-use crate::app::inpod::agent::addresses;
-use crate::config::resolved::OwnPod;
+use crate::app::addresses::addresses;
 use crate::config::resolved::Run;
+use crate::config::resolved::SelfPod;
 
 /// Takes tunnels to the metrics port, in the network namespace of this process. Its successor may share the port.
 pub(super) fn serve(
-    own: &OwnPod,
+    own: &SelfPod,
     config: &Run,
     data_plane: &DataPlane,
 ) -> Result<(), Box<dyn Error + Send + Sync>> {

@@ -1,6 +1,7 @@
 //! The mesh, where it comes from, and what follows from it for this node.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::SystemTime;
@@ -31,15 +32,20 @@ use ztunnel_objects::file::Place;
 use ztunnel_objects::local;
 use ztunnel_runtime::shutdown;
 
-use crate::app::RunError;
-use crate::config::resolved::OwnPod;
+use crate::app::error::RunError;
+use crate::app::handover;
+use crate::app::signals::Signals;
 use crate::config::resolved::Run;
+use crate::config::resolved::SelfPod;
 use crate::config::resolved::Source;
 
 /// What waits for the first mesh, by the name that operators know from Istio.
 const READINESS: &str = "state manager";
 /// Which workloads are this node's is looked up no more often: a control plane may push many times a second.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long the node agent is kept waiting for a first mesh: pods that start wait with it, and a daemon that serves
+/// the pods beside this one loses half of their connections once this one listens.
+const MESH_WITHIN: Duration = Duration::from_secs(2);
 
 /// Who writes the mesh.
 enum Feed {
@@ -57,7 +63,7 @@ enum Feed {
 }
 
 /// The mesh, and what follows from it for this node.
-pub(super) struct World {
+pub(super) struct MeshSource {
     feed: Feed,
     reader: MeshReader,
     /// What is there besides, whatever that source says.
@@ -73,7 +79,7 @@ pub(super) struct World {
     confirmed: bool,
 }
 
-impl World {
+impl MeshSource {
     /// Begins to read the mesh. One from a file is there afterwards; `None` where the process ends.
     pub(super) async fn open(
         config: &Run,
@@ -181,6 +187,34 @@ impl World {
         }
     }
 
+    /// Waits for a first mesh: for as long as another daemon serves the node, which need not stop for one that could not;
+    /// else only a little. It would answer at `socket`. False where this one is told to stop.
+    pub(super) async fn first_mesh(&mut self, socket: Option<&Path>, signals: &mut Signals) -> bool {
+        let mut look = Instant::now() + MESH_WITHIN;
+        loop {
+            tokio::select! {
+                () = self.current() => return true,
+                () = signals.next() => return false,
+                // What was kept of it is better than nothing, and not as good as what it is about to say.
+                () = sleep_until(look) => {
+                    if self.is_known() {
+                        return true;
+                    }
+                    let served = match socket {
+                        Some(socket) => handover::is_served(socket).await,
+                        None => false,
+                    };
+                    if !served {
+                        tracing::warn!("no mesh yet: what pods send is refused until the control plane answers");
+                        return true;
+                    }
+                    tracing::info!("no mesh yet: the running daemon goes on");
+                    look = Instant::now() + MESH_WITHIN;
+                }
+            }
+        }
+    }
+
     /// Waits for what the mesh changes for this node. False where the process ends. Cancel-safe.
     pub(super) async fn next(&mut self) -> bool {
         loop {
@@ -241,7 +275,7 @@ impl World {
         &mut self,
         identities: &Identities,
         serves: impl Fn(&Workload) -> bool,
-        own: Option<&OwnPod>,
+        own: Option<&SelfPod>,
     ) {
         let mesh = self.reader.snapshot();
         let mut ids = HashSet::new();
@@ -269,7 +303,7 @@ impl World {
     }
 
     /// Says so if peers expect another identity of this proxy than it has.
-    fn compare(&mut self, own: &OwnPod, workload: &Workload) {
+    fn compare(&mut self, own: &SelfPod, workload: &Workload) {
         if own.identity != workload.identity && !std::mem::replace(&mut self.doubted, true) {
             let (here, mesh) = (&own.identity, &workload.identity);
             tracing::warn!(%here, %mesh, "this proxy's identity is another one in the mesh, so peers will refuse it: see TRUST_DOMAIN");

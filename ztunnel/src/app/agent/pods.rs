@@ -3,19 +3,15 @@
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::error::Error;
-use std::io;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::ifaddrs::getifaddrs;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tokio::time::sleep_until;
 use ztunnel_mesh::model::addr::PodUid;
-use ztunnel_mesh::model::addr::canonical_ip;
 use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::source::pod::Awaited;
@@ -31,11 +27,11 @@ use ztunnel_node::enrol::zds::machine::Action;
 use ztunnel_node::enrol::zds::machine::Event;
 use ztunnel_node::enrol::zds::machine::Machine;
 use ztunnel_node::enrol::zds::message;
-use ztunnel_node::net::netns::Netns;
 use ztunnel_node::net::redirected::Settings;
 use ztunnel_node::proxy;
 use ztunnel_node::proxy::DataPlane;
 
+use crate::app::addresses::addresses;
 use crate::app::handover::HandedPod;
 use crate::app::repeats::Repeats;
 use crate::config::resolved::Zds;
@@ -385,23 +381,6 @@ fn serve(
     }
     data_plane.neighbour(&pod.uid);
     Ok(Sockets { listeners, dns: names })
-}
-
-/// The addresses in a network namespace, those of `lo` aside, in canonical form.
-pub(super) fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
-    let found = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
-    let mut addresses: Vec<IpAddr> = found
-        .iter()
-        .filter_map(|interface| {
-            let address = interface.address.as_ref()?;
-            let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))
-        })
-        .map(canonical_ip)
-        .filter(|ip| !ip.is_loopback())
-        .collect();
-    addresses.dedup();
-    Ok(addresses)
 }
 
 fn chain(error: &dyn Error) -> String {

@@ -8,6 +8,7 @@ pub mod balance;
 pub mod gateway;
 pub mod meant;
 pub mod plan;
+pub mod same_node;
 
 #[cfg(test)]
 mod tests;

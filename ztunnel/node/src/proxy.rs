@@ -1,11 +1,29 @@
 //! One connection, from accept to last byte.
 //!
-//! Owns the data-plane threads and every connection on them. A connection takes one snapshot of the mesh, asks
+//! Owns the data-plane threads and every connection on them. A connection takes a snapshot of the mesh, asks
 //! [`ztunnel_mesh::route`] where it goes or [`ztunnel_mesh::policy`] whether it may, dials, and moves bytes; what happened is
 //! told to [`crate::telemetry`]. It knows no control plane and waits for none, but for a first certificate.
 //!
 //! A connection, its tunnel and its buffers stay on one thread. The listeners of a pod are accepted from on one
 //! thread, which spreads what it accepts over all of them.
+//!
+//! # Which snapshot decides
+//!
+//! The snapshot that knows the pod's workload decides where a connection goes. Another one is taken only here:
+//!
+//! * [`admit`] and [`passthrough`], whether an inbound connection may proceed ([`live::Live::admit`]). That one has to be
+//!   taken after the connection was registered, or a change between would be seen by nobody. Policies judge the address
+//!   that is then dialled, which is not decided again; so no verdict is about another address.
+//! * Where the mesh lacks what it names itself (a waypoint, a gateway, a service), or is asked on demand: [`outbound`] and
+//!   [`admit`] decide anew, as a whole, by each later one, and keep nothing of the decision before. Of the pod itself
+//!   they keep what they knew: who dials is who it was at the beginning.
+//! * [`near`] looks at the destination once more, as no handshake proves who it is now. That only says whether the
+//!   connection is handed over: if it is another one than the plan expects, it goes through the tunnel of the plan.
+//! * A tunnel that a peer dials takes one for the identity it shows. Its streams take their own: a tunnel outlives many
+//!   versions of the mesh.
+//! * The report on a connection that has no plan, and what is in use of a mesh on demand: nothing is decided by them.
+//!
+//! # Who uses whom
 //!
 //! Where connections come from and what serves them; none of these imports another but `accept`, which starts them, and
 //! `outbound`, which may hand over or go through a gateway:

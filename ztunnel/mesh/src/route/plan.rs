@@ -62,16 +62,6 @@ pub enum Plan {
         /// The destination, or the waypoint in front of it, as far as this network knows it.
         destination: Arc<Workload>,
     },
-    /// To an endpoint that has no address, but a name ([`Workload::hostname`]): [`named`] makes the plan, once it is
-    /// known what that stands for.
-    Named {
-        /// The destination.
-        destination: Arc<Workload>,
-        /// Its port.
-        port: u16,
-        /// The service the application dialled.
-        service: Arc<Service>,
-    },
     /// Over plain TCP: the destination is outside the mesh.
     Plain {
         /// Whom to dial.
@@ -81,6 +71,37 @@ pub enum Plan {
         /// The service the application dialled, if it dialled one.
         service: Option<Arc<Service>>,
     },
+}
+
+/// What the mesh knows of where an outbound connection goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Planned {
+    /// All.
+    Known(Plan),
+    /// All but the address: that is for a resolver to say.
+    ByName(ByName),
+}
+
+/// An endpoint that has no address, but a name ([`Workload::hostname`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ByName {
+    /// The endpoint.
+    pub destination: Arc<Workload>,
+    /// Its port.
+    pub port: u16,
+    /// The service the application dialled.
+    pub service: Arc<Service>,
+}
+
+impl ByName {
+    /// The plan, where the name stands for `addresses`: to any of the family of `wanted`, which was dialled, else to any.
+    /// `roll` picks. `None` if there is no address.
+    pub fn plan(&self, addresses: &[IpAddr], wanted: IpAddr, roll: u64) -> Option<Result<Plan, NoRoute>> {
+        let same = || addresses.iter().filter(|ip| ip.is_ipv4() == wanted.is_ipv4());
+        let nth = |count: usize| balance::below(roll, count as u64) as usize;
+        let ip = same().nth(nth(same().count())).or_else(|| addresses.get(nth(addresses.len())))?;
+        Some(to_workload(&self.destination, SocketAddr::new(*ip, self.port), Some(&self.service)))
+    }
 }
 
 /// Why a connection goes nowhere.
@@ -157,7 +178,7 @@ pub enum NoRoute {
 /// A service's virtual address comes before a workload's own; what neither is passes through untouched. A waypoint in
 /// front of what was dialled gets the connection in its place: that of the service if a virtual address was dialled,
 /// that of the workload if its own was. One that dials what it is itself in front of is not sent to itself.
-pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Result<Plan, NoRoute> {
+pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Result<Planned, NoRoute> {
     let wanted = canonical(dst.0);
     if RESERVED_PORTS.contains(&wanted.port()) && is_own(source, wanted.ip()) {
         return Err(NoRoute::SelfCall(wanted));
@@ -168,29 +189,13 @@ pub fn plan(mesh: &Mesh, source: &Workload, dst: OriginalDst, roll: u64) -> Resu
     if let Some(service) = mesh.service_at(&source.network, wanted.ip(), Some(&source.namespace)) {
         return match balance::front(service, roll) {
             Front::Waypoint(gateway) if !is_before(mesh, source, service) => {
-                to_waypoint(mesh, source, gateway, wanted, Some(service), roll)
+                to_waypoint(mesh, source, gateway, wanted, Some(service), roll).map(Planned::Known)
             }
             Front::Waypoint(_) | Front::Nothing => to_service(mesh, source, service, wanted, roll),
             Front::Nobody => Err(NoRoute::NoWaypoint { hostname: Arc::clone(&service.hostname) }),
         };
     }
-    to_address(mesh, source, wanted, None, roll)
-}
-
-/// The plan for an endpoint of `service` whose name stands for `addresses`: at any of the family that was dialled, else
-/// at any. `roll` picks. `None` if there is none.
-pub fn named(
-    destination: &Arc<Workload>,
-    port: u16,
-    service: &Arc<Service>,
-    addresses: &[IpAddr],
-    wanted: IpAddr,
-    roll: u64,
-) -> Option<Result<Plan, NoRoute>> {
-    let same = || addresses.iter().filter(|ip| ip.is_ipv4() == wanted.is_ipv4());
-    let nth = |count: usize| balance::below(roll, count as u64) as usize;
-    let ip = same().nth(nth(same().count())).or_else(|| addresses.get(nth(addresses.len())))?;
-    Some(to_workload(destination, SocketAddr::new(*ip, port), Some(service)))
+    to_address(mesh, source, wanted, None, roll).map(Planned::Known)
 }
 
 fn is_own(source: &Workload, ip: IpAddr) -> bool {
@@ -222,9 +227,9 @@ fn to_service(
     service: &Arc<Service>,
     wanted: SocketAddr,
     roll: u64,
-) -> Result<Plan, NoRoute> {
+) -> Result<Planned, NoRoute> {
     if service.balance_mode() == BalanceMode::Passthrough {
-        return to_address(mesh, source, wanted, Some(service), roll);
+        return to_address(mesh, source, wanted, Some(service), roll).map(Planned::Known);
     }
     let port = wanted.port();
     if service.port(port).is_none() {
@@ -233,11 +238,16 @@ fn to_service(
     let endpoints = mesh.endpoints(&service.key);
     let request = Request { source, service, port, wanted: wanted.ip(), purpose: Purpose::Service };
     match balance::pick(endpoints, &request, roll) {
-        Some(Picked { workload, at: At::Address(at) }) => to_workload(workload, at, Some(service)),
-        Some(Picked { workload, at: At::Name(port) }) => {
-            Ok(Plan::Named { destination: Arc::clone(workload), port, service: Arc::clone(service) })
+        Some(Picked { workload, at: At::Address(at) }) => {
+            to_workload(workload, at, Some(service)).map(Planned::Known)
         }
-        Some(Picked { workload, at: At::Beyond }) => beyond(mesh, source, workload, service, wanted, roll),
+        Some(Picked { workload, at: At::Name(port) }) => {
+            let (destination, service) = (Arc::clone(workload), Arc::clone(service));
+            Ok(Planned::ByName(ByName { destination, port, service }))
+        }
+        Some(Picked { workload, at: At::Beyond }) => {
+            beyond(mesh, source, workload, service, wanted, roll).map(Planned::Known)
+        }
         None if endpoints.iter().any(|endpoint| is_out_of_reach(source, endpoint.workload())) => {
             Err(NoRoute::OtherNetwork { hostname: Arc::clone(&service.hostname) })
         }

@@ -32,10 +32,11 @@ use crate::model::workload::Workload;
 use crate::route::balance;
 use crate::route::balance::Purpose;
 use crate::route::balance::Request;
+use crate::route::plan::ByName;
 use crate::route::plan::NoRoute;
 use crate::route::plan::Plan;
+use crate::route::plan::Planned;
 use crate::route::plan::RESERVED_PORTS;
-use crate::route::plan::named;
 use crate::route::plan::plan;
 use crate::store::MeshChange;
 use crate::store::index::Mesh;
@@ -107,11 +108,17 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
     let name = |workload: Arc<Workload>| format!(" {}", workload.name);
     let of = |service: Option<Arc<Service>>| service.map_or(String::new(), |it| format!(" of {}", it.name));
     match plan(mesh, &client(), OriginalDst(to.parse().unwrap()), roll) {
-        Ok(Plan::Hbone { peer: HbonePeer(peer), expect, target, destination, service }) => {
+        Ok(Planned::Known(Plan::Hbone { peer: HbonePeer(peer), expect, target, destination, service })) => {
             assert_eq!(expect, std::slice::from_ref(&destination.identity));
             format!("hbone {peer} {target}{}{}", name(destination), of(service))
         }
-        Ok(Plan::Beyond { gateway: HbonePeer(gateway), expect, service, port, destination }) => {
+        Ok(Planned::Known(Plan::Beyond {
+            gateway: HbonePeer(gateway),
+            expect,
+            service,
+            port,
+            destination,
+        })) => {
             let expect: Vec<_> = expect.iter().map(|id| id.service_account()).collect();
             format!(
                 "beyond {gateway} ({}) {}:{port}{}",
@@ -120,7 +127,7 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
                 name(destination)
             )
         }
-        Ok(Plan::Named { destination, port, service }) => {
+        Ok(Planned::ByName(ByName { destination, port, service })) => {
             format!(
                 "named {}:{port}{}{}",
                 destination.hostname,
@@ -128,7 +135,7 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
                 of(Some(service))
             )
         }
-        Ok(Plan::Plain { to, destination, service }) => {
+        Ok(Planned::Known(Plan::Plain { to, destination, service })) => {
             format!("plain {to}{}{}", destination.map_or(String::new(), name), of(service))
         }
         Err(error) => error.to_string(),
@@ -322,11 +329,16 @@ fn another_network_is_reached_through_its_gateway_by_name() {
     // With a service in both networks either may be chosen, or the own comes first where that is wanted.
     let service = mesh.service_at("", "10.9.1.5".parse().unwrap(), None).unwrap();
     let chosen = |to: &str, roll| plan(&mesh, &client(), OriginalDst(to.parse().unwrap()), roll).unwrap();
-    assert!(matches!(chosen("10.9.1.5:80", LOW), Plan::Beyond { .. }));
-    let Plan::Hbone { expect, .. } = chosen("10.9.1.5:80", HIGH) else { panic!("it goes elsewhere") };
+    assert!(matches!(chosen("10.9.1.5:80", LOW), Planned::Known(Plan::Beyond { .. })));
+    let Planned::Known(Plan::Hbone { expect, .. }) = chosen("10.9.1.5:80", HIGH) else {
+        panic!("it goes elsewhere")
+    };
     assert_eq!(expect.len(), 1 + service.identities.len());
     for roll in [LOW, HIGH] {
-        assert!(matches!(chosen("10.9.1.10:80", roll), Plan::Hbone { .. }), "with roll {roll}");
+        assert!(
+            matches!(chosen("10.9.1.10:80", roll), Planned::Known(Plan::Hbone { .. })),
+            "with roll {roll}"
+        );
     }
 }
 
@@ -401,7 +413,10 @@ fn what_was_rejected_is_dialled_in_no_way() {
     );
     let other = Workload { network: "n".into(), ..client() };
     let to = OriginalDst("10.0.0.50:80".parse().unwrap());
-    assert!(matches!(plan(&mesh, &other, to, LOW), Ok(Plan::Plain { .. })), "another network");
+    assert!(
+        matches!(plan(&mesh, &other, to, LOW), Ok(Planned::Known(Plan::Plain { .. }))),
+        "another network"
+    );
     // A good version, and the end.
     mesh.apply(MeshChange::Workload(Arc::new(Workload {
         uid: "pod".into(),
@@ -637,7 +652,7 @@ proptest! {
             _ => None,
         };
         match planned {
-            Ok(Plan::Hbone { peer, expect, target, destination, service }) => {
+            Ok(Planned::Known(Plan::Hbone { peer, expect, target, destination, service })) => {
                 prop_assert_eq!(expect, vec![destination.identity.clone()]);
                 prop_assert_eq!(service.as_ref(), service_dialled);
                 prop_assert!(destination.addresses.contains(&peer.0.ip()));
@@ -648,8 +663,8 @@ proptest! {
                     prop_assert_eq!(destination.reach, Reach::Hbone);
                 }
             }
-            Ok(Plan::Named { .. }) => prop_assert!(false, "none of them has a name"),
-            Ok(Plan::Plain { to, destination, service }) => {
+            Ok(Planned::ByName(_)) => prop_assert!(false, "none of them has a name"),
+            Ok(Planned::Known(Plan::Plain { to, destination, service })) => {
                 prop_assert!(waypoint.is_none(), "passed a waypoint by");
                 prop_assert!(destination.as_ref().is_none_or(|it| it.reach == Reach::Plain), "in the clear");
                 prop_assert_eq!(service.as_ref(), service_dialled, "passed a service by");
@@ -680,7 +695,7 @@ proptest! {
                 prop_assert!(mesh.workloads().any(|it| it.uid == uid && it.reach == Reach::Unknown)
                     || workload_dialled.is_some_and(|it| it.reach == Reach::Unknown));
             }
-            Ok(Plan::Beyond { .. })
+            Ok(Planned::Known(Plan::Beyond { .. }))
             | Err(
                 NoRoute::OtherNetwork { .. }
                 | NoRoute::UnknownGateway(_)
@@ -704,7 +719,7 @@ fn an_endpoint_without_an_address_is_found_by_its_name() {
         [],
     );
     assert_eq!(outcome(&mesh, "10.9.0.7:80", LOW), "named db.example:8080 db of db");
-    let Ok(Plan::Named { destination, port, service }) =
+    let Ok(Planned::ByName(by_name)) =
         plan(&mesh, &client(), OriginalDst("10.9.0.7:80".parse().unwrap()), LOW)
     else {
         panic!("no name")
@@ -716,14 +731,14 @@ fn an_endpoint_without_an_address_is_found_by_its_name() {
         ("10.9.0.7", HIGH, "192.0.2.2:8080"),
         ("fd09::7", HIGH, "[2001:db8::1]:8080"),
     ] {
-        let plan = named(&destination, port, &service, &addresses, wanted.parse().unwrap(), roll);
+        let plan = by_name.plan(&addresses, wanted.parse().unwrap(), roll);
         let Some(Ok(Plan::Plain { to, destination: Some(to_whom), service: Some(_) })) = plan else {
             panic!("{plan:?}")
         };
         assert_eq!((to.to_string(), &*to_whom.name), (expected.to_owned(), "db"));
     }
     // Of the other family, where there is none of that which was dialled.
-    let plan = named(&destination, port, &service, &addresses[1..2], "10.9.0.7".parse().unwrap(), LOW);
+    let plan = by_name.plan(&addresses[1..2], "10.9.0.7".parse().unwrap(), LOW);
     assert!(matches!(plan, Some(Ok(Plan::Plain { to, .. })) if to.is_ipv6()), "another family");
-    assert_eq!(named(&destination, port, &service, &[], "10.9.0.7".parse().unwrap(), LOW), None);
+    assert_eq!(by_name.plan(&[], "10.9.0.7".parse().unwrap(), LOW), None);
 }

@@ -5,6 +5,7 @@ use std::sync::Weak;
 use std::time::Duration;
 
 use crate::model::workload::Named;
+use crate::model::workload::Workload;
 use crate::store::MeshReader;
 use crate::store::gap::NEW_WITHIN;
 use crate::store::index::Mesh;
@@ -45,11 +46,25 @@ impl Lookup {
 
     /// The unique name of the workload. Waits a little for a mesh that does not know it (yet).
     pub async fn find(&self, mesh: &MeshReader) -> Result<Arc<str>, UnknownWorkload> {
+        let (_, workload) = self.find_workload(mesh).await?;
+        Ok(Arc::clone(&workload.uid))
+    }
+
+    /// The workload, and the mesh that knows it. Waits as [`Self::find`] does.
+    pub async fn find_workload(
+        &self,
+        mesh: &MeshReader,
+    ) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
         let patience = match self.named {
             Named::Uid(_) => NEW_WITHIN,
             Named::Pod { .. } => LOOKUP_WITHIN,
         };
-        let found = mesh.find_within(patience, |mesh| self.find_in(mesh)).await;
+        let found = mesh
+            .find_within(patience, |mesh| {
+                let workload = mesh.workload(&self.find_in(mesh)?)?;
+                Some((Arc::clone(mesh), Arc::clone(workload)))
+            })
+            .await;
         found.ok_or_else(|| UnknownWorkload(self.named.clone()))
     }
 
@@ -85,7 +100,6 @@ mod tests {
 
     use crate::model::identity::SpiffeId;
     use crate::model::identity::TrustDomain;
-    use crate::model::workload::Workload;
     use crate::store::mesh;
 
     use super::*;

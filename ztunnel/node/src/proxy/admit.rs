@@ -223,24 +223,31 @@ fn source(
     })
 }
 
-/// Decides where it goes. A service that the pod is behind and that the mesh does not have is asked for if it can be,
-/// and waited for.
-async fn arrival(shard: &Shard, uid: &str, asked: &Asked<'_>) -> Result<Arrival, StreamFailure> {
-    let arrive = |mesh: &Mesh| {
-        let unknown = || StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::from(uid))));
-        let workload = mesh.workload(uid).ok_or_else(unknown)?;
-        arrive(mesh, workload, asked).map_err(StreamFailure::NotHere)
-    };
-    let arrived = arrive(&shard.mesh.snapshot());
-    let Err(StreamFailure::NotHere(NotHere::UnknownService(name))) = &arrived else { return arrived };
+/// Decides where it goes, by `mesh`. A service that the pod is behind and that the mesh does not have is asked for if it
+/// can be, and waited for: then a later mesh decides.
+async fn arrival(
+    shard: &Shard,
+    (mesh, workload): (Arc<Mesh>, Arc<Workload>),
+    asked: &Asked<'_>,
+) -> Result<Arrival, StreamFailure> {
+    let arrived = arrive(&mesh, &workload, asked);
+    // What is waited for now is a later one.
+    drop(mesh);
+    let Err(NotHere::UnknownService(name)) = &arrived else { return arrived.map_err(StreamFailure::NotHere) };
     if let Some(demand) = shard.mesh.demand() {
         let _unanswered = demand.look_up(name).await;
     }
-    let known = shard.mesh.find_within(NEW_WITHIN, |mesh| match arrive(mesh) {
-        Err(StreamFailure::NotHere(NotHere::UnknownService(_))) => None,
-        arrived => Some(arrived),
+    let uid = &workload.uid;
+    let known = shard.mesh.find_within(NEW_WITHIN, |mesh| {
+        let Some(workload) = mesh.workload(uid) else {
+            return Some(Err(StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(uid))))));
+        };
+        match arrive(mesh, workload, asked) {
+            Err(NotHere::UnknownService(_)) => None,
+            arrived => Some(arrived.map_err(StreamFailure::NotHere)),
+        }
     });
-    known.await.unwrap_or(arrived)
+    known.await.unwrap_or(arrived.map_err(StreamFailure::NotHere))
 }
 
 /// Decides and dials. `asked` is what was asked for, if that makes sense. What it came to when it came to nothing has
@@ -264,8 +271,8 @@ pub(super) async fn admit(
         return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
     let holder = pod.connection_holder_for(caller.client.0.ip());
-    let uid = match holder.run(pod.workload(&shard.mesh)).await {
-        Ok(Ok(uid)) => uid,
+    let (mesh, workload) = match holder.run(pod.workload(&shard.mesh)).await {
+        Ok(Ok(found)) => found,
         Ok(Err(unknown)) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
         Err(shed) => return refuse(Some(authority), StreamFailure::Shed(shed)),
     };
@@ -278,7 +285,8 @@ pub(super) async fn admit(
         host: asker.host(),
         namespace: caller.identity.namespace(),
     };
-    let arrived = holder.run(arrival(shard, &uid, &asked)).await;
+    let uid = Arc::clone(&workload.uid);
+    let arrived = holder.run(arrival(shard, (mesh, workload), &asked)).await;
     let Arrival { to, service, announce } =
         match arrived.unwrap_or_else(|shed| Err(StreamFailure::Shed(shed))) {
             Ok(arrival) => arrival,

@@ -11,7 +11,6 @@ use std::task::Poll;
 use bytes::Bytes;
 use ztunnel_mesh::model::addr::ClientAddr;
 use ztunnel_mesh::model::addr::canonical;
-use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::store::lookup::UnknownWorkload;
 use ztunnel_runtime::shutdown;
 use ztunnel_tls::trust::Side;
@@ -174,17 +173,9 @@ async fn shake(
     client: ClientAddr,
 ) -> Result<(server::Accepted, VerifiedPeer), NoTunnel> {
     let holder = pod.tunnel_holder_for(client.0.ip());
-    let uid = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
-    let identity = match pod.identity() {
-        Some(own) => own.clone(),
-        None => {
-            let mesh = shard.mesh.snapshot();
-            let workload = mesh.workload(&uid);
-            let unknown = || NoTunnel::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(&uid))));
-            workload.ok_or_else(unknown)?.identity.clone()
-        }
-    };
-    let credentials = shard.identities.credentials(&identity).await.map_err(NoTunnel::Identity)?;
+    let (_, workload) = pod.workload(&shard.mesh).await.map_err(NoTunnel::UnknownWorkload)?;
+    let identity = pod.identity().unwrap_or(&workload.identity);
+    let credentials = shard.identities.credentials(identity).await.map_err(NoTunnel::Identity)?;
     let accepted = server::accept(socket, credentials.server_config(), &shard.config.hbone)
         .await
         .map_err(NoTunnel::Serve)?;

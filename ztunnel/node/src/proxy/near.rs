@@ -3,7 +3,7 @@
 //!
 //! Everything else is as with a tunnel: the destination's limits, its policies with the source's identity, the live
 //! re-check, both ends' reports, resets and closed halves. The rules by which a connection is handed over are in
-//! `is_neighbour` and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
+//! [`ztunnel_mesh::route::same_node`] and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
 //! tunnel does if it must.
 //!
 //! A connection is handed over only to a pod whose traffic is redirected to this daemon now ([`crate::proxy::neighbours`]): not to
@@ -23,9 +23,9 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tokio::time::Sleep;
 use tokio::time::sleep;
-use ztunnel_mesh::model::addr::HBONE_PORT;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Workload;
+use ztunnel_mesh::route::same_node::Tunnelled;
 use ztunnel_runtime::shutdown::Signal;
 use ztunnel_tls::configs::Credentials;
 use ztunnel_tls::trust::Revocation;
@@ -53,21 +53,9 @@ use crate::proxy::shard::Shard;
 use crate::proxy::upstream::LOOK_PERIOD;
 use crate::proxy::upstream::Route;
 
-/// Why a connection is not handed over inside the process.
+/// Why two certificates would not be accepted in a handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Far {
-    /// The tunnel would end elsewhere than at the pod: at a gateway before it, say.
-    OtherEnd,
-    /// What was dialled is not an address of the pod.
-    OtherAddress,
-    /// The pod is somebody else than was expected there.
-    OtherIdentity,
-    /// The application does not use an address of its own pod. Through a tunnel the pod's address is what the
-    /// destination sees, whatever an application with the capability to do so has made up.
-    ForeignSource,
-    /// The application and the destination use different families, so the destination cannot see the
-    /// application's own address.
-    OtherFamily,
+enum NotAccepted {
     /// The two pods are of different trust domains, and no server accepts that.
     OtherTrustDomain,
     /// One of the two certificates is not valid now.
@@ -76,56 +64,17 @@ enum Far {
     OtherRoots,
 }
 
-/// What decides whether a connection may be handed over, besides certificates.
-struct Asked<'a> {
-    route: &'a Route,
-    /// The identity the destination's workload has now.
-    identity: &'a SpiffeId,
-}
-
-/// Whether a connection that was to go through a tunnel would come out of it at `to`, as the application's own.
-fn is_neighbour(asked: &Asked<'_>, to: &Pod) -> Result<(), Far> {
-    let Asked { route, identity } = *asked;
-    let (peer, target, client) = (route.peer.0, route.target, route.client.0.ip());
-    if peer.port() != HBONE_PORT || peer.ip() != target.ip() {
-        return Err(Far::OtherEnd);
-    }
-    if !to.has(target.ip()) {
-        return Err(Far::OtherAddress);
-    }
-    if !route.expect.contains(identity) {
-        return Err(Far::OtherIdentity);
-    }
-    if !route.pod.has(client) {
-        return Err(Far::ForeignSource);
-    }
-    if client.is_ipv4() != target.is_ipv4() {
-        return Err(Far::OtherFamily);
-    }
-    Ok(())
-}
-
-/// The pod itself, if its connection leads back to it: it has dialled a service, say, that it serves. There is never a
-/// tunnel then, which would be one to itself: nothing is on any wire, nobody has to be believed, and without a mesh the
-/// connection would not leave the pod either. So it is handed over whatever is true of certificates, also while another
-/// daemon takes over, and where pods of one node are to have tunnels between them. Its policies hold.
-fn itself(route: &Route) -> Option<&Arc<Pod>> {
-    let (peer, target) = (route.peer.0, route.target);
-    let here = peer.port() == HBONE_PORT && peer.ip() == target.ip() && route.pod.has(target.ip());
-    here.then_some(&route.pod)
-}
-
 /// Whether two pods' certificates would be accepted in a handshake between them at `now`: both are valid, of one
 /// trust domain, and vouched for by the same roots, to which each is known to lead.
-fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), Far> {
+fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), NotAccepted> {
     if !one.identity().shares_domain(other.identity()) {
-        return Err(Far::OtherTrustDomain);
+        return Err(NotAccepted::OtherTrustDomain);
     }
     if ![one, other].iter().all(|held| held.validity().holds_at(now)) {
-        return Err(Far::NotValid);
+        return Err(NotAccepted::NotValid);
     }
     if one.roots().roots != other.roots().roots {
-        return Err(Far::OtherRoots);
+        return Err(NotAccepted::OtherRoots);
     }
     Ok(())
 }
@@ -141,8 +90,13 @@ fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), 
 /// While the authority says nothing at all, neither yes nor no, the mesh alone says who the two pods are: it is the same
 /// that tells whose certificates are to be asked for, and nothing of the connection leaves this process.
 pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
-    if let Some(pod) = itself(route) {
-        return Some(Arc::clone(pod));
+    let Route { client, peer, target, .. } = *route;
+    let tunnelled = Tunnelled { client, peer, expect: &route.expect, target };
+    // There is never a tunnel then, which would be one to itself: nothing is on any wire, nobody has to be believed, and
+    // without a mesh the connection would not leave the pod either. So it is handed over whatever is true of certificates,
+    // also while another daemon takes over, and where pods of one node are to have tunnels between them. Its policies hold.
+    if tunnelled.leads_back(route.pod.addresses()) {
+        return Some(Arc::clone(&route.pod));
     }
     if !shard.config.near || shard.signal.is_draining() {
         return None;
@@ -155,7 +109,7 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     let destination = Arc::clone(shard.mesh.snapshot().workload(&route.destination.uid)?);
     let to = shard.neighbours.find(&destination).filter(|pod| !pod.is_leaving())?;
     let identity = destination.identity.clone();
-    is_neighbour(&Asked { route, identity: &identity }, &to).ok()?;
+    tunnelled.leads_to(route.pod.addresses(), to.addresses(), &identity).ok()?;
     let held = |identity| shard.identities.current(identity);
     match [&route.source.identity, &identity].map(held) {
         [Some(one), Some(other)] => agree(&one, &other, SystemTime::now()).ok()?,
@@ -329,73 +283,9 @@ impl Asker for Neighbour<'_> {
 mod tests {
     use std::time::Duration;
 
-    use ztunnel_mesh::model::addr::ClientAddr;
-    use ztunnel_mesh::model::addr::HbonePeer;
-
     use super::*;
     use crate::hbone::tests::TestCa;
     use crate::hbone::tests::id;
-    use crate::proxy::tests::pod;
-    use crate::proxy::tests::workload;
-
-    fn route() -> Route {
-        Route {
-            pod: pod("client", &["10.0.0.1", "fd00::1"]),
-            source: workload("client", "10.0.0.1"),
-            client: ClientAddr("10.0.0.1:4000".parse().unwrap()),
-            peer: HbonePeer("10.0.0.2:15008".parse().unwrap()),
-            expect: vec![id("server")],
-            target: "10.0.0.2:80".parse().unwrap(),
-            destination: workload("server", "10.0.0.2"),
-            service: None,
-        }
-    }
-
-    #[test]
-    fn only_what_would_come_out_of_the_tunnel_unchanged_is_handed_over() {
-        let to = pod("server", &["10.0.0.2", "fd00::2"]);
-        let check = |what: &str, route: Route, identity: &SpiffeId, expect| {
-            assert_eq!(is_neighbour(&Asked { route: &route, identity }, &to), expect, "{what}");
-        };
-        let (server, other) = (id("server"), id("other"));
-        let at = |peer: &str, target: &str| Route {
-            peer: HbonePeer(peer.parse().unwrap()),
-            target: target.parse().unwrap(),
-            ..route()
-        };
-        let from = |client: &str| Route { client: ClientAddr(client.parse().unwrap()), ..route() };
-
-        check("the other pod", route(), &server, Ok(()));
-        let both = vec![other.clone(), server.clone()];
-        check("one of several identities", Route { expect: both, ..route() }, &server, Ok(()));
-        let v6 = at("[fd00::2]:15008", "[fd00::2]:80");
-        let v6 = Route { client: ClientAddr("[fd00::1]:4000".parse().unwrap()), ..v6 };
-        check("IPv6", v6, &server, Ok(()));
-
-        check("a gateway", at("10.0.0.9:15008", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
-        check("another HBONE port", at("10.0.0.2:15009", "10.0.0.2:80"), &server, Err(Far::OtherEnd));
-        check("not its address", at("10.0.0.3:15008", "10.0.0.3:80"), &server, Err(Far::OtherAddress));
-        check("somebody else by now", route(), &other, Err(Far::OtherIdentity));
-        check("nobody expected", Route { expect: vec![], ..route() }, &server, Err(Far::OtherIdentity));
-        check("a made up source", from("10.0.0.7:4000"), &server, Err(Far::ForeignSource));
-        check("the server's own as source", from("10.0.0.2:4000"), &server, Err(Far::ForeignSource));
-        check("families", at("[fd00::2]:15008", "[fd00::2]:80"), &server, Err(Far::OtherFamily));
-    }
-
-    #[test]
-    fn what_leads_back_to_the_pod_is_handed_over_to_itself() {
-        let at = |peer: &str, target: &str| {
-            let route =
-                Route { peer: HbonePeer(peer.parse().unwrap()), target: target.parse().unwrap(), ..route() };
-            itself(&route).is_some()
-        };
-        assert!(at("10.0.0.1:15008", "10.0.0.1:80"));
-        assert!(at("[fd00::1]:15008", "[fd00::1]:80"));
-        assert!(!at("10.0.0.2:15008", "10.0.0.2:80"), "another pod");
-        // It is a waypoint or a gateway, which is asked for somebody else.
-        assert!(!at("10.0.0.1:15008", "10.0.0.2:80"));
-        assert!(!at("10.0.0.1:15009", "10.0.0.1:80"));
-    }
 
     #[test]
     fn certificates_must_be_acceptable_to_each_other_now() {
@@ -405,11 +295,11 @@ mod tests {
         assert_eq!(agree(&client, &server, now), Ok(()));
         assert_eq!(agree(&client, &client, now), Ok(()));
         let end = client.not_after().min(server.not_after());
-        assert_eq!(agree(&client, &server, end), Err(Far::NotValid));
+        assert_eq!(agree(&client, &server, end), Err(NotAccepted::NotValid));
         let early = client.not_before() - Duration::from_secs(1);
-        assert_eq!(agree(&client, &server, early), Err(Far::NotValid));
-        assert_eq!(agree(&client, &other.certify(&id("server")), now), Err(Far::OtherRoots));
+        assert_eq!(agree(&client, &server, early), Err(NotAccepted::NotValid));
+        assert_eq!(agree(&client, &other.certify(&id("server")), now), Err(NotAccepted::OtherRoots));
         let foreign = "spiffe://elsewhere/ns/test/sa/server".parse().unwrap();
-        assert_eq!(agree(&client, &ca.certify(&foreign), now), Err(Far::OtherTrustDomain));
+        assert_eq!(agree(&client, &ca.certify(&foreign), now), Err(NotAccepted::OtherTrustDomain));
     }
 }

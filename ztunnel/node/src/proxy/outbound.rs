@@ -12,16 +12,14 @@ use ztunnel_mesh::model::addr::Authority;
 use ztunnel_mesh::model::addr::ClientAddr;
 use ztunnel_mesh::model::addr::OriginalDst;
 use ztunnel_mesh::model::service::Service;
-use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::route::plan::NoRoute;
 use ztunnel_mesh::route::plan::Plan;
-use ztunnel_mesh::route::plan::named;
+use ztunnel_mesh::route::plan::Planned;
 use ztunnel_mesh::route::plan::plan;
 use ztunnel_mesh::store::MeshReader;
 use ztunnel_mesh::store::demand::Demand;
 use ztunnel_mesh::store::gap::NEW_WITHIN;
-use ztunnel_mesh::store::lookup::UnknownWorkload;
 
 use crate::hbone::address::Baggage;
 use crate::hbone::client::Lease;
@@ -162,19 +160,15 @@ async fn establish(
     if dst.0.ip().is_loopback() || pod.has(dst.0.ip()) {
         return refuse(dst, &NoRoute::SelfCall(dst.0));
     }
-    let uid = match holder.run(pod.workload(&shard.mesh)).await {
-        Ok(Ok(uid)) => uid,
+    let (mesh, source) = match holder.run(pod.workload(&shard.mesh)).await {
+        Ok(Ok(found)) => found,
         Ok(Err(unknown)) => return refuse(dst, &unknown),
         Err(shed) => return refuse(dst, &shed),
-    };
-    let mesh = shard.mesh.snapshot();
-    let Some(source) = mesh.workload(&uid).cloned() else {
-        return refuse(dst, &UnknownWorkload(Named::Uid(uid)));
     };
     let roll = rand::random();
     let planned = plan(&mesh, &source, dst, roll).map_err(ConnectError::NoRoute);
     drop(mesh);
-    let planned = unless_shed(&holder, complete(&shard, &uid, &source, dst, roll, planned)).await;
+    let planned = unless_shed(&holder, complete(&shard, &source, dst, roll, planned)).await;
     let (shard_, pod_, source_) = (Arc::clone(&shard), Arc::clone(&pod), Arc::clone(&source));
     let attempt =
         Attempt { shard: shard_, pod: pod_, client, dst, source: source_, application, holder, admitted };
@@ -189,8 +183,6 @@ async fn establish(
             attempt.through_a_gateway(route, destination).await
         }
         Ok(Plan::Plain { to, destination, service }) => attempt.directly(to, destination, service).await,
-        // It was made another one.
-        Ok(Plan::Named { .. }) => refuse(dst, &NoAddress::Nothing),
         Err(ConnectError::NoRoute(error @ NoRoute::SelfCall(_))) => refuse(dst, &error),
         Err(error) => {
             attempt.nowhere(error);
@@ -361,23 +353,28 @@ async fn unless_shed<T>(
 /// Finds out what `planned` lacks.
 async fn complete(
     shard: &Shard,
-    uid: &str,
     source: &Workload,
     dst: OriginalDst,
     roll: u64,
-    planned: Result<Plan, ConnectError>,
+    planned: Result<Planned, ConnectError>,
 ) -> Result<Plan, ConnectError> {
     let planned = match shard.mesh.demand() {
         Some(demand) => resolve(demand, &shard.mesh, source, dst, planned).await,
         None => planned,
     };
-    let planned =
-        if is_missing(&planned) { later(&shard.mesh, uid, dst, roll, planned).await } else { planned };
-    let Ok(Plan::Named { destination, port, service }) = planned else { return planned };
-    let host = &destination.hostname;
+    let planned = if is_missing(&planned) {
+        later(&shard.mesh, &source.uid, dst, roll, planned).await
+    } else {
+        planned
+    };
+    let by_name = match planned? {
+        Planned::Known(plan) => return Ok(plan),
+        Planned::ByName(by_name) => by_name,
+    };
+    let host = &by_name.destination.hostname;
     let unnamed = |source| ConnectError::Name { host: Arc::clone(host), source };
     let addresses = shard.names.look_up(host, source).await.map_err(unnamed)?;
-    let plan = named(&destination, port, &service, &addresses, dst.0.ip().to_canonical(), roll);
+    let plan = by_name.plan(&addresses, dst.0.ip().to_canonical(), roll);
     plan.ok_or_else(|| unnamed(NoAddress::Nothing))?.map_err(ConnectError::NoRoute)
 }
 
@@ -390,12 +387,14 @@ async fn resolve(
     mesh: &MeshReader,
     source: &Workload,
     dst: OriginalDst,
-    mut planned: Result<Plan, ConnectError>,
-) -> Result<Plan, ConnectError> {
+    mut planned: Result<Planned, ConnectError>,
+) -> Result<Planned, ConnectError> {
     let mut asked = None;
     for _ in 0..LOOK_UPS_MAX {
         let name = match &planned {
-            Ok(Plan::Plain { to, destination: None, .. }) => format!("{}/{}", source.network, to.ip()),
+            Ok(Planned::Known(Plan::Plain { to, destination: None, .. })) => {
+                format!("{}/{}", source.network, to.ip())
+            }
             Err(ConnectError::NoRoute(
                 NoRoute::UnknownWaypoint(gateway) | NoRoute::UnknownGateway(gateway),
             )) => gateway.destination.to_string(),
@@ -418,7 +417,7 @@ async fn resolve(
 }
 
 /// Whether a plan lacks a waypoint or gateway that the mesh names. It may not have come yet.
-fn is_missing(planned: &Result<Plan, ConnectError>) -> bool {
+fn is_missing(planned: &Result<Planned, ConnectError>) -> bool {
     matches!(planned, Err(ConnectError::NoRoute(NoRoute::UnknownWaypoint(_) | NoRoute::UnknownGateway(_))))
 }
 
@@ -428,8 +427,8 @@ async fn later(
     source: &str,
     dst: OriginalDst,
     roll: u64,
-    planned: Result<Plan, ConnectError>,
-) -> Result<Plan, ConnectError> {
+    planned: Result<Planned, ConnectError>,
+) -> Result<Planned, ConnectError> {
     let complete = mesh.find_within(NEW_WITHIN, |mesh| {
         let planned = plan(mesh, mesh.workload(source)?, dst, roll).map_err(ConnectError::NoRoute);
         (!is_missing(&planned)).then_some(planned)

@@ -88,7 +88,7 @@ async fn establish(
     }
     let fronted = pod.network.fronted(client.0, dst.0.port());
     let uid = match holder.run(pod.workload(&shard.mesh)).await {
-        Ok(Ok(uid)) => uid,
+        Ok(Ok((_, workload))) => Arc::clone(&workload.uid),
         Ok(Err(unknown)) => return refuse(dst, &unknown),
         Err(shed) => return refuse(dst, &shed),
     };

@@ -13,6 +13,7 @@ use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::store::MeshReader;
+use ztunnel_mesh::store::index::Mesh;
 use ztunnel_mesh::store::lookup::Lookup;
 use ztunnel_mesh::store::lookup::UnknownWorkload;
 use ztunnel_runtime::shutdown::Signal;
@@ -102,9 +103,9 @@ impl Pod {
         self.own.as_ref().is_none_or(|own| own.port == port)
     }
 
-    /// The unique name of the pod's workload. Waits a little for a mesh that does not know it yet.
-    pub async fn workload(&self, mesh: &MeshReader) -> Result<Arc<str>, UnknownWorkload> {
-        self.workload.find(mesh).await
+    /// The pod's workload, and the mesh that knows it. Waits a little for one that does not know it yet.
+    pub async fn workload(&self, mesh: &MeshReader) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
+        self.workload.find_workload(mesh).await
     }
 
     /// What the pod's workload is known by.

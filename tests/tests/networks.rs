@@ -494,10 +494,10 @@ fn whoever_is_not_expected_beyond_or_at_a_gateway_is_not_spoken_to() {
             Ok(())
         };
         istio.discovery.service(shop(&["spiffe://cluster.local/ns/demo/sa/impostor"]));
-        check("a server with another identity", "no tunnel to shop.demo.svc.cluster.local beyond", true)?;
+        check("a server with another identity", "no tunnel to shop.demo.svc.cluster.local through", true)?;
         // Its own identity is not enough where the service does not say so: whoever has an address there is unknown here.
         istio.discovery.service(shop(&[GATEWAY]));
-        check("the gateway's own identity", "no tunnel to shop.demo.svc.cluster.local beyond", true)?;
+        check("the gateway's own identity", "no tunnel to shop.demo.svc.cluster.local through", true)?;
         istio.discovery.service(shop(&[]));
         check("nobody expected", "no identity is known that shop", false)?;
         istio.discovery.service(shop(&[SERVER]));

@@ -14,8 +14,8 @@ use ztunnel_node::hbone::address::Authority;
 use ztunnel_mesh::store::MeshChange;
 use ztunnel_mesh::store::mesh;
 use ztunnel_mesh::model::workload::ApplicationProtocol;
-use ztunnel_mesh::route::arrival::Asked;
-use ztunnel_mesh::route::arrival::arrive;
+use ztunnel_mesh::route::inbound_target::InboundRequest;
+use ztunnel_mesh::route::inbound_target::inbound_target;
 use ztunnel_mesh::route::plan::RESERVED_PORTS;
 use ztunnel_node::xds::convert::Converter;
 use ztunnel_proto::prost::Message;
@@ -68,24 +68,24 @@ fn asked(u: &mut Unstructured<'_>) -> Result<()> {
         let client: IpAddr = client.parse().expect("an address");
         let addresses = &workload.addresses;
         let (host, namespace) = (Some(*u.choose(&wire::HOSTS)?), &*workload.namespace);
-        let asked = Asked { client, local, addresses, authority: &authority, host, namespace };
+        let asked = InboundRequest { client, local, addresses, authority: &authority, host, namespace };
         let tunnel = workload.application_tunnel;
-        let Ok(arrival) = arrive(&mesh, workload, &asked) else { continue };
-        let what = || format!("{authority:?} of {workload:?} became {arrival:?}");
-        assert!(arrival.to.ip() == local || workload.addresses.contains(&arrival.to.ip()), "{}", what());
-        assert!(!RESERVED_PORTS.contains(&arrival.to.port()), "{}", what());
+        let Ok(target) = inbound_target(&mesh, workload, &asked) else { continue };
+        let what = || format!("{authority:?} of {workload:?} became {target:?}");
+        assert!(target.to.ip() == local || workload.addresses.contains(&target.to.ip()), "{}", what());
+        assert!(!RESERVED_PORTS.contains(&target.to.port()), "{}", what());
         let announces = tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy);
-        assert_eq!(arrival.announce.is_some(), announces, "{}", what());
+        assert_eq!(target.announce.is_some(), announces, "{}", what());
         assert!(tunnel.is_none_or(|tunnel| tunnel.protocol != ApplicationProtocol::Unknown), "{}", what());
         let port = tunnel.and_then(|tunnel| tunnel.port);
-        assert!(port.is_none_or(|port| port == arrival.to.port()), "{}", what());
-        match (&authority, &arrival.service) {
+        assert!(port.is_none_or(|port| port == target.to.port()), "{}", what());
+        match (&authority, &target.service) {
             (Authority::Address(address), service) => {
                 let known = |service: &Arc<_>| mesh.service(service.key.as_str()) == Some(service);
                 assert!(service.as_ref().is_none_or(known), "{}", what());
-                assert!(port.is_some() || arrival.to.port() == address.port(), "{}", what());
+                assert!(port.is_some() || target.to.port() == address.port(), "{}", what());
                 let meant = SocketAddr::new(address.ip().to_canonical(), address.port());
-                assert!(arrival.announce.is_none_or(|told| told == meant), "{}", what());
+                assert!(target.announce.is_none_or(|told| told == meant), "{}", what());
             }
             (Authority::Hostname { host, .. }, Some(service)) => {
                 assert!(
@@ -95,12 +95,12 @@ fn asked(u: &mut Unstructured<'_>) -> Result<()> {
                 );
                 let serves = workload.services.iter().any(|it| it.service == service.key);
                 assert!(serves || port.is_some(), "{}", what());
-                assert_ne!(arrival.to.port(), 0);
+                assert_ne!(target.to.port(), 0);
             }
             _ => panic!("{}", what()),
         }
-        let again = arrive(&mesh, &Arc::clone(workload), &asked);
-        assert_eq!(again.as_ref(), Ok(&arrival));
+        let again = inbound_target(&mesh, &Arc::clone(workload), &asked);
+        assert_eq!(again.as_ref(), Ok(&target));
     }
     Ok(())
 }

@@ -41,7 +41,7 @@
 //!
 //! * Bytes reach an application, tunnelled or plain, only with a `Permit` in hand.
 //! * A captured connection is never sent in the clear to a peer whose plan said HBONE, whatever fails. To a pod whose
-//!   traffic is redirected to the same daemon it is not sent at all, but handed over (`proxy::near`).
+//!   traffic is redirected to the same daemon it is not sent at all, but handed over (`proxy::same_node`).
 //! * What the kernel holds stays when the daemon dies, and is closed while nobody serves it.
 //! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first
 //!   certificate, for a pod that its node agent knows before the mesh does, and, if the mesh is on demand, for what it

@@ -11,13 +11,14 @@
 //!
 //! The snapshot that knows the pod's workload decides where a connection goes. Another one is taken only here:
 //!
-//! * [`admit`] and [`passthrough`], whether an inbound connection may proceed ([`live::Live::admit`]). That one has to be
-//!   taken after the connection was registered, or a change between would be seen by nobody. Policies judge the address
-//!   that is then dialled, which is not decided again; so no verdict is about another address.
+//! * [`admit`] and [`passthrough`], whether an inbound connection may proceed
+//!   ([`Reauthorization::admit`](reauthorization::Reauthorization::admit)). That one has to be taken after the connection was
+//!   registered, or a change between would be seen by nobody. Policies decide about the address that is then dialled, which
+//!   is not decided again; so no verdict is about another address.
 //! * Where the mesh lacks what it names itself (a waypoint, a gateway, a service), or is asked on demand: [`outbound`] and
 //!   [`admit`] decide anew, as a whole, by each later one, and keep nothing of the decision before. Of the pod itself
 //!   they keep what they knew: who dials is who it was at the beginning.
-//! * [`near`] looks at the destination once more, as no handshake proves who it is now. That only says whether the
+//! * [`same_node`] looks at the destination once more, as no handshake proves who it is now. That only says whether the
 //!   connection is handed over: if it is another one than the plan expects, it goes through the tunnel of the plan.
 //! * A tunnel that a peer dials takes one for the identity it shows. Its streams take their own: a tunnel outlives many
 //!   versions of the mesh.
@@ -30,8 +31,8 @@
 //!
 //! * [`accept`]: listeners, and the threads that take from them.
 //! * [`outbound`]: what the pod dials.
-//! * [`double`]: what it dials of another network, through a tunnel within a tunnel.
-//! * [`near`]: connections from one pod to another of this node.
+//! * [`double_hbone`]: what it dials of another network, through a tunnel within a tunnel.
+//! * [`same_node`]: connections from one pod to another of this node.
 //! * [`inbound`]: tunnels that peers dial to the pod.
 //! * [`passthrough`]: plain connections to the pod.
 //!
@@ -43,7 +44,7 @@
 //! * [`delivery`]: dials that application.
 //! * [`neighbours`]: the pods to which connections can be handed over.
 //! * [`relay`]: moving bytes between an application and a stream.
-//! * [`live`]: inbound connections are judged again when the mesh changes.
+//! * [`reauthorization`]: inbound connections are authorized again when the mesh changes.
 //! * [`listing`]: which connections are open, for those who ask.
 //! * [`config`], [`bounds`]: how it behaves, and how much all of it may be.
 //! * [`handshakes`], [`tunnels`]: how peers share a pod's.
@@ -104,19 +105,19 @@ pub mod bounds;
 pub mod config;
 pub mod connect_error;
 pub mod delivery;
-pub mod double;
-pub mod ending;
+pub mod double_hbone;
 pub mod handshakes;
 pub mod inbound;
 pub mod listing;
-pub mod live;
 pub mod names;
-pub mod near;
 pub mod neighbours;
 pub mod outbound;
 pub mod passthrough;
 pub mod pod;
+pub mod reauthorization;
 pub mod relay;
+pub mod report;
+pub mod same_node;
 pub mod shard;
 pub mod tunnels;
 pub mod turns;
@@ -152,7 +153,7 @@ impl Leaving {
 }
 
 /// How long the connections of a removed pod whose traffic was redirected may go on once it takes no new ones.
-const CUT_AFTER: Duration = Duration::from_secs(1);
+const CLOSE_AFTER: Duration = Duration::from_secs(1);
 
 /// A pod whose connections are taken.
 struct Served {
@@ -161,7 +162,7 @@ struct Served {
     stop: Trigger,
     /// Where what is open ends soon after the pod's removal; also what it had open before it was handed over and taken
     /// back.
-    cuts: Vec<Trigger>,
+    closers: Vec<Trigger>,
     /// What its workload was known by when it came: the mesh may forget it before its last connection has ended.
     workload: Named,
 }
@@ -174,9 +175,9 @@ impl Served {
     /// Takes no new connections after `fade`, or once `hurry` says so. Peers are told to open no new streams then.
     fn leave(self, fade: impl Future<Output = ()> + Send + 'static) -> Leaving {
         let leaving = Leaving(Arc::downgrade(&self.pod));
-        let Self { home, pod, stop, cuts, workload: _ } = self;
+        let Self { home, pod, stop, closers, workload: _ } = self;
         // Nobody redirects for it any more: see `Pod::unrouted`.
-        cuts.iter().for_each(Trigger::drain);
+        closers.iter().for_each(Trigger::drain);
         // Tasks go to the runtime whose context this is: the home thread's.
         let _context = home.enter();
         shutdown::spawn(async move {
@@ -184,9 +185,9 @@ impl Served {
             stop.drain();
             // Only its connections keep it from here on.
             drop(pod);
-            if !cuts.is_empty() {
-                tokio::time::sleep(CUT_AFTER).await;
-                cuts.iter().for_each(Trigger::close);
+            if !closers.is_empty() {
+                tokio::time::sleep(CLOSE_AFTER).await;
+                closers.iter().for_each(Trigger::close);
             }
         });
         leaving
@@ -277,7 +278,7 @@ impl DataPlane {
         let senders: Vec<_> = channels.iter().map(|(sender, _)| sender.clone()).collect();
         let mut threads = Vec::with_capacity(channels.len());
         let mut running = Vec::with_capacity(channels.len());
-        for (index, (_, arrivals)) in channels.drain(..).enumerate() {
+        for (index, (_, accepted)) in channels.drain(..).enumerate() {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let shard = Shard::new(
                 Arc::clone(&config),
@@ -294,7 +295,7 @@ impl DataPlane {
             threads.push(Arc::clone(&thread));
             let started = std::thread::Builder::new()
                 .name(format!("data-{index}"))
-                .spawn(move || runtime.block_on(thread.run(arrivals)))?;
+                .spawn(move || runtime.block_on(thread.run(accepted)))?;
             running.push(started);
         }
         let budget = Budget::new(config.buffer_memory);
@@ -334,7 +335,7 @@ impl DataPlane {
     }
 
     /// [`Self::add_pod`] for a pod whose traffic is redirected by a node agent's rules, to listeners that hand down
-    /// `settings`. When it is removed or replaced, what is open is cut soon after.
+    /// `settings`. When it is removed or replaced, what is open is closed soon after.
     pub fn add_redirected_pod(
         &self,
         pod: PodSpec,
@@ -383,22 +384,22 @@ impl DataPlane {
         listeners: Listeners,
         netns: (u64, u64),
         network: Arc<dyn PodNetwork>,
-        cut: Option<(Trigger, Signal)>,
+        closed: Option<(Trigger, Signal)>,
     ) -> io::Result<()> {
-        let (cut, when_cut) = cut.unzip();
+        let (closed, when_closed) = closed.unzip();
         set_congestion(&*listeners.outbound, LOCAL_CONGESTION);
         self.set_congestion(&listeners.hbone);
         let (stop, stopped) = shutdown::channel();
         let uid = spec.uid.clone();
         let share = self.budget.share(uid.to_string());
         let handing_over = self.handing_over();
-        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_cut, handing_over, share));
+        let pod = Arc::new(Pod::new(spec, netns, network, stopped, when_closed, handing_over, share));
         let listeners = [
             (accept::Kind::Outbound, listeners.outbound),
             (accept::Kind::Inbound, listeners.inbound),
             (accept::Kind::Hbone, listeners.hbone),
         ];
-        let served = self.take(pod, listeners, stop, cut)?;
+        let served = self.take(pod, listeners, stop, closed)?;
         self.fading().remove(&uid);
         let mut pods = self.pods();
         match pods.insert(uid.clone(), served) {
@@ -407,7 +408,7 @@ impl DataPlane {
                 self.apart_locked().add(&replaced);
                 replaced.stop.drain();
                 if let Some(served) = pods.get_mut(&uid) {
-                    served.cuts.extend(replaced.cuts);
+                    served.closers.extend(replaced.closers);
                 }
             }
             Some(replaced) => {
@@ -427,7 +428,7 @@ impl DataPlane {
         pod: Arc<Pod>,
         listeners: [(accept::Kind, Arc<TcpListener>); N],
         stop: Trigger,
-        cut: Option<Trigger>,
+        closed: Option<Trigger>,
     ) -> io::Result<Served> {
         let home = &self.threads[self.home_of(&pod)];
         // Tasks go to the runtime whose context this is: the home thread's.
@@ -441,12 +442,12 @@ impl DataPlane {
             Named::Pod { .. } => None,
         };
         let workload = known.unwrap_or_else(|| pod.named().clone());
-        let cuts = cut.into_iter().collect();
-        Ok(Served { home: home.runtime.clone(), pod, stop, cuts, workload })
+        let closers = closed.into_iter().collect();
+        Ok(Served { home: home.runtime.clone(), pod, stop, closers, workload })
     }
 
     /// The pod's traffic is redirected to its listeners from now on: connections of other pods may be handed over to
-    /// it directly ([`near`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
+    /// it directly ([`same_node`]), until it is removed or [`Self::no_neighbour`] says otherwise. Not before: a connection
     /// must not reach a pod past what the kernel says of it.
     pub fn neighbour(&self, uid: &PodUid) {
         if let Some(served) = self.pods().get(uid) {
@@ -570,10 +571,10 @@ impl DataPlane {
     }
 
     /// Who asked what names of endpoints stand for, and how often.
-    pub fn names_asked(&self) -> BTreeMap<names::Asker, u64> {
+    pub fn names_asked(&self) -> BTreeMap<names::LookupLabels, u64> {
         let mut all = BTreeMap::new();
-        for (asker, count) in self.shards().flat_map(|shard| shard.names.counted()) {
-            *all.entry(asker).or_default() += count;
+        for (labels, count) in self.shards().flat_map(|shard| shard.names.counted()) {
+            *all.entry(labels).or_default() += count;
         }
         all
     }

@@ -436,7 +436,7 @@ fn data_plane(reader: &mut Reader<'_>, cores: usize) -> proxy::Config {
     };
     config.response_baggage = reader.flag("ENABLE_RESPONSE_BAGGAGE", config.response_baggage);
     config.localhost_app_tunnel = reader.flag("LOCALHOST_APP_TUNNEL", config.localhost_app_tunnel);
-    config.near = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.near);
+    config.same_node = !reader.flag("ZTUNNEL_ENCRYPT_SAME_NODE", !config.same_node);
     let hbone = &mut config.hbone;
     let congestion =
         reader.text("ZTUNNEL_TUNNEL_CONGESTION", hbone.congestion.as_deref().unwrap_or("system"));

@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(run.drain_deadline, Duration::from_secs(25));
         assert_eq!(run.crl.as_deref(), Some(Path::new("/crl.pem")));
         assert_eq!(run.compliance, ztunnel_tls::provider::Compliance::Pqc);
-        assert!(!run.proxy.near);
+        assert!(!run.proxy.same_node);
     }
 
     #[test]

@@ -347,7 +347,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         Some(_) => places_without_capture(&typed.kernel)?,
         None => places(&typed.kernel)?,
     };
-    let mut proxy = proxy::Config { near: !typed.encrypt_same_node, ..proxy::Config::default() };
+    let mut proxy = proxy::Config { same_node: !typed.encrypt_same_node, ..proxy::Config::default() };
     proxy.threads = typed.threads.unwrap_or(proxy.threads);
     proxy.buffer_memory = typed.buffer_memory.unwrap_or_else(memory::default);
     proxy.hbone.congestion = Some(typed.tunnel_congestion.clone()).filter(|name| name != "system");

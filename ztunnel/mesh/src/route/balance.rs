@@ -62,7 +62,7 @@ pub enum At {
     /// At this port of an address that its name stands for: it has none of its own.
     Name(u16),
     /// In another network, where it is its gateway's to find it.
-    Beyond,
+    OtherNetwork,
 }
 
 /// One endpoint that can take the connection. `roll` picks: with a uniformly random one the chances of the candidates
@@ -143,7 +143,7 @@ fn candidate<'a>(endpoint: &'a Endpoint, request: &Request<'_>) -> Option<Picked
     }
     let target = target_port(endpoint, service, port, purpose)?;
     if purpose != Purpose::Gateway && workload.network != source.network {
-        return workload.network_gateway.as_ref().map(|_| Picked { workload, at: At::Beyond });
+        return workload.network_gateway.as_ref().map(|_| Picked { workload, at: At::OtherNetwork });
     }
     // Who stands in for others is found by an address: names are for what is outside of the mesh.
     if purpose == Purpose::Service && workload.addresses.is_empty() && !workload.hostname.is_empty() {

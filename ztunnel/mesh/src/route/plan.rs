@@ -50,7 +50,7 @@ pub enum Plan {
     },
     /// Through a tunnel to the gateway of another network, and in that one to whoever serves the service there. That
     /// one must prove to be one of the service's own identities ([`Service::identities`]: there is one).
-    Beyond {
+    DoubleHbone {
         /// Whom to dial: the gateway.
         gateway: HbonePeer,
         /// The identities acceptable of it.
@@ -245,8 +245,8 @@ fn to_service(
             let (destination, service) = (Arc::clone(workload), Arc::clone(service));
             Ok(Planned::ByName(ByName { destination, port, service }))
         }
-        Some(Picked { workload, at: At::Beyond }) => {
-            beyond(mesh, source, workload, service, wanted, roll).map(Planned::Known)
+        Some(Picked { workload, at: At::OtherNetwork }) => {
+            double_hbone(mesh, source, workload, service, wanted, roll).map(Planned::Known)
         }
         None if endpoints.iter().any(|endpoint| is_out_of_reach(source, endpoint.workload())) => {
             Err(NoRoute::OtherNetwork { hostname: Arc::clone(&service.hostname) })
@@ -294,7 +294,7 @@ fn to_waypoint(
     let Located { front, workload, at } = found;
     let Some(at) = at else {
         return match service {
-            Some(service) => beyond(mesh, source, workload, service, wanted, roll),
+            Some(service) => double_hbone(mesh, source, workload, service, wanted, roll),
             // There is no name to ask for.
             None => Err(NoRoute::OtherNetwork { hostname: Arc::from(gateway.destination.to_string()) }),
         };
@@ -309,7 +309,7 @@ fn to_waypoint(
 }
 
 /// The gateway of the network where `workload` is, which is asked for `service`.
-fn beyond(
+fn double_hbone(
     mesh: &Mesh,
     source: &Workload,
     workload: &Arc<Workload>,
@@ -331,7 +331,7 @@ fn beyond(
     let Some(Located { front, workload: before, at: Some(at) }) = found else {
         return Err(NoRoute::UnknownGateway(Arc::clone(gateway)));
     };
-    Ok(Plan::Beyond {
+    Ok(Plan::DoubleHbone {
         gateway: HbonePeer(at),
         expect: acceptable(front, before),
         service: Arc::clone(service),
@@ -369,16 +369,16 @@ fn locate<'a>(
             let Picked { workload, at } = balance::pick(mesh.endpoints(&front.key), &request, roll)?;
             let at = match at {
                 At::Address(at) => Some(at),
-                At::Name(_) | At::Beyond => None,
+                At::Name(_) | At::OtherNetwork => None,
             };
             Some(Located { front: Some(&**front), workload, at })
         }
         // One without weight gets nothing, as among the endpoints of a service.
         Gateway::Workload(workload) if workload.capacity == 0 => None,
         Gateway::Workload(workload) => {
-            let near = purpose == Purpose::Gateway || workload.network == source.network;
+            let same_network = purpose == Purpose::Gateway || workload.network == source.network;
             let at = || balance::address(workload, wanted.ip(), None).map(|ip| SocketAddr::new(ip, port));
-            let at = if near { Some(at()?) } else { None };
+            let at = if same_network { Some(at()?) } else { None };
             Some(Located { front: None, workload, at })
         }
     }

@@ -112,7 +112,7 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
             assert_eq!(expect, std::slice::from_ref(&destination.identity));
             format!("hbone {peer} {target}{}{}", name(destination), of(service))
         }
-        Ok(Planned::Known(Plan::Beyond {
+        Ok(Planned::Known(Plan::DoubleHbone {
             gateway: HbonePeer(gateway),
             expect,
             service,
@@ -121,7 +121,7 @@ fn outcome(mesh: &Mesh, to: &str, roll: u64) -> String {
         })) => {
             let expect: Vec<_> = expect.iter().map(|id| id.service_account()).collect();
             format!(
-                "beyond {gateway} ({}) {}:{port}{}",
+                "double hbone {gateway} ({}) {}:{port}{}",
                 expect.join(" "),
                 service.hostname,
                 name(destination)
@@ -310,16 +310,16 @@ fn two_networks() -> Mesh {
 fn another_network_is_reached_through_its_gateway_by_name() {
     let mesh = two_networks();
     for (to, roll, expect) in [
-        ("10.9.1.1:80", LOW, "beyond 10.0.0.9:15443 (gate) far.shop:80 far"),
+        ("10.9.1.1:80", LOW, "double hbone 10.0.0.9:15443 (gate) far.shop:80 far"),
         ("10.9.1.1:81", LOW, "service far.shop has no port 81"),
         ("10.9.1.2:80", LOW, "no identity is known that unsure.shop may have in another network"),
         ("10.9.1.3:80", LOW, "lost.shop is in another network, which cannot be reached"),
         ("10.9.1.4:80", LOW, "unknown network gateway west/10.0.0.7"),
-        ("10.9.1.5:80", LOW, "beyond 10.0.0.9:15443 (gate) mixed.shop:80 far"),
+        ("10.9.1.5:80", LOW, "double hbone 10.0.0.9:15443 (gate) mixed.shop:80 far"),
         // The gateway is a service: one of those behind it, at the port of its own, with what the service may present.
-        ("10.9.1.6:80", LOW, "beyond 10.0.0.9:15008 (gate far far2) by_name.shop:80 by_name"),
+        ("10.9.1.6:80", LOW, "double hbone 10.0.0.9:15008 (gate far far2) by_name.shop:80 by_name"),
         // A waypoint there.
-        ("10.9.1.7:80", LOW, "beyond 10.0.0.9:15443 (gate) guarded.shop:80 way"),
+        ("10.9.1.7:80", LOW, "double hbone 10.0.0.9:15443 (gate) guarded.shop:80 way"),
         ("10.9.1.8:80", LOW, "no identity is known that unsure_guarded.shop may have in another network"),
         ("10.0.0.4:80", LOW, "west/10.0.0.8 is in another network, which cannot be reached"),
         ("10.9.1.9:80", LOW, "\"*.shop\" is no name to ask another network for"),
@@ -329,7 +329,7 @@ fn another_network_is_reached_through_its_gateway_by_name() {
     // With a service in both networks either may be chosen, or the own comes first where that is wanted.
     let service = mesh.service_at("", "10.9.1.5".parse().unwrap(), None).unwrap();
     let chosen = |to: &str, roll| plan(&mesh, &client(), OriginalDst(to.parse().unwrap()), roll).unwrap();
-    assert!(matches!(chosen("10.9.1.5:80", LOW), Planned::Known(Plan::Beyond { .. })));
+    assert!(matches!(chosen("10.9.1.5:80", LOW), Planned::Known(Plan::DoubleHbone { .. })));
     let Planned::Known(Plan::Hbone { expect, .. }) = chosen("10.9.1.5:80", HIGH) else {
         panic!("it goes elsewhere")
     };
@@ -695,7 +695,7 @@ proptest! {
                 prop_assert!(mesh.workloads().any(|it| it.uid == uid && it.reach == Reach::Unknown)
                     || workload_dialled.is_some_and(|it| it.reach == Reach::Unknown));
             }
-            Ok(Planned::Known(Plan::Beyond { .. }))
+            Ok(Planned::Known(Plan::DoubleHbone { .. }))
             | Err(
                 NoRoute::OtherNetwork { .. }
                 | NoRoute::UnknownGateway(_)

@@ -57,7 +57,7 @@ pub enum Kind {
 }
 
 /// One accepted connection, on its way to the thread that serves it.
-pub struct Arrival {
+pub struct AcceptedConnection {
     kind: Kind,
     pod: Arc<Pod>,
     socket: TcpStream,
@@ -66,11 +66,11 @@ pub struct Arrival {
     entered: Entered,
 }
 
-impl Arrival {
+impl AcceptedConnection {
     /// Serves the connection on `shard`, which is the current thread's.
     pub(super) fn serve(self, shard: &Arc<Shard>) {
         let Self { kind, pod, socket, client, entered } = self;
-        let (shard_, connection, cut) = (Arc::clone(shard), (socket, client), pod.cut());
+        let (shard_, connection, closed) = (Arc::clone(shard), (socket, client), pod.closed());
         let counted = |reporter| (entered, shard.telemetry.accepted(reporter));
         let lane = match kind {
             Kind::Outbound => shard.lanes.of_pod(&pod.uid),
@@ -78,29 +78,29 @@ impl Arrival {
         };
         match kind {
             Kind::Outbound => {
-                spawn(cut, lane.run(outbound::serve(shard_, pod, connection, counted(Reporter::Source))));
+                spawn(closed, lane.run(outbound::serve(shard_, pod, connection, counted(Reporter::Source))));
             }
             Kind::Inbound => {
                 let counted = counted(Reporter::Destination);
-                spawn(cut, lane.run(passthrough::serve(shard_, pod, connection, counted)));
+                spawn(closed, lane.run(passthrough::serve(shard_, pod, connection, counted)));
             }
             Kind::Hbone => {
                 let (streams, counted) = (lane.clone(), counted(Reporter::Destination));
-                spawn(cut, lane.run(inbound::serve(shard_, pod, connection, streams, counted)));
+                spawn(closed, lane.run(inbound::serve(shard_, pod, connection, streams, counted)));
             }
         }
     }
 }
 
-/// Spawns what serves a connection; it ends with `cut`, if there is such a thing.
-fn spawn(cut: Option<Signal>, connection: impl Future<Output = ()> + Send + 'static) {
-    let _task = match cut {
+/// Spawns what serves a connection; it ends with `closed`, if there is such a thing.
+fn spawn(closed: Option<Signal>, connection: impl Future<Output = ()> + Send + 'static) {
+    let _task = match closed {
         None => shutdown::spawn(connection),
-        Some(mut cut) => shutdown::spawn(async move {
+        Some(mut closed) => shutdown::spawn(async move {
             tokio::select! {
                 () = connection => {}
                 // What is dropped before its end is reset.
-                () = cut.closing() => {}
+                () = closed.closing() => {}
             }
         }),
     };
@@ -111,20 +111,24 @@ pub struct DataThread {
     /// What its connections share.
     pub(super) shard: Arc<Shard>,
     pub(super) runtime: Handle,
-    others: Vec<mpsc::Sender<Arrival>>,
+    others: Vec<mpsc::Sender<AcceptedConnection>>,
     turn: AtomicUsize,
 }
 
 impl DataThread {
     /// `others` take connections from this one, in turn.
-    pub(super) fn new(shard: Arc<Shard>, runtime: Handle, others: Vec<mpsc::Sender<Arrival>>) -> Self {
+    pub(super) fn new(
+        shard: Arc<Shard>,
+        runtime: Handle,
+        others: Vec<mpsc::Sender<AcceptedConnection>>,
+    ) -> Self {
         Self { shard, runtime, others, turn: AtomicUsize::new(0) }
     }
 
     /// Runs the thread until the end of the process. What is open then is dropped with the runtime.
-    pub(super) async fn run(self: Arc<Self>, mut arrivals: mpsc::Receiver<Arrival>) {
+    pub(super) async fn run(self: Arc<Self>, mut accepted: mpsc::Receiver<AcceptedConnection>) {
         let watching = Arc::clone(&self.shard);
-        shutdown::spawn(async move { watching.live.watch(watching.mesh.clone()).await });
+        shutdown::spawn(async move { watching.reauthorization.watch(watching.mesh.clone()).await });
         let (mut signal, mut drain) = (self.shard.signal.clone(), self.shard.signal.clone());
         let draining = async {
             drain.draining().await;
@@ -138,25 +142,26 @@ impl DataThread {
             tokio::select! {
                 () = &mut closing => return,
                 () = &mut draining, if !drained => drained = true,
-                Some(arrival) = arrivals.recv() => arrival.serve(&self.shard),
+                Some(connection) = accepted.recv() => connection.serve(&self.shard),
             }
         }
     }
 
     /// Serves a connection on this thread or another, in turn.
-    fn spread(&self, arrival: Arrival) {
+    fn spread(&self, connection: AcceptedConnection) {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
         match self.others.get(turn) {
             // A thread that is behind gets no more: this one keeps it.
-            Some(other) => match other.try_send(arrival) {
+            Some(other) => match other.try_send(connection) {
                 Ok(()) => {}
                 Err(
-                    mpsc::error::TrySendError::Full(arrival) | mpsc::error::TrySendError::Closed(arrival),
+                    mpsc::error::TrySendError::Full(connection)
+                    | mpsc::error::TrySendError::Closed(connection),
                 ) => {
-                    arrival.serve(&self.shard);
+                    connection.serve(&self.shard);
                 }
             },
-            None => arrival.serve(&self.shard),
+            None => connection.serve(&self.shard),
         }
     }
 }
@@ -224,7 +229,7 @@ impl Listener {
             Kind::Hbone => thread.shard.count.tunnel(),
         };
         let (pod, client) = (Arc::clone(pod), ClientAddr(client));
-        thread.spread(Arrival { kind: self.kind, pod, socket, client, entered });
+        thread.spread(AcceptedConnection { kind: self.kind, pod, socket, client, entered });
     }
 }
 

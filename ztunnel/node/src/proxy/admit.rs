@@ -1,5 +1,5 @@
 //! What becomes of a request for an application of a pod: from a tunnel ([`inbound`](crate::proxy::inbound)), or from
-//! another pod of this node ([`near`](crate::proxy::near)). It knows neither.
+//! another pod of this node ([`same_node`](crate::proxy::same_node)). It knows neither.
 
 use std::future::Future;
 use std::future::poll_fn;
@@ -21,10 +21,10 @@ use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::policy::authorize::Permit;
-use ztunnel_mesh::route::arrival::Arrival;
-use ztunnel_mesh::route::arrival::Asked;
-use ztunnel_mesh::route::arrival::NotHere;
-use ztunnel_mesh::route::arrival::arrive;
+use ztunnel_mesh::route::inbound_target::InboundRequest;
+use ztunnel_mesh::route::inbound_target::InboundTarget;
+use ztunnel_mesh::route::inbound_target::NotHere;
+use ztunnel_mesh::route::inbound_target::inbound_target;
 use ztunnel_mesh::store::gap::NEW_WITHIN;
 use ztunnel_mesh::store::index::Mesh;
 use ztunnel_mesh::store::lookup::UnknownWorkload;
@@ -39,17 +39,17 @@ use crate::net::proxy_header;
 use crate::proxy::Config;
 use crate::proxy::delivery::DeliveryError;
 use crate::proxy::delivery::deliver;
-use crate::proxy::ending::Ending;
-use crate::proxy::ending::Tally;
-use crate::proxy::live::Admission;
-use crate::proxy::live::Facts;
-use crate::proxy::live::Registered;
-use crate::proxy::live::TunnelId;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
+use crate::proxy::reauthorization::Admission;
+use crate::proxy::reauthorization::Facts;
+use crate::proxy::reauthorization::Registered;
+use crate::proxy::reauthorization::TunnelId;
 use crate::proxy::relay::Received;
 use crate::proxy::relay::RelayError;
+use crate::proxy::report::ConnectionError;
+use crate::proxy::report::ConnectionReport;
 use crate::proxy::shard::Shard;
 use crate::telemetry::events::Addresses;
 use crate::telemetry::events::Parties;
@@ -59,7 +59,7 @@ use crate::telemetry::events::Security;
 
 /// Who asks for an application of a pod.
 #[derive(Clone, Copy)]
-pub(super) struct Caller<'a> {
+pub(super) struct DownstreamPeer<'a> {
     /// Where it comes from.
     pub(super) client: ClientAddr,
     /// The address of the pod that it asked, with the HBONE port.
@@ -70,17 +70,17 @@ pub(super) struct Caller<'a> {
     pub(super) tunnel: Option<TunnelId>,
 }
 
-/// An application that was dialled for a caller who may have it, and what goes with the connection.
+/// An application that was dialled for a downstream peer who may have it, and what goes with the connection.
 pub(super) struct Delivered {
     /// The application.
     pub(super) application: ResetUnlessDone,
-    /// What the caller had said before it was dialled.
+    /// What the downstream peer had said before it was dialled.
     pub(super) first: Received,
     /// Whose it is.
     pub(super) workload: Arc<Workload>,
     /// What is told of it on this side.
-    pub(super) tally: Tally,
-    /// Judged again whenever the mesh changes.
+    pub(super) report: ConnectionReport,
+    /// Authorized again whenever the mesh changes.
     pub(super) registered: Registered,
     /// Its place among the pod's connections.
     pub(super) admitted: Admitted,
@@ -88,8 +88,8 @@ pub(super) struct Delivered {
     pub(super) holder: Holder,
 }
 
-/// A caller, while the application is being dialled for it.
-pub(super) trait Asker {
+/// A downstream peer, while the application is being dialled for it.
+pub(super) trait DownstreamRequest {
     /// Which workload it says it is, as text of the `baggage` header: for telemetry, as it can say what it likes.
     fn baggage(&self) -> Option<&str>;
 
@@ -155,7 +155,7 @@ impl StreamFailure {
             Self::BadRequest | Self::NotHere(NotHere::OtherAddress(_) | NotHere::OtherFamily(..)) => {
                 Some(Refusal::BadRequest)
             }
-            Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Cut(_)) => Some(Refusal::Denied),
+            Self::Delivery(DeliveryError::Denied(_) | DeliveryError::Closed(_)) => Some(Refusal::Denied),
             Self::NotHere(
                 NotHere::SelfCall(_)
                 | NotHere::UnknownHost(_)
@@ -177,7 +177,7 @@ impl StreamFailure {
     }
 }
 
-impl Ending for StreamFailure {
+impl ConnectionError for StreamFailure {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::Delivery(error) => error.flag(),
@@ -210,30 +210,30 @@ fn source(
     own_network: &str,
     workload: &Workload,
     facts: &Facts,
-    asker: &impl Asker,
+    request: &impl DownstreamRequest,
 ) -> Option<Arc<Workload>> {
-    if let Some(known) = asker.workload() {
+    if let Some(known) = request.workload() {
         return Some(Arc::clone(known));
     }
-    let elsewhere = asker.network().is_some_and(|network| !network.eq_ignore_ascii_case(own_network));
+    let elsewhere = request.network().is_some_and(|network| !network.eq_ignore_ascii_case(own_network));
     let known = if elsewhere { None } else { mesh.workload_at(&workload.network, facts.source) };
     known.cloned().or_else(|| {
-        let (baggage, identity) = asker.baggage().zip(facts.identity.as_ref())?;
+        let (baggage, identity) = request.baggage().zip(facts.identity.as_ref())?;
         Some(Arc::new(Baggage::parse(baggage).describe(identity)))
     })
 }
 
 /// Decides where it goes, by `mesh`. A service that the pod is behind and that the mesh does not have is asked for if it
 /// can be, and waited for: then a later mesh decides.
-async fn arrival(
+async fn find_target(
     shard: &Shard,
     (mesh, workload): (Arc<Mesh>, Arc<Workload>),
-    asked: &Asked<'_>,
-) -> Result<Arrival, StreamFailure> {
-    let arrived = arrive(&mesh, &workload, asked);
+    asked: &InboundRequest<'_>,
+) -> Result<InboundTarget, StreamFailure> {
+    let found = inbound_target(&mesh, &workload, asked);
     // What is waited for now is a later one.
     drop(mesh);
-    let Err(NotHere::UnknownService(name)) = &arrived else { return arrived.map_err(StreamFailure::NotHere) };
+    let Err(NotHere::UnknownService(name)) = &found else { return found.map_err(StreamFailure::NotHere) };
     if let Some(demand) = shard.mesh.demand() {
         let _unanswered = demand.look_up(name).await;
     }
@@ -242,25 +242,26 @@ async fn arrival(
         let Some(workload) = mesh.workload(uid) else {
             return Some(Err(StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(Arc::clone(uid))))));
         };
-        match arrive(mesh, workload, asked) {
+        match inbound_target(mesh, workload, asked) {
             Err(NotHere::UnknownService(_)) => None,
-            arrived => Some(arrived.map_err(StreamFailure::NotHere)),
+            found => Some(found.map_err(StreamFailure::NotHere)),
         }
     });
-    known.await.unwrap_or(arrived.map_err(StreamFailure::NotHere))
+    known.await.unwrap_or_else(|| found.map_err(StreamFailure::NotHere))
 }
 
 /// Decides and dials. `asked` is what was asked for, if that makes sense. What it came to when it came to nothing has
-/// been told then, and the answer to the caller is the error: none to one that is gone.
+/// been told then, and the answer to the downstream peer is the error: none to one that is gone.
 pub(super) async fn admit(
     shard: &Shard,
     pod: &Arc<Pod>,
-    caller: Caller<'_>,
+    downstream: DownstreamPeer<'_>,
     asked: Option<Authority>,
-    asker: &mut impl Asker,
+    request: &mut impl DownstreamRequest,
 ) -> Result<Delivered, Option<Refusal>> {
     let refuse = |asked: Option<Authority>, failure: StreamFailure| {
-        let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: asked };
+        let addresses =
+            Addresses { source: downstream.client.0, destination: downstream.local, hbone: asked };
         shard.telemetry.refused_early(addresses, Reporter::Destination, &failure);
         Err(failure.refusal())
     };
@@ -270,26 +271,26 @@ pub(super) async fn admit(
         shard.count.turn_away();
         return refuse(Some(authority), StreamFailure::TooMany(TooMany(limit)));
     };
-    let holder = pod.connection_holder_for(caller.client.0.ip());
+    let holder = pod.connection_holder_for(downstream.client.0.ip());
     let (mesh, workload) = match holder.run(pod.workload(&shard.mesh)).await {
         Ok(Ok(found)) => found,
         Ok(Err(unknown)) => return refuse(Some(authority), StreamFailure::UnknownWorkload(unknown)),
         Err(shed) => return refuse(Some(authority), StreamFailure::Shed(shed)),
     };
-    let (client, local) = (caller.client.0.ip(), caller.local.ip());
-    let asked = Asked {
+    let (client, local) = (downstream.client.0.ip(), downstream.local.ip());
+    let asked = InboundRequest {
         client,
         local,
         addresses: pod.addresses(),
         authority: &authority,
-        host: asker.host(),
-        namespace: caller.identity.namespace(),
+        host: request.host(),
+        namespace: downstream.identity.namespace(),
     };
     let uid = Arc::clone(&workload.uid);
-    let arrived = holder.run(arrival(shard, (mesh, workload), &asked)).await;
-    let Arrival { to, service, announce } =
-        match arrived.unwrap_or_else(|shed| Err(StreamFailure::Shed(shed))) {
-            Ok(arrival) => arrival,
+    let found = holder.run(find_target(shard, (mesh, workload), &asked)).await;
+    let InboundTarget { to, service, announce } =
+        match found.unwrap_or_else(|shed| Err(StreamFailure::Shed(shed))) {
+            Ok(target) => target,
             Err(failure) => return refuse(Some(authority), failure),
         };
     if !pod.offers(to.port()) {
@@ -297,12 +298,12 @@ pub(super) async fn admit(
     }
     let facts = Facts {
         workload: Arc::clone(&uid),
-        identity: Some(caller.identity.clone()),
+        identity: Some(downstream.identity.clone()),
         source: client,
         destination: to,
     };
-    let mut registered = shard.live.register(facts.clone(), caller.tunnel);
-    let admission = match holder.run(shard.live.admit(&shard.mesh, &facts)).await {
+    let mut registered = shard.reauthorization.register(facts.clone(), downstream.tunnel);
+    let admission = match holder.run(shard.reauthorization.admit(&shard.mesh, &facts)).await {
         Ok(Some(admission)) => admission,
         Ok(None) => {
             let unknown = StreamFailure::UnknownWorkload(UnknownWorkload(Named::Uid(uid)));
@@ -313,40 +314,41 @@ pub(super) async fn admit(
     let Admission { mesh, workload, decided: permit } = admission;
     let parties = Parties {
         reporter: Reporter::Destination,
-        source: source(&mesh, shard.config.network_of(&workload), &workload, &facts, asker),
+        source: source(&mesh, shard.config.network_of(&workload), &workload, &facts, request),
         source_identity: facts.identity.clone(),
         destination: Some(Arc::clone(&workload)),
         destination_identity: Some(workload.identity.clone()),
         service,
-        security: if caller.tunnel.is_some() { Security::MutualTls } else { Security::WithinNode },
+        security: if downstream.tunnel.is_some() { Security::MutualTls } else { Security::WithinNode },
     };
     drop(mesh);
-    let addresses = Addresses { source: caller.client.0, destination: caller.local, hbone: Some(authority) };
-    let tally = shard.tally(pod, parties, addresses, None, to);
+    let addresses =
+        Addresses { source: downstream.client.0, destination: downstream.local, hbone: Some(authority) };
+    let report = shard.report(pod, parties, addresses, None, to);
     let mut first = Received::default();
-    let door = Door::new(&shard.config, &caller, to, announce);
+    let upstream = Upstream::new(&shard.config, &downstream, to, announce);
     let delivered = match permit {
         Ok(permit) => registered
-            .run(dial(permit, shard, pod, door, (asker, &mut first), &holder))
+            .run(dial(permit, shard, pod, upstream, (request, &mut first), &holder))
             .await
-            .unwrap_or_else(|cut| Err(DeliveryError::from(cut).into())),
+            .unwrap_or_else(|closed| Err(DeliveryError::from(closed).into())),
         Err(denial) => Err(DeliveryError::from(denial).into()),
     };
     match delivered {
         Ok(application) => {
             let application = ResetUnlessDone::new(application);
-            Ok(Delivered { application, first, workload, tally, registered, admitted, holder })
+            Ok(Delivered { application, first, workload, report, registered, admitted, holder })
         }
         Err(failure) => {
             let refusal = failure.refusal();
-            tally.close(Err(failure));
+            report.close(Err(failure));
             Err(refusal)
         }
     }
 }
 
 /// How the application is dialled.
-struct Door {
+struct Upstream {
     /// Whom it sees as its client.
     client: SocketAddr,
     to: SocketAddr,
@@ -354,12 +356,17 @@ struct Door {
     header: Vec<u8>,
 }
 
-impl Door {
-    /// To the application at `to`, which is to be told that the caller meant to go to `announce`.
-    fn new(config: &Config, caller: &Caller<'_>, to: SocketAddr, announce: Option<SocketAddr>) -> Self {
-        let client = caller.client.0;
+impl Upstream {
+    /// To the application at `to`, which is to be told that the downstream peer meant to go to `announce`.
+    fn new(
+        config: &Config,
+        downstream: &DownstreamPeer<'_>,
+        to: SocketAddr,
+        announce: Option<SocketAddr>,
+    ) -> Self {
+        let client = downstream.client.0;
         let Some(meant) = announce else { return Self { client, to, header: Vec::new() } };
-        let header = proxy_header::encode(client, meant, caller.identity.as_str());
+        let header = proxy_header::encode(client, meant, downstream.identity.as_str());
         if !config.localhost_app_tunnel {
             return Self { client, to, header };
         }
@@ -369,42 +376,42 @@ impl Door {
     }
 }
 
-/// Dials the application, unless the caller gives up meanwhile. What the caller has said already goes with it, after
-/// what the application is to be told first.
+/// Dials the application, unless the downstream peer gives up meanwhile. What that one has said already goes with it,
+/// after what the application is to be told first.
 async fn dial(
     permit: Permit,
     shard: &Shard,
     pod: &Pod,
-    door: Door,
-    (asker, first): (&mut impl Asker, &mut Received),
+    upstream: Upstream,
+    (request, first): (&mut impl DownstreamRequest, &mut Received),
     holder: &Holder,
 ) -> Result<tokio::net::TcpStream, StreamFailure> {
-    // Policy has spoken: from here on the caller's words may be looked at.
-    if let Some(said) = poll_fn(|cx| Poll::Ready(asker.first_words(cx))).await {
+    // Policy has decided: from here on what the downstream peer says may be looked at.
+    if let Some(said) = poll_fn(|cx| Poll::Ready(request.first_words(cx))).await {
         first.unsent = said.map_err(StreamFailure::Abandoned)?;
     }
-    let header = door.header.len();
+    let header = upstream.header.len();
     if header > 0 {
-        first.unsent = Bytes::from([&door.header[..], &first.unsent].concat());
+        first.unsent = Bytes::from([&upstream.header[..], &first.unsent].concat());
     }
     let all = first.unsent.len();
     let mut dialled = {
-        let mut dial = pin!(deliver(permit, shard, pod, door.client, door.to, &mut first.unsent));
+        let mut dial = pin!(deliver(permit, shard, pod, upstream.client, upstream.to, &mut first.unsent));
         poll_fn(|cx| {
             if let Poll::Ready(dialled) = dial.as_mut().poll(cx) {
                 return Poll::Ready(dialled.map_err(StreamFailure::from));
             }
-            holder.set(all + asker.kept(cx));
+            holder.set(all + request.kept(cx));
             if let Poll::Ready(shed) = holder.poll_shed(cx) {
                 return Poll::Ready(Err(StreamFailure::Shed(shed)));
             }
-            asker.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
+            request.poll_gone(cx).map(|gone| Err(StreamFailure::Abandoned(gone)))
         })
         .await
     }?;
-    // What the caller has said is counted, and what was told of it is not: nothing of that may be left over.
+    // What the downstream peer has said is counted, and what was told of it is not: nothing of that may be left over.
     while all - first.unsent.len() < header {
-        let failed = |source| DeliveryError::Connect { to: door.to, source };
+        let failed = |source| DeliveryError::Connect { to: upstream.to, source };
         if dialled.write_buf(&mut first.unsent).await.map_err(failed)? == 0 {
             return Err(failed(io::ErrorKind::WriteZero.into()).into());
         }
@@ -419,10 +426,10 @@ mod tests {
 
     use super::*;
 
-    /// A caller that says this of itself.
+    /// A downstream peer that says this of itself.
     struct Says(Option<&'static str>);
 
-    impl Asker for Says {
+    impl DownstreamRequest for Says {
         fn baggage(&self) -> Option<&str> {
             Some("k8s.pod.name=elsewhere")
         }
@@ -484,17 +491,17 @@ mod tests {
         let check = |to: &str, announce: Option<&str>, localhost: bool, expect: [&str; 2]| {
             let config = Config { localhost_app_tunnel: localhost, ..Config::default() };
             let client = ClientAddr("10.0.0.1:4000".parse().unwrap());
-            let caller = Caller {
+            let downstream = DownstreamPeer {
                 client,
                 local: "10.0.0.2:15008".parse().unwrap(),
                 identity: &identity,
                 tunnel: None,
             };
             let announce: Option<SocketAddr> = announce.map(|at| at.parse().unwrap());
-            let door = Door::new(&config, &caller, to.parse().unwrap(), announce);
-            assert_eq!([door.client, door.to].map(|at| at.to_string()), expect, "{to}");
+            let upstream = Upstream::new(&config, &downstream, to.parse().unwrap(), announce);
+            assert_eq!([upstream.client, upstream.to].map(|at| at.to_string()), expect, "{to}");
             let header = announce.map(|at| proxy_header::encode(client.0, at, identity.as_str()));
-            assert_eq!(door.header, header.unwrap_or_default(), "{to}");
+            assert_eq!(upstream.header, header.unwrap_or_default(), "{to}");
         };
         check("10.0.0.2:80", None, true, ["10.0.0.1:4000", "10.0.0.2:80"]);
         check("10.0.0.2:15088", Some("10.9.0.1:80"), true, ["127.0.0.1:0", "127.0.0.1:15088"]);

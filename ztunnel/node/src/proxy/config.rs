@@ -40,9 +40,9 @@ pub struct Config {
     pub buffer_memory: usize,
     /// Accepted sockets on their way to another thread. When full the accepting thread keeps them.
     pub handover_max: usize,
-    /// Whether connections between two pods of this daemon are handed over inside the process, see [`crate::proxy::near`].
-    /// Otherwise they go through a tunnel as all others do.
-    pub near: bool,
+    /// Whether connections between two pods of this daemon are handed over inside the process
+    /// ([`crate::proxy::same_node`]). Otherwise they go through a tunnel as all others do.
+    pub same_node: bool,
     /// Probes on dialled and accepted connections.
     pub keepalive: Keepalive,
     /// The network this proxy is in, where it was told (`NETWORK`): a client that says it is in another one came through
@@ -78,7 +78,7 @@ impl Default for Config {
             pod_handshakes_max: 1024,
             buffer_memory: 256 << 20,
             handover_max: 1024,
-            near: true,
+            same_node: true,
             keepalive: Keepalive::default(),
             network: None,
             response_baggage: true,

@@ -18,8 +18,8 @@ use crate::hbone::stream::TunnelError;
 use crate::identity::worker::Unavailable;
 use crate::net::budget::Shed;
 use crate::net::copy;
-use crate::proxy::ending::Ending;
 use crate::proxy::names::NoAddress;
+use crate::proxy::report::ConnectionError;
 use crate::telemetry::events::ResponseFlag;
 
 /// Why a pod's connection was not made.
@@ -52,9 +52,9 @@ pub enum ConnectError {
     /// There is no tunnel to the peer.
     #[error(transparent)]
     Dial(Arc<DialError>),
-    /// There is a way to the gateway of another network, and beyond it none that is secure to whom it leads to.
-    #[error("no tunnel to {host} beyond its gateway")]
-    Beyond {
+    /// There is a way to the gateway of another network, and through it none that is secure to whom it leads to.
+    #[error("no tunnel to {host} through its gateway")]
+    DoubleHbone {
         /// The service that was asked for.
         host: Arc<str>,
         /// What went wrong there.
@@ -62,8 +62,8 @@ pub enum ConnectError {
         source: DialError,
     },
     /// Whoever serves the service in another network answered that it will not connect.
-    #[error("{host} beyond its gateway refused the connection: http status: {status}")]
-    BeyondRefused {
+    #[error("{host} refused the connection through its gateway: http status: {status}")]
+    DoubleHboneRefused {
         /// The service that was asked for.
         host: Arc<str>,
         /// What was said.
@@ -121,7 +121,7 @@ pub enum ConnectError {
     Shed(Shed),
 }
 
-impl Ending for ConnectError {
+impl ConnectionError for ConnectError {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::NoRoute(_)
@@ -129,12 +129,12 @@ impl Ending for ConnectError {
             | Self::Name { .. }
             | Self::Silent { .. }
             | Self::Refused { .. }
-            | Self::BeyondRefused { .. }
+            | Self::DoubleHboneRefused { .. }
             | Self::Connect { .. }
             | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Identity(_) => ResponseFlag::Identity,
             Self::Dial(error) => dial_flag(error),
-            Self::Beyond { source, .. } => dial_flag(source),
+            Self::DoubleHbone { source, .. } => dial_flag(source),
             Self::Unanswered { source, .. } => match source {
                 // A peer that does not accept this side's certificate says so only after the handshake.
                 StreamError::Tunnel(TunnelError::Io(error)) if is_tls(error) => ResponseFlag::TlsFailure,
@@ -153,8 +153,8 @@ impl Ending for ConnectError {
             | Self::Name { .. }
             | Self::Identity(_)
             | Self::Dial(_)
-            | Self::Beyond { .. }
-            | Self::BeyondRefused { .. }
+            | Self::DoubleHbone { .. }
+            | Self::DoubleHboneRefused { .. }
             | Self::Shed(_)
             | Self::Unanswered { .. }
             | Self::Silent { .. }

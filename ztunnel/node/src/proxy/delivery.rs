@@ -1,6 +1,6 @@
 //! What delivers a connection to the application of its pod, however it came there.
 //!
-//! Used by [`inbound`](crate::proxy::inbound) and [`near`](crate::proxy::near) by way of
+//! Used by [`inbound`](crate::proxy::inbound) and [`same_node`](crate::proxy::same_node) by way of
 //! [`admit`](crate::proxy::admit), and by [`passthrough`](crate::proxy::passthrough). It knows none of them.
 
 use std::io;
@@ -15,9 +15,9 @@ use ztunnel_mesh::policy::authorize::Permit;
 use crate::net::budget::Shed;
 use crate::net::copy::CopyError;
 use crate::net::socket::Delivery;
-use crate::proxy::ending::Ending;
-use crate::proxy::live::Cut;
 use crate::proxy::pod::Pod;
+use crate::proxy::reauthorization::Closed;
+use crate::proxy::report::ConnectionError;
 use crate::proxy::shard::Shard;
 use crate::telemetry::events::ResponseFlag;
 
@@ -29,7 +29,7 @@ pub enum DeliveryError {
     Denied(#[from] Denial),
     /// Policy refused it later, or the peer's certificate was revoked.
     #[error(transparent)]
-    Cut(#[from] Cut),
+    Closed(#[from] Closed),
     /// The application does not take it.
     #[error("could not connect to the application at {to}")]
     Connect {
@@ -55,11 +55,11 @@ pub enum DeliveryError {
     Copy(CopyError),
 }
 
-impl Ending for DeliveryError {
+impl ConnectionError for DeliveryError {
     fn flag(&self) -> ResponseFlag {
         match self {
-            Self::Denied(_) | Self::Cut(Cut::Policy(_)) => ResponseFlag::Denied,
-            Self::Cut(Cut::Revoked) => ResponseFlag::Revoked,
+            Self::Denied(_) | Self::Closed(Closed::Policy(_)) => ResponseFlag::Denied,
+            Self::Closed(Closed::Revoked) => ResponseFlag::Revoked,
             Self::Connect { .. } | Self::Timeout { .. } => ResponseFlag::Connect,
             Self::Shed(_) | Self::Copy(_) => ResponseFlag::None,
         }
@@ -68,9 +68,11 @@ impl Ending for DeliveryError {
     fn is_reset(&self) -> bool {
         match self {
             Self::Copy(error) => error.is_reset(),
-            Self::Denied(_) | Self::Cut(_) | Self::Connect { .. } | Self::Timeout { .. } | Self::Shed(_) => {
-                false
-            }
+            Self::Denied(_)
+            | Self::Closed(_)
+            | Self::Connect { .. }
+            | Self::Timeout { .. }
+            | Self::Shed(_) => false,
         }
     }
 }

@@ -24,21 +24,21 @@ use crate::hbone::server::ServeError;
 use crate::hbone::stream::StreamError;
 use crate::identity::worker::Unavailable;
 use crate::net::copy::ResetUnlessDone;
-use crate::proxy::admit::Asker;
-use crate::proxy::admit::Caller;
 use crate::proxy::admit::Delivered;
+use crate::proxy::admit::DownstreamPeer;
+use crate::proxy::admit::DownstreamRequest;
 use crate::proxy::admit::StreamFailure;
 use crate::proxy::admit::admit;
 use crate::proxy::delivery::DeliveryError;
-use crate::proxy::ending::Tally;
-use crate::proxy::ending::told;
-use crate::proxy::live::Registered;
-use crate::proxy::live::TunnelId;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
+use crate::proxy::reauthorization::Registered;
+use crate::proxy::reauthorization::TunnelId;
 use crate::proxy::relay::Application;
 use crate::proxy::relay::Read;
 use crate::proxy::relay::Relay;
+use crate::proxy::report::ConnectionReport;
+use crate::proxy::report::error_chain;
 use crate::proxy::shard::Counted;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
@@ -81,9 +81,9 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    fn caller(&self) -> Caller<'_> {
+    fn downstream(&self) -> DownstreamPeer<'_> {
         let tunnel = Some(self.id);
-        Caller { client: self.client, local: self.local, identity: self.peer.id(), tunnel }
+        DownstreamPeer { client: self.client, local: self.local, identity: self.peer.id(), tunnel }
     }
 }
 
@@ -101,7 +101,7 @@ pub(super) async fn serve(
         Ok(accepted) => accepted,
         Err(error) => {
             let addresses = Addresses { source: client.0, destination: local, hbone: None };
-            return shard.telemetry.refused_early(addresses, Reporter::Destination, &Told(&error));
+            return shard.telemetry.refused_early(addresses, Reporter::Destination, &Explained(&error));
         }
     };
     let tunnel = Arc::new(tunnel);
@@ -115,9 +115,9 @@ pub(super) async fn serve(
     let served = tokio::select! {
         served = serving => served,
         () = trust.revoked(&tunnel.peer, Side::Client) => {
-            tracing::warn!(client = %client.0, peer = %tunnel.peer.id(), pod = %pod.uid, "tunnel cut: a certificate of the peer was revoked");
+            tracing::warn!(client = %client.0, peer = %tunnel.peer.id(), pod = %pod.uid, "tunnel closed: a certificate of the peer was revoked");
             // Before any of the streams has a turn to notice that its tunnel is gone.
-            shard.live.revoke(tunnel.id);
+            shard.reauthorization.revoke(tunnel.id);
             Ok(())
         }
     };
@@ -162,7 +162,7 @@ async fn accept(
         accepted.reset();
         return Err(NoTunnel::TooManyOfOne(limit));
     };
-    let id = shard.live.tunnel();
+    let id = shard.reauthorization.tunnel();
     Ok((Tunnel { _admitted: (admitted, place), client, local, peer, id }, accepted))
 }
 
@@ -185,11 +185,11 @@ async fn shake(
 }
 
 /// An error with its causes, and what they mean to whoever runs the mesh.
-struct Told<'a>(&'a NoTunnel);
+struct Explained<'a>(&'a NoTunnel);
 
-impl fmt::Display for Told<'_> {
+impl fmt::Display for Explained<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&told(self.0))?;
+        f.write_str(&error_chain(self.0))?;
         match self.0 {
             NoTunnel::Serve(ServeError::Tls(io)) => match io.get_ref().and_then(|e| e.downcast_ref()) {
                 Some(error) => write!(f, ": {}", verify::cause(error)),
@@ -210,8 +210,8 @@ async fn drain(shard: &Shard, pod: &Pod) {
 }
 
 /// A stream and its application: all there is of the connection.
-struct Connected {
-    relay: Relay<Tally>,
+struct EstablishedStream {
+    relay: Relay<ConnectionReport>,
     registered: Registered,
     admitted: Admitted,
 }
@@ -225,12 +225,12 @@ pub(super) async fn stream(
 ) {
     // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
     let Some(mut connected) = Box::pin(establish(shard, pod, tunnel, incoming)).await else { return };
-    let Connected { relay, registered, .. } = &mut connected;
+    let EstablishedStream { relay, registered, .. } = &mut connected;
     let ended = match registered.run(relay).await {
         Ok(ended) => ended.map_err(StreamFailure::Relay),
-        Err(cut) => Err(DeliveryError::from(cut).into()),
+        Err(closed) => Err(DeliveryError::from(closed).into()),
     };
-    // What was cut is dropped here, and so reset at both ends.
+    // What was closed is dropped here, and so reset at both ends.
     connected.relay.into_meter().close(ended);
     drop((connected.registered, connected.admitted, counted));
 }
@@ -241,9 +241,9 @@ async fn establish(
     pod: Arc<Pod>,
     tunnel: Arc<Tunnel>,
     mut incoming: Incoming,
-) -> Option<Connected> {
+) -> Option<EstablishedStream> {
     let asked = incoming.authority();
-    let delivered = match admit(&shard, &pod, tunnel.caller(), asked, &mut incoming).await {
+    let delivered = match admit(&shard, &pod, tunnel.downstream(), asked, &mut incoming).await {
         Ok(delivered) => delivered,
         Err(refusal) => {
             if let Some(refusal) = refusal {
@@ -252,22 +252,22 @@ async fn establish(
             return None;
         }
     };
-    let Delivered { application, first, workload, tally, registered, admitted, holder } = delivered;
+    let Delivered { application, first, workload, report, registered, admitted, holder } = delivered;
     let baggage = shard.config.response_baggage.then(|| pod.baggage(&workload));
     match incoming.connect(baggage) {
         Ok(halves) => {
             let application = (application, Application::Server);
-            let relay = Relay::new(application, halves, Read::default(), holder, tally).after(first);
-            Some(Connected { relay, registered, admitted })
+            let relay = Relay::new(application, halves, Read::default(), holder, report).after(first);
+            Some(EstablishedStream { relay, registered, admitted })
         }
         Err(error) => {
-            tally.close(Err(StreamFailure::Abandoned(error)));
+            report.close(Err(StreamFailure::Abandoned(error)));
             None
         }
     }
 }
 
-impl Asker for Incoming {
+impl DownstreamRequest for Incoming {
     fn baggage(&self) -> Option<&str> {
         Self::baggage(self)
     }

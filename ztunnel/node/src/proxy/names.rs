@@ -55,7 +55,7 @@ type Answer = Result<Arc<[IpAddr]>, NoAddress>;
 pub struct Names {
     known: Mutex<HashMap<Arc<str>, Known>>,
     turns: Arc<Semaphore>,
-    counted: Mutex<HashMap<Asker, u64>>,
+    counted: Mutex<HashMap<LookupLabels, u64>>,
 }
 
 /// What a name stands for, and since when that is known; nothing while it is being asked.
@@ -63,14 +63,14 @@ type Known = watch::Receiver<Option<(Answer, Instant)>>;
 
 /// Who asked about what: the labels of one series.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub struct Asker {
+pub struct LookupLabels {
     /// Istio's labels of the source, in its order.
     pub source: [Arc<str>; 8],
     /// The name.
     pub hostname: Arc<str>,
 }
 
-/// The names of the labels in [`Asker::source`].
+/// The names of the labels in [`LookupLabels::source`].
 pub const SOURCE_LABELS: [&str; 8] = [
     "source_workload",
     "source_canonical_service",
@@ -101,8 +101,8 @@ impl Names {
     }
 
     /// Every pair that asked so far, and how often it did.
-    pub fn counted(&self) -> Vec<(Asker, u64)> {
-        self.counted.lock().iter().map(|(asker, count)| (asker.clone(), *count)).collect()
+    pub fn counted(&self) -> Vec<(LookupLabels, u64)> {
+        self.counted.lock().iter().map(|(labels, count)| (labels.clone(), *count)).collect()
     }
 
     async fn resolve<F>(&self, host: &Arc<str>, ask: impl FnOnce() -> F) -> Answer
@@ -155,7 +155,7 @@ impl Names {
 
     fn count(&self, host: &Arc<str>, source: &Workload) {
         let mut counted = self.counted.lock();
-        let asker = Asker {
+        let labels = LookupLabels {
             source: [
                 Arc::clone(&source.workload_name),
                 Arc::clone(&source.canonical_name),
@@ -168,8 +168,8 @@ impl Names {
             ],
             hostname: Arc::clone(host),
         };
-        let room = counted.len() < COUNTED_MAX || counted.contains_key(&asker);
-        *counted.entry(if room { asker } else { Asker::default() }).or_default() += 1;
+        let room = counted.len() < COUNTED_MAX || counted.contains_key(&labels);
+        *counted.entry(if room { labels } else { LookupLabels::default() }).or_default() += 1;
     }
 }
 
@@ -270,7 +270,7 @@ mod tests {
         assert!(names.known.lock().len() <= NAMES_MAX);
         let counted = names.counted();
         assert_eq!(counted.len(), COUNTED_MAX + 1);
-        let others = counted.iter().find(|(asker, _)| asker.hostname.is_empty());
+        let others = counted.iter().find(|(labels, _)| labels.hostname.is_empty());
         assert_eq!(others.map(|(_, count)| *count), Some((NAMES_MAX + 10 - COUNTED_MAX) as u64));
     }
 }

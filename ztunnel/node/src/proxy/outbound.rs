@@ -29,11 +29,8 @@ use crate::net::copy::CopyError;
 use crate::net::copy::Holders;
 use crate::net::copy::ResetUnlessDone;
 use crate::proxy::connect_error::ConnectError;
-use crate::proxy::double;
-use crate::proxy::ending::Ending;
-use crate::proxy::ending::Tally;
+use crate::proxy::double_hbone;
 use crate::proxy::names::NoAddress;
-use crate::proxy::near;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
@@ -41,6 +38,9 @@ use crate::proxy::relay::Application;
 use crate::proxy::relay::EARLY_MAX;
 use crate::proxy::relay::Relay;
 use crate::proxy::relay::RelayError;
+use crate::proxy::report::ConnectionError;
+use crate::proxy::report::ConnectionReport;
+use crate::proxy::same_node;
 use crate::proxy::shard::Counted;
 use crate::proxy::shard::Shard;
 use crate::proxy::upstream;
@@ -66,7 +66,7 @@ enum BrokenConnection {
     Copy(CopyError),
 }
 
-impl Ending for BrokenConnection {
+impl ConnectionError for BrokenConnection {
     fn flag(&self) -> ResponseFlag {
         match self {
             Self::Revoked => ResponseFlag::Revoked,
@@ -84,13 +84,13 @@ impl Ending for BrokenConnection {
 }
 
 /// A connection in both directions: all there is of it.
-enum Connected {
+enum Established {
     /// Through a tunnel, whose room it holds; and that of the tunnel around it, where there is one.
-    Tunnelled { relay: Relay<Tally>, lease: Lease, around: Option<Box<Lease>>, admitted: Admitted },
+    Tunnelled { relay: Relay<ConnectionReport>, lease: Lease, around: Option<Box<Lease>>, admitted: Admitted },
     /// On as it is.
-    Plain { relay: copy::Relay<Tally>, admitted: Admitted },
+    Plain { relay: copy::Relay<ConnectionReport>, admitted: Admitted },
     /// To another pod of this daemon.
-    Near { connection: Box<near::Connection>, admitted: Admitted },
+    SameNode { connection: Box<same_node::SameNodeConnection>, admitted: Admitted },
 }
 
 /// Serves one connection that `pod` attempt. `counted` lives as long.
@@ -104,26 +104,26 @@ pub(super) async fn serve(
     let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
     // In place, as moving it would reserve its room twice.
     let ended = match &mut connected {
-        Connected::Tunnelled { relay, .. } => relay.await.map_err(BrokenConnection::Relay),
-        Connected::Plain { relay, .. } => relay.await.map_err(BrokenConnection::Copy),
+        Established::Tunnelled { relay, .. } => relay.await.map_err(BrokenConnection::Relay),
+        Established::Plain { relay, .. } => relay.await.map_err(BrokenConnection::Copy),
         // It knows itself how it ended: for both ends.
-        Connected::Near { connection, .. } => {
+        Established::SameNode { connection, .. } => {
             connection.run().await;
             Ok(())
         }
     };
     match connected {
-        Connected::Tunnelled { relay, lease, around, admitted } => {
+        Established::Tunnelled { relay, lease, around, admitted } => {
             let is_revoked = || lease.is_revoked() || around.as_ref().is_some_and(|lease| lease.is_revoked());
             let ended = ended.map_err(|error| if is_revoked() { BrokenConnection::Revoked } else { error });
             relay.into_meter().close(ended);
             drop((lease, around, admitted));
         }
-        Connected::Plain { relay, admitted } => {
+        Established::Plain { relay, admitted } => {
             relay.into_meter().close(ended);
             drop(admitted);
         }
-        Connected::Near { connection, admitted } => {
+        Established::SameNode { connection, admitted } => {
             connection.close();
             drop(admitted);
         }
@@ -137,7 +137,7 @@ async fn establish(
     pod: Arc<Pod>,
     socket: TcpStream,
     client: ClientAddr,
-) -> Option<Connected> {
+) -> Option<Established> {
     let dst = pod.network.original_dst(&socket);
     let application = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
     let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
@@ -177,9 +177,9 @@ async fn establish(
             let route = Route { pod, source, client, peer, expect, target, destination, service };
             attempt.through_a_tunnel(route).await
         }
-        Ok(Plan::Beyond { gateway, expect, service, port, destination }) => {
+        Ok(Plan::DoubleHbone { gateway, expect, service, port, destination }) => {
             let asked = Authority::Hostname { host: Arc::clone(&service.hostname), port };
-            let route = double::Route { pod, source, client, gateway, expect, service, asked };
+            let route = double_hbone::Route { pod, source, client, gateway, expect, service, asked };
             attempt.through_a_gateway(route, destination).await
         }
         Ok(Plan::Plain { to, destination, service }) => attempt.directly(to, destination, service).await,
@@ -218,56 +218,57 @@ impl Attempt {
     }
 
     /// Tells that it is open from now on, to `destination`.
-    fn open(&self, parties: Parties, destination: SocketAddr, hbone: Option<Authority>) -> Tally {
+    fn open(&self, parties: Parties, destination: SocketAddr, hbone: Option<Authority>) -> ConnectionReport {
         let addresses = Addresses { source: self.client.0, destination, hbone };
-        self.shard.tally(&self.pod, parties, addresses, Some(self.dst), destination)
+        self.shard.report(&self.pod, parties, addresses, Some(self.dst), destination)
     }
 
     /// Connected: `opened` is where to, and `around` the tunnel around that one's.
-    fn relay(self, opened: OpenStream, around: Option<Box<Lease>>, tally: Tally) -> Connected {
+    fn relay(self, opened: OpenStream, around: Option<Box<Lease>>, report: ConnectionReport) -> Established {
         let OpenStream { lease, halves, early } = opened;
-        tally.0.received(early.bytes() as u64);
+        report.0.received(early.bytes() as u64);
         let application = (self.application, Application::Client);
-        let relay = Relay::new(application, halves, early.into_read(), self.holder, tally);
-        Connected::Tunnelled { relay, lease, around, admitted: self.admitted }
+        let relay = Relay::new(application, halves, early.into_read(), self.holder, report);
+        Established::Tunnelled { relay, lease, around, admitted: self.admitted }
     }
 
     /// To a peer of this network, or to a pod of this node in its place.
-    async fn through_a_tunnel(mut self, route: Route) -> Option<Connected> {
+    async fn through_a_tunnel(mut self, route: Route) -> Option<Established> {
         let mut parties = Parties {
             destination: Some(Arc::clone(&route.destination)),
             destination_identity: route.expect.first().cloned(),
             service: route.service.clone(),
             ..self.parties()
         };
-        let neighbour = near::neighbour(&self.shard, &route);
+        let neighbour = same_node::neighbour(&self.shard, &route);
         if neighbour.is_some() {
             parties.security = Security::WithinNode;
         }
-        let tally = self.open(parties, route.peer.0, Some(route.target.into()));
+        let report = self.open(parties, route.peer.0, Some(route.target.into()));
         let Some(to) = neighbour else {
             let opened = upstream::open(&self.shard, &route, &mut self.application);
             return match unless_shed(&self.holder, opened).await {
-                Ok(opened) => Some(self.relay(opened, None, tally)),
-                Err(error) => not_connected(tally, error),
+                Ok(opened) => Some(self.relay(opened, None, report)),
+                Err(error) => not_connected(report, error),
             };
         };
-        let opened = near::open(&self.shard, &to, &route, &mut self.application);
+        let opened = same_node::open(&self.shard, &to, &route, &mut self.application);
         match unless_shed(&self.holder, opened).await {
             Ok(opened) => {
-                let connection = near::Connection::new(self.application, self.holder, tally, opened);
-                Some(Connected::Near { connection: Box::new(connection), admitted: self.admitted })
+                let connection =
+                    same_node::SameNodeConnection::new(self.application, self.holder, report, opened);
+                Some(Established::SameNode { connection: Box::new(connection), admitted: self.admitted })
             }
-            Err(error) => not_connected(tally, error),
+            Err(error) => not_connected(report, error),
         }
     }
 
     /// To another network, to what that one knows as `destination` here.
     async fn through_a_gateway(
         mut self,
-        route: double::Route,
+        route: double_hbone::Route,
         destination: Arc<Workload>,
-    ) -> Option<Connected> {
+    ) -> Option<Established> {
         let began = Instant::now();
         // What is told of it afterwards is what it says of itself.
         if let Some(demand) = self.shard.mesh.demand() {
@@ -280,9 +281,9 @@ impl Attempt {
         };
         let gateway = route.gateway.0;
         // In a box of its own: few connections go there.
-        let opened = Box::pin(double::open(&self.shard, &route, &mut self.application));
+        let opened = Box::pin(double_hbone::open(&self.shard, &route, &mut self.application));
         match unless_shed(&self.holder, opened).await {
-            Ok(double::Opened { around, opened, baggage }) => {
+            Ok(double_hbone::DoubleStream { around, opened, baggage }) => {
                 // Who it is, only those know who are there.
                 let who = opened.lease.peer();
                 parties.destination_identity = who.cloned();
@@ -290,17 +291,17 @@ impl Attempt {
                     let said = Baggage::parse(text.to_str().unwrap_or_default());
                     parties.destination = Some(Arc::new(said.describe(who)));
                 }
-                let mut tally = self.open(parties, gateway, Some(route.asked));
-                tally.0.began(began);
-                Some(self.relay(opened, Some(Box::new(around)), tally))
+                let mut report = self.open(parties, gateway, Some(route.asked));
+                report.0.began(began);
+                Some(self.relay(opened, Some(Box::new(around)), report))
             }
             Err(error) => {
-                if let ConnectError::BeyondRefused { who, .. } = &error {
+                if let ConnectError::DoubleHboneRefused { who, .. } = &error {
                     parties.destination_identity.clone_from(who);
                 }
-                let mut tally = self.open(parties, gateway, Some(route.asked));
-                tally.0.began(began);
-                not_connected(tally, error)
+                let mut report = self.open(parties, gateway, Some(route.asked));
+                report.0.began(began);
+                not_connected(report, error)
             }
         }
     }
@@ -311,18 +312,18 @@ impl Attempt {
         to: SocketAddr,
         destination: Option<Arc<Workload>>,
         service: Option<Arc<Service>>,
-    ) -> Option<Connected> {
+    ) -> Option<Established> {
         let (source, unknown) = (Some(Arc::clone(&self.source)), Parties::unknown(Reporter::Source));
         let destination_identity = destination.as_ref().map(|destination| destination.identity.clone());
         let parties = Parties { source, destination, destination_identity, service, ..unknown };
-        let tally = self.open(parties, to, None);
+        let report = self.open(parties, to, None);
         match unless_shed(&self.holder, dial(&self.shard, &self.pod, to)).await {
             Ok(server) => {
                 let server = ResetUnlessDone::new(server);
-                let relay = copy::Relay::new(self.application, server, Holders::One(self.holder), tally);
-                Some(Connected::Plain { relay, admitted: self.admitted })
+                let relay = copy::Relay::new(self.application, server, Holders::One(self.holder), report);
+                Some(Established::Plain { relay, admitted: self.admitted })
             }
-            Err(error) => not_connected(tally, error),
+            Err(error) => not_connected(report, error),
         }
     }
 
@@ -337,8 +338,8 @@ impl Attempt {
 }
 
 /// Tells how the connection failed.
-fn not_connected(tally: Tally, error: ConnectError) -> Option<Connected> {
-    tally.close(Err(error));
+fn not_connected(report: ConnectionReport, error: ConnectError) -> Option<Established> {
+    report.close(Err(error));
     None
 }
 

@@ -1,4 +1,4 @@
-//! Plain connections to a pod: from outside the mesh, judged without an identity, delivered as they are.
+//! Plain connections to a pod: from outside the mesh, authorized without an identity, delivered as they are.
 
 use std::fmt;
 use std::net::TcpStream;
@@ -19,13 +19,13 @@ use crate::net::copy::ResetUnlessDone;
 use crate::net::ports::Fronted;
 use crate::proxy::delivery::DeliveryError;
 use crate::proxy::delivery::deliver;
-use crate::proxy::ending::Tally;
-use crate::proxy::live::Admission;
-use crate::proxy::live::Facts;
-use crate::proxy::live::Registered;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
 use crate::proxy::pod::TooMany;
+use crate::proxy::reauthorization::Admission;
+use crate::proxy::reauthorization::Facts;
+use crate::proxy::reauthorization::Registered;
+use crate::proxy::report::ConnectionReport;
 use crate::proxy::shard::Counted;
 use crate::proxy::shard::Shard;
 use crate::telemetry::events::Addresses;
@@ -33,8 +33,8 @@ use crate::telemetry::events::Parties;
 use crate::telemetry::events::Reporter;
 
 /// A connection in both directions: all there is of it.
-struct Connected {
-    relay: copy::Relay<Tally>,
+struct EstablishedPlain {
+    relay: copy::Relay<ConnectionReport>,
     registered: Registered,
     admitted: Admitted,
     /// Keeps its source port from deliveries.
@@ -50,12 +50,12 @@ pub(super) async fn serve(
 ) {
     // On the heap, and gone once connected: what is relayed must not carry the room its dial needed.
     let Some(mut connected) = Box::pin(establish(shard, pod, socket, client)).await else { return };
-    let Connected { relay, registered, .. } = &mut connected;
+    let EstablishedPlain { relay, registered, .. } = &mut connected;
     let ended = match registered.run(relay).await {
         Ok(ended) => ended.map_err(DeliveryError::Copy),
-        Err(cut) => Err(DeliveryError::Cut(cut)),
+        Err(closed) => Err(DeliveryError::Closed(closed)),
     };
-    // What was cut is dropped here, and so reset.
+    // What was closed is dropped here, and so reset.
     connected.relay.into_meter().close(ended);
     drop((connected.registered, connected.admitted, connected.fronted, counted));
 }
@@ -66,7 +66,7 @@ async fn establish(
     pod: Arc<Pod>,
     socket: TcpStream,
     client: ClientAddr,
-) -> Option<Connected> {
+) -> Option<EstablishedPlain> {
     let dst = pod.network.original_dst(&socket);
     let front = ResetUnlessDone::new(tokio::net::TcpStream::from_std(socket).ok()?);
     let refuse = |dst: OriginalDst, error: &dyn fmt::Display| {
@@ -94,8 +94,8 @@ async fn establish(
     };
     let facts =
         Facts { workload: Arc::clone(&uid), identity: None, source: client.0.ip(), destination: dst.0 };
-    let mut registered = shard.live.register(facts.clone(), None);
-    let admission = match holder.run(shard.live.admit(&shard.mesh, &facts)).await {
+    let mut registered = shard.reauthorization.register(facts.clone(), None);
+    let admission = match holder.run(shard.reauthorization.admit(&shard.mesh, &facts)).await {
         Ok(Some(admission)) => admission,
         Ok(None) => return refuse(dst, &UnknownWorkload(Named::Uid(uid))),
         Err(shed) => return refuse(dst, &shed),
@@ -112,14 +112,14 @@ async fn establish(
     };
     drop(mesh);
     let addresses = Addresses { source: client.0, destination: dst.0, hbone: None };
-    let tally = shard.tally(&pod, parties, addresses, None, dst.0);
+    let report = shard.report(&pod, parties, addresses, None, dst.0);
     let delivered = match permit {
         Ok(permit) => {
             let mut first = Bytes::new();
             let delivered = deliver(permit, &shard, &pod, client.0, dst.0, &mut first);
             match registered.run(holder.run(delivered)).await {
                 Ok(delivered) => delivered.unwrap_or_else(|shed| Err(DeliveryError::Shed(shed))),
-                Err(cut) => Err(cut.into()),
+                Err(closed) => Err(closed.into()),
             }
         }
         Err(denial) => Err(denial.into()),
@@ -127,11 +127,11 @@ async fn establish(
     match delivered {
         Ok(application) => {
             let relay =
-                copy::Relay::new(front, ResetUnlessDone::new(application), Holders::One(holder), tally);
-            Some(Connected { relay, registered, admitted, fronted })
+                copy::Relay::new(front, ResetUnlessDone::new(application), Holders::One(holder), report);
+            Some(EstablishedPlain { relay, registered, admitted, fronted })
         }
         Err(error) => {
-            tally.close(Err(error));
+            report.close(Err(error));
             None
         }
     }

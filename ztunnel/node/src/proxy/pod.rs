@@ -42,8 +42,8 @@ pub struct Pod {
     pub network: Arc<dyn PodNetwork>,
     addresses: Vec<IpAddr>,
     stopped: Signal,
-    /// Closes when what is still open of a removed pod is to be cut; `None` where that goes on to its end.
-    cut: Option<Signal>,
+    /// Closes when what is still open of a removed pod is to be closed; `None` where that goes on to its end.
+    closed: Option<Signal>,
     handing_over: Signal,
     connections: AtomicUsize,
     tunnels: AtomicUsize,
@@ -58,14 +58,14 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// `stopped` drains when the pod is removed, `handing_over` when another process takes over; `cut` closes when a
+    /// `stopped` drains when the pod is removed, `handing_over` when another process takes over; `closed` closes when a
     /// removed pod's connections are to end; `share` is charged for what is held for it.
     pub(super) fn new(
         spec: PodSpec,
         netns: (u64, u64),
         network: Arc<dyn PodNetwork>,
         stopped: Signal,
-        cut: Option<Signal>,
+        closed: Option<Signal>,
         handing_over: Signal,
         share: Arc<Share>,
     ) -> Self {
@@ -77,7 +77,7 @@ impl Pod {
             network,
             addresses: spec.addresses,
             stopped,
-            cut,
+            closed,
             handing_over,
             connections: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
@@ -113,21 +113,21 @@ impl Pod {
         self.workload.named()
     }
 
-    /// When what is open of the removed pod is to be cut.
-    pub(super) fn cut(&self) -> Option<Signal> {
-        self.cut.clone()
+    /// When what is open of the removed pod is to be closed.
+    pub(super) fn closed(&self) -> Option<Signal> {
+        self.closed.clone()
     }
 
     /// Whether the pod was redirected and no longer is: no rule brings answers to a client's address back to the sockets
     /// here.
     pub fn is_unrouted(&self) -> bool {
-        self.cut.as_ref().is_some_and(Signal::is_draining)
+        self.closed.as_ref().is_some_and(Signal::is_draining)
     }
 
     /// Waits for that; for ever where nothing depends on somebody else's rules.
     pub async fn unrouted(&self) {
-        match self.cut() {
-            Some(mut cut) => cut.draining().await,
+        match self.closed() {
+            Some(mut closed) => closed.draining().await,
             None => std::future::pending().await,
         }
     }

@@ -121,14 +121,14 @@ struct Parting {
 #[derive(Debug, PartialEq, Eq)]
 enum From {
     Reading,
-    Ending,
+    ConnectionError,
     Ended,
 }
 
 #[derive(Debug)]
 enum To {
     Receiving,
-    Ending,
+    ConnectionError,
     /// By this, of which the application is told once it has what came before.
     Broken(StreamError),
     Ended,
@@ -170,7 +170,7 @@ impl<M: Meter> Relay<M> {
             chunk: read.unsent,
             bulk: false,
             blocked: false,
-            from: if read.ended { From::Ending } else { From::Reading },
+            from: if read.ended { From::ConnectionError } else { From::Reading },
             outflow: Outflow::default(),
             to: To::Receiving,
             watch: Watch::default(),
@@ -249,10 +249,10 @@ impl<M: Meter> Relay<M> {
                     passed += self.chunk.len();
                     self.count_read(self.chunk.len());
                     if self.chunk.is_empty() {
-                        self.from = From::Ending;
+                        self.from = From::ConnectionError;
                     }
                 }
-                From::Ending => {
+                From::ConnectionError => {
                     // Fails for a stream that was reset, of which the other direction learns the reason.
                     let _ended = self.send.finish();
                     self.from = From::Ended;
@@ -271,13 +271,13 @@ impl<M: Meter> Relay<M> {
                 match self.recv.poll_data(cx) {
                     Poll::Ready(Some(Ok(data))) => self.outflow.push(data),
                     Poll::Ready(Some(Err(error))) if self.is_over(&error) => {
-                        self.to = To::Ending;
+                        self.to = To::ConnectionError;
                         // Nor is anything taken any more.
                         self.chunk = Bytes::new();
                         self.from = From::Ended;
                     }
                     Poll::Ready(Some(Err(error))) => self.to = To::Broken(error),
-                    Poll::Ready(None) => self.to = To::Ending,
+                    Poll::Ready(None) => self.to = To::ConnectionError,
                     Poll::Pending => break,
                 }
             }
@@ -287,7 +287,7 @@ impl<M: Meter> Relay<M> {
             }
             if !self.outflow.is_empty() {
                 let written = match self.to {
-                    To::Ending => self.outflow.poll_write_last(&self.application.socket, cx),
+                    To::ConnectionError => self.outflow.poll_write_last(&self.application.socket, cx),
                     To::Receiving | To::Broken(_) | To::Ended => {
                         self.outflow.poll_write(&mut self.application.socket, cx)
                     }
@@ -304,7 +304,7 @@ impl<M: Meter> Relay<M> {
             }
             match self.to {
                 To::Receiving => return Poll::Pending,
-                To::Ending => {
+                To::ConnectionError => {
                     // Where the other direction has ended, too, the close that follows says it.
                     if self.from != From::Ended {
                         let ended = Pin::new(&mut self.application.socket).poll_shutdown(cx);
@@ -322,7 +322,7 @@ impl<M: Meter> Relay<M> {
     fn broken(&mut self) -> RelayError {
         match std::mem::replace(&mut self.to, To::Ended) {
             To::Broken(error) => RelayError::Stream(error),
-            To::Receiving | To::Ending | To::Ended => RelayError::Stream(StreamError::Finished),
+            To::Receiving | To::ConnectionError | To::Ended => RelayError::Stream(StreamError::Finished),
         }
     }
 
@@ -331,12 +331,12 @@ impl<M: Meter> Relay<M> {
         match self.to {
             // The other direction learns of it as well, behind what was received.
             To::Receiving => {}
-            To::Ending if !self.outflow.is_empty() => match error {
+            To::ConnectionError if !self.outflow.is_empty() => match error {
                 StreamError::Finished => {}
                 error if self.is_over(&error) => {}
                 error => self.to = To::Broken(error),
             },
-            To::Ending | To::Broken(_) | To::Ended => return Err(RelayError::Stream(error)),
+            To::ConnectionError | To::Broken(_) | To::Ended => return Err(RelayError::Stream(error)),
         }
         self.chunk = Bytes::new();
         self.from = From::Ended;

@@ -19,15 +19,15 @@ use ztunnel_runtime::shutdown::Signal;
 use crate::hbone::pool::Pool;
 use crate::identity::worker::Identities;
 use crate::proxy::Config;
-use crate::proxy::ending::Tally;
 use crate::proxy::listing::Carrier;
 use crate::proxy::listing::Connection;
 use crate::proxy::listing::Listing;
 use crate::proxy::listing::Original;
-use crate::proxy::live::Live;
 use crate::proxy::names::Names;
 use crate::proxy::neighbours::Neighbours;
 use crate::proxy::pod::Pod;
+use crate::proxy::reauthorization::Reauthorization;
+use crate::proxy::report::ConnectionReport;
 use crate::proxy::turns::Lanes;
 use crate::telemetry::AcceptedSocket;
 use crate::telemetry::LocalTelemetry;
@@ -49,7 +49,7 @@ pub struct Shard {
     /// This thread's tunnels to peers.
     pub pool: Pool,
     /// This thread's inbound connections.
-    pub live: Live,
+    pub reauthorization: Reauthorization,
     /// This thread's connections, in both directions.
     pub listing: Listing,
     /// What names stand for, as far as this thread has asked.
@@ -76,7 +76,7 @@ impl Shard {
     ) -> Self {
         Self {
             pool: Pool::new(config.hbone.waiters_max, config.hbone.spare_timeout),
-            live: Live::new(mesh.snapshot()),
+            reauthorization: Reauthorization::new(mesh.snapshot()),
             listing: Listing::default(),
             names: Names::default(),
             lanes: Lanes::default(),
@@ -92,14 +92,14 @@ impl Shard {
 
     /// Tells that a connection of `pod` is open from now on, to `actual`. `original` is where its application dialled,
     /// for one that leaves the pod.
-    pub fn tally(
+    pub fn report(
         &self,
         pod: &Pod,
         parties: Parties,
         addresses: Addresses,
         original: Option<OriginalDst>,
         actual: SocketAddr,
-    ) -> Tally {
+    ) -> ConnectionReport {
         if let Some(demand) = self.mesh.demand() {
             let Parties { source, destination, service, .. } = &parties;
             [source, destination].into_iter().flatten().for_each(|workload| demand.used(&workload.uid));
@@ -125,7 +125,7 @@ impl Shard {
                 (Some(_), ..) => Carrier::Hbone,
             },
         });
-        Tally(self.telemetry.open(parties, addresses), listed)
+        ConnectionReport(self.telemetry.open(parties, addresses), listed)
     }
 }
 

@@ -89,7 +89,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::line::Format;
 use crate::telemetry::writer;
 
-mod beyond;
+mod double_hbone;
 mod labels;
 mod stalled;
 
@@ -292,7 +292,7 @@ impl Node {
     }
 
     /// The pods are neighbours, and nothing but the server's application can be dialled.
-    async fn start_near(config: Config) -> Self {
+    async fn start_same_node(config: Config) -> Self {
         let node = Self::start_with(config).await;
         node.place("10.0.0.2:15008", "127.0.0.1:1".parse().unwrap());
         node.plane.neighbour(&PodUid::from("client"));
@@ -329,7 +329,7 @@ impl Node {
         name: &str,
         addresses: &[&str],
         netns: u64,
-        cut: Option<(shutdown::Trigger, shutdown::Signal)>,
+        closed: Option<(shutdown::Trigger, shutdown::Signal)>,
     ) -> [SocketAddr; 3] {
         let listeners =
             Listeners { outbound: loopback().into(), inbound: loopback().into(), hbone: loopback().into() };
@@ -344,7 +344,7 @@ impl Node {
             prepare_listener(listener, &Keepalive::default()).unwrap();
         }
         let network = Arc::new(TestPod(Arc::clone(&self.net)));
-        self.plane.add(spec, listeners, (0, netns), network, cut).unwrap();
+        self.plane.add(spec, listeners, (0, netns), network, closed).unwrap();
         places
     }
 
@@ -462,7 +462,7 @@ async fn much_data_both_ways_arrives_whole() {
 
 #[tokio::test]
 async fn much_data_between_neighbours_arrives_whole() {
-    much_data(Node::start_near(Config { threads: 1, ..Config::default() }).await).await;
+    much_data(Node::start_same_node(Config { threads: 1, ..Config::default() }).await).await;
 }
 
 async fn much_data(node: Node) {
@@ -558,7 +558,7 @@ async fn last_words_are_heard_through_a_tunnel() {
 
 #[tokio::test]
 async fn last_words_are_heard_between_neighbours() {
-    last_words(Node::start_near(Config { threads: 1, ..Config::default() }).await).await;
+    last_words(Node::start_same_node(Config { threads: 1, ..Config::default() }).await).await;
 }
 
 #[tokio::test]
@@ -591,7 +591,7 @@ async fn a_peer_without_a_proxy_is_a_reset() {
 }
 
 #[tokio::test]
-async fn open_connections_are_cut_when_policy_turns_against_them() {
+async fn open_connections_are_closed_when_policy_turns_against_them() {
     let mut node = Node::start().await;
     let (mut client, mut server) = node.connect().await;
     say(&mut client, &mut server, b"fine").await;
@@ -1287,13 +1287,13 @@ fn connections_stay_small() {
     let sizes = [size(super::outbound::serve), size(super::passthrough::serve), size(super::inbound::stream)];
     assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
     // Instead of a tunnel's two ends.
-    let near = size_of::<super::near::Connection>();
+    let near = size_of::<super::same_node::SameNodeConnection>();
     assert!(near <= 1024, "{near}");
 }
 
 #[tokio::test]
 async fn neighbours_are_joined_without_a_tunnel_and_both_ends_tell() {
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     let (mut client, mut server) = node.connect().await;
     say(&mut client, &mut server, b"question").await;
     say(&mut server, &mut client, b"answer").await;
@@ -1320,7 +1320,7 @@ async fn neighbours_are_joined_without_a_tunnel_and_both_ends_tell() {
 
 #[tokio::test]
 async fn a_reset_between_neighbours_is_a_reset() {
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     let (client, mut server) = node.connect().await;
     reset_on_close(&client);
     drop(client);
@@ -1334,7 +1334,7 @@ async fn a_reset_between_neighbours_is_a_reset() {
 
 #[tokio::test]
 async fn policies_hold_between_neighbours() {
-    let mut node = Node::start_near(Config::default()).await;
+    let mut node = Node::start_same_node(Config::default()).await;
     let (mut client, mut server) = node.connect().await;
     node.mesh.publish(two_pods(vec![allow_only("cluster.local/ns/test/sa/client")]));
     say(&mut client, &mut server, b"still fine").await;
@@ -1353,7 +1353,7 @@ async fn policies_hold_between_neighbours() {
 
 #[tokio::test]
 async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
-    let node = Node::start_near(Config { pod_connections_max: 1, ..Config::default() }).await;
+    let node = Node::start_same_node(Config { pod_connections_max: 1, ..Config::default() }).await;
     for (to, why) in [
         ("10.0.0.2:81", "could not connect to the application at 10.0.0.2:81"),
         ("10.0.0.2:15006", "attempted recursive call to ourselves: 10.0.0.2:15006"),
@@ -1375,18 +1375,18 @@ async fn what_a_neighbour_refuses_is_told_as_through_a_tunnel() {
 
 #[tokio::test]
 async fn only_a_pod_that_is_served_now_is_a_neighbour() {
-    let off = Config { near: false, ..Config::default() };
-    Node::start_near(off).await.sent_through_a_tunnel().await;
+    let off = Config { same_node: false, ..Config::default() };
+    Node::start_same_node(off).await.sent_through_a_tunnel().await;
 
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     node.plane.no_neighbour(&PodUid::from("server"));
     node.sent_through_a_tunnel().await;
 
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     node.plane.no_neighbours();
     node.sent_through_a_tunnel().await;
 
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     node.plane.stop_accepting();
     node.plane.neighbour(&PodUid::from("server"));
     node.sent_through_a_tunnel().await;
@@ -1394,7 +1394,7 @@ async fn only_a_pod_that_is_served_now_is_a_neighbour() {
 
 #[tokio::test]
 async fn a_removed_pod_keeps_its_neighbours_connections() {
-    let node = Node::start_near(Config::default()).await;
+    let node = Node::start_same_node(Config::default()).await;
     let (mut client, mut server) = node.connect().await;
     let leaving = node.plane.remove_pod(&PodUid::from("server")).unwrap();
     say(&mut client, &mut server, b"still here").await;
@@ -1412,8 +1412,8 @@ async fn a_removed_pod_keeps_its_neighbours_connections() {
 
 /// As [`DataPlane::add_redirected_pod`] promises.
 #[tokio::test]
-async fn what_is_open_of_a_removed_redirected_pod_is_cut_between_neighbours_too() {
-    let mut node = Node::start_near(Config::default()).await;
+async fn what_is_open_of_a_removed_redirected_pod_is_closed_between_neighbours_too() {
+    let mut node = Node::start_same_node(Config::default()).await;
     node.outbound = node.add_with("client", &[CLIENT, "127.0.0.1"], 1, Some(shutdown::channel()))[0];
     node.add_with("server", &[SERVER], 2, Some(shutdown::channel()));
     node.plane.neighbour(&PodUid::from("client"));
@@ -1438,7 +1438,7 @@ async fn what_is_open_of_a_removed_redirected_pod_is_cut_between_neighbours_too(
 #[tokio::test]
 async fn a_drain_waits_for_neighbours() {
     let linger = Duration::from_millis(50);
-    let node = Node::start_near(Config { linger, ..Config::default() }).await;
+    let node = Node::start_same_node(Config { linger, ..Config::default() }).await;
     let (mut client, mut server) = node.connect().await;
     let mut drained = Box::pin(node.plane.drained());
     node.stop.drain();
@@ -1454,7 +1454,7 @@ async fn without_a_certificate_there_is_no_neighbour() {
         ("stranger", "server", "no certificate for spiffe://cluster.local/ns/test/sa/stranger"),
         ("client", "stranger", "could not connect to HBONE peer"),
     ] {
-        let mut node = Node::start_near(Config::default()).await;
+        let mut node = Node::start_same_node(Config::default()).await;
         let as_whom = |name, who, address| {
             Arc::new(Workload { identity: id(who), ..Workload::clone(&workload(name, address)) })
         };
@@ -1468,7 +1468,7 @@ async fn without_a_certificate_there_is_no_neighbour() {
 #[tokio::test]
 async fn while_the_authority_says_nothing_neighbours_are_who_the_mesh_says() {
     for (client, server) in [("orphan", "server"), ("client", "orphan"), ("orphan", "orphan")] {
-        let mut node = Node::start_near(Config::default()).await;
+        let mut node = Node::start_same_node(Config::default()).await;
         let identities = node.plane.threads[0].shard.identities.clone();
         let asked = identities.clone();
         shutdown::spawn(async move { asked.credentials(&id("orphan")).await });

@@ -1,6 +1,6 @@
 //! What opens a stream to an HBONE peer, on a tunnel that many connections share.
 //!
-//! Used by [`outbound`](crate::proxy::outbound) and [`double`](crate::proxy::double). It knows neither.
+//! Used by [`outbound`](crate::proxy::outbound) and [`double_hbone`](crate::proxy::double_hbone). It knows neither.
 
 use std::future::Future;
 use std::future::poll_fn;

@@ -130,7 +130,7 @@ async fn both_ends_tell_the_same_as_istio_on_every_way() {
     ] {
         let config = Config { threads: 1, linger: Duration::from_millis(50), ..Config::default() };
         let mut node = if way == "the same node" {
-            Node::start_near(config).await
+            Node::start_same_node(config).await
         } else {
             Node::start_with(config).await
         };

@@ -72,7 +72,7 @@ async fn what_nobody_reads_of_a_tunnel_is_bounded() {
 
 #[tokio::test]
 async fn what_nobody_reads_on_the_same_node_is_bounded() {
-    let node = Node::start_near(config()).await;
+    let node = Node::start_same_node(config()).await;
     let at = node.outbound;
     // Less is read at a time once memory gets short: few of them may stay just below what may be held.
     stalled_downloads(node, at, 4 * STALLED, Some("direction=\"outbound\"")).await;

@@ -14,7 +14,7 @@ use ztunnel_mesh::store::gap::SETTLED_AFTER;
 use ztunnel_mesh::store::gap::SETTLED_WITHIN;
 use ztunnel_mesh::store::index::Mesh;
 
-use crate::proxy::live::facts::Facts;
+use crate::proxy::reauthorization::facts::Facts;
 
 /// Follows the versions of the mesh.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl Settling {
         &self.settled
     }
 
-    /// `mesh` is the newest version at `now`. Says whether anything has changed by which connections are judged.
+    /// `mesh` is the newest version at `now`. Says whether anything has changed by which connections are authorized.
     pub(super) fn observe(&mut self, mesh: &Arc<Mesh>, now: Instant) -> bool {
         let version = mesh.authorization_version();
         let changed = version != self.newest;
@@ -77,8 +77,8 @@ pub(super) enum Verdict {
     Gone,
 }
 
-/// Judges a connection by the newest version of the mesh and the settled one.
-pub(super) fn judge(settled: &Mesh, mesh: &Mesh, facts: &Facts) -> Verdict {
+/// Authorizes a connection by the newest version of the mesh and the settled one.
+pub(super) fn verdict(settled: &Mesh, mesh: &Mesh, facts: &Facts) -> Verdict {
     let Some(now) = decide(mesh, facts) else { return Verdict::Gone };
     if settled.authorization_version() != mesh.authorization_version() {
         let before = decide_before(settled, mesh, facts);

@@ -18,7 +18,7 @@ use crate::store::index::Mesh;
 
 /// What was asked for, where, by whom.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
+pub struct InboundRequest<'a> {
     /// The client's address.
     pub client: IpAddr,
     /// The pod's address that was dialled.
@@ -35,7 +35,7 @@ pub struct Asked<'a> {
 
 /// Where one inbound connection goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Arrival {
+pub struct InboundTarget {
     /// The application, as policies judge it.
     pub to: SocketAddr,
     /// The service that was asked for by its name or its address, or that the pod's port is a target of
@@ -89,7 +89,11 @@ pub enum NotHere {
 /// It does not leave the pod. An address is the pod's own, or anybody's whose waypoint the pod is: then its
 /// application is asked instead. A name is that of a service of which the pod is an endpoint; a waypoint that is told
 /// which address was meant takes every service's.
-pub fn arrive(mesh: &Mesh, workload: &Workload, asked: &Asked<'_>) -> Result<Arrival, NotHere> {
+pub fn inbound_target(
+    mesh: &Mesh,
+    workload: &Workload,
+    asked: &InboundRequest<'_>,
+) -> Result<InboundTarget, NotHere> {
     let tunnel = workload.application_tunnel;
     let tunnel_port = tunnel.and_then(|tunnel| tunnel.port);
     let announces = match tunnel.map(|tunnel| tunnel.protocol) {
@@ -131,7 +135,7 @@ pub fn arrive(mesh: &Mesh, workload: &Workload, asked: &Asked<'_>) -> Result<Arr
         (true, None, Some(service)) => return Err(NotHere::NoAddress(Arc::clone(&service.hostname))),
         (true, meant, _) => meant,
     };
-    Ok(Arrival { to, service, announce })
+    Ok(InboundTarget { to, service, announce })
 }
 
 /// Whether `workload` is the waypoint in front of whoever has `ip`.
@@ -219,7 +223,7 @@ mod tests {
     /// * `guarded` (10.9.0.3) and, by its weight, `weighted` (10.9.0.4) have the pod as their waypoint;
     /// * so has the workload 10.0.0.5, by the pod's service; `other` (10.0.0.6) has another one;
     /// * `headless` has no address; `v6` has one of each family.
-    fn arrive_at(asked: &str, tunnel: Option<(ApplicationProtocol, Option<u16>)>) -> String {
+    fn target_of(asked: &str, tunnel: Option<(ApplicationProtocol, Option<u16>)>) -> String {
         let own = GatewayDestination::Address(address("", POD));
         let other = GatewayDestination::Address(address("", "10.0.0.9"));
         let waypoint = GatewayDestination::Hostname(Service::sample("shop", "own").key);
@@ -252,7 +256,7 @@ mod tests {
         let authority = Authority::parse(asked).unwrap();
         let addresses = [POD, "fd00::2"].map(|ip| ip.parse().unwrap());
         let (client, local) = ("10.0.0.1".parse().unwrap(), POD.parse().unwrap());
-        let asked = Asked {
+        let asked = InboundRequest {
             client,
             local,
             addresses: &addresses,
@@ -260,8 +264,8 @@ mod tests {
             host: None,
             namespace: "shop",
         };
-        match arrive(&mesh, &pod, &asked) {
-            Ok(Arrival { to, service, announce }) => {
+        match inbound_target(&mesh, &pod, &asked) {
+            Ok(InboundTarget { to, service, announce }) => {
                 let service = service.map_or(String::new(), |service| format!(" of {}", service.name));
                 format!("{to}{service}{}", announce.map_or(String::new(), |at| format!(" for {at}")))
             }
@@ -317,7 +321,7 @@ mod tests {
                 "attempted recursive call to ourselves: 10.0.0.2:15001 is a port of the proxy",
             ),
         ] {
-            assert_eq!(arrive_at(asked, None), expect, "{asked}");
+            assert_eq!(target_of(asked, None), expect, "{asked}");
         }
     }
 
@@ -333,14 +337,14 @@ mod tests {
             ("foreign.shop:80", "10.0.0.2:15088 of foreign"),
             ("nobody.shop:80", "nobody.shop is not the name of a service"),
         ] {
-            assert_eq!(arrive_at(asked, Some(none)), expect, "{asked}");
+            assert_eq!(target_of(asked, Some(none)), expect, "{asked}");
         }
         let no_port = (ApplicationProtocol::None, None);
-        assert_eq!(arrive_at("192.0.2.1:80", Some(no_port)), "10.0.0.2:80");
-        assert_eq!(arrive_at("foreign.shop:80", Some(no_port)), "this pod is no endpoint of foreign.shop");
+        assert_eq!(target_of("192.0.2.1:80", Some(no_port)), "10.0.0.2:80");
+        assert_eq!(target_of("foreign.shop:80", Some(no_port)), "this pod is no endpoint of foreign.shop");
         let reserved = (ApplicationProtocol::None, Some(15006));
         let own = "attempted recursive call to ourselves: 10.0.0.2:15006 is a port of the proxy";
-        assert_eq!(arrive_at("10.0.0.2:80", Some(reserved)), own);
+        assert_eq!(target_of("10.0.0.2:80", Some(reserved)), own);
     }
 
     #[test]
@@ -354,10 +358,10 @@ mod tests {
             ("v6.shop:80", "10.0.0.2:15088 of v6 for 10.9.0.7:80"),
             ("headless.shop:80", "headless.shop has no address to tell the waypoint of"),
         ] {
-            assert_eq!(arrive_at(asked, Some(proxy)), expect, "{asked}");
+            assert_eq!(target_of(asked, Some(proxy)), expect, "{asked}");
         }
         let unknown = (ApplicationProtocol::Unknown, Some(15088));
         let why = "the application wants to be told of connections in a way that this version does not know";
-        assert_eq!(arrive_at("10.0.0.2:80", Some(unknown)), why);
+        assert_eq!(target_of("10.0.0.2:80", Some(unknown)), why);
     }
 }

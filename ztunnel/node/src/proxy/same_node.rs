@@ -2,7 +2,7 @@
 //! being sent through a tunnel to ourselves.
 //!
 //! Everything else is as with a tunnel: the destination's limits, its policies with the source's identity, the live
-//! re-check, both ends' reports, resets and closed halves. The rules by which a connection is handed over are in
+//! re-authorization, both ends' reports, resets and closed halves. The rules by which a connection is handed over are in
 //! [`ztunnel_mesh::route::same_node`] and `agree`; whatever does not fulfil all of them goes through a tunnel, and so fails as a
 //! tunnel does if it must.
 //!
@@ -39,15 +39,15 @@ use crate::net::copy::Meter;
 use crate::net::copy::Relay;
 use crate::net::copy::ResetUnlessDone;
 use crate::proxy::admit;
-use crate::proxy::admit::Asker;
-use crate::proxy::admit::Caller;
 use crate::proxy::admit::Delivered;
+use crate::proxy::admit::DownstreamPeer;
+use crate::proxy::admit::DownstreamRequest;
 use crate::proxy::connect_error::ConnectError;
 use crate::proxy::delivery::DeliveryError;
-use crate::proxy::ending::Tally;
-use crate::proxy::live::Registered;
 use crate::proxy::pod::Admitted;
 use crate::proxy::pod::Pod;
+use crate::proxy::reauthorization::Registered;
+use crate::proxy::report::ConnectionReport;
 use crate::proxy::shard::Entered;
 use crate::proxy::shard::Shard;
 use crate::proxy::upstream::LOOK_PERIOD;
@@ -82,7 +82,7 @@ fn agree(one: &Credentials, other: &Credentials, now: SystemTime) -> Result<(), 
 /// The pod to which the connection can be handed over. `None` when it is to take its way through a tunnel: there,
 /// what is missing now is waited for, or fails.
 ///
-/// The identity with which the connection is judged is the source workload's own. What proves it over the wire is the
+/// The identity with which the connection is authorized is the source workload's own. What proves it over the wire is the
 /// private key of its certificate; here the daemon itself accepted the connection from that pod, and holds that
 /// key. So neither end's connection gets further than its certificates reach: one that the authority refuses, or that
 /// has not been asked for yet, is waited for by way of the tunnel, and so are two that do not fit.
@@ -98,7 +98,7 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
     if tunnelled.leads_back(route.pod.addresses()) {
         return Some(Arc::clone(&route.pod));
     }
-    if !shard.config.near || shard.signal.is_draining() {
+    if !shard.config.same_node || shard.signal.is_draining() {
         return None;
     }
     // Whether a certificate of this node was revoked is found out by the handshake.
@@ -128,8 +128,8 @@ pub(super) fn neighbour(shard: &Shard, route: &Route) -> Option<Arc<Pod>> {
 
 /// What the two ends tell of a connection, counted together.
 pub(super) struct Both {
-    source: Tally,
-    destination: Tally,
+    source: ConnectionReport,
+    destination: ConnectionReport,
 }
 
 impl Meter for Both {
@@ -145,46 +145,51 @@ impl Meter for Both {
 }
 
 /// A connection between two pods of this daemon: all there is of it but the client's place among its pod's.
-pub(super) struct Connection {
+pub(super) struct SameNodeConnection {
     relay: Relay<Both>,
     registered: Registered,
     admitted: Admitted,
     ended: Result<(), DeliveryError>,
-    /// When what is open of the destination is to be cut. Of the source, its task knows.
-    cut: Option<Signal>,
+    /// When what is open of the destination is to be closed. Of the source, its task knows.
+    closed: Option<Signal>,
     /// The destination's connection: a drain counts it as it would the stream of a tunnel.
     counted: Entered,
 }
 
-impl Connection {
+impl SameNodeConnection {
     /// Joins both ends.
-    pub(super) fn new(application: ResetUnlessDone, client: Holder, source: Tally, opened: Opened) -> Self {
-        let Opened { delivered, cut, counted } = opened;
-        let Delivered { application: to, tally: destination, registered, admitted, holder: server, .. } =
+    pub(super) fn new(
+        application: ResetUnlessDone,
+        client: Holder,
+        source: ConnectionReport,
+        opened: OtherEnd,
+    ) -> Self {
+        let OtherEnd { delivered, closed, counted } = opened;
+        let Delivered { application: to, report: destination, registered, admitted, holder: server, .. } =
             delivered;
         let both = Both { source, destination };
         let relay = Relay::new(application, to, Holders::Both { client, server }, both);
-        Self { relay, registered, admitted, ended: Ok(()), cut, counted }
+        Self { relay, registered, admitted, ended: Ok(()), closed, counted }
     }
 
     /// Moves the bytes until both directions have ended, the destination's policies refuse it, or the destination
     /// is gone.
     pub(super) async fn run(&mut self) {
         let relayed = self.registered.run(&mut self.relay);
-        self.ended = match unless_cut(&mut self.cut, relayed).await {
+        self.ended = match unless_closed(&mut self.closed, relayed).await {
             Some(Ok(ended)) => ended.map_err(DeliveryError::Copy),
-            Some(Err(cut)) => Err(DeliveryError::Cut(cut)),
+            Some(Err(closed)) => Err(DeliveryError::Closed(closed)),
             None => Err(DeliveryError::Copy(CopyError::Server(io::ErrorKind::ConnectionReset.into()))),
         };
     }
 
-    /// Tells how it ended, for both ends. What was cut is dropped here, and so reset at both ends.
+    /// Tells how it ended, for both ends. What was closed is dropped here, and so reset at both ends.
     pub(super) fn close(self) {
         let Self { relay, registered, admitted, ended, counted, .. } = self;
         let Both { source, destination } = relay.into_meter();
         source.close(match &ended {
-            // Of a cut, the client's end of a tunnel learns no more than that its stream was reset.
-            Err(DeliveryError::Cut(_)) => Ok(()),
+            // Of that, the client's end of a tunnel learns no more than that its stream was reset.
+            Err(DeliveryError::Closed(_)) => Ok(()),
             ended => ended.as_ref().copied(),
         });
         destination.close(ended);
@@ -192,20 +197,20 @@ impl Connection {
     }
 }
 
-/// Runs `future` unless the destination is cut first, which drops it.
-async fn unless_cut<T>(cut: &mut Option<Signal>, future: impl Future<Output = T>) -> Option<T> {
-    let Some(cut) = cut else { return Some(future.await) };
+/// Runs `future` unless the destination is closed first, which drops it.
+async fn unless_closed<T>(closed: &mut Option<Signal>, future: impl Future<Output = T>) -> Option<T> {
+    let Some(closed) = closed else { return Some(future.await) };
     tokio::select! {
         biased;
-        () = cut.closing() => None,
+        () = closed.closing() => None,
         done = future => Some(done),
     }
 }
 
 /// The other end of a connection.
-pub(super) struct Opened {
+pub(super) struct OtherEnd {
     delivered: Delivered,
-    cut: Option<Signal>,
+    closed: Option<Signal>,
     counted: Entered,
 }
 
@@ -215,17 +220,21 @@ pub(super) async fn open(
     to: &Arc<Pod>,
     route: &Route,
     application: &mut ResetUnlessDone,
-) -> Result<Opened, ConnectError> {
+) -> Result<OtherEnd, ConnectError> {
     let counted = shard.count.connection();
-    let caller =
-        Caller { client: route.client, local: route.peer.0, identity: &route.source.identity, tunnel: None };
+    let downstream = DownstreamPeer {
+        client: route.client,
+        local: route.peer.0,
+        identity: &route.source.identity,
+        tunnel: None,
+    };
     let host = route.service.as_ref().map(|service| &*service.hostname);
     let look = pin!(sleep(LOOK_PERIOD));
     let mut neighbour = Neighbour { application, source: &route.source, host, look, error: None };
-    let mut cut = to.cut();
-    let admitted = admit::admit(shard, to, caller, Some(route.target.into()), &mut neighbour);
-    match unless_cut(&mut cut, admitted).await {
-        Some(Ok(delivered)) => Ok(Opened { delivered, cut, counted }),
+    let mut closed = to.closed();
+    let admitted = admit::admit(shard, to, downstream, Some(route.target.into()), &mut neighbour);
+    match unless_closed(&mut closed, admitted).await {
+        Some(Ok(delivered)) => Ok(OtherEnd { delivered, closed, counted }),
         Some(Err(Some(refusal))) => Err(ConnectError::Refused { peer: route.peer, status: refusal.status() }),
         Some(Err(None)) | None => Err(ConnectError::Abandoned(
             neighbour.error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
@@ -243,7 +252,7 @@ struct Neighbour<'a> {
     error: Option<io::Error>,
 }
 
-impl Asker for Neighbour<'_> {
+impl DownstreamRequest for Neighbour<'_> {
     /// It has not been read: its words go from socket to socket later.
     fn first_words(&mut self, _cx: &mut Context<'_>) -> Option<Result<Bytes, StreamError>> {
         None

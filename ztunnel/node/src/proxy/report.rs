@@ -9,9 +9,9 @@ use crate::telemetry::events::ResponseFlag;
 
 /// A connection as telemetry knows it, counting what a relay moves, and listed among those that are open.
 #[derive(Debug)]
-pub struct Tally(pub OpenConnection, pub Listed);
+pub struct ConnectionReport(pub OpenConnection, pub Listed);
 
-impl Meter for Tally {
+impl Meter for ConnectionReport {
     fn up(&self, bytes: u64) {
         self.0.received(bytes);
     }
@@ -22,7 +22,7 @@ impl Meter for Tally {
 }
 
 /// What an error means to telemetry.
-pub trait Ending: Error {
+pub trait ConnectionError: Error {
     /// How it reads in the `response_flags` label.
     fn flag(&self) -> ResponseFlag;
 
@@ -30,7 +30,7 @@ pub trait Ending: Error {
     fn is_reset(&self) -> bool;
 }
 
-impl<E: Ending> Ending for &E {
+impl<E: ConnectionError> ConnectionError for &E {
     fn flag(&self) -> ResponseFlag {
         E::flag(self)
     }
@@ -40,18 +40,18 @@ impl<E: Ending> Ending for &E {
     }
 }
 
-impl Tally {
+impl ConnectionReport {
     /// Tells how the connection ended.
-    pub fn close<E: Ending>(self, ended: Result<(), E>) {
+    pub fn close<E: ConnectionError>(self, ended: Result<(), E>) {
         match ended {
-            Err(error) if !error.is_reset() => self.0.close(error.flag(), Some(told(&error))),
+            Err(error) if !error.is_reset() => self.0.close(error.flag(), Some(error_chain(&error))),
             Ok(()) | Err(_) => self.0.close(ResponseFlag::None, None),
         }
     }
 }
 
 /// An error with its causes, in one line.
-pub fn told(error: &dyn Error) -> String {
+pub fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -165,7 +165,7 @@ async fn the_policies_of_the_other_network_hold() {
 
     node.refused(node.outbound).await;
     node.logged(&["direction=\"inbound\"", "error", "allow policies exist, but none allowed"]).await;
-    let why = "web.test beyond its gateway refused the connection: http status: 401";
+    let why = "web.test refused the connection through its gateway: http status: 401";
     node.logged(&["direction=\"outbound\"", why]).await;
 }
 
@@ -173,9 +173,9 @@ async fn the_policies_of_the_other_network_hold() {
 async fn nobody_is_spoken_to_who_is_not_expected() {
     let mut node = start().await;
     for (serves, gateway, why) in [
-        (&["other"][..], "gateway", "no tunnel to web.test beyond its gateway"),
+        (&["other"][..], "gateway", "no tunnel to web.test through its gateway"),
         // The gateway may not serve it itself.
-        (&["gateway"], "gateway", "no tunnel to web.test beyond its gateway"),
+        (&["gateway"], "gateway", "no tunnel to web.test through its gateway"),
         (&[], "gateway", "no identity is known that web.test may have in another network"),
         (&["server"], "other", "the TLS handshake with HBONE peer 10.0.0.9:15008 failed"),
     ] {

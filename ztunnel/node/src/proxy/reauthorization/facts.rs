@@ -1,4 +1,4 @@
-//! What policies judge of an inbound connection.
+//! What policies know of an inbound connection.
 
 use std::net::IpAddr;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::policy::authorize::Inbound;
 
-/// What policies judge of an inbound connection.
+/// What policies know of an inbound connection.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// The unique name of the workload it is for.

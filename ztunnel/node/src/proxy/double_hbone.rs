@@ -57,7 +57,7 @@ pub(super) struct Route {
 }
 
 /// A connection that is served there.
-pub(super) struct Opened {
+pub(super) struct DoubleStream {
     /// Room on the gateway's tunnel.
     pub(super) around: Lease,
     /// The stream within.
@@ -74,7 +74,7 @@ pub(super) async fn open(
     shard: &Arc<Shard>,
     route: &Route,
     application: &mut ResetUnlessDone,
-) -> Result<Opened, ConnectError> {
+) -> Result<DoubleStream, ConnectError> {
     let credentials =
         shard.identities.credentials(&route.source.identity).await.map_err(ConnectError::Identity)?;
     let baggage = route.pod.baggage(&route.source);
@@ -96,11 +96,11 @@ pub(super) async fn open(
 
     let (through, tail) = Through::new(halves);
     let config = &shard.config;
-    let beyond = |source| ConnectError::Beyond { host: Arc::clone(&route.service.hostname), source };
+    let failed = |source| ConnectError::DoubleHbone { host: Arc::clone(&route.service.hostname), source };
     let tls = dialer.credentials().client_config(&route.service.identities);
     let trust = shard.identities.trust();
     let shaken = handshake_within(through, route.gateway, tls, &config.hbone, trust).await;
-    let (tunnel, driver) = shaken.map_err(beyond)?;
+    let (tunnel, driver) = shaken.map_err(failed)?;
     tunnel.charge_to(route.pod.tunnel_holder());
     let gateway = route.gateway.0;
     shutdown::spawn(shard.lanes.of_pod(&route.pod.uid).run(async move {
@@ -108,25 +108,25 @@ pub(super) async fn open(
             // A stream that is dropped now would be reset, and the gateway may not have passed all of it on.
             Ok(()) => drop(timeout(TAIL_WITHIN, tail.ended()).await),
             Err(error) => {
-                tracing::debug!(%gateway, error = &error as &dyn Error, "tunnel beyond a gateway broke");
+                tracing::debug!(%gateway, error = &error as &dyn Error, "tunnel through a gateway broke");
             }
         }
     }));
-    let mut lease = tunnel.lease().ok_or_else(|| beyond(DialError::NoRoom { peer: route.gateway }))?;
+    let mut lease = tunnel.lease().ok_or_else(|| failed(DialError::NoRoom { peer: route.gateway }))?;
     // It is the connection's own, and ends with it.
     tunnel.retire();
     let connect = Connect { network: Some(config.network_of(&route.source)), ..connect };
     let mut early = Early::default();
     let (peer, after) = (route.gateway, config.answer_timeout);
     match ask(&mut lease, &connect, application, Some(&mut early), after).await? {
-        Answer::Connected(send, recv, said) => Ok(Opened {
+        Answer::Connected(send, recv, said) => Ok(DoubleStream {
             around,
             opened: OpenStream { lease, halves: (send, recv), early },
             baggage: said.filter(|_| config.response_baggage),
         }),
         Answer::Refused(status) => {
             let (host, who) = (Arc::clone(&route.service.hostname), lease.peer().cloned());
-            Err(ConnectError::BeyondRefused { host, status, who })
+            Err(ConnectError::DoubleHboneRefused { host, status, who })
         }
         Answer::Silent => Err(ConnectError::Silent { peer, after }),
         Answer::Unanswered(source) => Err(ConnectError::Unanswered { peer, source }),

@@ -1,10 +1,10 @@
-//! The inbound connections that are open, judged again whenever the mesh changes.
+//! The inbound connections that are open, authorized again whenever the mesh changes.
 //!
 //! A connection is registered before its own first check, and that check uses a snapshot taken after. So no
 //! change falls between the two: either the check sees it, or the watch does.
 //!
 //! The mesh changes piece by piece. A decision that only hangs on a piece that has not come is put off: a new
-//! connection waits, and is refused at the end of its patience; an open one stays, and is cut at the end of it. How
+//! connection waits, and is refused at the end of its patience; an open one stays, and is closed at the end of it. How
 //! long that is says [`ztunnel_mesh::store::gap`].
 
 use std::collections::HashMap;
@@ -30,10 +30,10 @@ use ztunnel_mesh::store::gap::OPEN_WITHIN;
 use ztunnel_mesh::store::gap::SETTLED_WITHIN;
 use ztunnel_mesh::store::index::Mesh;
 
-pub use crate::proxy::live::facts::Facts;
-use crate::proxy::live::settling::Settling;
-use crate::proxy::live::settling::Verdict;
-use crate::proxy::live::settling::judge;
+pub use crate::proxy::reauthorization::facts::Facts;
+use crate::proxy::reauthorization::settling::Settling;
+use crate::proxy::reauthorization::settling::Verdict;
+use crate::proxy::reauthorization::settling::verdict;
 
 mod facts;
 mod settling;
@@ -41,7 +41,7 @@ mod settling;
 #[cfg(test)]
 mod tests;
 
-/// Connections judged before others get a turn on the thread.
+/// Connections authorized before others get a turn on the thread.
 const BATCH: usize = 256;
 
 /// A new connection, decided.
@@ -88,7 +88,7 @@ fn tell_trial(admission: &Admission, facts: &Facts) {
 
 /// The connection was permitted and no longer is.
 #[derive(Debug, thiserror::Error)]
-pub enum Cut {
+pub enum Closed {
     /// By a policy.
     #[error("connection closed due to policy change")]
     Policy(#[source] Denial),
@@ -103,7 +103,7 @@ pub struct TunnelId(u64);
 
 /// The open inbound connections of one thread.
 #[derive(Debug, Clone)]
-pub struct Live {
+pub struct Reauthorization {
     entries: Arc<Mutex<Entries>>,
     /// The last version of the mesh of which all parts had come. Written by [`Self::watch`].
     settled: Arc<watch::Sender<Arc<Mesh>>>,
@@ -122,7 +122,7 @@ struct Entry {
     facts: Facts,
     /// The tunnel it came by.
     tunnel: Option<TunnelId>,
-    cut: oneshot::Sender<Cut>,
+    closed: oneshot::Sender<Closed>,
 }
 
 /// What a connection is at.
@@ -139,7 +139,7 @@ enum State {
 /// A connection that is not decided, or was not a while ago.
 ///
 /// The patience with it does not begin anew each time it was decided for a moment, or a control plane that flaps would
-/// keep it open for ever: it comes back as slowly as it was used up. So a connection is cut once a policy was missing for
+/// keep it open for ever: it comes back as slowly as it was used up. So a connection is closed once a policy was missing for
 /// [`OPEN_WITHIN`] longer than none was, taken together.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
@@ -178,20 +178,20 @@ impl Entries {
         self.open.remove(&key)
     }
 
-    fn cut(&mut self, key: u64, denial: Denial) {
+    fn close(&mut self, key: u64, denial: Denial) {
         if let Some(entry) = self.forget(key) {
-            let _ended = entry.cut.send(Cut::Policy(denial));
+            let _ended = entry.closed.send(Closed::Policy(denial));
         }
     }
 
-    /// Judges the connection, if it is still open.
-    fn judge(&mut self, key: u64, settled: &Mesh, mesh: &Mesh, now: Instant) {
+    /// Authorizes the connection, if it is still open.
+    fn authorize(&mut self, key: u64, settled: &Mesh, mesh: &Mesh, now: Instant) {
         let Some(entry) = self.open.get(&key) else { return };
         let left = self.pending.get(&key).copied().unwrap_or_else(|| Pending::new(now)).left(now);
-        let state = match judge(settled, mesh, &entry.facts) {
-            Verdict::Denied(denial) => return self.cut(key, denial),
+        let state = match verdict(settled, mesh, &entry.facts) {
+            Verdict::Denied(denial) => return self.close(key, denial),
             Verdict::Missing(missing) if left.is_zero() => {
-                return self.cut(key, Denial::UnknownPolicy(missing));
+                return self.close(key, Denial::UnknownPolicy(missing));
             }
             Verdict::Missing(_) => State::Missing,
             Verdict::Unsettled(_) | Verdict::Gone => State::Unsettled,
@@ -210,7 +210,7 @@ impl Entries {
     }
 }
 
-impl Live {
+impl Reauthorization {
     /// No connection is open. `mesh` counts as it is.
     pub fn new(mesh: Arc<Mesh>) -> Self {
         Self { entries: Arc::default(), settled: Arc::new(watch::Sender::new(mesh)) }
@@ -222,12 +222,12 @@ impl Live {
 
     /// Registers a connection. Only then take the snapshot for its first check.
     pub fn register(&self, facts: Facts, tunnel: Option<TunnelId>) -> Registered {
-        let (sender, cut) = oneshot::channel();
+        let (sender, closed) = oneshot::channel();
         let mut entries = self.entries();
         let key = entries.next;
         entries.next += 1;
-        entries.open.insert(key, Entry { facts, tunnel, cut: sender });
-        Registered { live: self.clone(), key, cut }
+        entries.open.insert(key, Entry { facts, tunnel, closed: sender });
+        Registered { all: self.clone(), key, closed }
     }
 
     /// A name for one more tunnel.
@@ -237,13 +237,13 @@ impl Live {
         TunnelId(entries.next)
     }
 
-    /// Cuts every connection that came by a tunnel whose peer's certificate was revoked.
+    /// Closes every connection that came by a tunnel whose peer's certificate was revoked.
     pub fn revoke(&self, tunnel: TunnelId) {
         let mut entries = self.entries();
         let Entries { open, pending, .. } = &mut *entries;
         for (key, entry) in open.extract_if(|_, entry| entry.tunnel == Some(tunnel)) {
             pending.remove(&key);
-            let _ended = entry.cut.send(Cut::Revoked);
+            let _ended = entry.closed.send(Closed::Revoked);
         }
     }
 
@@ -296,7 +296,7 @@ impl Live {
     fn try_admit(&self, mesh: Arc<Mesh>, facts: &Facts) -> Result<Admission, Undecided> {
         let unknown = Undecided { refused: None, is_unsettled: false };
         let Some(workload) = mesh.workload(&facts.workload).cloned() else { return Err(unknown) };
-        let verdict = judge(&self.settled.borrow(), &mesh, facts);
+        let verdict = verdict(&self.settled.borrow(), &mesh, facts);
         let decided = |decided| Admission { mesh, workload, decided };
         match verdict {
             Verdict::Gone => Err(unknown),
@@ -313,7 +313,7 @@ impl Live {
         }
     }
 
-    /// Judges all again after every change of what policies a workload has, and those that are not decided after every
+    /// Authorizes all again after every change of what policies a workload has, and those that are not decided after every
     /// change and at the end of the patience with them. Until nothing can change any more.
     pub(super) async fn watch(&self, mut mesh: MeshReader) {
         let mut settling = Settling::new(Arc::clone(&self.settled.borrow()));
@@ -335,7 +335,7 @@ impl Live {
             for batch in keys.chunks(BATCH) {
                 {
                     let mut entries = self.entries();
-                    batch.iter().for_each(|key| entries.judge(*key, &settled, &newest, now));
+                    batch.iter().for_each(|key| entries.authorize(*key, &settled, &newest, now));
                 }
                 tokio::task::yield_now().await;
             }
@@ -362,18 +362,18 @@ async fn at(time: Option<Instant>) {
 /// A registered connection; no longer one when dropped.
 #[derive(Debug)]
 pub struct Registered {
-    live: Live,
+    all: Reauthorization,
     key: u64,
-    cut: oneshot::Receiver<Cut>,
+    closed: oneshot::Receiver<Closed>,
 }
 
 impl Registered {
-    /// Runs `connection` unless it is cut, which drops it.
-    pub async fn run<T>(&mut self, connection: impl Future<Output = T>) -> Result<T, Cut> {
+    /// Runs `connection` unless it is closed, which drops it.
+    pub async fn run<T>(&mut self, connection: impl Future<Output = T>) -> Result<T, Closed> {
         tokio::select! {
             biased;
             // The sender is dropped only by sending, or by this value's own drop.
-            Ok(cut) = &mut self.cut => Err(cut),
+            Ok(closed) = &mut self.closed => Err(closed),
             done = connection => Ok(done),
         }
     }
@@ -381,6 +381,6 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.live.entries().forget(self.key);
+        self.all.entries().forget(self.key);
     }
 }

@@ -92,14 +92,14 @@ enum Outcome {
     Waiting,
     Refused,
     Open,
-    Cut,
+    Closed,
 }
 
 /// The open connections of a thread, and what feeds them.
 struct Thread {
     writer: MeshWriter,
     reader: MeshReader,
-    live: Live,
+    reauthorization: Reauthorization,
 }
 
 impl Thread {
@@ -107,26 +107,28 @@ impl Thread {
     fn start(state: &State) -> Self {
         let (mut writer, reader) = mesh();
         writer.apply(state.iter().map(|(name, rules)| policy(*name, *rules)).chain([server(named(state))]));
-        let live = Live::new(reader.snapshot());
-        let (watching, mesh) = (live.clone(), reader.clone());
+        let reauthorization = Reauthorization::new(reader.snapshot());
+        let (watching, mesh) = (reauthorization.clone(), reader.clone());
         spawn_local(async move { watching.watch(mesh).await });
-        Self { writer, reader, live }
+        Self { writer, reader, reauthorization }
     }
 
     fn connect(&self, client: usize) -> Rc<RefCell<Outcome>> {
         let outcome = Rc::new(RefCell::new(Outcome::Waiting));
-        let (told, live, mesh) = (Rc::clone(&outcome), self.live.clone(), self.reader.clone());
+        let (told, reauthorization, mesh) =
+            (Rc::clone(&outcome), self.reauthorization.clone(), self.reader.clone());
         spawn_local(async move {
             let facts = facts(client);
-            let mut registered = live.register(facts.clone(), None);
-            let admitted = live.admit(&mesh, &facts).await.is_some_and(|admission| admission.decided.is_ok());
+            let mut registered = reauthorization.register(facts.clone(), None);
+            let admitted =
+                reauthorization.admit(&mesh, &facts).await.is_some_and(|admission| admission.decided.is_ok());
             if !admitted {
                 *told.borrow_mut() = Outcome::Refused;
                 return;
             }
             *told.borrow_mut() = Outcome::Open;
-            let Err(_cut) = registered.run(pending::<()>()).await else { return };
-            *told.borrow_mut() = Outcome::Cut;
+            let Err(_closed) = registered.run(pending::<()>()).await else { return };
+            *told.borrow_mut() = Outcome::Closed;
         });
         outcome
     }
@@ -150,7 +152,7 @@ const ALLOW_ALL: Rules = Rules { scope: Scope::WorkloadSelector, action: Action:
 
 #[test]
 fn a_policy_may_come_after_the_workload_that_names_it() {
-    for (rules, plain) in [(STRICT, Outcome::Cut), (ALLOW_ALL, Outcome::Open)] {
+    for (rules, plain) in [(STRICT, Outcome::Closed), (ALLOW_ALL, Outcome::Open)] {
         run(async {
             let mut thread = Thread::start(&State::new());
             let (open, open_plain) = (thread.connect(0), thread.connect(PLAIN));
@@ -163,7 +165,7 @@ fn a_policy_may_come_after_the_workload_that_names_it() {
             thread.writer.apply([policy(0, rules)]);
             sleep(SETTLED_WITHIN).await;
             assert_eq!((*open.borrow(), *open_plain.borrow()), (Outcome::Open, plain));
-            let refused = if plain == Outcome::Cut { Outcome::Refused } else { plain };
+            let refused = if plain == Outcome::Closed { Outcome::Refused } else { plain };
             assert_eq!((*new.borrow(), *new_plain.borrow()), (Outcome::Open, refused));
         });
     }
@@ -262,15 +264,15 @@ fn a_policy_that_never_comes_is_waited_for_only_so_long() {
         // What else changes meanwhile gives it no more time.
         thread.writer.apply([MeshChange::Workload(Arc::new(Workload::sample("shop", "other")))]);
         sleep(Duration::from_millis(200)).await;
-        assert_eq!(*open.borrow(), Outcome::Cut);
-        assert!(thread.live.is_empty());
+        assert_eq!(*open.borrow(), Outcome::Closed);
+        assert!(thread.reauthorization.is_empty());
     });
 }
 
 /// A policy that comes and goes: it is missing for so long, then for so long it is not, and so on. Says after what time
-/// the open connection was cut, if it was.
-fn cut_while_it_flaps(missing: Duration, there: Duration, back: fn() -> MeshChange) -> Option<Duration> {
-    let mut cut = None;
+/// the open connection was closed, if it was.
+fn closed_while_it_flaps(missing: Duration, there: Duration, back: fn() -> MeshChange) -> Option<Duration> {
+    let mut closed = None;
     run(async {
         let mut thread = Thread::start(&State::from([(0, ALLOW_ALL)]));
         let open = thread.connect(0);
@@ -285,17 +287,17 @@ fn cut_while_it_flaps(missing: Duration, there: Duration, back: fn() -> MeshChan
             }
         };
         let ended = async {
-            while *open.borrow() != Outcome::Cut {
+            while *open.borrow() != Outcome::Closed {
                 sleep(Duration::from_millis(10)).await;
             }
             began.elapsed()
         };
-        cut = tokio::select! {
+        closed = tokio::select! {
             () = flap => None,
             after = ended => Some(after),
         };
     });
-    cut
+    closed
 }
 
 #[test]
@@ -315,19 +317,21 @@ fn a_policy_that_flaps_keeps_nobody_for_ever() {
         (2.0, 3.0, comes, None),
         (0.1, 5.0, comes, None),
     ] {
-        let cut = cut_while_it_flaps(seconds(missing), seconds(there), back);
-        match (within, cut) {
+        let closed = closed_while_it_flaps(seconds(missing), seconds(there), back);
+        match (within, closed) {
             (None, None) => {}
-            (Some(within), Some(cut)) => {
-                assert!((OPEN_WITHIN..=seconds(within)).contains(&cut), "{missing} {there}: {cut:?}");
+            (Some(within), Some(closed)) => {
+                assert!((OPEN_WITHIN..=seconds(within)).contains(&closed), "{missing} {there}: {closed:?}");
             }
-            (within, cut) => panic!("{missing} {there}: cut after {cut:?}, expected after {within:?}"),
+            (within, closed) => {
+                panic!("{missing} {there}: closed after {closed:?}, expected after {within:?}")
+            }
         }
     }
 }
 
 #[test]
-fn a_workload_that_goes_and_comes_is_judged_when_it_comes() {
+fn a_workload_that_goes_and_comes_is_authorized_when_it_comes() {
     run(async {
         let mut thread = Thread::start(&State::new());
         let (open, plain) = (thread.connect(0), thread.connect(PLAIN));
@@ -346,7 +350,7 @@ fn a_workload_that_goes_and_comes_is_judged_when_it_comes() {
         sleep(SETTLED_WITHIN).await;
         assert_eq!(
             (*open.borrow(), *plain.borrow(), *new.borrow()),
-            (Outcome::Open, Outcome::Cut, Outcome::Open)
+            (Outcome::Open, Outcome::Closed, Outcome::Open)
         );
     });
 }
@@ -362,7 +366,7 @@ fn what_is_made_as_a_whole_counts_at_once() {
         thread.writer.publish(whole);
         let new = thread.connect(PLAIN);
         moment().await;
-        assert_eq!((*open.borrow(), *new.borrow()), (Outcome::Cut, Outcome::Refused));
+        assert_eq!((*open.borrow(), *new.borrow()), (Outcome::Closed, Outcome::Refused));
     });
 }
 
@@ -454,8 +458,8 @@ proptest! {
                 let right = match (lets_in_before(client), lets_in(&to, client), &*when) {
                     (_, false, "in the end") | (false, false, _) => outcome == Outcome::Refused,
                     (_, true, "in the end") | (true, true, _) => outcome == Outcome::Open,
-                    (true, false, "before") => outcome == Outcome::Cut,
-                    (true, false, _) => matches!(outcome, Outcome::Cut | Outcome::Refused),
+                    (true, false, "before") => outcome == Outcome::Closed,
+                    (true, false, _) => matches!(outcome, Outcome::Closed | Outcome::Refused),
                     (false, true, "before") if !lacks => outcome == Outcome::Refused,
                     (false, true, _) => matches!(outcome, Outcome::Open | Outcome::Refused),
                 };

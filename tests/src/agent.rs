@@ -130,17 +130,16 @@ impl Connection {
     /// Adds a pod, which must be acknowledged. A daemon that is slower than an agent waits says so, and is asked again,
     /// as istio-cni does.
     pub fn add(&self, pod: &Pod, netns: &File) -> Result<()> {
-        eventually(PATIENCE, || {
-            let error = self.exchange(&encode(add(pod)), &[netns.as_fd()])?;
-            if error.contains("; that goes on") {
-                bail!("{error}");
+        let answer = eventually(PATIENCE, || {
+            match self.exchange(&encode(add(pod)), &[netns.as_fd()]) {
+                Ok(error) if error.contains("; that goes on") => bail!("{error}"),
+                // One that is gone is not waited for: others wait behind it.
+                answer => Ok(answer),
             }
-            Ok(error)
-        })
-        .and_then(|error| match error.is_empty() {
-            true => Ok(()),
-            false => bail!("adding {}: {error}", pod.name),
-        })
+        });
+        let error = answer??;
+        ensure!(error.is_empty(), "adding {}: {error}", pod.name);
+        Ok(())
     }
 
     /// A request that must be acknowledged without an error.

@@ -1,7 +1,8 @@
 //! The command line's view of a running daemon: asks its admin port, and prints tables or JSON.
 //!
 //! What is read is the dump that `istioctl ztunnel-config` reads, and the tables have its columns, so that what one knows
-//! of one holds for the other. Keys that are missing or unknown do no harm: a dump may be another release's.
+//! of one holds for the other. Keys that are missing (names aside) or
+//! unknown do no harm: a dump may be another release's.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -13,7 +14,8 @@ mod process;
 mod render;
 
 use client::ClientError;
-use dump::{Dump, Filter};
+use dump::Filter;
+use ztunnel_mesh::dump::Dump;
 
 /// What of a daemon is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,11 +109,11 @@ pub fn show(query: &Query, now: time::UtcDateTime, out: &mut impl Write) -> Resu
         Source::Daemon(address) => client::get(*address, "/config_dump")?,
         Source::File(path) => std::fs::read(path).map_err(|error| Error::File(path.clone(), error))?,
     };
-    let dump: Dump = serde_json::from_slice(&bytes).map_err(Error::Dump)?;
+    let dump: Dump<'_> = serde_json::from_slice(&bytes).map_err(Error::Dump)?;
     if let Some(name) = &query.filter.name
-        && !dump.has(query.what, &query.filter)
+        && !dump::has(&dump, query.what, &query.filter)
     {
-        let near = dump.near(query.what, name);
+        let near = dump::near(&dump, query.what, name);
         return Err(Error::NoSuch { what: query.what.noun(), name: name.clone(), near });
     }
     if query.json {

@@ -20,8 +20,8 @@ use ztunnel::config::raw::Output;
 use ztunnel::config::raw::Part;
 use ztunnel::config::raw::Show;
 use ztunnel::config::resolved;
+use ztunnel_mesh::dump::Setting;
 use ztunnel_node::admin::profile::heap::allocator::Sampled;
-use ztunnel_node::api::Setting;
 use ztunnel_objects::file::Place;
 
 #[global_allocator]

@@ -6,6 +6,7 @@
 //! | `source` | what a source of pods says, and when what it takes away is believed | model |
 //! | `store` | single writer of the mesh, snapshots for readers, questions for what it does not have | model |
 //! | `policy` | pure: policies + verified facts → `Permit` or `Denial` | model |
+//! | `dump` | the mesh as tools and people read and write it: the schema of `config_dump` | model, store |
 //! | `route` | pure: snapshot + source + original destination → `Plan` | model, store |
 //!
 //! # Invariants
@@ -17,6 +18,7 @@
 //!
 //! Read [`store::index`] first, then [`route::plan`] and [`policy::authorize`].
 
+pub mod dump;
 pub mod model;
 pub mod policy;
 pub mod route;

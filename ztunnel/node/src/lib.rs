@@ -29,8 +29,7 @@
 //! | `hbone` | CONNECT tunnels over HTTP/2: encode, accept, dial, reuse | net |
 //! | `dns` | names: answers for the mesh's from the snapshot, forwards the rest | net, telemetry |
 //! | `proxy` | one connection from accept to last byte | identity, hbone, net, telemetry |
-//! | `api` | serialisable views for humans and tools; nothing else derives `Serialize` | |
-//! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | telemetry, identity, proxy, api, *proto* |
+//! | `admin` | HTTP: metrics, readiness, dumps, the log's levels, profiles | telemetry, identity, proxy, *proto* |
 //! | `fuzzing` | what fuzz targets call that is private; only with the feature of that name | enrol, xds, *proto* |
 //!
 //! `cargo xtask tidy` compares the imports with this table: what it does not allow, and what it allows for nobody.
@@ -46,11 +45,10 @@
 //! * Nothing the data-plane threads run waits for the control runtime, except bounded waits for a first
 //!   certificate, for a pod that its node agent knows before the mesh does, and, if the mesh is on demand, for what it
 //!   does not have.
-//! * Nothing but `api` views is serialised: dumps do not freeze the model.
+//! * Nothing but the schema of dumps ([`ztunnel_mesh::dump`]) is serialised: what tools read does not freeze the model.
 //! * A panic does not poison a lock: each change under one is one step, so what is there is whole.
 
 pub mod admin;
-pub mod api;
 pub mod capture;
 pub mod dns;
 pub mod enrol;

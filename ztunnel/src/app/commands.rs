@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 
-use ztunnel_node::api::Setting;
+use ztunnel_mesh::dump::Setting;
 use ztunnel_node::capture;
 use ztunnel_node::identity::kept;
 use ztunnel_objects::diagnostic::Diagnostic;

@@ -1,9 +1,9 @@
 //! The parts of a dump that are shown.
 
-use std::collections::BTreeMap;
-
-use serde::Deserialize;
 use serde_json::Value;
+use ztunnel_mesh::dump::Dump;
+use ztunnel_mesh::dump::Workload;
+use ztunnel_mesh::dump::WorkloadState;
 
 use super::What;
 
@@ -18,186 +18,44 @@ pub struct Filter {
     pub node: Option<String>,
 }
 
-/// What a daemon knows.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Dump {
-    /// The mesh.
-    pub workloads: Vec<Workload>,
-    /// Its services.
-    pub services: Vec<Service>,
-    /// Its policies.
-    pub policies: Vec<Policy>,
-    /// What it has besides and could not be understood.
-    pub refused_resources: Vec<Rejected>,
-    /// What this node shows to others.
-    pub certificates: Vec<Certificates>,
-    /// This node's pods by their uids.
-    pub workload_state: BTreeMap<String, State>,
-    /// What sources of pods and mesh said last, where that is not in force.
-    pub refused: Vec<Refused>,
-}
-
-/// What is not in force.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Refused {
-    pub(super) said: String,
-}
-
 /// How many names are told to who asked for another one.
 const NEAR_MAX: usize = 5;
 
-impl Dump {
-    /// Whether there is anything that is shown by `filter`. A pod need not have connections.
-    pub(super) fn has(&self, what: What, filter: &Filter) -> bool {
-        let all = what == What::All;
-        let pod = |state: &State| {
-            let info = state.info.as_ref();
-            info.is_some_and(|info| filter.named(&info.name, &info.namespace))
-        };
-        let placed = |workload: &Workload| filter.placed(&workload.name, &workload.namespace, &workload.node);
-        ((all || matches!(what, What::Workload | What::Connections)) && self.workloads.iter().any(placed))
-            || ((all || what == What::Service)
-                && self.services.iter().any(|service| filter.named(&service.name, &service.namespace)))
-            || ((all || what == What::Policy)
-                && self.policies.iter().any(|policy| filter.named(&policy.name, &policy.namespace)))
-            || ((all || what == What::Certificate)
-                && self.certificates.iter().any(|held| filter.identity(&held.identity)))
-            || ((all || what == What::Connections) && self.workload_state.values().any(pod))
-    }
-
-    /// Some names that there are, those first that have most of `name`'s beginning.
-    pub(super) fn near(&self, what: What, name: &str) -> Vec<String> {
-        let mut names: Vec<&str> = match what {
-            What::All | What::Workload => self.workloads.iter().map(|workload| &*workload.name).collect(),
-            What::Service => self.services.iter().map(|service| &*service.name).collect(),
-            What::Policy => self.policies.iter().map(|policy| &*policy.name).collect(),
-            What::Certificate => self.certificates.iter().map(|held| &*held.identity).collect(),
-            What::Connections => {
-                let infos = self.workload_state.values().filter_map(|state| state.info.as_ref());
-                infos.map(|info| &*info.name).collect()
-            }
-        };
-        names.sort_unstable();
-        names.dedup();
-        let common = |other: &str| name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-        names.sort_by_key(|other| std::cmp::Reverse(common(other)));
-        names.into_iter().take(NEAR_MAX).map(str::to_owned).collect()
-    }
+/// Whether there is anything that is shown by `filter`. A pod need not have connections.
+pub(super) fn has(dump: &Dump<'_>, what: What, filter: &Filter) -> bool {
+    let all = what == What::All;
+    let pod = |state: &WorkloadState| {
+        let info = state.info.as_ref();
+        info.is_some_and(|info| filter.named(&info.name, &info.namespace))
+    };
+    let placed = |workload: &Workload<'_>| filter.placed(&workload.name, &workload.namespace, &workload.node);
+    ((all || matches!(what, What::Workload | What::Connections)) && dump.workloads.read().iter().any(placed))
+        || ((all || what == What::Service)
+            && dump.services.read().iter().any(|service| filter.named(&service.name, &service.namespace)))
+        || ((all || what == What::Policy)
+            && dump.policies.read().iter().any(|policy| filter.named(&policy.name, &policy.namespace)))
+        || ((all || what == What::Certificate)
+            && dump.certificates.iter().any(|held| filter.identity(&held.identity)))
+        || ((all || what == What::Connections) && dump.workload_state.values().any(pod))
 }
 
-/// A workload.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Workload {
-    pub(super) uid: String,
-    pub(super) name: String,
-    pub(super) namespace: String,
-    pub(super) workload_ips: Vec<String>,
-    pub(super) hostname: String,
-    pub(super) node: String,
-    pub(super) waypoint: Option<Waypoint>,
-    pub(super) protocol: String,
-    pub(super) status: String,
-}
-
-/// A workload or service that is not dialled, as nobody knows how.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Rejected {
-    pub(super) name: String,
-    pub(super) addresses: Vec<String>,
-    pub(super) reason: String,
-}
-
-/// Where a waypoint is.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Waypoint {
-    pub(super) destination: String,
-}
-
-/// A service.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Service {
-    pub(super) name: String,
-    pub(super) namespace: String,
-    pub(super) hostname: String,
-    pub(super) vips: Vec<String>,
-    pub(super) waypoint: Option<Waypoint>,
-    pub(super) endpoints: BTreeMap<String, Endpoint>,
-}
-
-/// A workload behind a service.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Endpoint {
-    pub(super) workload_uid: String,
-}
-
-/// A policy.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Policy {
-    pub(super) name: String,
-    pub(super) namespace: String,
-    pub(super) scope: String,
-    pub(super) action: String,
-}
-
-/// The certificates of an identity.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Certificates {
-    pub(super) identity: String,
-    pub(super) state: String,
-    pub(super) cert_chain: Vec<Certificate>,
-    pub(super) root_certs: Vec<Certificate>,
-}
-
-/// One certificate.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Certificate {
-    pub(super) serial_number: String,
-    pub(super) valid_from: String,
-    pub(super) expiration_time: String,
-}
-
-/// A pod of the node.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct State {
-    pub(super) connections: Connections,
-    pub(super) info: Option<Info>,
-}
-
-/// Which workload a pod is.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Info {
-    pub(super) name: String,
-    pub(super) namespace: String,
-}
-
-/// A pod's open connections.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default)]
-pub struct Connections {
-    pub(super) inbound: Vec<Connection>,
-    pub(super) outbound: Vec<Connection>,
-}
-
-/// An open connection.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Connection {
-    pub(super) src: String,
-    pub(super) original_dst: Option<String>,
-    pub(super) actual_dst: String,
-    pub(super) protocol: String,
+/// Some names that there are, those first that have most of `name`'s beginning.
+pub(super) fn near(dump: &Dump<'_>, what: What, name: &str) -> Vec<String> {
+    let mut names: Vec<&str> = match what {
+        What::All | What::Workload => dump.workloads.read().iter().map(|workload| &*workload.name).collect(),
+        What::Service => dump.services.read().iter().map(|service| &*service.name).collect(),
+        What::Policy => dump.policies.read().iter().map(|policy| &*policy.name).collect(),
+        What::Certificate => dump.certificates.iter().map(|held| &*held.identity).collect(),
+        What::Connections => {
+            let infos = dump.workload_state.values().filter_map(|state| state.info.as_ref());
+            infos.map(|info| &*info.name).collect()
+        }
+    };
+    names.sort_unstable();
+    names.dedup();
+    let common = |other: &str| name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+    names.sort_by_key(|other| std::cmp::Reverse(common(other)));
+    names.into_iter().take(NEAR_MAX).map(str::to_owned).collect()
 }
 
 impl Filter {

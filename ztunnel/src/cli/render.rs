@@ -5,22 +5,24 @@ use std::net::SocketAddr;
 
 use time::UtcDateTime;
 use time::format_description::well_known::Rfc3339;
+use ztunnel_mesh::dump::Certificate;
+use ztunnel_mesh::dump::Certificates;
+use ztunnel_mesh::dump::Connection;
+use ztunnel_mesh::dump::Dump;
+use ztunnel_mesh::dump::Gateway;
+use ztunnel_mesh::dump::RefusedResource;
+use ztunnel_mesh::dump::Service;
+use ztunnel_mesh::dump::Workload;
 
 use super::Query;
 use super::What;
-use super::dump::Certificate;
-use super::dump::Certificates;
-use super::dump::Connection;
-use super::dump::Dump;
 use super::dump::Filter;
-use super::dump::Service;
-use super::dump::Waypoint;
 
 /// Between two columns.
 const GAP: usize = 3;
 
 /// The tables that `query` asks for.
-pub(super) fn tables(dump: &Dump, query: &Query, now: UtcDateTime) -> String {
+pub(super) fn tables(dump: &Dump<'_>, query: &Query, now: UtcDateTime) -> String {
     let parts = [
         (What::Workload, workloads(dump, &query.filter)),
         (What::Service, services(dump, &query.filter)),
@@ -70,23 +72,23 @@ impl<const N: usize> Text for Table<N> {
     }
 }
 
-fn workloads(dump: &Dump, filter: &Filter) -> Box<dyn Text> {
-    let mut shown: Vec<_> = dump.workloads.iter().collect();
+fn workloads(dump: &Dump<'_>, filter: &Filter) -> Box<dyn Text> {
+    let mut shown: Vec<_> = dump.workloads.read().iter().collect();
     shown.retain(|workload| filter.placed(&workload.name, &workload.namespace, &workload.node));
     shown.sort_by_key(|workload| (&workload.namespace, &workload.name));
     let names = waypoints(dump);
-    let row = |workload: &super::dump::Workload| {
+    let row = |workload: &Workload<'_>| {
         let address = match workload.workload_ips.is_empty() {
-            true => workload.hostname.clone(),
+            true => workload.hostname.to_string(),
             false => workload.workload_ips.join(","),
         };
         [
-            workload.namespace.clone(),
-            workload.name.clone(),
+            workload.namespace.to_string(),
+            workload.name.to_string(),
             address,
-            workload.node.clone(),
+            workload.node.to_string(),
             waypoint(&names, workload.waypoint.as_ref()),
-            workload.protocol.clone(),
+            workload.protocol.to_string(),
         ]
     };
     Box::new(Table {
@@ -96,48 +98,49 @@ fn workloads(dump: &Dump, filter: &Filter) -> Box<dyn Text> {
 }
 
 /// What was rejected, and is not dialled. Nothing, as a rule.
-fn rejected(dump: &Dump) -> Option<Box<dyn Text>> {
-    if dump.refused_resources.is_empty() {
+fn rejected(dump: &Dump<'_>) -> Option<Box<dyn Text>> {
+    if dump.refused_resources.read().is_empty() {
         return None;
     }
-    let row = |refused: &super::dump::Rejected| {
+    let row = |refused: &RefusedResource<'_>| {
         let addresses = refused.addresses.iter().map(|address| within(address));
-        [refused.name.clone(), addresses.collect::<Vec<_>>().join(","), refused.reason.clone()]
+        [refused.name.to_string(), addresses.collect::<Vec<_>>().join(","), refused.reason.to_string()]
     };
     Some(Box::new(Table {
         head: ["REFUSED", "ADDRESS", "REASON"],
-        rows: dump.refused_resources.iter().map(row).collect(),
+        rows: dump.refused_resources.read().iter().map(row).collect(),
     }))
 }
 
 /// What a waypoint's destination may be → the name of the service that it is.
-fn waypoints(dump: &Dump) -> HashMap<String, &str> {
+fn waypoints<'a>(dump: &'a Dump<'_>) -> HashMap<String, &'a str> {
     let mut names = HashMap::new();
-    for service in &dump.services {
+    for service in dump.services.read() {
         names.insert(format!("{}/{}", service.namespace, service.hostname), &*service.name);
-        names.extend(service.vips.iter().map(|vip| (vip.clone(), &*service.name)));
+        names.extend(service.vips.iter().map(|vip| (vip.to_string(), &*service.name)));
     }
     names
 }
 
-fn waypoint(names: &HashMap<String, &str>, waypoint: Option<&Waypoint>) -> String {
+fn waypoint(names: &HashMap<String, &str>, waypoint: Option<&Gateway<'_>>) -> String {
     let Some(waypoint) = waypoint else { return "None".to_owned() };
-    names.get(&waypoint.destination).map_or_else(|| "NA".to_owned(), |name| (*name).to_owned())
+    names.get(&*waypoint.destination).map_or_else(|| "NA".to_owned(), |name| (*name).to_owned())
 }
 
-fn services(dump: &Dump, filter: &Filter) -> Box<dyn Text> {
-    let healthy: HashMap<&str, bool> =
-        (dump.workloads.iter()).map(|workload| (&*workload.uid, workload.status == "Healthy")).collect();
-    let mut shown: Vec<_> = dump.services.iter().collect();
+fn services(dump: &Dump<'_>, filter: &Filter) -> Box<dyn Text> {
+    let healthy: HashMap<&str, bool> = (dump.workloads.read().iter())
+        .map(|workload| (&*workload.uid, workload.status == "Healthy"))
+        .collect();
+    let mut shown: Vec<_> = dump.services.read().iter().collect();
     shown.retain(|service| filter.named(&service.name, &service.namespace));
     shown.sort_by_key(|service| (&service.namespace, &service.name));
     let names = waypoints(dump);
-    let row = |service: &Service| {
-        let well =
-            service.endpoints.values().filter(|endpoint| healthy.get(&*endpoint.workload_uid) == Some(&true));
+    let row = |service: &Service<'_>| {
+        let endpoints = service.endpoints.read();
+        let well = endpoints.filter(|(_, endpoint)| healthy.get(&*endpoint.workload_uid) == Some(&true));
         [
-            service.namespace.clone(),
-            service.name.clone(),
+            service.namespace.to_string(),
+            service.name.to_string(),
             service.vips.iter().map(|vip| within(vip)).collect::<Vec<_>>().join(","),
             waypoint(&names, service.waypoint.as_ref()),
             format!("{}/{}", well.count(), service.endpoints.len()),
@@ -154,19 +157,21 @@ fn within(vip: &str) -> &str {
     vip.split_once('/').map_or(vip, |(_network, ip)| ip)
 }
 
-fn policies(dump: &Dump, filter: &Filter) -> Box<dyn Text> {
-    let mut shown: Vec<_> = dump.policies.iter().collect();
+fn policies(dump: &Dump<'_>, filter: &Filter) -> Box<dyn Text> {
+    let mut shown: Vec<_> = dump.policies.read().iter().collect();
     shown.retain(|policy| filter.named(&policy.name, &policy.namespace));
     shown.sort_by_key(|policy| (&policy.namespace, &policy.name));
     Box::new(Table {
         head: ["NAMESPACE", "POLICY NAME", "ACTION", "SCOPE"],
         rows: (shown.into_iter())
-            .map(|policy| [&policy.namespace, &policy.name, &policy.action, &policy.scope].map(String::clone))
+            .map(|policy| {
+                [&policy.namespace, &policy.name, &policy.action, &policy.scope].map(ToString::to_string)
+            })
             .collect(),
     })
 }
 
-fn certificates(dump: &Dump, filter: &Filter, now: UtcDateTime) -> Box<dyn Text> {
+fn certificates(dump: &Dump<'_>, filter: &Filter, now: UtcDateTime) -> Box<dyn Text> {
     let mut rows = Vec::new();
     for held in dump.certificates.iter().filter(|held| filter.identity(&held.identity)) {
         let mut push = |kind: &str, certificate: &Certificate| {
@@ -241,16 +246,14 @@ fn hexadecimal(decimal: &str) -> String {
     digits.iter().rev().map(|digit| char::from_digit((*digit).into(), 16).unwrap_or('?')).collect()
 }
 
-fn connections(dump: &Dump, filter: &Filter, raw: bool) -> Box<dyn Text> {
+fn connections(dump: &Dump<'_>, filter: &Filter, raw: bool) -> Box<dyn Text> {
     let names = if raw { HashMap::new() } else { addresses(dump) };
-    let name = |address: &str| match address.parse::<SocketAddr>() {
-        Ok(parsed) => match names.get(&parsed.ip().to_canonical().to_string()) {
-            Some(name) => format!("{name}:{}", parsed.port()),
-            None => address.to_owned(),
-        },
-        // A host name already.
-        Err(_) => address.to_owned(),
+    let name = |address: SocketAddr| match names.get(&address.ip().to_canonical().to_string()) {
+        Some(name) => format!("{name}:{}", address.port()),
+        None => address.to_string(),
     };
+    // What is no address is a host name already.
+    let target = |dialled: &str| dialled.parse().map_or_else(|_| dialled.to_owned(), name);
     let mut rows = Vec::new();
     for (uid, state) in &dump.workload_state {
         let pod = match &state.info {
@@ -259,16 +262,16 @@ fn connections(dump: &Dump, filter: &Filter, raw: bool) -> Box<dyn Text> {
             None if *filter != Filter::default() => continue,
             None => uid.clone(),
         };
-        let mut push = |direction: &str, local: &str, remote: &str, connection: &Connection| {
-            let target = connection.original_dst.as_deref().map(name).unwrap_or_default();
-            let protocol = connection.protocol.clone();
+        let mut push = |direction: &str, local: SocketAddr, remote: SocketAddr, connection: &Connection| {
+            let target = connection.original_dst.as_deref().map(target).unwrap_or_default();
+            let protocol = connection.protocol.to_string();
             rows.push([pod.clone(), direction.to_owned(), name(local), name(remote), target, protocol]);
         };
         for connection in &state.connections.inbound {
-            push("Inbound", &connection.actual_dst, &connection.src, connection);
+            push("Inbound", connection.actual_dst, connection.src, connection);
         }
         for connection in &state.connections.outbound {
-            push("Outbound", &connection.src, &connection.actual_dst, connection);
+            push("Outbound", connection.src, connection.actual_dst, connection);
         }
     }
     rows.sort();
@@ -276,14 +279,14 @@ fn connections(dump: &Dump, filter: &Filter, raw: bool) -> Box<dyn Text> {
 }
 
 /// Address → the service's host name, or the pod's name and namespace.
-fn addresses(dump: &Dump) -> HashMap<String, String> {
+fn addresses(dump: &Dump<'_>) -> HashMap<String, String> {
     let mut names = HashMap::new();
-    for workload in &dump.workloads {
+    for workload in dump.workloads.read() {
         let name = format!("{}.{}", workload.name, workload.namespace);
-        names.extend(workload.workload_ips.iter().map(|ip| (ip.clone(), name.clone())));
+        names.extend(workload.workload_ips.iter().map(|ip| (ip.to_string(), name.clone())));
     }
-    for service in &dump.services {
-        names.extend(service.vips.iter().map(|vip| (within(vip).to_owned(), service.hostname.clone())));
+    for service in dump.services.read() {
+        names.extend(service.vips.iter().map(|vip| (within(vip).to_owned(), service.hostname.to_string())));
     }
     names
 }

@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use ztunnel_mesh::dump::Setting;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Named;
-use ztunnel_node::api::Setting;
 use ztunnel_node::capture;
 use ztunnel_node::dns;
 use ztunnel_node::identity::istiod;

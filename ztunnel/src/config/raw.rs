@@ -13,7 +13,7 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 use clap::parser::ValueSource;
-use ztunnel_node::api::Setting;
+use ztunnel_mesh::dump::Setting;
 
 use crate::config::env::memory;
 

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use http::HeaderName;
 use http::HeaderValue;
+use ztunnel_mesh::dump::Setting;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_mesh::model::identity::InvalidSpiffeId;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Named;
-use ztunnel_node::api::Setting;
 use ztunnel_node::capture;
 use ztunnel_node::dns;
 use ztunnel_node::identity::istiod;

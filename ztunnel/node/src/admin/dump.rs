@@ -9,11 +9,9 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde::Serialize;
-use serde::Serializer;
-use serde::ser::SerializeMap;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
+use ztunnel_mesh::dump;
 use ztunnel_mesh::model::workload::Named;
 use ztunnel_mesh::source::pod::Awaited;
 use ztunnel_mesh::source::status::Refused;
@@ -21,7 +19,6 @@ use ztunnel_mesh::source::status::Source;
 use ztunnel_mesh::store::MeshReader;
 use ztunnel_mesh::store::index::Mesh;
 
-use crate::api;
 use crate::identity::worker::Identities;
 use crate::proxy::DataPlane;
 use crate::proxy::listing::Carrier;
@@ -30,7 +27,6 @@ use crate::proxy::listing::Original;
 use crate::telemetry::events::Reporter;
 
 pub mod certificates;
-pub mod model;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -51,36 +47,37 @@ pub struct Sources {
     /// How the sources of pods and mesh stand.
     pub source: Source,
     /// What was configured.
-    pub settings: Arc<[api::Setting]>,
+    pub settings: Arc<[dump::Setting]>,
     /// Which build this is.
-    pub version: api::Version,
+    pub version: dump::Version,
 }
 
 impl Sources {
     /// Writes the document. Waits where `out` does.
     pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         let mesh = self.mesh.snapshot();
-        let document = Document {
-            mesh: &mesh,
-            local: &self.local,
-            pods: self.pods(&mesh),
-            certificates: certificates::certificates(&self.identities.standings()),
+        let document = dump::Dump {
             refused: sources(&self.source),
-            settings: &self.settings,
-            version: &self.version,
+            version: self.version.clone(),
+            certificates: certificates::certificates(&self.identities.standings()),
+            workload_state: self.pods(&mesh),
+            ..settings(dump::Dump::of(&mesh, &self.local), &self.settings)
         };
-        document.write(out)
+        write(&document, out)
     }
 
-    fn pods(&self, mesh: &Mesh) -> BTreeMap<String, api::WorkloadState> {
-        let state =
-            |state, info| api::WorkloadState { state, info, connections: api::Connections::default() };
+    fn pods(&self, mesh: &Mesh) -> BTreeMap<String, dump::WorkloadState> {
+        let state = |state: &'static str, info| dump::WorkloadState {
+            state: state.into(),
+            info,
+            connections: dump::Connections::default(),
+        };
         let mut pods = BTreeMap::new();
         for served in self.data_plane.served() {
             pods.insert(served.uid.to_string(), state("Up", info(mesh, &served.workload)));
         }
         for waiting in self.waiting.borrow().iter() {
-            let info = info(mesh, &waiting.workload).unwrap_or_else(|| api::WorkloadInfo {
+            let info = info(mesh, &waiting.workload).unwrap_or_else(|| dump::WorkloadInfo {
                 name: waiting.name.to_string(),
                 namespace: waiting.namespace.to_string(),
                 service_account: String::new(),
@@ -110,7 +107,7 @@ impl Sources {
 }
 
 /// Whose the pod is; `None` if only the mesh could say, and does not.
-fn info(mesh: &Mesh, named: &Named) -> Option<api::WorkloadInfo> {
+fn info(mesh: &Mesh, named: &Named) -> Option<dump::WorkloadInfo> {
     let (name, namespace, account) = match named {
         Named::Uid(uid) => {
             let workload = mesh.workload(uid)?;
@@ -119,7 +116,7 @@ fn info(mesh: &Mesh, named: &Named) -> Option<api::WorkloadInfo> {
         Named::Pod { name, namespace, service_account, .. } => (name, namespace, &**service_account),
     };
     let (name, namespace) = (name.to_string(), namespace.to_string());
-    Some(api::WorkloadInfo { name, namespace, service_account: account.to_owned() })
+    Some(dump::WorkloadInfo { name, namespace, service_account: account.to_owned() })
 }
 
 fn rfc3339(time: SystemTime) -> String {
@@ -127,10 +124,10 @@ fn rfc3339(time: SystemTime) -> String {
     whole.format(&Rfc3339).unwrap_or_default()
 }
 
-fn sources(source: &Source) -> Vec<api::Refused> {
-    let view = |refused: Refused| api::Refused {
-        what: refused.what,
-        state: refused.trouble.word(),
+fn sources(source: &Source) -> Vec<dump::Refused> {
+    let view = |refused: Refused| dump::Refused {
+        what: refused.what.into(),
+        state: refused.trouble.word().into(),
         since: rfc3339(refused.since),
         said: refused.to_string(),
         reasons: refused.reasons,
@@ -138,8 +135,8 @@ fn sources(source: &Source) -> Vec<api::Refused> {
     source.refusals().into_iter().map(view).collect()
 }
 
-fn view(connection: Connection) -> api::Connection {
-    api::Connection {
+fn view(connection: Connection) -> dump::Connection {
+    dump::Connection {
         src: connection.source,
         original_dst: connection.original.map(|original| match original {
             Original::Address(dst) => dst.0.to_string(),
@@ -150,63 +147,23 @@ fn view(connection: Connection) -> api::Connection {
             Carrier::Tcp => "TCP",
             Carrier::Hbone => "HBONE",
             Carrier::DoubleHbone => "DOUBLEHBONE",
-        },
-    }
-}
-
-/// What is written, gathered.
-struct Document<'a> {
-    mesh: &'a Mesh,
-    local: &'a Mesh,
-    pods: BTreeMap<String, api::WorkloadState>,
-    certificates: Vec<api::Certificates>,
-    refused: Vec<api::Refused>,
-    settings: &'a [api::Setting],
-    version: &'a api::Version,
-}
-
-impl Document<'_> {
-    fn write(&self, mut out: &mut dyn Write) -> io::Result<()> {
-        serde_json::to_writer_pretty(&mut out, self)?;
-        out.write_all(b"\n")
-    }
-}
-
-impl Serialize for Document<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut document = serializer.serialize_map(None)?;
-        document.serialize_entry("workloads", &model::Workloads(self.mesh))?;
-        document.serialize_entry("services", &model::Services(self.mesh))?;
-        document.serialize_entry("policies", &model::Policies(self.mesh))?;
-        document.serialize_entry("stagedServices", &model::Staged(self.mesh))?;
-        // Istio's has no such key: it is there only when there is something to say.
-        if self.mesh.refused().len() > 0 {
-            document.serialize_entry("refusedResources", &model::Refusals(self.mesh))?;
         }
-        document.serialize_entry("staticConfig", &Static(self.local))?;
-        document.serialize_entry("refused", &self.refused)?;
-        document.serialize_entry("version", self.version)?;
-        let config: BTreeMap<_, _> =
-            self.settings.iter().map(|setting| (setting.key(), &setting.value)).collect();
-        document.serialize_entry("config", &config)?;
-        let origins: BTreeMap<_, _> =
-            self.settings.iter().map(|setting| (setting.key(), &setting.origin)).collect();
-        document.serialize_entry("configOrigins", &origins)?;
-        document.serialize_entry("certificates", &self.certificates)?;
-        document.serialize_entry("workloadState", &self.pods)?;
-        document.end()
+        .into(),
     }
 }
 
-/// The mesh that was given by hand.
-struct Static<'a>(&'a Mesh);
-
-impl Serialize for Static<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut given = serializer.serialize_map(Some(3))?;
-        given.serialize_entry("workloads", &model::Workloads(self.0))?;
-        given.serialize_entry("policies", &model::Policies(self.0))?;
-        given.serialize_entry("services", &model::Services(self.0))?;
-        given.end()
+/// With what is configured.
+fn settings<'a>(dump: dump::Dump<'a>, settings: &'a [dump::Setting]) -> dump::Dump<'a> {
+    let value = |setting: &'a dump::Setting| (setting.key(), dump::Text::from(&*setting.value));
+    let origin = |setting: &'a dump::Setting| (setting.key(), dump::Text::from(&*setting.origin));
+    dump::Dump {
+        config: settings.iter().map(value).collect(),
+        config_origins: settings.iter().map(origin).collect(),
+        ..dump
     }
+}
+
+fn write(document: &dump::Dump<'_>, mut out: &mut dyn Write) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut out, document)?;
+    out.write_all(b"\n")
 }

@@ -1,5 +1,13 @@
 use serde_json::Value as Json;
+use ztunnel_mesh::model::policy;
+use ztunnel_mesh::model::policy::StringMatch;
+use ztunnel_mesh::model::service::BalanceScope;
+use ztunnel_mesh::model::service::GatewayDestination;
 use ztunnel_mesh::model::service::HealthPolicy as Health;
+use ztunnel_mesh::model::service::IpFamilies;
+use ztunnel_mesh::model::workload::ApplicationProtocol;
+use ztunnel_mesh::model::workload::Reach;
+use ztunnel_mesh::model::workload::WorkloadKind;
 use ztunnel_mesh::store::index::Mesh;
 
 use super::*;

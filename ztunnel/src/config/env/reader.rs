@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ztunnel_node::api::Setting;
+use ztunnel_mesh::dump::Setting;
 
 use crate::config::env::proxy_config::ProxyConfig;
 

@@ -9,16 +9,16 @@ use time::macros::format_description;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::prelude::X509Certificate;
 use x509_parser::time::ASN1Time;
+use ztunnel_mesh::dump;
 
-use crate::api;
 use crate::identity::worker::Standing;
 
 /// The view of every identity.
-pub fn certificates(standings: &[Standing]) -> Vec<api::Certificates> {
+pub fn certificates(standings: &[Standing]) -> Vec<dump::Certificates> {
     standings.iter().map(view).collect()
 }
 
-fn view(standing: &Standing) -> api::Certificates {
+fn view(standing: &Standing) -> dump::Certificates {
     let (cert_chain, root_certs) = match &standing.credentials {
         Some(held) => (all(held.chain()), all(held.root_certificates())),
         None => (Vec::new(), Vec::new()),
@@ -29,18 +29,18 @@ fn view(standing: &Standing) -> api::Certificates {
         (None, None) => "Initializing".to_owned(),
         (None, Some(error)) => format!("Unavailable: {error}"),
     };
-    api::Certificates { identity: standing.identity.to_string(), state, cert_chain, root_certs }
+    dump::Certificates { identity: standing.identity.to_string(), state, cert_chain, root_certs }
 }
 
-fn all(certificates: &[CertificateDer<'_>]) -> Vec<api::Certificate> {
+fn all(certificates: &[CertificateDer<'_>]) -> Vec<dump::Certificate> {
     certificates.iter().filter_map(|der| certificate(der)).collect()
 }
 
 /// Nothing for what cannot be read: it would not be in use.
-fn certificate(der: &[u8]) -> Option<api::Certificate> {
+fn certificate(der: &[u8]) -> Option<dump::Certificate> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
     let validity = certificate.validity();
-    Some(api::Certificate {
+    Some(dump::Certificate {
         pem: STANDARD.encode(pem(der)),
         serial_number: certificate.serial.to_string(),
         valid_from: instant(validity.not_before),

@@ -160,7 +160,7 @@ pub(crate) fn sample_mesh() -> Mesh {
     Mesh::new(TrustDomain::default(), workloads(), services(), policies())
 }
 
-fn connection(original: Option<Original>, carrier: Carrier) -> api::Connection {
+fn connection(original: Option<Original>, carrier: Carrier) -> dump::Connection {
     view(Connection {
         pod: "p".into(),
         reporter: Reporter::Source,
@@ -171,14 +171,14 @@ fn connection(original: Option<Original>, carrier: Carrier) -> api::Connection {
     })
 }
 
-fn pods() -> BTreeMap<String, api::WorkloadState> {
-    let info = |name: &str| api::WorkloadInfo {
+fn pods() -> BTreeMap<String, dump::WorkloadState> {
+    let info = |name: &str| dump::WorkloadInfo {
         name: name.to_owned(),
         namespace: "shop".to_owned(),
         service_account: "cart".to_owned(),
     };
     let dialled = Original::Address(ztunnel_mesh::model::addr::OriginalDst("10.96.0.1:80".parse().unwrap()));
-    let connections = api::Connections {
+    let connections = dump::Connections {
         inbound: vec![
             connection(None, Carrier::Tcp),
             connection(Some(Original::Host("cart.shop".into())), Carrier::Hbone),
@@ -186,59 +186,60 @@ fn pods() -> BTreeMap<String, api::WorkloadState> {
         outbound: vec![connection(Some(dialled), Carrier::DoubleHbone)],
     };
     BTreeMap::from([
-        ("pod-1".to_owned(), api::WorkloadState { state: "Up", connections, info: Some(info("cart-1")) }),
+        (
+            "pod-1".to_owned(),
+            dump::WorkloadState { state: "Up".into(), connections, info: Some(info("cart-1")) },
+        ),
         (
             "pod-2".to_owned(),
-            api::WorkloadState {
-                state: "Pending",
-                connections: api::Connections::default(),
+            dump::WorkloadState {
+                state: "Pending".into(),
+                connections: dump::Connections::default(),
                 info: Some(info("cart-2")),
             },
         ),
     ])
 }
 
-pub(crate) fn version() -> api::Version {
-    api::Version {
-        version: "1.0.0",
-        git_revision: "unknown",
-        rust_version: "rustc 1.95.0",
-        build_profile: "release",
-        build_status: "unknown",
+pub(crate) fn version() -> dump::Version {
+    dump::Version {
+        version: "1.0.0".into(),
+        git_revision: "unknown".into(),
+        rust_version: "rustc 1.95.0".into(),
+        build_profile: "release".into(),
+        build_status: "unknown".into(),
         istio_version: "1.30.0".to_owned(),
-        crypto_provider: "tls-aws-lc",
+        crypto_provider: "tls-aws-lc".into(),
     }
 }
 
 fn written(mesh: &Mesh) -> String {
-    let certificate = api::Certificate {
+    let certificate = dump::Certificate {
         pem: "LS0tLS1CRUdJTg==".to_owned(),
         serial_number: "4660".to_owned(),
         valid_from: "2026-01-01T00:00:00Z".to_owned(),
         expiration_time: "2026-01-02T00:00:00Z".to_owned(),
     };
-    let setting = |name: &str, value: &str, origin: &str| api::Setting {
+    let setting = |name: &str, value: &str, origin: &str| dump::Setting {
         name: name.to_owned(),
         value: value.to_owned(),
         origin: origin.to_owned(),
     };
     let local = Mesh::new(TrustDomain::default(), workloads().pop(), services().pop(), policies().pop());
-    let document = Document {
-        mesh,
-        local: &local,
-        pods: pods(),
-        certificates: vec![api::Certificates {
+    let settings = [setting("CLUSTER_ID", "c1", "environment"), setting("--drain-deadline", "5s", "default")];
+    let document = dump::Dump {
+        workload_state: pods(),
+        certificates: vec![dump::Certificates {
             identity: "spiffe://cluster.local/ns/shop/sa/cart".to_owned(),
             state: "Available".to_owned(),
             cert_chain: vec![certificate.clone()],
             root_certs: vec![certificate],
         }],
-        refused: Vec::new(),
-        settings: &[setting("CLUSTER_ID", "c1", "environment"), setting("--drain-deadline", "5s", "default")],
-        version: &version(),
+        version: version(),
+        ..super::settings(dump::Dump::of(mesh, &local), &settings)
     };
     let mut out = Vec::new();
-    document.write(&mut out).unwrap();
+    write(&document, &mut out).unwrap();
     String::from_utf8(out).unwrap()
 }
 
@@ -295,7 +296,7 @@ fn a_big_mesh_is_written_in_pieces() {
     });
     let mesh = Mesh::new(TrustDomain::default(), many, [], []);
     let mut pieces = Pieces(0, 0);
-    serde_json::to_writer_pretty(&mut pieces, &model::Workloads(&mesh)).unwrap();
+    serde_json::to_writer_pretty(&mut pieces, &dump::List::<dump::Workload<'_>>::Of(&mesh)).unwrap();
     assert!(pieces.0 > 1_000_000 && pieces.1 < 1_000, "{} bytes, {} at once", pieces.0, pieces.1);
 }
 

@@ -25,7 +25,6 @@ use crate::admin::dump;
 use crate::admin::dump::Sources;
 use crate::admin::profile::heap::tests::TURN;
 use crate::admin::quit;
-use crate::api;
 use crate::identity::worker;
 use crate::net::bypass::Bypass;
 use crate::proxy;
@@ -210,7 +209,7 @@ async fn admin() -> Admin {
         data_plane: Arc::new(data_plane.unwrap()),
         waiting: watch::Sender::new(Arc::default()).subscribe(),
         source: Source::default(),
-        settings: Arc::from([api::Setting {
+        settings: Arc::from([ztunnel_mesh::dump::Setting {
             name: "NODE_NAME".to_owned(),
             value: "n".to_owned(),
             origin: "environment".to_owned(),

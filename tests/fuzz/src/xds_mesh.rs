@@ -92,7 +92,7 @@ fn check(mesh: &Mesh, model: &Model) {
     for (key, service) in &model.services {
         assert_eq!(mesh.service(key), Some(service));
     }
-    assert_eq!(mesh.has_policies_on_trial(), model.policies.values().any(|policy| policy.dry_run));
+    assert_eq!(mesh.has_dry_run_policies(), model.policies.values().any(|policy| policy.dry_run));
     endpoints(mesh, model);
     addresses(mesh, model);
     names(mesh, model);

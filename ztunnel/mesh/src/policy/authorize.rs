@@ -100,9 +100,9 @@ pub fn is_settled(before: Option<&Decision>, now: &Decision) -> bool {
     )
 }
 
-/// What would have become of a connection if the policies on trial had decided, too.
+/// What would have become of a connection if the dry-run policies had decided, too.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trial {
+pub enum DryRun {
     /// It was let in, and would not have been.
     Refused(Denial),
     /// It was refused, and would have been let in, by this allow policy.
@@ -113,7 +113,7 @@ pub enum Trial {
 /// [`Mesh::policies_of`](crate::store::index::Mesh::policies_of) answers for the destination: the policies that the mesh
 /// has, and the first one that it should have and has not.
 ///
-/// A policy on trial (`dry_run`) decides nothing: [`rehearse`] tells what it would have done. Any matching deny policy
+/// A dry-run policy decides nothing: [`dry_run`] tells what it would have done. Any matching deny policy
 /// refuses, whatever is missing. Without allow policies everybody else is let in; with them, those whom one of them
 /// matches.
 pub fn authorize<'a>(
@@ -128,16 +128,16 @@ pub fn authorize<'a>(
     }
 }
 
-/// What the policies on trial among `policies` would have made of `inbound`, which was `let_in` or not; nothing if that
+/// What the dry-run policies among `policies` would have made of `inbound`, which was `let_in` or not; nothing if that
 /// is no difference.
-pub fn rehearse<'a>(
+pub fn dry_run<'a>(
     policies: impl Iterator<Item = &'a Arc<Policy>>,
     inbound: &Inbound<'_>,
     let_in: bool,
-) -> Option<Trial> {
+) -> Option<DryRun> {
     match decide(policies, inbound) {
-        Err(denial) if let_in => Some(Trial::Refused(denial)),
-        Ok(rule) if !let_in => Some(Trial::LetIn(rule.cloned())),
+        Err(denial) if let_in => Some(DryRun::Refused(denial)),
+        Ok(rule) if !let_in => Some(DryRun::LetIn(rule.cloned())),
         _ => None,
     }
 }

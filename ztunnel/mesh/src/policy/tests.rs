@@ -22,12 +22,12 @@ use crate::model::policy::ServiceAccountMatch;
 use crate::model::policy::StringMatch;
 use crate::policy::authorize::Decision;
 use crate::policy::authorize::Denial;
+use crate::policy::authorize::DryRun;
 use crate::policy::authorize::Inbound;
 use crate::policy::authorize::Permit;
-use crate::policy::authorize::Trial;
 use crate::policy::authorize::authorize;
+use crate::policy::authorize::dry_run;
 use crate::policy::authorize::is_settled;
-use crate::policy::authorize::rehearse;
 
 fn policy(name: &str, action: Action, rules: Vec<Rule>) -> Arc<Policy> {
     let key = PolicyKey { namespace: "shop".into(), name: name.into() };
@@ -70,27 +70,27 @@ fn without_policies_everybody_is_let_in() {
 }
 
 #[test]
-fn a_policy_on_trial_decides_nothing_and_what_it_would_have_done_is_known() {
+fn a_dry_run_policy_decides_nothing_and_what_it_would_have_done_is_known() {
     let to = |port| Match { destination_ports: vec![port], ..Match::default() };
-    let on_trial = |policy: Arc<Policy>| Arc::new(Policy { dry_run: true, ..Policy::clone(&policy) });
+    let as_dry_run = |policy: Arc<Policy>| Arc::new(Policy { dry_run: true, ..Policy::clone(&policy) });
     let (allow, other) = (simple("yes", Action::Allow, to(8080)), simple("other", Action::Allow, to(9)));
     let deny = simple("no", Action::Deny, to(8080));
-    let check = |policies: &[Arc<Policy>], let_in: bool, trial: Option<Trial>| {
+    let check = |policies: &[Arc<Policy>], let_in: bool, dry_run_says: Option<DryRun>| {
         assert_eq!(decide(policies, &anonymous()).is_ok(), let_in);
-        assert_eq!(rehearse(policies.iter(), &anonymous(), let_in), trial);
+        assert_eq!(dry_run(policies.iter(), &anonymous(), let_in), dry_run_says);
     };
-    let refused = |policy: &Policy| Some(Trial::Refused(Denial::Denied(policy.key.clone())));
-    check(&[on_trial(Arc::clone(&deny))], true, refused(&deny));
-    check(&[Arc::clone(&allow), on_trial(Arc::clone(&deny))], true, refused(&deny));
-    check(&[on_trial(Arc::clone(&other))], true, Some(Trial::Refused(Denial::NoneAllowed)));
+    let refused = |policy: &Policy| Some(DryRun::Refused(Denial::Denied(policy.key.clone())));
+    check(&[as_dry_run(Arc::clone(&deny))], true, refused(&deny));
+    check(&[Arc::clone(&allow), as_dry_run(Arc::clone(&deny))], true, refused(&deny));
+    check(&[as_dry_run(Arc::clone(&other))], true, Some(DryRun::Refused(Denial::NoneAllowed)));
     check(
-        &[Arc::clone(&other), on_trial(Arc::clone(&allow))],
+        &[Arc::clone(&other), as_dry_run(Arc::clone(&allow))],
         false,
-        Some(Trial::LetIn(Some(allow.key.clone()))),
+        Some(DryRun::LetIn(Some(allow.key.clone()))),
     );
-    check(&[on_trial(Arc::clone(&allow))], true, None);
-    check(&[Arc::clone(&deny), on_trial(Arc::clone(&allow))], false, None);
-    check(&[Arc::clone(&allow), on_trial(other)], true, None);
+    check(&[as_dry_run(Arc::clone(&allow))], true, None);
+    check(&[Arc::clone(&deny), as_dry_run(Arc::clone(&allow))], false, None);
+    check(&[Arc::clone(&allow), as_dry_run(other)], true, None);
 }
 
 #[test]

@@ -57,7 +57,7 @@ pub struct Mesh {
     by_namespace: Map<Arc<str>, Arc<Vec<Arc<Policy>>>>,
     authorization: u64,
     /// Policies that are not enforced.
-    on_trial: usize,
+    dry_runs: usize,
     refusals: Refusals,
     /// Set by the writer.
     pub(super) is_whole: bool,
@@ -224,9 +224,9 @@ impl Mesh {
         PoliciesOf { mesh: self, newer: None, namespaced, named: &workload.policies }
     }
 
-    /// Whether any policy is on trial only.
-    pub fn has_policies_on_trial(&self) -> bool {
-        self.on_trial > 0
+    /// Whether there is any dry-run policy.
+    pub fn has_dry_run_policies(&self) -> bool {
+        self.dry_runs > 0
     }
 
     /// A number that is another one after a change of what any workload's policies are, if it is the same mesh.
@@ -435,7 +435,7 @@ impl Mesh {
         }
         self.remove_policy(&new.key);
         self.authorization += 1;
-        self.on_trial += usize::from(new.dry_run);
+        self.dry_runs += usize::from(new.dry_run);
         match new.scope {
             Scope::Global => Arc::make_mut(&mut self.global).push(Arc::clone(&new)),
             Scope::Namespace => {
@@ -450,7 +450,7 @@ impl Mesh {
     fn remove_policy(&mut self, key: &PolicyKey) {
         let Some(old) = self.policies.remove(key) else { return };
         self.authorization += 1;
-        self.on_trial -= usize::from(old.dry_run);
+        self.dry_runs -= usize::from(old.dry_run);
         match old.scope {
             Scope::Global => Arc::make_mut(&mut self.global).retain(|policy| policy.key != *key),
             Scope::Namespace => {

@@ -225,18 +225,18 @@ fn who_watches_authorization_is_woken_by_nothing_else() {
 }
 
 #[test]
-fn whether_any_policy_is_on_trial_is_known() {
+fn whether_any_policy_is_a_dry_run_is_known() {
     let mut mesh = Mesh::default();
-    let on_trial = |name: &str| Policy { dry_run: true, ..Policy::clone(&policy(name, Scope::Global)) };
+    let as_dry_run = |name: &str| Policy { dry_run: true, ..Policy::clone(&policy(name, Scope::Global)) };
     let mut after = |change| {
         mesh.apply(change);
-        mesh.has_policies_on_trial()
+        mesh.has_dry_run_policies()
     };
     assert!(!after(MeshChange::Policy(policy("a", Scope::Global))));
-    assert!(after(MeshChange::Policy(Arc::new(on_trial("a")))));
-    assert!(after(MeshChange::Policy(Arc::new(on_trial("a")))));
-    assert!(after(MeshChange::Policy(Arc::new(on_trial("b")))));
-    assert!(after(MeshChange::RemovePolicy(on_trial("b").key)));
+    assert!(after(MeshChange::Policy(Arc::new(as_dry_run("a")))));
+    assert!(after(MeshChange::Policy(Arc::new(as_dry_run("a")))));
+    assert!(after(MeshChange::Policy(Arc::new(as_dry_run("b")))));
+    assert!(after(MeshChange::RemovePolicy(as_dry_run("b").key)));
     assert!(!after(MeshChange::Policy(policy("a", Scope::Global))));
 }
 

@@ -21,9 +21,9 @@ use tokio::time::sleep_until;
 use ztunnel_mesh::model::identity::SpiffeId;
 use ztunnel_mesh::model::workload::Workload;
 use ztunnel_mesh::policy::authorize::Denial;
+use ztunnel_mesh::policy::authorize::DryRun;
 use ztunnel_mesh::policy::authorize::Permit;
-use ztunnel_mesh::policy::authorize::Trial;
-use ztunnel_mesh::policy::authorize::rehearse;
+use ztunnel_mesh::policy::authorize::dry_run;
 use ztunnel_mesh::store::MeshReader;
 use ztunnel_mesh::store::gap::NEW_WITHIN;
 use ztunnel_mesh::store::gap::OPEN_WITHIN;
@@ -63,22 +63,22 @@ struct Undecided {
     is_unsettled: bool,
 }
 
-/// Tells if policies on trial would have decided otherwise.
-fn tell_trial(admission: &Admission, facts: &Facts) {
+/// Reports if dry-run policies would have decided otherwise.
+fn report_dry_run(admission: &Admission, facts: &Facts) {
     let Admission { mesh, workload, decided } = admission;
     let policies = mesh.policies_of(workload);
-    if !mesh.has_policies_on_trial() || policies.missing().is_some() {
+    if !mesh.has_dry_run_policies() || policies.missing().is_some() {
         return;
     }
     let (source, destination) = (facts.source, facts.destination);
     let identity = facts.identity.as_ref().map_or("", SpiffeId::as_str);
     let workload = &*facts.workload;
-    match rehearse(policies.known(), &facts.inbound(), decided.is_ok()) {
+    match dry_run(policies.known(), &facts.inbound(), decided.is_ok()) {
         None => {}
-        Some(Trial::Refused(denial)) => {
+        Some(DryRun::Refused(denial)) => {
             tracing::info!(%source, identity, %destination, workload, reason = %denial, "dry run: would be refused");
         }
-        Some(Trial::LetIn(policy)) => {
+        Some(DryRun::LetIn(policy)) => {
             let policy = policy.map(|policy| policy.to_string());
             let policy = policy.as_deref().unwrap_or_default();
             tracing::info!(%source, identity, %destination, workload, policy, "dry run: would be allowed");
@@ -257,14 +257,14 @@ impl Reauthorization {
         self.len() == 0
     }
 
-    /// Decides whether a registered connection may proceed, as soon as that can be decided, and tells if policies on
-    /// trial would have decided otherwise. `None` if the mesh does not know the workload.
+    /// Decides whether a registered connection may proceed, as soon as that can be decided, and reports if
+    /// dry-run policies would have decided otherwise. `None` if the mesh does not know the workload.
     pub async fn admit(&self, mesh: &MeshReader, facts: &Facts) -> Option<Admission> {
         let admission = match self.try_admit(mesh.snapshot(), facts) {
             Ok(admission) => admission,
             Err(_undecided) => self.admit_later(mesh.clone(), facts).await?,
         };
-        tell_trial(&admission, facts);
+        report_dry_run(&admission, facts);
         Some(admission)
     }
 

@@ -603,7 +603,7 @@ fn an_application_binds_the_source_port_of_a_delivery_or_of_a_tunnel() {
     let pod = CapturedPod::new(
         netns,
         vec![testbed.enrolled.v4, testbed.enrolled.v6],
-        testbed.node.vouch(),
+        testbed.node.own_sockets(),
         Keepalive::default(),
         None,
     );
@@ -667,14 +667,14 @@ fn set(socket: &Socket, level: i32, name: i32) {
 }
 
 #[test]
-fn a_socket_the_daemon_vouches_for_leaves_the_pod_and_the_bypass_mark_alone_does_not() {
+fn a_socket_marked_as_the_daemons_own_leaves_the_pod_and_the_bypass_mark_alone_does_not() {
     let testbed = Testbed::new();
     let seen = application(&testbed.plain, 9090);
-    let vouch = testbed.node.vouch();
+    let own_sockets = testbed.node.own_sockets();
     for ip in [testbed.plain.v4, testbed.plain.v6] {
         let stream = testbed.enrolled.ns.enter(|| {
             let socket = Socket::new(Domain::for_address(at(ip, 9090)), Type::STREAM, None).expect("socket");
-            vouch.vouch(socket.as_fd()).expect("vouches");
+            own_sockets.mark_own(socket.as_fd()).expect("marked");
             socket.connect_timeout(&at(ip, 9090).into(), CONNECTED_WITHIN).expect("leaves the pod");
             TcpStream::from(socket)
         });

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  app ─connect─▶ [connect: mark] ─▶ route table 100 ─▶ lo ─▶ [lookup] ─▶ outbound listener
-//!                                                                          │ a socket the daemon vouches for
+//!                                                                          │ a socket of the daemon itself
 //!  eth0 ◀─[guard]──────────────────────────────────────────────────────────┘
 //!  eth0 ─SYN─▶ [lookup] ─▶ HBONE or inbound listener ─dial: client's address, mark REPLY, lo─▶ app
 //! ```
@@ -27,6 +27,7 @@ mod listeners;
 mod maps;
 mod netlink;
 pub mod node;
+mod own_sockets;
 pub mod ownership;
 mod pins;
 mod pod;
@@ -39,7 +40,6 @@ mod shut;
 mod sys;
 mod sysctls;
 pub mod uninstall;
-mod vouch;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
@@ -104,7 +104,7 @@ pub struct Node {
     pins: pins::Pins,
     maps: maps::Maps,
     host: Netns,
-    vouch: Arc<vouch::Vouch>,
+    own_sockets: Arc<own_sockets::OwnSockets>,
     /// Our number; a higher one in the map means another daemon owns the node.
     generation: u64,
     loader: programs::Loader,

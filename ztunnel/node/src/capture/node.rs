@@ -15,10 +15,10 @@ use ztunnel_mesh::model::addr::PodUid;
 
 use super::error::OpenError;
 use super::maps::{Maps, unpack};
+use super::own_sockets::OwnSockets;
 use super::pins::{Pins, gone};
 use super::reconcile::Watch;
 use super::sys::{self, Attach, Ensured, Wanted};
-use super::vouch::Vouch;
 use super::{Config, Node, host, programs};
 use crate::net::bypass::Bypass;
 use crate::net::netns::Netns;
@@ -81,17 +81,17 @@ impl Node {
         let mut loader = programs::Loader::new(&pins);
         let mut object = loader.object(0).map_err(OpenError::Load)?;
         let maps = Maps::open(&pins)?;
-        let vouch = maps
+        let own_sockets = maps
             .sockets
             .try_clone()
-            .map(Vouch)
+            .map(OwnSockets)
             .map_err(|source| OpenError::Map { map: "SOCKETS", source: source.into() })?;
         let mut node = Self {
             config,
             pins,
             maps,
             host,
-            vouch: Arc::new(vouch),
+            own_sockets: Arc::new(own_sockets),
             generation: 0,
             loader,
             renew: false,
@@ -249,8 +249,8 @@ impl Node {
     }
 
     /// For the sockets of the data plane.
-    pub fn vouch(&self) -> Arc<dyn Bypass> {
-        Arc::<Vouch>::clone(&self.vouch)
+    pub fn own_sockets(&self) -> Arc<dyn Bypass> {
+        Arc::<OwnSockets>::clone(&self.own_sockets)
     }
 
     /// Whether pods' processes in the node's own network namespace can be told from the node's: without a cgroup of

@@ -8,10 +8,10 @@ use ztunnel_mesh::model::addr::PodUid;
 
 use super::error::WithdrawError;
 use super::maps::Maps;
+use super::own_sockets::OwnSockets;
 use super::pins::Pins;
 use super::programs::Loader;
 use super::reconcile::Watch;
-use super::vouch::Vouch;
 use super::{Config, Node, host};
 use crate::net::netns::Netns;
 
@@ -66,7 +66,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
     let mut mounted = false;
     if let Ok(maps) = Maps::open(&current) {
         mounted = maps.state.get(&STATE_MOUNTED, 0).is_ok_and(|flag| flag == 1);
-        let vouch = maps.sockets.try_clone().map_err(failed("the pins"))?;
+        let own_sockets = maps.sockets.try_clone().map_err(failed("the pins"))?;
         let own = Netns::open(&config.host_netns).map_err(failed("the probe addresses"))?;
         let mut node = Node {
             config: config.clone(),
@@ -75,7 +75,7 @@ pub fn uninstall(config: &Config) -> Result<Removed, UninstallError> {
             generation: maps.state.get(&STATE_GENERATION, 0).unwrap_or(0) + 1,
             maps,
             host: own,
-            vouch: std::sync::Arc::new(Vouch(vouch)),
+            own_sockets: std::sync::Arc::new(OwnSockets(own_sockets)),
             renew: false,
             links: HashMap::new(),
             watch: Watch::default(),

@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 /// Lets sockets of the daemon out of a pod uncaptured.
 pub trait Bypass: Send + Sync {
     /// Marks `socket` as the daemon's own. Call it before `connect` on every socket that leaves the pod.
-    fn vouch(&self, socket: BorrowedFd<'_>) -> io::Result<()>;
+    fn mark_own(&self, socket: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// Where no program guards the ways out, every socket of the daemon may leave.
@@ -17,7 +17,7 @@ pub trait Bypass: Send + Sync {
 pub struct Unguarded;
 
 impl Bypass for Unguarded {
-    fn vouch(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+    fn mark_own(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
         Ok(())
     }
 }

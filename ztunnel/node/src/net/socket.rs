@@ -291,7 +291,7 @@ impl CapturedPod {
         socket.set_reuse_address(true)?;
         self.keepalive.apply(SockRef::from(&socket))?;
         socket.set_mark(BYPASS)?;
-        self.bypass.vouch(socket.as_fd())?;
+        self.bypass.mark_own(socket.as_fd())?;
         Ok(socket)
     }
 

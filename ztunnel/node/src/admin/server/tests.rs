@@ -172,7 +172,7 @@ async fn metrics_are_compressed_for_who_takes_that() {
 struct NoBypass;
 
 impl Bypass for NoBypass {
-    fn vouch(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+    fn mark_own(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
         Ok(())
     }
 }

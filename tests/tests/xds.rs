@@ -387,7 +387,7 @@ fn on_demand_what_is_not_known_is_asked_for_and_then_there() {
 }
 
 #[test]
-fn on_demand_what_is_not_there_is_let_go_after_a_while() {
+fn on_demand_what_is_not_there_is_unsubscribed_from_after_a_while() {
     test(async {
         let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
         let mut client = Client::start_with(config(&plane), Some(demands(Duration::from_millis(100))));
@@ -404,9 +404,9 @@ fn on_demand_what_is_not_there_is_let_go_after_a_while() {
             assert!(is_accepted(&stream.push(none).await, "n2"));
         });
         assert_eq!(gone, Ok(()));
-        let let_go = stream.request().await.expect("a request");
-        assert_eq!(let_go.resource_names_unsubscribe, ["/10.0.0.9"]);
-        assert!(let_go.resource_names_subscribe.is_empty());
+        let unsubscribing = stream.request().await.expect("a request");
+        assert_eq!(unsubscribing.resource_names_unsubscribe, ["/10.0.0.9"]);
+        assert!(unsubscribing.resource_names_subscribe.is_empty());
     });
 }
 
@@ -416,7 +416,7 @@ fn demands(absent_for: Duration) -> demand::Config {
 }
 
 #[test]
-fn on_demand_what_nobody_uses_is_let_go_and_stays_so_with_the_next_control_plane() {
+fn on_demand_what_nobody_uses_is_unsubscribed_from_and_stays_so_with_the_next_control_plane() {
     test(async {
         let folder = tempfile::tempdir().expect("a folder");
         let mut plane = ControlPlane::start(at(0), KEYS.serving().into()).await;
@@ -450,11 +450,11 @@ fn on_demand_what_nobody_uses_is_let_go_and_stays_so_with_the_next_control_plane
         assert_eq!(found, Ok(()));
         let uses = async {
             loop {
-                demand.used("c//Pod/shop/p3");
+                demand.touch("c//Pod/shop/p3");
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
-        let let_go = async {
+        let unsubscribing = async {
             let request = stream.request().await.expect("a request");
             let mut names = request.resource_names_unsubscribe;
             names.sort_unstable();
@@ -462,7 +462,7 @@ fn on_demand_what_nobody_uses_is_let_go_and_stays_so_with_the_next_control_plane
             names
         };
         let names = tokio::select! {
-            names = let_go => names,
+            names = unsubscribing => names,
             () = uses => unreachable!("it goes on"),
         };
         assert_eq!(names, ["/10.0.0.2", "c//Pod/shop/p2"]);
@@ -484,7 +484,7 @@ fn on_demand_what_nobody_uses_is_let_go_and_stays_so_with_the_next_control_plane
         // All but the node's own goes in the end.
         client.until_workloads(1).await;
         assert!(mesh.snapshot().workload("c//Pod/shop/p1").is_some());
-        assert!(client.metric("ztunnel_xds_let_go_total") >= 3);
+        assert!(client.metric("ztunnel_xds_unsubscribed_total") >= 3);
         drop(stream);
         let (_stream, first) = begin(&mut plane).await;
         let wanted: Vec<_> = first[0].initial_resource_versions.keys().map(String::as_str).collect();

@@ -16,10 +16,10 @@
 //! What expires is unsubscribed from, and asked for anew when it is wanted again. While there is no source nothing
 //! expires: what was not there before is taken not to be there still.
 //!
-//! What is there is let go when nobody used it for long, or when there is too much of it: not subscribed to any more,
-//! and no longer in the mesh. Who uses something says so ([`Demand::used`]), which costs a hash and two relaxed
+//! What is there is unsubscribed from when nobody used it for long, or when there is too much of it, and is no longer in
+//! the mesh then. Who uses something touches it ([`Demand::touch`]), which costs a hash and two relaxed
 //! accesses; what the control plane is told, and when, is the other end's work ([`Demands::unused`],
-//! [`Demands::let_go`]).
+//! [`Demands::unsubscribe`]).
 
 use std::collections::HashMap;
 use std::hash::DefaultHasher;
@@ -72,7 +72,7 @@ pub struct Config {
     /// How long what was found, or came by itself, is kept while nobody uses it: longer than what is used at all pauses
     /// (a job each quarter of an hour, say), as asking again costs a connection the time of an answer.
     pub unused_for: Duration,
-    /// How much of that there may be. Of more, what was not used for longest is let go. What is in use stays, up to
+    /// How much of that there may be. Of more, what was not used for longest is unsubscribed from. What is in use stays, up to
     /// four times as much; beyond that there are no answers.
     pub found_max: usize,
 }
@@ -109,7 +109,7 @@ pub struct Tally {
     known: AtomicU64,
     late: AtomicU64,
     busy: AtomicU64,
-    let_go: AtomicU64,
+    unsubscribed: AtomicU64,
 }
 
 impl Tally {
@@ -124,9 +124,9 @@ impl Tally {
         ]
     }
 
-    /// How much that was there was let go.
-    pub fn let_go(&self) -> u64 {
-        self.let_go.load(Ordering::Relaxed)
+    /// How much that was there was unsubscribed from.
+    pub fn unsubscribed(&self) -> u64 {
+        self.unsubscribed.load(Ordering::Relaxed)
     }
 }
 
@@ -206,7 +206,7 @@ struct Table {
     /// By what the source calls it, what is there.
     there: HashMap<Box<str>, There>,
     /// What the source was told not to send any more, and when.
-    let_go: HashMap<Box<str>, Instant>,
+    unsubscribed: HashMap<Box<str>, Instant>,
     /// There is a source that hears what is said. One that comes is told all.
     connected: bool,
     /// What it is to be told. No longer than there are names.
@@ -275,7 +275,7 @@ impl Table {
     /// Who waits is told by the end of what is replaced.
     fn is_there(&mut self, name: &str, aliases: &[String], (now, epoch): (Instant, Epoch)) {
         // It was sent before the source read that it is not wanted, so it is not sure that changes of it are sent.
-        if self.let_go.remove(name).is_some() && self.connected {
+        if self.unsubscribed.remove(name).is_some() && self.connected {
             self.requests.subscribe.push(Arc::from(name));
         }
         if !self.there.contains_key(name) {
@@ -313,13 +313,13 @@ impl Table {
         asked.iter().any(|asked| **asked == *name)
     }
 
-    fn let_go(&mut self, name: &str, now: Instant) {
+    fn unsubscribe(&mut self, name: &str, now: Instant) {
         let is_said = self.forget_there(name);
         if self.connected {
             if !is_said {
                 self.requests.unsubscribe.push(Arc::from(name));
             }
-            self.let_go.insert(Box::from(name), now);
+            self.unsubscribed.insert(Box::from(name), now);
         }
     }
 
@@ -334,7 +334,7 @@ impl Table {
             .map(|(name, _)| Arc::clone(name))
             .collect();
         expired.iter().for_each(|name| self.forget(name));
-        self.let_go.retain(|_, at| now < *at + LATE);
+        self.unsubscribed.retain(|_, at| now < *at + LATE);
         now + config.absent_for / 4
     }
 }
@@ -399,8 +399,8 @@ impl Demand {
         result
     }
 
-    /// Says that a connection uses this now: the unique name of a workload, or `namespace/hostname` of a service.
-    pub fn used(&self, name: &str) {
+    /// Marks this as used by a connection now: the unique name of a workload, or `namespace/hostname` of a service.
+    pub fn touch(&self, name: &str) {
         self.0.uses.record(name);
     }
 }
@@ -417,7 +417,7 @@ impl Demands {
         let mut table = self.shared.lock();
         table.connected = true;
         table.requests = Requests::default();
-        table.let_go = HashMap::new();
+        table.unsubscribed = HashMap::new();
         let wanted = table.entries.iter().filter(|(_, entry)| !matches!(entry, Entry::Found { .. }));
         wanted.map(|(name, _)| Arc::clone(name)).collect()
     }
@@ -427,7 +427,7 @@ impl Demands {
         let mut table = self.shared.lock();
         table.connected = false;
         table.requests = Requests::default();
-        table.let_go = HashMap::new();
+        table.unsubscribed = HashMap::new();
     }
 
     /// Waits for something to be said to the source. Nothing is lost if the wait is given up.
@@ -474,12 +474,12 @@ impl Demands {
         self.in_vain = false;
     }
 
-    /// Whether there is so much that some should be let go now.
+    /// Whether there is so much that some should be unsubscribed from now.
     pub fn is_crowded(&self) -> bool {
         !self.in_vain && self.shared.lock().there.len() > self.shared.config.found_max
     }
 
-    /// What is to be let go, services before their endpoints. Never what belongs to `node`, nor what came or was used
+    /// What is to be unsubscribed from, services before their endpoints. Never what belongs to `node`, nor what came or was used
     /// in the last epoch: somebody may be about to decide by it.
     pub fn unused(&mut self, mesh: &Mesh, node: &str) -> Vec<Box<str>> {
         let Shared { config, uses, .. } = &*self.shared;
@@ -493,13 +493,13 @@ impl Demands {
         unused
     }
 
-    /// Lets go of these: they are unsubscribed from by all names they were asked for. To be called before the mesh has
+    /// Unsubscribes from these, by all names they were asked for. To be called before the mesh has
     /// them no more, so that who misses them then asks anew.
-    pub fn let_go(&self, names: &[Box<str>]) {
+    pub fn unsubscribe(&self, names: &[Box<str>]) {
         let now = Instant::now();
         let mut table = self.shared.lock();
-        names.iter().for_each(|name| table.let_go(name, now));
-        self.shared.tally.let_go.fetch_add(names.len() as u64, Ordering::Relaxed);
+        names.iter().for_each(|name| table.unsubscribe(name, now));
+        self.shared.tally.unsubscribed.fetch_add(names.len() as u64, Ordering::Relaxed);
         self.shared.wake.notify_one();
     }
 }

@@ -272,7 +272,7 @@ impl Attempt {
         let began = Instant::now();
         // What is told of it afterwards is what it says of itself.
         if let Some(demand) = self.shard.mesh.demand() {
-            demand.used(&destination.uid);
+            demand.touch(&destination.uid);
         }
         let mut parties = Parties {
             destination: Some(destination),
@@ -412,7 +412,7 @@ async fn resolve(
     }
     // The plan speaks of the waypoint in front of it, if it has one.
     if let Some(dialled) = mesh.snapshot().workload_at(&source.network, dst.0.ip().to_canonical()) {
-        demand.used(&dialled.uid);
+        demand.touch(&dialled.uid);
     }
     planned
 }

@@ -102,8 +102,8 @@ impl Shard {
     ) -> ConnectionReport {
         if let Some(demand) = self.mesh.demand() {
             let Parties { source, destination, service, .. } = &parties;
-            [source, destination].into_iter().flatten().for_each(|workload| demand.used(&workload.uid));
-            service.iter().for_each(|service| demand.used(service.key.as_str()));
+            [source, destination].into_iter().flatten().for_each(|workload| demand.touch(&workload.uid));
+            service.iter().for_each(|service| demand.touch(service.key.as_str()));
         }
         let listed = self.listing.enter(Connection {
             pod: pod.uid.clone(),

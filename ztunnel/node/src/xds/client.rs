@@ -194,9 +194,9 @@ impl Source for Shown {
                 "Questions for what the mesh did not know.",
                 &samples,
             )?;
-            let sample = Sample { labels: &[], value: tally.let_go() };
+            let sample = Sample { labels: &[], value: tally.unsubscribed() };
             let help = "Workloads and services that nobody used, and that are not subscribed to any more.";
-            families.counter("ztunnel_xds_let_go", help, &[sample])?;
+            families.counter("ztunnel_xds_unsubscribed", help, &[sample])?;
         }
         let stale_since = self.status.borrow().stale_since;
         let value = stale_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
@@ -461,7 +461,7 @@ impl Client {
                 message = stream.message() => message,
                 () = at(epoch_ends) => {
                     self.demands.as_mut().into_iter().for_each(Demands::next_epoch);
-                    self.let_go().await;
+                    self.unsubscribe_unused().await;
                     continue;
                 }
                 () = tokio::time::sleep_until(until), if *responses == 0 => {
@@ -484,7 +484,7 @@ impl Client {
                 return Err(Interrupted::Complete);
             }
             if self.demands.as_ref().is_some_and(Demands::is_crowded) {
-                self.let_go().await;
+                self.unsubscribe_unused().await;
             }
         }
     }
@@ -498,18 +498,18 @@ impl Client {
         no_longer.chain(newly).collect()
     }
 
-    /// Lets go of what nobody uses any more. Nothing if it is not known which node this is: what its pods are judged by
+    /// Unsubscribes from what nobody uses any more. Nothing if it is not known which node this is: what its pods are judged by
     /// could not be told from the rest.
-    async fn let_go(&mut self) {
+    async fn unsubscribe_unused(&mut self) {
         let node = &self.config.identity.node;
         let Some(demands) = self.demands.as_mut().filter(|_| !node.is_empty()) else { return };
         let unused = demands.unused(self.writer.mesh(), node);
         if unused.is_empty() {
             return;
         }
-        demands.let_go(&unused);
+        demands.unsubscribe(&unused);
         for slice in unused.chunks(SLICE) {
-            let (changes, gone) = self.session.let_go(slice);
+            let (changes, gone) = self.session.unsubscribe(slice);
             self.writer.draft(changes);
             if let Some(cache) = &self.cache {
                 cache.note(Kind::Address, gone);

@@ -161,7 +161,7 @@ impl Session {
 
     /// Forgets these workloads and services, which are not wanted any more: the changes of the mesh, and what became of
     /// them if that is kept.
-    pub fn let_go(&mut self, names: &[Box<str>]) -> (Vec<MeshChange>, Vec<Accepted>) {
+    pub fn unsubscribe(&mut self, names: &[Box<str>]) -> (Vec<MeshChange>, Vec<Accepted>) {
         let held = &mut self.held[Kind::Address as usize];
         let refused = &mut self.refused;
         // Both are to be forgotten, and it is in one.

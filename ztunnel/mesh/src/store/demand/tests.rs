@@ -174,19 +174,19 @@ impl Plane {
         self.demands.is_there(&name, &[]);
     }
 
-    fn let_go(&mut self) -> Vec<String> {
+    fn unsubscribe_unused(&mut self) -> Vec<String> {
         let unused = self.demands.unused(self.writer.mesh(), "own");
-        self.demands.let_go(&unused);
+        self.demands.unsubscribe(&unused);
         self.writer.apply(unused.iter().map(|name| MeshChange::RemoveAddress(Arc::from(&**name))));
         unused.iter().map(|name| name.to_string()).collect()
     }
 
-    /// Time goes on by so many epochs. Gives what was let go, in order.
+    /// Time goes on by so many epochs. Gives what was unsubscribed from, in order.
     fn pass(&mut self, epochs: u32) -> Vec<String> {
         let mut gone = Vec::new();
         for _ in 0..epochs {
             self.demands.next_epoch();
-            gone.extend(self.let_go());
+            gone.extend(self.unsubscribe_unused());
         }
         gone
     }
@@ -210,7 +210,7 @@ fn behind(waypoint: &str, workload: Workload) -> Workload {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_nobody_uses_is_let_go_and_asked_for_anew() {
+async fn what_nobody_uses_is_unsubscribed_from_and_asked_for_anew() {
     let mut plane = Plane::new(SHORT);
     for name in ["a", "b"] {
         plane.find(&format!("n/{name}"), pod(name, &[]));
@@ -220,7 +220,7 @@ async fn what_nobody_uses_is_let_go_and_asked_for_anew() {
     plane.comes(MeshChange::Workload(Arc::new(Workload { node: Arc::from("own"), ..pod("own", &[]) })));
     next(&mut plane.demands);
     assert!(plane.pass(EPOCHS - 1).is_empty());
-    plane.demand.used("b");
+    plane.demand.touch("b");
     let mut gone = plane.pass(1);
     gone.sort_unstable();
     assert_eq!(gone, ["a", "c"]);
@@ -229,7 +229,7 @@ async fn what_nobody_uses_is_let_go_and_asked_for_anew() {
     assert_eq!(said, requests(&["a", "c", "n/a"], &[]));
     let mesh = plane.reader.snapshot();
     assert!(mesh.workload("a").is_none() && mesh.workload("b").is_some() && mesh.workload("own").is_some());
-    assert_eq!(plane.demands.tally().let_go(), 2);
+    assert_eq!(plane.demands.tally().unsubscribed(), 2);
     // Asked for anew.
     plane.find("n/a", pod("a", &[]));
     assert_eq!(plane.pass(EPOCHS - 1), ["b"]);
@@ -263,7 +263,7 @@ async fn what_others_rely_on_is_used_as_they_are() {
     plane.comes(MeshChange::Workload(Arc::new(pod("idle-1", &["idle"]))));
     // The service alone: its endpoints stay, but nobody went through the waypoint of one.
     plane.pass(EPOCHS / 2);
-    plane.demand.used("shop/cart.shop");
+    plane.demand.touch("shop/cart.shop");
     let mut gone = plane.pass(EPOCHS / 2);
     assert!(gone[..2].iter().all(|name| name.contains('/')), "services go first: {gone:?}");
     gone.sort_unstable();
@@ -272,7 +272,7 @@ async fn what_others_rely_on_is_used_as_they_are() {
     plane.comes(service("way"));
     plane.comes(MeshChange::Workload(Arc::new(pod("way-1", &["way"]))));
     plane.pass(EPOCHS / 3);
-    plane.demand.used("cart-1");
+    plane.demand.touch("cart-1");
     let mut gone = plane.pass(EPOCHS - EPOCHS / 3);
     gone.sort_unstable();
     assert_eq!(gone, ["cart-2", "shop/cart.shop"]);
@@ -289,10 +289,10 @@ async fn of_too_much_the_least_recently_used_goes_but_nothing_that_is_in_use() {
         assert!(plane.pass(1).is_empty());
     }
     assert!(!plane.demands.is_crowded());
-    plane.demand.used("0");
+    plane.demand.touch("0");
     plane.comes(MeshChange::Workload(Arc::new(pod("8", &[]))));
     assert!(plane.demands.is_crowded());
-    assert_eq!(plane.let_go(), ["1", "2"], "and some room is made");
+    assert_eq!(plane.unsubscribe_unused(), ["1", "2"], "and some room is made");
     assert!(!plane.demands.is_crowded());
 
     // All in use: it is more then, to a point.
@@ -304,7 +304,7 @@ async fn of_too_much_the_least_recently_used_goes_but_nothing_that_is_in_use() {
         }
         plane.comes(MeshChange::Workload(Arc::new(pod(&nth.to_string(), &[]))));
         if plane.demands.is_crowded() {
-            plane.let_go();
+            plane.unsubscribe_unused();
         }
         plane.demands.is_gone(&format!("n/{nth}"));
     }
@@ -317,7 +317,7 @@ async fn of_too_much_the_least_recently_used_goes_but_nothing_that_is_in_use() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_comes_after_it_was_let_go_is_subscribed_to_again() {
+async fn what_comes_after_it_was_unsubscribed_from_is_subscribed_to_again() {
     let mut plane = Plane::new(SHORT);
     plane.find("n/a", pod("a", &[]));
     assert_eq!(plane.pass(EPOCHS), ["a"]);
@@ -348,7 +348,7 @@ async fn memory_does_not_grow_with_names_that_come_and_go() {
         }
         next(&mut plane.demands);
         if plane.demands.is_crowded() {
-            plane.let_go();
+            plane.unsubscribe_unused();
         }
         if nth % 20 == 0 {
             advance(EPOCH).await;
@@ -361,7 +361,11 @@ async fn memory_does_not_grow_with_names_that_come_and_go() {
     assert!(table.there.len() <= max && table.found <= max, "{} {}", table.there.len(), table.found);
     assert!(table.entries.len() <= max + bounds.names_max, "{}", table.entries.len());
     // Those of some minutes.
-    assert!(table.let_go.len() <= 300 && table.let_go.capacity() < 2000, "{}", table.let_go.len());
+    assert!(
+        table.unsubscribed.len() <= 300 && table.unsubscribed.capacity() < 2000,
+        "{}",
+        table.unsubscribed.len()
+    );
     assert!(table.there.capacity() < 1000 && table.entries.capacity() < 1000);
     assert_eq!(plane.reader.snapshot().workloads().len(), table.there.len());
     assert_eq!(plane.reader.snapshot().staged().count(), 1);

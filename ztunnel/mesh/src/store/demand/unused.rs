@@ -11,7 +11,7 @@ use crate::store::index::Mesh;
 /// Time as use is recorded: it goes on now and then. Never 0 for what was used.
 pub(super) type Epoch = u32;
 
-/// What may be let go.
+/// What may be unsubscribed from.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
     /// What was last used this many epochs ago or more.
@@ -20,12 +20,12 @@ pub(super) struct Bounds {
     pub(super) names_max: usize,
 }
 
-/// Whether it was used just now: somebody may be about to decide by it. Never let go, whatever the bounds.
+/// Whether it was used just now: somebody may be about to decide by it. Never unsubscribed from, whatever the bounds.
 pub(super) fn is_recent(used: Epoch, now: Epoch) -> bool {
     now.saturating_sub(used) <= 1
 }
 
-/// The names to be let go, of all that the source knows by name, each with its last use. What others rely on is used as
+/// The names to be unsubscribed from, of all that the source knows by name, each with its last use. What others rely on is used as
 /// late as they are: endpoints of a service, without which it would be balanced over fewer, and gateways. So a service
 /// goes before its endpoints do, or with them. The workloads of `node` stay: its pods' connections are judged by them.
 pub(super) fn unused<'a>(

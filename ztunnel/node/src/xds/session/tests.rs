@@ -266,8 +266,8 @@ fn on_demand_only_what_is_wanted_is_asked_for_and_what_is_said_of_it_is_told() {
     let held = [("a", "1"), ("b", ""), ("n/10.0.0.3", "")];
     let held = held.map(|(name, version)| (name.to_owned(), version.to_owned()));
     assert_eq!(addresses.initial_resource_versions, held.into());
-    // What is let go is not told of to the next stream; of what was not there nothing is kept.
-    let (changes, kept) = session.let_go(&["a", "b", "c"].map(Box::from));
+    // What is unsubscribed from is not told of to the next stream; of what was not there nothing is kept.
+    let (changes, kept) = session.unsubscribe(&["a", "b", "c"].map(Box::from));
     assert_eq!(changes, ["a", "b", "c"].map(|name| MeshChange::RemoveAddress(Arc::from(name))));
     assert_eq!(kept, ["a", "b"].map(|name| Accepted { name: Box::from(name), resource: None }));
     assert!(session.open([])[0].initial_resource_versions.is_empty());

@@ -4,5 +4,6 @@
 
 pub mod env;
 pub mod istio;
+pub mod origin;
 pub mod raw;
 pub mod resolved;

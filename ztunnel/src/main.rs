@@ -13,12 +13,14 @@ use ztunnel::cli::Source;
 use ztunnel::cli::What;
 use ztunnel::cli::dump::Filter;
 use ztunnel::config::istio;
+use ztunnel::config::origin::Shown;
 use ztunnel::config::raw;
 use ztunnel::config::raw::Cli;
 use ztunnel::config::raw::Command;
 use ztunnel::config::raw::Output;
 use ztunnel::config::raw::Part;
 use ztunnel::config::raw::Show;
+use ztunnel::config::raw::Start;
 use ztunnel::config::resolved;
 use ztunnel_mesh::dump::Setting;
 use ztunnel_node::admin::profile::heap::allocator::Sampled;
@@ -28,8 +30,8 @@ use ztunnel_objects::file::Place;
 static ALLOCATOR: Sampled = Sampled;
 
 fn main() -> ExitCode {
-    let (cli, settings) = raw::parse();
-    match execute(cli, settings) {
+    let (cli, shown) = raw::parse();
+    match execute(cli, shown) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ztunnel: {}", chain(&*error));
@@ -38,10 +40,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>> {
+fn execute(cli: Cli, shown: Vec<Shown>) -> Result<ExitCode, Box<dyn Error>> {
     match cli.command {
         Command::Run(typed) => {
-            let config = resolved::run(&typed, settings)?;
+            let config = resolved::run(&typed, shown)?;
             app::run(config)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -67,7 +69,18 @@ fn execute(cli: Cli, settings: Vec<Setting>) -> Result<ExitCode, Box<dyn Error>>
             Ok(ExitCode::SUCCESS)
         }
         Command::Config(typed) => {
-            commands::config(&resolved::istio()?, typed.output)?;
+            let (settings, warnings) = match &typed.start {
+                Some(Start::Run(run)) => {
+                    let config = resolved::run(run, shown)?;
+                    (config.settings, config.warnings)
+                }
+                Some(Start::Proxy { ignored: _ }) | None => {
+                    let istio = resolved::istio()?;
+                    let warnings = istio.warnings.iter().map(ToString::to_string).collect();
+                    (istio.shown.iter().map(Setting::from).collect(), warnings)
+                }
+            };
+            commands::config(&settings, &warnings, typed.output)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Show(typed) => {

@@ -17,7 +17,6 @@ use crate::app::meeting::CONTROL_SOCKET;
 use crate::app::privileges;
 use crate::app::privileges::Missing;
 use crate::app::version;
-use crate::config::env::Settings;
 use crate::config::raw::Output;
 use crate::config::resolved::Places;
 
@@ -113,17 +112,16 @@ fn print(out: &mut impl Write, diagnostics: &[Diagnostic]) -> std::io::Result<()
     diagnostics.iter().try_for_each(|diagnostic| writeln!(out, "{diagnostic}"))
 }
 
-/// Prints what Istio's environment says; what of it has no effect, on standard error.
-pub fn config(settings: &Settings, output: Output) -> std::io::Result<()> {
-    for warning in &settings.warnings {
+/// Prints what a daemon would use; what of it has no effect, on standard error.
+pub fn config(settings: &[Setting], warnings: &[String], output: Output) -> std::io::Result<()> {
+    for warning in warnings {
         writeln!(std::io::stderr(), "{warning}")?;
     }
-    let shown: Vec<Setting> = settings.shown.iter().map(Setting::from).collect();
     let mut out = std::io::stdout().lock();
     match output {
-        Output::Text => write!(out, "{}", table(&shown)),
+        Output::Text => write!(out, "{}", table(settings)),
         Output::Json => {
-            serde_json::to_writer_pretty(&mut out, &shown)?;
+            serde_json::to_writer_pretty(&mut out, settings)?;
             writeln!(out)
         }
     }

@@ -20,10 +20,10 @@ use ztunnel_node::telemetry::logging::Filter;
 use ztunnel_tls::provider::Compliance;
 
 use crate::config::env::proxy_config::ProxyConfig;
-use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problems;
 use crate::config::env::reader::Reader;
-use crate::config::env::reader::Shown;
+use crate::config::origin::Origin;
+use crate::config::origin::Shown;
 use crate::config::raw::ACCESS_LOG_RATE;
 
 pub mod control_plane;

@@ -13,9 +13,10 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 use clap::parser::ValueSource;
-use ztunnel_mesh::dump::Setting;
 
 use crate::config::env::memory;
+use crate::config::origin::Origin;
+use crate::config::origin::Shown;
 
 /// The node proxy of an ambient mesh: pods' TCP, captured with eBPF, carried over mutual TLS.
 ///
@@ -49,10 +50,11 @@ pub enum Command {
     ///
     /// Removes programs, pins, rules, routes and addresses. Refuses while a daemon serves the node.
     Uninstall(Uninstall),
-    /// Say what Istio's environment variables, PROXY_CONFIG and the mesh configuration file amount to
+    /// Say what a daemon that starts here would use, and where each setting came from
     ///
-    /// Shows every setting of a node proxy of Istio that is in force here, and where it came from. Exit
-    /// status 1 when one of them cannot be used.
+    /// `ztunnel config run --mesh PATH ...` shows the settings of `ztunnel run` with the same flags. `ztunnel config`
+    /// alone, or `ztunnel config proxy`, shows what Istio's environment variables, PROXY_CONFIG and the mesh
+    /// configuration file amount to. Exit status 1 when one of them cannot be used.
     Config(Config),
     /// Show what a running daemon knows: its workloads, services, policies, certificates and open connections
     ///
@@ -158,9 +160,25 @@ pub struct Reload {
 /// `ztunnel config`
 #[derive(Debug, Args)]
 pub struct Config {
+    /// The way to start.
+    #[command(subcommand)]
+    pub start: Option<Start>,
     /// How it is shown
-    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    #[arg(short, long, value_name = "FORMAT", default_value = "text", global = true)]
     pub output: Output,
+}
+
+/// A way to start a daemon.
+#[derive(Debug, Subcommand)]
+pub enum Start {
+    /// What `ztunnel run` would use
+    Run(Box<Run>),
+    /// What `ztunnel proxy` would use (this is what is shown without a command)
+    Proxy {
+        /// Not used
+        #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        ignored: Vec<String>,
+    },
 }
 
 /// How answers are shown.
@@ -403,21 +421,25 @@ pub struct Uninstall {
 }
 
 /// The command line, and each flag that is in force with its value and where that came from.
-pub fn parse() -> (Cli, Vec<Setting>) {
+pub fn parse() -> (Cli, Vec<Shown>) {
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     (cli, settings(&matches))
 }
 
-fn settings(matches: &ArgMatches) -> Vec<Setting> {
-    let command = Cli::command();
-    let Some((name, typed)) = matches.subcommand() else { return Vec::new() };
-    let Some(command) = command.find_subcommand(name) else { return Vec::new() };
+/// The flags of the innermost command: those of `config run` are those of `run`.
+fn settings(matches: &ArgMatches) -> Vec<Shown> {
+    let root = Cli::command();
+    let (mut command, mut typed) = (&root, matches);
+    while let Some((name, below)) = typed.subcommand() {
+        let Some(known) = command.find_subcommand(name) else { return Vec::new() };
+        (command, typed) = (known, below);
+    }
     let setting = |flag: &clap::Arg| {
         let origin = match typed.value_source(flag.get_id().as_str())? {
-            ValueSource::DefaultValue => "default",
-            ValueSource::EnvVariable => "environment",
-            _ => "command line",
+            ValueSource::DefaultValue => Origin::Default,
+            ValueSource::EnvVariable => Origin::Environment,
+            _ => Origin::CommandLine,
         };
         let values = typed.get_raw(flag.get_id().as_str())?.map(|value| value.to_string_lossy().into_owned());
         let (name, mut value) = (format!("--{}", flag.get_long()?), values.collect::<Vec<_>>().join(" "));
@@ -425,9 +447,10 @@ fn settings(matches: &ArgMatches) -> Vec<Setting> {
         if flag.is_hide_env_values_set() && !value.contains('/') {
             value = "(not shown)".to_owned();
         }
-        Some(Setting { name, value, origin: origin.to_owned() })
+        Some(Shown { name, value, origin })
     };
-    command.get_arguments().filter_map(setting).collect()
+    // How answers are shown is no setting of a daemon.
+    command.get_arguments().filter(|flag| !flag.is_global_set()).filter_map(setting).collect()
 }
 
 #[cfg(test)]
@@ -441,11 +464,33 @@ mod tests {
         let settings = settings(&matches);
         let told = |name: &str| settings.iter().find(|setting| setting.name == name).unwrap();
         assert_eq!(told("--ca-token").value, "(not shown)");
-        assert_eq!((&*told("--admin-port").value, &*told("--admin-port").origin), ("1", "command line"));
+        assert_eq!((&*told("--admin-port").value, told("--admin-port").origin), ("1", Origin::CommandLine));
         assert_eq!(
-            (&*told("--metrics-addr").value, &*told("--metrics-addr").origin),
-            ("[::]:15020", "default")
+            (&*told("--metrics-addr").value, told("--metrics-addr").origin),
+            ("[::]:15020", Origin::Default)
         );
+    }
+
+    #[test]
+    fn the_flags_of_config_run_are_those_of_run() {
+        let flags = ["run", "--mesh", "m.yaml", "--admin-port", "1"];
+        let told = |before: &[&str]| {
+            let line = before.iter().chain(&flags);
+            settings(&Cli::command().try_get_matches_from(line).unwrap())
+        };
+        let run = told(&["ztunnel"]);
+        assert!(run.iter().any(|shown| shown.name == "--admin-port" && shown.value == "1"), "{run:?}");
+        assert_eq!(told(&["ztunnel", "config"]), run);
+        let output = Cli::try_parse_from(["ztunnel", "config", "run", "m.yaml", "-o", "json"]).unwrap();
+        let Command::Config(Config { start: Some(Start::Run(run)), output: Output::Json }) = output.command
+        else {
+            panic!("another command")
+        };
+        assert_eq!(run.mesh.path(), PathBuf::from("m.yaml"));
+        let Command::Config(alone) = Cli::try_parse_from(["ztunnel", "config"]).unwrap().command else {
+            panic!("another command")
+        };
+        assert!(alone.start.is_none() && alone.output == Output::Text);
     }
 
     #[test]

@@ -37,6 +37,8 @@ use crate::config::env::Surroundings;
 use crate::config::env::memory;
 use crate::config::env::proxy_config::MESH_CONFIG_PATH;
 use crate::config::env::reader::Problems;
+use crate::config::origin::Origin;
+use crate::config::origin::Shown;
 use crate::config::raw;
 
 /// Why what was typed cannot be used.
@@ -340,8 +342,8 @@ pub struct Run {
     pub log_filter: Filter,
 }
 
-/// Completes `typed` by what this machine has. `settings` is what was typed, for those who ask.
-pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid> {
+/// Completes `typed` by what this machine has. `shown` is what was typed, for those who ask.
+pub fn run(typed: &raw::Run, mut shown: Vec<Shown>) -> Result<Run, Invalid> {
     let zds = zds(&typed.zds);
     let places = match zds {
         Some(_) => places_without_capture(&typed.kernel)?,
@@ -357,14 +359,21 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     if proxy.threads == 0 {
         return Err(Invalid::NoThreads);
     }
-    let completed = [
+    let mut completed = vec![
         ("--node", places.node.to_string()),
+        ("--run-dir", places.run_dir.display().to_string()),
         ("--threads", proxy.threads.to_string()),
         ("--buffer-memory", proxy.buffer_memory.to_string()),
     ];
+    if zds.is_none() {
+        completed.push(("--pin-dir", places.capture.pin_dir.display().to_string()));
+        completed.push(("--cgroup-root", places.capture.cgroup_root.display().to_string()));
+        let kubepods = places.capture.kubepods.iter();
+        completed.extend(kubepods.map(|path| ("--kubepods-cgroup", path.display().to_string())));
+    }
     for (name, value) in completed {
-        if settings.iter().all(|setting| setting.name != name) {
-            settings.push(Setting { name: name.to_owned(), value, origin: "machine".to_owned() });
+        if shown.iter().all(|setting| setting.name != name) {
+            shown.push(Shown { name: name.to_owned(), value, origin: Origin::Machine });
         }
     }
     let log_filter = match std::env::var("RUST_LOG") {
@@ -373,9 +382,9 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
     };
     let mut warnings = tls12();
     warnings.extend(unknown_targets(&log_filter));
-    let origin = if std::env::var_os("RUST_LOG").is_some() { "environment" } else { "default" };
-    let (name, value) = ("RUST_LOG".to_owned(), log_filter.to_string());
-    settings.push(Setting { name, value, origin: origin.to_owned() });
+    let is_set = std::env::var_os("RUST_LOG").is_some();
+    let origin = if is_set { Origin::Environment } else { Origin::Default };
+    shown.push(Shown { name: "RUST_LOG".to_owned(), value: log_filter.to_string(), origin });
     Ok(Run {
         places,
         mesh: Source::File { path: typed.mesh.path(), strict: typed.strict },
@@ -404,7 +413,7 @@ pub fn run(typed: &raw::Run, mut settings: Vec<Setting>) -> Result<Run, Invalid>
         access_log_rate: typed.access_log_rate,
         log_filter,
         admin_port: typed.admin_port,
-        settings,
+        settings: shown.iter().map(Setting::from).collect(),
         kept_running: false,
         warnings,
     })

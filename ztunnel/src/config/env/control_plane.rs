@@ -9,8 +9,8 @@ use http::HeaderValue;
 use http::Uri;
 use ztunnel_objects::local;
 
-use crate::config::env::reader::Origin;
 use crate::config::env::reader::Reader;
+use crate::config::origin::Origin;
 
 /// Who vouches for a server.
 #[derive(Debug, Clone, PartialEq, Eq)]

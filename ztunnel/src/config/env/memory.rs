@@ -5,8 +5,8 @@ use std::path::Component;
 use std::path::Path;
 use std::path::PathBuf;
 
-use crate::config::env::reader::Origin;
 use crate::config::env::reader::Reader;
+use crate::config::origin::Origin;
 
 const NAME: &str = "ZTUNNEL_BUFFER_MEMORY";
 

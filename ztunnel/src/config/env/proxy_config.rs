@@ -7,8 +7,8 @@ use ztunnel_objects::yaml;
 use ztunnel_objects::yaml::Node;
 use ztunnel_objects::yaml::Value;
 
-use crate::config::env::reader::Origin;
 use crate::config::env::reader::Problem;
+use crate::config::origin::Origin;
 
 /// Where the mesh configuration is mounted, from the working directory.
 pub const MESH_CONFIG_PATH: &str = "./etc/istio/config/mesh";

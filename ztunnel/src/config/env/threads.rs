@@ -1,7 +1,7 @@
 //! How many threads move bytes.
 
-use crate::config::env::reader::Origin;
 use crate::config::env::reader::Reader;
+use crate::config::origin::Origin;
 
 const NAME: &str = "ZTUNNEL_WORKER_THREADS";
 

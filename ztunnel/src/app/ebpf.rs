@@ -241,7 +241,7 @@ async fn begin(
              whose probes pass (see --kubepods-cgroup)"
         );
     }
-    let data_plane = base.data_plane(reader.clone(), &identities, node.vouch())?;
+    let data_plane = base.data_plane(reader.clone(), &identities, node.own_sockets())?;
     let counters = node.counter_reader()?;
     let devices_left = node.devices_left();
     let announcements = Announcements::new(node.announcements());

@@ -125,7 +125,7 @@ impl Parsed for ServiceKey {
     const KIND: &'static str = "<namespace>/<hostname>";
 
     fn parse(text: &str) -> Option<Self> {
-        ServiceKey::parse(Arc::from(text))
+        Self::parse(Arc::from(text))
     }
 }
 

@@ -216,9 +216,9 @@ fn shown(dump: &Dump<'_>) -> Mesh {
     };
     Mesh::new(
         TrustDomain::default(),
-        dump.workloads.read().iter().map(workload).collect::<Vec<_>>(),
-        dump.services.read().iter().map(|service| Arc::new(service.read().unwrap())).collect::<Vec<_>>(),
-        dump.policies.read().iter().map(|policy| Arc::new(policy.read().unwrap())).collect::<Vec<_>>(),
+        dump.workloads.read().iter().map(workload),
+        dump.services.read().iter().map(|service| Arc::new(service.read().unwrap())),
+        dump.policies.read().iter().map(|policy| Arc::new(policy.read().unwrap())),
     )
 }
 

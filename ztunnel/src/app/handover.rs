@@ -62,7 +62,10 @@ use tokio::io::BufReader;
 use tokio::io::Interest;
 use tokio::net::UnixListener;
 use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio::time::timeout;
+use tokio::time::timeout_at;
 use zeroize::Zeroizing;
 use ztunnel_mesh::model::addr::PodUid;
 use ztunnel_node::capture::Listeners;
@@ -354,6 +357,8 @@ pub struct Successors {
     path: PathBuf,
     inode: u64,
     legacy: Legacy,
+    /// Who has called and not said what for yet, and until when that is waited for.
+    calling: Mutex<Option<(Line, Instant)>>,
 }
 
 impl fmt::Debug for Successors {
@@ -372,7 +377,7 @@ impl Successors {
         let listener = UnixListener::bind(&fresh)?;
         std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
         std::fs::rename(&fresh, path)?;
-        Ok(Self { listener, path: path.to_owned(), inode: inode(path)?, legacy })
+        Ok(Self { listener, path: path.to_owned(), inode: inode(path)?, legacy, calling: Mutex::default() })
     }
 
     /// Whether this is still the socket that successors find.
@@ -380,16 +385,25 @@ impl Successors {
         inode(&self.path).is_ok_and(|inode| inode == self.inode)
     }
 
-    /// The next daemon that wants the node. Whoever calls without the agreed line is ignored.
+    /// The next daemon that wants the node. Whoever calls without the agreed line is ignored. Cancel-safe.
     pub async fn next(&self) -> Claim {
+        // Whoever has called stays on the line should this wait be given up for something else that happens.
+        let mut calling = self.calling.lock().await;
         loop {
-            let Ok((stream, _)) = self.listener.accept().await else {
-                // Out of file descriptors, as a rule: it must not spin.
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
+            let (line, until) = match &mut *calling {
+                Some(caller) => caller,
+                none => {
+                    let Ok((stream, _)) = self.listener.accept().await else {
+                        // Out of file descriptors, as a rule: it must not spin.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    };
+                    none.insert((Line(BufReader::new(stream)), Instant::now() + HELLO_WITHIN))
+                }
             };
-            let mut line = Line(BufReader::new(stream));
-            let Ok(Ok(hello)) = timeout(HELLO_WITHIN, line.read()).await else { continue };
+            let hello = timeout_at(*until, line.read()).await;
+            let Some((mut line, _)) = calling.take() else { continue };
+            let Ok(Ok(hello)) = hello else { continue };
             if hello == format!("yield {VERSION}") {
                 return Claim(line, false);
             }
@@ -476,7 +490,7 @@ impl Claim {
     }
 
     async fn fate(&mut self) -> Fate {
-        let said = tokio::time::Instant::now();
+        let said = Instant::now();
         let mut watched = false;
         loop {
             match self.0.read().await.as_deref() {
@@ -535,6 +549,23 @@ mod tests {
             got = credentials(&path) => assert!(got.is_none(), "nothing was left"),
             _claim = old.next() => panic!("a question is no claim"),
         }
+    }
+
+    #[tokio::test]
+    async fn who_has_called_stays_on_the_line_while_something_else_is_done() {
+        let (_dir, path) = socket();
+        let old = Successors::listen(&path, nothing()).unwrap();
+        let mut line = Line(BufReader::new(UnixStream::connect(&path).await.unwrap()));
+        // It is accepted, and before it has said anything the wait is given up.
+        assert!(timeout(Duration::from_millis(50), old.next()).await.is_err());
+        line.write(&format!("yield {VERSION}")).await.unwrap();
+        let mut claim = timeout(ANSWER_WITHIN, old.next()).await.expect("it has called");
+        let successor = async {
+            assert!(line.read().await.unwrap().starts_with("yielded "));
+            drop(line);
+        };
+        let (outcome, ()) = tokio::join!(claim.outcome(&[]), successor);
+        assert_eq!(outcome, Outcome::Abandoned);
     }
 
     #[tokio::test]

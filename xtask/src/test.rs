@@ -1,6 +1,6 @@
 //! Runs the tests and counts them.
 //!
-//! Suites of scenarios are in worlds of their own and run side by side, as many as the machine has cores for; those
+//! Suites of scenarios are in enclosures of their own and run side by side, as many as the machine has cores for; those
 //! that look at what a busy machine changes run alone, at the end. What a suite says is printed whole when it ends.
 //!
 //! A suite that did not run is a failure: one that does not compile, one without a test in it, one with ignored
@@ -185,7 +185,7 @@ fn side_by_side(suites: VecDeque<Suite>, arguments: &Arguments, at_once: usize) 
                 loop {
                     let next = suites.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
                     let Some(suite) = next else { return };
-                    // One world at a time; what a story has seen is worth reading when it passes, too.
+                    // One testbed at a time; what a scenario has seen is worth reading when it passes, too.
                     let tally = play(suite, arguments, &["--test-threads=1", "--show-output"], output);
                     total.lock().unwrap_or_else(PoisonError::into_inner).add(tally);
                 }

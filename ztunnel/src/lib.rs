@@ -55,7 +55,7 @@
 //! * **Who waits for whom.** Data-plane threads wait for the control runtime only within bounds: for a first
 //!   certificate, for a pod that its node agent knows before the mesh does, for what a mesh on demand does not have.
 //!   The control runtime waits for a data-plane thread only to hand over and to drain.
-//! * **Take-over.** A new daemon asks the running one ([`app`], `handover`), gets its listeners, pins and
+//! * **Take-over.** [`app::lifecycle`] decides it. A new daemon asks the running one (`app::handover`), gets its listeners, pins and
 //!   certificates, serves, and confirms. With eBPF capture it binds listeners of its own in each pod and swaps them into
 //!   the pinned socket map one by one: a connection attempt finds the old listener or the new one, never none. If the new
 //!   daemon dies before it is ready, or later while the old one still drains, the old one takes everything back.

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Events come in, actions go out, in the order in which they are to be carried out. The module
-//! [`daemon`](super::daemon) waits for the events and carries the actions out; who enrols the pods says what they mean.
+//! `daemon` waits for the events and carries the actions out; who enrols the pods says what they mean.
 //! The tests play daemons against each other in virtual time, and kill them between any two actions.
 
 use std::time::Duration;

@@ -9,7 +9,7 @@
 //!   └─ Retrying (back-off) ──removed──▶ Releasing              (waiting)
 //! ```
 //!
-//! The machine never blocks and never reads the clock; [`ztunnel::app`] carries its actions out and tells
+//! The machine never blocks and never reads the clock; the program (`ztunnel::app`) carries its actions out and tells
 //! it how they went. A pod that is being captured is not interrupted: what was asked of it meanwhile is
 //! remembered and done next. A capture is idempotent, so a changed pod is captured again without being
 //! released first: it is never open in between.
